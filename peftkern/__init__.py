@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast training of prefixes, cartridges and soft prompts on Hugging Face models.
+
+    import peftkern
+    peftkern.patch(peft_model)      # same parameters, same checkpoint, same numbers
+
+Importing this package imports nothing else and changes nothing; each name below loads its module at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "prefix_attention": "functional",
+    "soft_prompt_embedding": "functional",
+    "explain": "functional",
+    "available_backends": "backends",
+    "use_backend": "backends",
+    "BackendUnavailable": "backends",
+    "PrefixKV": "modules",
+    "SoftPrompt": "modules",
+    "save_prefix": "checkpoint",
+    "load_prefix": "checkpoint",
+    "patch": "huggingface",
+    "unpatch": "huggingface",
+    "patched": "huggingface",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "PrefixKV",
+    "SoftPrompt",
+    "available_backends",
+    "explain",
+    "load_prefix",
+    "patch",
+    "patched",
+    "prefix_attention",
+    "save_prefix",
+    "soft_prompt_embedding",
+    "unpatch",
+    "use_backend",
+]
+
+if TYPE_CHECKING:
+    from .backends import BackendUnavailable, available_backends, use_backend
+    from .checkpoint import load_prefix, save_prefix
+    from .functional import explain, prefix_attention, soft_prompt_embedding
+    from .huggingface import patch, patched, unpatch
+    from .modules import PrefixKV, SoftPrompt
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

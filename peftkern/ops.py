@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as the compiler and the profiler see them: schema, shape function, and the call into a backend.
+
+One registered op per direction. They have no derivative of their own; :mod:`peftkern.functional` wraps them. The
+backend's name is an argument, resolved once in Python: a constant of the graph, the same in forward and backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs, get_backend, lse_dtype
+
+NAMESPACE = "peftkern"
+_lib = torch.library.Library(NAMESPACE, "DEF")
+
+_ATTENTION_ARGS = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
+    "Tensor? prefix_bias, Tensor? gate, Tensor? key_mask, Tensor? cu_seqlens, Tensor? prefix_ids, "
+    "Tensor? prefix_lens, Tensor? dropout_seed, float scale, bool causal, SymInt? window, bool prefix_in_window, "
+    "float softcap, float dropout_p"
+)
+_EMBEDDING_ARGS = "Tensor input_ids, Tensor weight, Tensor prompt, Tensor? prompt_ids"
+_GRADIENTS = ", ".join(f"Tensor {name}" for name in AttentionGradients._fields)
+
+_lib.define(f"prefix_attention({_ATTENTION_ARGS}, str backend) -> (Tensor out, Tensor lse)")
+_lib.define(
+    f"prefix_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ATTENTION_ARGS}, bool[] needs, "
+    f"str backend) -> ({_GRADIENTS})"
+)
+_lib.define(f"soft_prompt_embedding({_EMBEDDING_ARGS}, str backend) -> Tensor")
+_lib.define(
+    f"soft_prompt_embedding_backward(Tensor dout, {_EMBEDDING_ARGS}, bool[] needs, str backend) "
+    "-> (Tensor dweight, Tensor dprompt)"
+)
+
+
+def _check_index(name: str, index: Tensor | None, low: int, high: int) -> None:
+    """Raise if an index is outside [low, high). Only where looking costs no synchronisation: on the CPU."""
+    if index is None or index.device.type != "cpu" or index.numel() == 0:
+        return
+    least, most = (int(x) for x in torch.aminmax(index))
+    if least < low or most >= high:
+        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got values from {least} to {most}")
+
+
+def _check_values(args: AttentionArgs) -> None:
+    if args.prefix_ids is not None:
+        _check_index("prefix_ids", args.prefix_ids, -1, args.prefix_k.shape[0])
+    if args.prefix_lens is not None:
+        _check_index("prefix_lens", args.prefix_lens, 0, args.prefix_k.shape[-2] + 1)
+    cu_seqlens = args.cu_seqlens
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        total = args.q.shape[2]
+        starts_and_ends = bool(cu_seqlens[0] == 0) and bool(cu_seqlens[-1] == total)
+        if not starts_and_ends or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected non-decreasing offsets from 0 to S = {total}, got {cu_seqlens.tolist()}"
+            )
+
+
+def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]
+    *values, backend = inputs
+    args = AttentionArgs(*values)
+    _check_values(args)
+    return get_backend(backend).prefix_attention(args)
+
+
+def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
+    *values, _ = inputs
+    return allocate_outputs(AttentionArgs(*values))
+
+
+def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
+    *values, needs, backend = inputs
+    return tuple(
+        get_backend(backend).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs)
+    )
+
+
+def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
+    *values, needs, _ = inputs
+    return tuple(allocate_gradients(AttentionArgs(*values), needs))
+
+
+def _soft_prompt_embedding(
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, backend: str
+) -> Tensor:
+    _check_index("input_ids", input_ids, 0, weight.shape[0])
+    _check_index("prompt_ids", prompt_ids, 0, prompt.shape[0])
+    return get_backend(backend).soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
+
+
+def _soft_prompt_embedding_fake(
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, backend: str
+) -> Tensor:
+    batch, length = input_ids.shape
+    return weight.new_empty(batch, prompt.shape[-2] + length, weight.shape[1])
+
+
+def _soft_prompt_embedding_backward(
+    dout: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    prompt_ids: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return get_backend(backend).soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
+
+
+def _soft_prompt_embedding_backward_fake(
+    dout: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    prompt_ids: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    fp = lse_dtype(weight.dtype)
+    dweight, dprompt = (
+        x.new_empty(x.shape if need else 0, dtype=fp) for x, need in zip((weight, prompt), needs, strict=True)
+    )
+    return dweight, dprompt
+
+
+for _name, _implementation, _fake in (
+    ("prefix_attention", _prefix_attention, _prefix_attention_fake),
+    ("prefix_attention_backward", _prefix_attention_backward, _prefix_attention_backward_fake),
+    ("soft_prompt_embedding", _soft_prompt_embedding, _soft_prompt_embedding_fake),
+    ("soft_prompt_embedding_backward", _soft_prompt_embedding_backward, _soft_prompt_embedding_backward_fake),
+):
+    _lib.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)
+
+prefix_attention = torch.ops.peftkern.prefix_attention.default
+prefix_attention_backward = torch.ops.peftkern.prefix_attention_backward.default
+soft_prompt_embedding = torch.ops.peftkern.soft_prompt_embedding.default
+soft_prompt_embedding_backward = torch.ops.peftkern.soft_prompt_embedding_backward.default

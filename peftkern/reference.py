@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operations mean, in eager PyTorch: the specification that every backend is judged by.
+
+Differentiable, any float dtype, any device. Written to be read: it forms the whole score matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["dropout_keep", "prefix_attention", "soft_prompt_embedding"]
+
+_INF = float("inf")
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    window: int | None = None,
+    prefix_in_window: bool = True,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over [prefix | sequence], one softmax. Arguments as in :func:`peftkern.prefix_attention`.
+
+    Returns out [B,Hq,S,D] of q's dtype and lse [B,Hq,S], the natural logarithm of the softmax's denominator. Half
+    precision is computed in fp32; a prefix of higher precision than q is rounded to q's dtype first.
+    """
+    dtype, fp = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1:3]
+    scale = head_dim**-0.5 if scale is None else scale
+    if prefix_k.dim() == 3:  # a bank of one
+        prefix_k, prefix_v = prefix_k[None], prefix_v[None]
+    bank, _, prefix_len, _ = prefix_k.shape
+    grouped = (batch, num_kv_heads, num_heads // num_kv_heads, q_len, -1)  # a head's axis is Hkv, G
+
+    q = q.to(fp).reshape(grouped)
+    k, v = k.to(fp), v.to(fp)
+    prefix_k, prefix_v = (_round_to(x, dtype).to(fp) for x in (prefix_k, prefix_v))
+
+    seq_scores = _softcap(torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale, softcap).flatten(1, 2)  # [B, Hq, S, T]
+    prefix_scores = _softcap(torch.einsum("bhgsd,ahpd->bhgsap", q, prefix_k) * scale, softcap).flatten(1, 2)
+    if bias is not None:
+        seq_scores = seq_scores + bias.to(fp)
+    if prefix_bias is not None:
+        prefix_scores = prefix_scores + prefix_bias.to(fp)[:, None, None, :]
+
+    seq_visible, prefix_visible = _visibility(
+        (batch, q_len, kv_len, bank, prefix_len), q.device, causal, key_mask, cu_seqlens, prefix_ids, prefix_lens,
+        window, prefix_in_window,
+    )  # fmt: skip
+    seq_scores = seq_scores.masked_fill(~seq_visible, -_INF)
+    prefix_scores = prefix_scores.masked_fill(~prefix_visible, -_INF).flatten(3)  # [B, Hq, S, A*P]
+
+    sink_scores = q.new_full((num_heads,), -_INF) if sinks is None else sinks.to(fp)
+    sink_scores = sink_scores[:, None, None].expand(batch, num_heads, q_len, 1)
+    if gate is None:
+        weights, lse = _softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
+        prefix_weights, seq_weights, _ = weights.split([bank * prefix_len, kv_len, 1], -1)
+    else:
+        weights, lse = _softmax(torch.cat([seq_scores, sink_scores], -1))
+        seq_weights = weights[..., :kv_len]
+        weights, _ = _softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
+        prefix_weights = weights[..., : bank * prefix_len] * torch.tanh(gate.to(fp))[:, None, None]
+
+    prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        shape = (batch, num_heads, q_len)
+        seq_keep = dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0)
+        prefix_keep = dropout_keep(dropout_seed, (*shape, prefix_len), dropout_p, part=1).unsqueeze(3)
+        seq_weights = seq_weights * seq_keep / (1 - dropout_p)
+        prefix_weights = prefix_weights * prefix_keep / (1 - dropout_p)
+
+    seq_weights, prefix_weights = (w.unflatten(1, grouped[1:3]) for w in (seq_weights, prefix_weights))
+    out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)
+    out = out + torch.einsum("bhgsap,ahpd->bhgsd", prefix_weights, prefix_v)
+    return out.flatten(1, 2).to(dtype), lse
+
+
+def _visibility(
+    sizes: tuple[int, int, int, int, int],
+    device: torch.device,
+    causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    prefix_ids: Tensor | None,
+    prefix_lens: Tensor | None,
+    window: int | None,
+    prefix_in_window: bool,
+) -> tuple[Tensor, Tensor]:
+    """Which query sees which key: bool, broadcastable to [B, Hq, S, T] and to [B, Hq, S, A, P]."""
+    batch, q_len, kv_len, bank, prefix_len = sizes
+    keys = torch.arange(kv_len, device=device)
+    rows = torch.arange(q_len, device=device) + kv_len - q_len  # bottom-right: the last query sees the last key
+    position, sequence = rows, torch.arange(batch, device=device)[:, None]  # within and of its sequence
+
+    seq_visible = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device)
+    if causal:
+        seq_visible = seq_visible & (keys <= rows[:, None])
+    if window is not None:
+        seq_visible = seq_visible & (rows[:, None] - keys < window)
+    if key_mask is not None:
+        seq_visible = seq_visible & key_mask[:, None, None, :]
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True)[None] - 1  # [1, S]
+        position = rows - cu_seqlens[sequence[0]]
+        seq_visible = seq_visible & (sequence[0][:, None] == sequence[0])
+
+    slots = torch.arange(prefix_len, device=device)
+    lens = torch.full((bank,), prefix_len, device=device) if prefix_lens is None else prefix_lens
+    prefix_visible = (slots < lens[:, None])[None, None, None]  # [1, 1, 1, A, P]
+    if prefix_ids is not None:
+        chosen = prefix_ids[sequence][..., None] == torch.arange(bank, device=device)  # [B, S or 1, A]
+        prefix_visible = prefix_visible & chosen[:, None, :, :, None]
+    if window is not None and prefix_in_window:
+        distance = position[:, None, None] + lens[:, None] - slots  # [S, A, P]
+        prefix_visible = prefix_visible & (distance < window)
+    return seq_visible, prefix_visible
+
+
+def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, lse) over the last axis; a row of -inf gives zeros and -inf, and zero gradients, never NaN."""
+    pivot = scores.detach().amax(-1, keepdim=True)
+    empty = pivot == -_INF
+    weights = torch.exp(scores - pivot.masked_fill(empty, 0.0))
+    total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
+    lse = (torch.log(total) + pivot.masked_fill(empty, 0.0)).masked_fill(empty, -_INF)
+    return weights / total, lse.squeeze(-1)
+
+
+def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of ``x.to(dtype)`` in x's dtype; the gradient passes unrounded."""
+    return x if x.dtype == dtype else x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
+def dropout_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float, part: int) -> Tensor:
+    """Which attention weights dropout keeps: bool [B, Hq, S, N], a pure function of its arguments.
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key = (low, high word of
+    seed) and counter = (j // 4, i, b * Hq + h, part) gives four 32-bit words, for keys j to j + 3; a weight is kept
+    iff its word is at least floor(dropout_p * 2^32). ``part`` is 0 for sequence keys and 1 for prefix keys, each
+    counted from 0.
+    """
+    batch, num_heads, q_len, num_keys = shape
+    blocks = math.ceil(num_keys / 4)
+    index = [torch.arange(n, device=seed.device) for n in (batch * num_heads, q_len, blocks)]
+    head, row, block = torch.meshgrid(*index, indexing="ij")
+    words = philox4x32((block, row, head, torch.full_like(head, part)), (seed & _WORD, (seed >> 32) & _WORD))
+    words = torch.stack(words, -1).reshape(batch, num_heads, q_len, 4 * blocks)
+    return words[..., :num_keys] >= int(dropout_p * 2**32)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32 on int64 tensors that hold unsigned 32-bit words (int64 products wrap, so their bits are exact)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, high1 = (product0 >> 32) & _WORD, (product1 >> 32) & _WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _WORD, high0 ^ c3 ^ k1, product0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def soft_prompt_embedding(
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None = None
+) -> Tensor:
+    """[prompt | weight[input_ids]] along the sequence: [B, P+S, E] of the weight's dtype.
+
+    Arguments as in :func:`peftkern.soft_prompt_embedding`.
+    """
+    batch = input_ids.shape[0]
+    rows = prompt.expand(batch, -1, -1) if prompt_ids is None else prompt[prompt_ids]
+    return torch.cat([rows.to(weight.dtype), weight[input_ids]], 1)
