@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one error bound of all tests: a kernel may not be much worse than eager PyTorch in the same dtype.
+
+    forward            err(kernel) <= 2 err(eager) + floor
+    backward           err(kernel) <= 3 err(eager) + floor
+    prefix gradients   err(kernel) <=   err(eager) + fp32 floor      (they are sums in fp32; eager rounds them)
+
+Errors are against the reference in fp64. The floor is one rounding of the largest value in the dtype. Forward and
+backward errors are maxima; prefix gradients are compared by root mean square, which a lucky element does not move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkern import functional, reference
+from peftkern.backends import AttentionGradients
+
+DIFFERENTIABLE = tuple(name.removeprefix("d") for name in AttentionGradients._fields)
+FP32_SUMS = ("prefix_k", "prefix_v", "sinks", "bias", "prefix_bias", "gate")
+
+
+def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Tensor]:
+    """As a model's eager attention computes it: all products in q's dtype, softmax in fp32, weights rounded.
+
+    The prefix is rounded, expanded over the batch and concatenated, as PEFT does.
+    """
+    dtype, fp = q.dtype, torch.float32
+    numbers = {name: options.get(name) for name in ("scale", "softcap", "window", "gate", "sinks")}
+    scale = q.shape[-1] ** -0.5 if numbers["scale"] is None else numbers["scale"]
+    group = q.shape[1] // k.shape[1]
+    if prefix_k.dim() == 3:
+        prefix_k, prefix_v = prefix_k[None], prefix_v[None]
+    bank, _, prefix_len, _ = prefix_k.shape
+    batch, num_heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
+
+    def joined(prefix: Tensor, sequence: Tensor) -> Tensor:
+        prefix = prefix.to(dtype).transpose(0, 1).flatten(1, 2)[None].expand(batch, -1, -1, -1)
+        return torch.cat([prefix, sequence], 2).repeat_interleave(group, 1)
+
+    scores = q @ joined(prefix_k, k).transpose(-1, -2) * scale
+    if numbers["softcap"]:
+        scores = torch.tanh(scores / numbers["softcap"]) * numbers["softcap"]
+    prefix_scores, seq_scores = scores.split([bank * prefix_len, kv_len], -1)
+    if options.get("bias") is not None:
+        seq_scores = seq_scores + options["bias"].to(dtype)
+    if options.get("prefix_bias") is not None:
+        prefix_bias = options["prefix_bias"].to(dtype).expand(-1, prefix_len).repeat(1, bank)
+        prefix_scores = prefix_scores + prefix_bias[:, None, :]
+    seq_visible, prefix_visible = reference._visibility(
+        (batch, q_len, kv_len, bank, prefix_len), q.device, options.get("causal", True), options.get("key_mask"),
+        options.get("cu_seqlens"), options.get("prefix_ids"), options.get("prefix_lens"), numbers["window"],
+        options.get("prefix_in_window", True),
+    )  # fmt: skip
+    seq_scores = seq_scores.masked_fill(~seq_visible, -torch.inf)
+    prefix_scores = prefix_scores.masked_fill(~prefix_visible.flatten(3), -torch.inf)
+    none = torch.full((batch, num_heads, q_len, 1), -torch.inf)
+    sinks = none if numbers["sinks"] is None else numbers["sinks"].to(fp)[:, None, None].expand_as(none)
+
+    def weights_of(scores: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        weights, lse = reference._softmax(torch.cat([scores.to(fp), extra], -1))
+        return weights[..., :-1].to(dtype), lse
+
+    if numbers["gate"] is None:
+        weights, lse = weights_of(torch.cat([prefix_scores, seq_scores], -1), sinks)
+    else:
+        seq_weights, lse = weights_of(seq_scores, sinks)
+        prefix_weights, _ = weights_of(prefix_scores, none)
+        weights = torch.cat([prefix_weights * torch.tanh(numbers["gate"]).to(dtype)[:, None, None], seq_weights], -1)
+    p = options.get("dropout_p", 0.0)
+    if p:
+        shape, seed = (batch, num_heads, q_len), torch.as_tensor(options["dropout_seed"])
+        prefix_keep = reference.dropout_keep(seed, (*shape, prefix_len), p, 1).repeat(1, 1, 1, bank)
+        keep = torch.cat([prefix_keep, reference.dropout_keep(seed, (*shape, kv_len), p, 0)], -1)
+        weights = weights * keep / (1 - p)
+    return weights @ joined(prefix_v, v), lse
+
+
+@dataclass
+class Results:
+    """out, lse, and the gradients by the name of the argument."""
+
+    out: Tensor
+    lse: Tensor
+    gradients: dict[str, Tensor]
+
+
+def run(attention, tensors: dict[str, Tensor], options: dict, dout: Tensor | None, dlse: Tensor | None) -> Results:
+    """Forward, and backward unless ``dout`` is None, on fresh leaves. Floats among ``options`` are leaves too."""
+    given = {**tensors, **{name: x for name, x in options.items() if name in DIFFERENTIABLE and x is not None}}
+    leaves = {name: x.detach().requires_grad_(dout is not None) for name, x in given.items()}
+    numbers = {name: x for name, x in options.items() if name not in leaves}
+    out, lse = attention(**leaves, **numbers)
+    if dout is None:
+        return Results(out.detach(), lse.detach(), {})
+    outputs, grads = [out], [dout.to(out.dtype)]
+    if dlse is not None:
+        outputs, grads = [out, lse], [dout.to(out.dtype), dlse.to(lse.dtype)]
+    values = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True)
+    return Results(out.detach(), lse.detach(), dict(zip(leaves, values, strict=True)))
+
+
+def _double(options: dict) -> dict:
+    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
+
+
+def check_backend(
+    backend: str, tensors: dict[str, Tensor], options: dict, *, backward: bool = True, dlse: bool = False, **kwargs
+) -> Results:
+    """Run ``backend`` on ``tensors`` (q, k, v, prefix_k, prefix_v) and ``options``; assert the bound on every output.
+
+    Returns the backend's results. ``kwargs`` go to :func:`peftkern.prefix_attention`.
+    """
+    q = tensors["q"]
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(q.shape, generator=generator).to(q.dtype) if backward else None
+    lse_grad = torch.randn(q.shape[:3], generator=generator) if backward and dlse else None
+
+    def kernel(**inputs):
+        return functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
+
+    def exact(**inputs):
+        seed = inputs.pop("dropout_seed", None)
+        return reference.prefix_attention(**inputs, dropout_seed=None if seed is None else torch.as_tensor(seed))
+
+    # the rounding of an fp32 prefix to q's dtype belongs to the operation and not to the error
+    rounded = {n: x.to(q.dtype) if n.startswith("prefix") else x for n, x in tensors.items()}
+    got = run(kernel, tensors, options, dout, lse_grad)
+    true = run(exact, _double(rounded), _double(options), dout, lse_grad)
+    eager = run(eager_attention, rounded, options, dout, lse_grad)
+
+    assert_bound("out", got.out, true.out, eager.out, factor=2, dtype=q.dtype)
+    finite = torch.isfinite(true.lse)
+    assert torch.equal(torch.isfinite(got.lse), finite), "lse: -inf in other rows than the reference"
+    assert_bound("lse", got.lse[finite], true.lse[finite], eager.lse[finite], factor=2, dtype=torch.float32)
+    for name, value in got.gradients.items():
+        reference_value = true.gradients[name]
+        if name in FP32_SUMS:
+            assert_fp32_sum(f"d{name}", value, reference_value, eager.gradients[name])
+        else:
+            assert_bound(f"d{name}", value, reference_value, eager.gradients[name], factor=3, dtype=q.dtype)
+    return got
+
+
+def assert_bound(name: str, got: Tensor, true: Tensor, eager: Tensor, *, factor: float, dtype: torch.dtype) -> None:
+    """max |got - true| <= factor * max |eager - true| + one rounding of the largest true value."""
+    assert got.shape == true.shape, f"{name}: shape {list(got.shape)}, expected {list(true.shape)}"
+    if got.numel() == 0:
+        return
+    error, allowed = ((x.double() - true.double()).abs() for x in (got, eager))
+    floor = torch.finfo(dtype).eps * true.abs().max().item()
+    limit = factor * allowed.max().item() + floor
+    worst = error.max().item()
+    assert worst <= limit, (
+        f"{name}: error {worst:.3e} at {_where(error)} exceeds {factor} x eager's {allowed.max().item():.3e} "
+        f"+ floor {floor:.1e} = {limit:.3e}"
+    )
+
+
+def assert_fp32_sum(name: str, got: Tensor, true: Tensor, eager: Tensor) -> None:
+    """rms(got - true) <= rms(eager - true) + 8 roundings of fp32."""
+    assert got.shape == true.shape, f"{name}: shape {list(got.shape)}, expected {list(true.shape)}"
+    if got.numel() == 0:
+        return
+    error, allowed = ((x.double() - true.double()) for x in (got, eager))
+    floor = 8 * torch.finfo(torch.float32).eps * _rms(true)
+    assert _rms(error) <= _rms(allowed) + floor, (
+        f"{name}: rms error {_rms(error):.3e} exceeds eager's {_rms(allowed):.3e} + fp32 floor {floor:.1e}; worst at "
+        f"{_where(error.abs())}"
+    )
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def _where(error: Tensor) -> list[int]:
+    return [int(i) for i in torch.unravel_index(error.nan_to_num(nan=torch.inf).argmax(), error.shape)]
