@@ -51,9 +51,9 @@ def prefix_attention(
     if prefix_k.dim() == 3:  # a bank of one
         prefix_k, prefix_v = prefix_k[None], prefix_v[None]
     bank, _, prefix_len, _ = prefix_k.shape
-    grouped = (batch, num_kv_heads, num_heads // num_kv_heads, q_len, -1)  # a head's axis is Hkv, G
+    heads = (num_kv_heads, num_heads // num_kv_heads)  # of a kv head, then of the queries that share it
 
-    q = q.to(fp).reshape(grouped)
+    q = q.to(fp).unflatten(1, heads)
     k, v = k.to(fp), v.to(fp)
     prefix_k, prefix_v = (_round_to(x, dtype).to(fp) for x in (prefix_k, prefix_v))
 
@@ -91,7 +91,7 @@ def prefix_attention(
         seq_weights = seq_weights * seq_keep / (1 - dropout_p)
         prefix_weights = prefix_weights * prefix_keep / (1 - dropout_p)
 
-    seq_weights, prefix_weights = (w.unflatten(1, grouped[1:3]) for w in (seq_weights, prefix_weights))
+    seq_weights, prefix_weights = (w.unflatten(1, heads) for w in (seq_weights, prefix_weights))
     out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)
     out = out + torch.einsum("bhgsap,ahpd->bhgsd", prefix_weights, prefix_v)
     return out.flatten(1, 2).to(dtype), lse
