@@ -29,7 +29,7 @@ def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, return_lse: Literal[True],
     backend: str = "auto", **options: Any,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-def prefix_attention(
+def prefix_attention(  # type: ignore[misc]
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,9 +119,7 @@ def prefix_attention(
         q, k, v, prefix_k, prefix_v, causal, scale, key_mask, cu_seqlens, prefix_ids, prefix_lens, window,
         prefix_in_window, softcap, sinks, bias, prefix_bias, gate, dropout_p, dropout_seed,
     )  # fmt: skip
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in args[:_NUM_DIFFERENTIABLE]
-    )
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args.differentiable)
     name = backends.resolve(_attention_call(args, needs_grad), backend)
     out, lse = _PrefixAttention.apply(name, *args) if needs_grad else ops.prefix_attention(*args, name)
     return (out, lse) if return_lse else out
@@ -147,9 +145,7 @@ class _PrefixAttention(torch.autograd.Function):
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
         needs = list(ctx.needs_input_grad[1 : 1 + _NUM_DIFFERENTIABLE])
-        gradients = ops.prefix_attention_backward(
-            dout, dlse, out, lse, *tensors, *ctx.numbers, needs, ctx.backend
-        )
+        gradients = ops.prefix_attention_backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needs, ctx.backend)
         wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
         return None, *wanted, *[None] * (len(AttentionArgs._fields) - _NUM_DIFFERENTIABLE)
 
@@ -231,15 +227,21 @@ def explain(*tensors: Tensor | Call, **options: Any) -> Explanation:
     """
     if len(tensors) == 1 and isinstance(tensors[0], Call):
         return backends.explain(tensors[0])
-    names = ("causal", "scale", "key_mask", "cu_seqlens", "prefix_ids", "prefix_lens", "window", "prefix_in_window",
-             "softcap", "sinks", "bias", "prefix_bias", "gate", "dropout_p", "dropout_seed")  # fmt: skip
-    unknown = set(options) - set(names)
-    if unknown:
-        raise ValueError(f"explain: expected arguments of prefix_attention, got {sorted(unknown)}")
-    defaults: dict[str, Any] = {"causal": True, "prefix_in_window": True, "dropout_p": 0.0}
-    values = (options.get(name, defaults.get(name)) for name in names)
-    args = _attention_args(*tensors, *values)  # type: ignore[arg-type]
-    return backends.explain(_attention_call(args, any(x.requires_grad for x in args[:5])))
+    names = ("q", "k", "v", "prefix_k", "prefix_v")
+    given = {**_DEFAULTS, **dict(zip(names, tensors, strict=False)), **options}
+    if set(given) != {*names, *_DEFAULTS}:
+        raise _error("explain", "the arguments of prefix_attention", sorted(given))
+    args = _attention_args(**given)
+    return backends.explain(
+        _attention_call(args, any(x is not None and x.requires_grad for x in args.differentiable))
+    )
+
+
+_DEFAULTS: dict[str, Any] = {
+    "causal": True, "scale": None, "key_mask": None, "cu_seqlens": None, "prefix_ids": None, "prefix_lens": None,
+    "window": None, "prefix_in_window": True, "softcap": None, "sinks": None, "bias": None, "prefix_bias": None,
+    "gate": None, "dropout_p": 0.0, "dropout_seed": None,
+}  # fmt: skip
 
 
 def _attention_call(args: AttentionArgs, needs_grad: bool) -> Call:
@@ -267,27 +269,41 @@ def _attention_call(args: AttentionArgs, needs_grad: bool) -> Call:
     )  # fmt: skip
 
 
-def _check(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+def _error(argument: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+# Messages are formatted on failure only: formatting a size would make the compiler treat it as a constant.
 
 
 def _check_shape(argument: str, x: Tensor, *expected: int | str) -> None:
     """``expected``: a size per dim, or a letter for any size."""
-    fits = x.dim() == len(expected) and all(isinstance(e, str) or e == n for e, n in zip(expected, x.shape, strict=True))
+    fits = x.dim() == len(expected) and all(
+        isinstance(e, str) or e == n for e, n in zip(expected, x.shape, strict=True)
+    )
     if not fits:
-        _check(False, argument, f"shape [{', '.join(map(str, expected))}]", list(x.shape))
+        raise _error(argument, f"shape [{', '.join(map(str, expected))}]", list(x.shape))
 
 
 def _check_broadcastable(argument: str, x: Tensor, *sizes: int) -> None:
     fits = x.dim() == len(sizes) and all(n in (1, size) for n, size in zip(x.shape, sizes, strict=True))
     if not fits:
-        _check(False, argument, f"{len(sizes)} dims broadcastable to {list(sizes)}", list(x.shape))
+        raise _error(argument, f"{len(sizes)} dims broadcastable to {list(sizes)}", list(x.shape))
 
 
-def _check_integers(argument: str, x: Tensor, size: int | str) -> None:
-    _check(x.dtype in (torch.int32, torch.int64), argument, "int32 or int64", x.dtype)
+def _check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
+    if x.dtype not in expected:
+        raise _error(argument, " or ".join(str(d) for d in dict.fromkeys(expected)), x.dtype)
+
+
+def _check_indices(argument: str, x: Tensor, size: int | str) -> None:
+    _check_dtype(argument, x, torch.int32, torch.int64)
     _check_shape(argument, x, size)
+
+
+def _check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:
+    if x is not None and x.device != device:
+        raise _error(argument, f"{owner}'s device {device}", x.device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -318,51 +334,60 @@ def _attention_args(
 ) -> AttentionArgs:
     """Validate and normalise: what a backend receives is complete and consistent."""
     for name, x in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-        _check(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
-        _check(x.dtype in _FLOATS, name, "fp32, fp16, bf16 or fp64", x.dtype)
+        if not isinstance(x, Tensor):
+            raise _error(name, "a tensor", type(x).__name__)
+        if x.dtype not in _FLOATS:
+            raise _error(name, "fp32, fp16, bf16 or fp64", x.dtype)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+
     _check_shape("q", q, "B", "Hq", "S", "D")
     batch, num_heads, q_len, head_dim = q.shape
     _check_shape("k", k, batch, "Hkv", "T", head_dim)
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     _check_shape("v", v, batch, num_kv_heads, kv_len, head_dim)
-    _check(
-        num_kv_heads > 0 and num_heads % num_kv_heads == 0, "q", f"Hq, a multiple of Hkv = {num_kv_heads}", num_heads
-    )
-    _check(kv_len >= q_len or not causal, "k", f"T of at least S = {q_len} when causal", kv_len)
+    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+        raise _error("q", f"Hq, a multiple of Hkv = {num_kv_heads}", num_heads)
+    if causal and kv_len < q_len:
+        raise _error("k", f"T of at least S = {q_len} when causal", kv_len)
     if prefix_k.dim() == 4:
         _check_shape("prefix_k", prefix_k, "A", num_kv_heads, "P", head_dim)
-        _check(prefix_ids is not None, "prefix_ids", "the prefix of each sequence, as prefix_k is a bank", None)
+        if prefix_ids is None:
+            raise _error("prefix_ids", "the prefix of each sequence, as prefix_k is a bank", None)
     else:
         _check_shape("prefix_k", prefix_k, num_kv_heads, "P", head_dim)
-        _check(prefix_ids is None, "prefix_ids", "None, as prefix_k [Hkv, P, D] is no bank", "a tensor")
-        _check(prefix_lens is None, "prefix_lens", "None, as prefix_k [Hkv, P, D] is no bank", "a tensor")
+        for name, tensor in (("prefix_ids", prefix_ids), ("prefix_lens", prefix_lens)):
+            if tensor is not None:
+                raise _error(name, "None, as prefix_k [Hkv, P, D] is no bank", "a tensor")
     _check_shape("prefix_v", prefix_v, *prefix_k.shape)
-    prefix_len = prefix_k.shape[-2]
-
-    _check(k.dtype == q.dtype, "k", f"q's dtype {q.dtype}", k.dtype)
-    _check(v.dtype == q.dtype, "v", f"q's dtype {q.dtype}", v.dtype)
-    _check(prefix_k.dtype in (q.dtype, torch.float32), "prefix_k", f"{q.dtype} or torch.float32", prefix_k.dtype)
-    _check(prefix_v.dtype == prefix_k.dtype, "prefix_v", f"prefix_k's dtype {prefix_k.dtype}", prefix_v.dtype)
+    _check_dtype("k", k, q.dtype)
+    _check_dtype("v", v, q.dtype)
+    _check_dtype("prefix_k", prefix_k, q.dtype, torch.float32)
+    _check_dtype("prefix_v", prefix_v, prefix_k.dtype)
 
     sequences: int | str = batch
     if cu_seqlens is not None:
-        _check(batch == 1 and q_len == kv_len, "cu_seqlens", "packed q and k with B = 1 and S = T",
-               f"q {list(q.shape)}, k {list(k.shape)}")  # fmt: skip
-        _check_integers("cu_seqlens", cu_seqlens, "n + 1")
-        _check(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least the offset 0", "an empty tensor")
+        if batch != 1 or q_len != kv_len:
+            raise _error("cu_seqlens", "packed q and k with B = 1 and S = T", f"q {list(q.shape)}, k {list(k.shape)}")
+        _check_indices("cu_seqlens", cu_seqlens, "n + 1")
+        if cu_seqlens.shape[0] == 0:
+            raise _error("cu_seqlens", "at least the offset 0", "an empty tensor")
         sequences = cu_seqlens.shape[0] - 1
     if prefix_ids is not None:
-        _check_integers("prefix_ids", prefix_ids, sequences)
+        _check_indices("prefix_ids", prefix_ids, sequences)
     if prefix_lens is not None:
-        _check_integers("prefix_lens", prefix_lens, prefix_k.shape[0])
+        _check_indices("prefix_lens", prefix_lens, prefix_k.shape[0])
     if key_mask is not None:
-        _check(key_mask.dtype == torch.bool, "key_mask", "bool, true where a key is visible", key_mask.dtype)
+        if key_mask.dtype != torch.bool:
+            raise _error("key_mask", "bool, true where a key is visible", key_mask.dtype)
         _check_shape("key_mask", key_mask, batch, kv_len)
-    _check(window is None or window >= 1, "window", "None or at least 1", window)
-    _check(softcap is None or softcap > 0, "softcap", "None or a positive number", softcap)
-    _check(0.0 <= dropout_p < 1.0, "dropout_p", "a probability in [0, 1)", dropout_p)
+    if window is not None and window < 1:
+        raise _error("window", "None or at least 1", window)
+    if softcap is not None and not softcap > 0:
+        raise _error("softcap", "None or a positive number", softcap)
+    if not 0.0 <= dropout_p < 1.0:
+        raise _error("dropout_p", "a probability in [0, 1)", dropout_p)
+
     fp = backends.lse_dtype(q.dtype)
     if sinks is not None:
         _check_shape("sinks", sinks, num_heads)
@@ -371,10 +396,11 @@ def _attention_args(
         _check_shape("gate", gate, num_heads)
         gate = gate.to(fp)
     if prefix_bias is not None:
-        _check_broadcastable("prefix_bias", prefix_bias, num_heads, prefix_len)
+        _check_broadcastable("prefix_bias", prefix_bias, num_heads, prefix_k.shape[-2])
         prefix_bias = prefix_bias.to(fp)
     if bias is not None:
-        _check(bias.dtype in _FLOATS, "bias", "a float tensor; a bool mask over keys is key_mask", bias.dtype)
+        if bias.dtype not in _FLOATS:
+            raise _error("bias", "a float tensor; a bool mask over keys is key_mask", bias.dtype)
         _check_broadcastable("bias", bias, batch, num_heads, q_len, kv_len)
         bias = bias if bias.dtype == q.dtype else bias.to(fp)
     for name, tensor in (
@@ -382,14 +408,14 @@ def _attention_args(
         ("prefix_bias", prefix_bias), ("gate", gate), ("key_mask", key_mask), ("cu_seqlens", cu_seqlens),
         ("prefix_ids", prefix_ids), ("prefix_lens", prefix_lens),
     ):  # fmt: skip
-        _check(tensor is None or tensor.device == q.device, name, f"q's device {q.device}",
-               None if tensor is None else tensor.device)  # fmt: skip
+        _check_device(name, tensor, "q", q.device)
 
     seed = None
     if dropout_p > 0.0:
         if isinstance(dropout_seed, Tensor):
-            _check(dropout_seed.dtype == torch.int64 and dropout_seed.dim() == 0, "dropout_seed",
-                   "an int or a 0-dim int64 tensor", f"{list(dropout_seed.shape)} {dropout_seed.dtype}")  # fmt: skip
+            if dropout_seed.dtype != torch.int64 or dropout_seed.dim() != 0:
+                got = f"{dropout_seed.dtype} {list(dropout_seed.shape)}"
+                raise _error("dropout_seed", "an int or a 0-dim int64 tensor", got)
             seed = dropout_seed.to(q.device)
         elif dropout_seed is None:
             seed = torch.randint(torch.iinfo(torch.int64).max, (), device=q.device)
@@ -405,16 +431,15 @@ def _attention_args(
 
 
 def _check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
-    _check(input_ids.dtype in (torch.int32, torch.int64), "input_ids", "int32 or int64", input_ids.dtype)
+    _check_dtype("input_ids", input_ids, torch.int32, torch.int64)
     _check_shape("input_ids", input_ids, "B", "S")
-    _check(weight.dtype in _FLOATS, "weight", "fp32, fp16, bf16 or fp64", weight.dtype)
+    _check_dtype("weight", weight, *_FLOATS)
     _check_shape("weight", weight, "V", "E")
-    _check(prompt.dtype in (weight.dtype, torch.float32), "prompt", f"{weight.dtype} or torch.float32", prompt.dtype)
+    _check_dtype("prompt", prompt, weight.dtype, torch.float32)
     if prompt_ids is None:
         _check_shape("prompt", prompt, "P", weight.shape[1])
     else:
         _check_shape("prompt", prompt, "A", "P", weight.shape[1])
-        _check_integers("prompt_ids", prompt_ids, input_ids.shape[0])
-    for name, x in (("input_ids", input_ids), ("prompt", prompt), ("prompt_ids", prompt_ids)):
-        _check(x is None or x.device == weight.device, name, f"weight's device {weight.device}",
-               None if x is None else x.device)  # fmt: skip
+        _check_indices("prompt_ids", prompt_ids, input_ids.shape[0])
+    for name, tensor in (("input_ids", input_ids), ("prompt", prompt), ("prompt_ids", prompt_ids)):
+        _check_device(name, tensor, "weight", weight.device)

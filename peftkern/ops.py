@@ -74,9 +74,7 @@ def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
 
 def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, backend = inputs
-    return tuple(
-        get_backend(backend).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs)
-    )
+    return tuple(get_backend(backend).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs))
 
 
 def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]

@@ -170,8 +170,8 @@ def dropout_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: floa
     index = [torch.arange(n, device=seed.device) for n in (batch * num_heads, q_len, blocks)]
     head, row, block = torch.meshgrid(*index, indexing="ij")
     words = philox4x32((block, row, head, torch.full_like(head, part)), (seed & _WORD, (seed >> 32) & _WORD))
-    words = torch.stack(words, -1).reshape(batch, num_heads, q_len, 4 * blocks)
-    return words[..., :num_keys] >= int(dropout_p * 2**32)
+    per_key = torch.stack(words, -1).reshape(batch, num_heads, q_len, 4 * blocks)
+    return per_key[..., :num_keys] >= int(dropout_p * 2**32)
 
 
 _WORD = 0xFFFFFFFF

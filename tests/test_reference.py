@@ -60,7 +60,7 @@ def _concatenated(q, k, v, prefix_k, prefix_v, mask=None, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-@pytest.mark.parametrize("shape", [SMALL, Shape(), Shape(T=13), Shape(S=1, P=1), Shape(P=0), Shape(Hq=6, Hkv=3)], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, Shape(), Shape(T=13), Shape(S=1, P=1), Shape(P=0), Shape(Hkv=4)], ids=str)
 def test_equals_attention_over_the_concatenation(shape):
     inputs = tensors(shape)
     out, _ = reference.prefix_attention(**inputs)
@@ -96,9 +96,7 @@ def test_order_of_the_prefix_does_not_matter(seed):
     inputs = tensors(Shape(P=6), seed=seed)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     shuffled = {n: x[:, order] if n.startswith("prefix") else x for n, x in inputs.items()}
-    for got, want in zip(
-        reference.prefix_attention(**shuffled), reference.prefix_attention(**inputs), strict=True
-    ):
+    for got, want in zip(reference.prefix_attention(**shuffled), reference.prefix_attention(**inputs), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -257,5 +255,5 @@ def test_soft_prompt_embedding():
 def test_soft_prompt_embedding_gradcheck():
     ids = torch.tensor([[1, 2, 1], [4, 5, 0]])
     for prompt_ids, sizes in ((None, (2, 3)), (torch.tensor([1, 1]), (3, 2, 3))):
-        leaves = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((6, 3), sizes)]
-        assert torch.autograd.gradcheck(lambda w, p, i=prompt_ids: reference.soft_prompt_embedding(ids, w, p, i), leaves)
+        weight, prompt = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((6, 3), sizes))
+        assert torch.autograd.gradcheck(reference.soft_prompt_embedding, (ids, weight, prompt, prompt_ids))

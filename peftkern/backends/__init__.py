@@ -47,7 +47,7 @@ __all__ = [
     "use_backend",
 ]
 
-#: Every backend, in the order in which ``"auto"`` tries them. A table and not an import by name: the compiler traces it.
+#: Every backend, in the order in which ``"auto"`` tries them: a table, since the compiler cannot trace an import.
 BACKENDS: dict[str, Backend] = {"cpu": cast(Backend, cpu), "reference": cast(Backend, reference)}
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class AttentionArgs(NamedTuple):
     prefix_in_window: bool
     softcap: float
     dropout_p: float
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The nine arguments that may have a gradient, q to gate."""
+        return cast("tuple[Tensor | None, ...]", self[: len(AttentionGradients._fields)])
 
 
 class AttentionGradients(NamedTuple):
@@ -81,7 +86,7 @@ def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradi
     """
     fp = lse_dtype(args.q.dtype)
     gradients = []
-    for argument, need in zip(args[: len(AttentionGradients._fields)], needs, strict=True):
+    for argument, need in zip(args.differentiable, needs, strict=True):
         if argument is None or not need:
             gradients.append(args.q.new_empty(0))
         elif argument is args.q or argument is args.k or argument is args.v:
@@ -112,6 +117,7 @@ class Call:
     needs_grad: bool = False
 
     def __str__(self) -> str:
+        """One line for messages, sizes and dtypes first."""
         names = ("q", "k", "prefix_k") if self.op == "prefix_attention" else ("input_ids", "weight", "prompt")
         shapes = zip(names, (self.q_shape, self.kv_shape, self.prefix_shape), strict=True)
         parts = [f"{name} {list(shape)}" for name, shape in shapes]
@@ -119,7 +125,7 @@ class Call:
         parts[1] += f" {dtype}"
         parts[2] += f" {prefix_dtype}"
         parts += [str(self.device), *self.features]
-        return " · ".join(parts + ["forward and backward" if self.needs_grad else "forward"])
+        return " · ".join([*parts, "forward and backward" if self.needs_grad else "forward"])
 
 
 class Backend(Protocol):
