@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README's Python blocks find already there: a tiny PEFT model, a tiny plain model, a batch, an optimizer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import peft
+import torch
+import transformers
+
+
+def _model() -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def _tokenizer(text: str, **kwargs) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=torch.tensor([[ord(c) % 97 for c in text]]))
+
+
+def namespace() -> dict:
+    """Fresh objects for one block."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ids = torch.randint(0, 97, (2, 9))
+    peft_model = peft.get_peft_model(_model(), config)
+
+    def train() -> None:
+        peft_model.train()
+        peft_model(input_ids=ids, labels=ids).loss.backward()
+
+    return {
+        "peft_model": peft_model,
+        "model": _model(),
+        "tokenizer": _tokenizer,
+        "batch": {"input_ids": ids, "labels": ids},
+        "trainer": SimpleNamespace(train=train),
+    }

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README is a promise: its Python runs, its table is what the backends say, its commands exist."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from peftkern import cli
+
+from . import support_table
+
+TEXT = support_table.README.read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
+def test_python_blocks_run(block, monkeypatch, tmp_path):
+    """Blocks share nothing but the tiny model and batch that the fixture namespace gives them."""
+    from .readme_namespace import namespace
+
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), namespace())
+
+
+def test_the_support_table_is_what_the_backends_say():
+    assert support_table.in_readme() == support_table.table(), "run: python -m tests.support_table"
+
+
+def test_every_command_named_in_the_readme_exists():
+    parser = cli.build_parser()
+    commands = set(re.findall(r"peftkern ([a-z]+)", " ".join(re.findall(r"`([^`]*)`|```sh\n(.*?)```", TEXT, re.S)[0])))
+    known = next(a for a in parser._actions if a.dest != "help" and a.choices).choices
+    named = set(re.findall(r"(?:bin/|`|^)peftkern ([a-z]+)", TEXT, re.M))
+    assert commands | named <= set(known)
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (support_table.README.parent / target).exists(), target
