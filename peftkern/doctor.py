@@ -22,7 +22,7 @@ from typing import Any
 from . import __version__
 
 #: Versions that the test suite has run with; others are reported, not refused.
-TESTED = {"torch": ("2.13",), "transformers": ("5.23",), "peft": ("0.21",)}
+TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.23",), "peft": ("0.21",)}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
 _VARIABLES = (
     "PEFTKERN_BACKEND", "PEFTKERN_BUILD", "PEFTKERN_AUTOTUNE", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST",
@@ -98,7 +98,9 @@ def _packages() -> dict[str, Any]:
 def _build() -> dict[str, Any]:
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build_info.json")
     if not os.path.exists(path):
-        return {"native libraries": "none built: `pip install .` in a checkout with a C++ compiler builds the CPU one"}
+        return {
+            "native libraries": "none built: `pip install .` in a checkout with a C++ compiler builds the CPU one"
+        }
     with open(path) as file:
         return dict(json.load(file))
 
@@ -107,7 +109,9 @@ def _gpu() -> dict[str, Any]:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         return {"devices": "none that torch can use"}
-    facts: dict[str, Any] = {"runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"}
+    facts: dict[str, Any] = {
+        "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+    }
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         facts[f"cuda:{index}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory >> 20} MiB"

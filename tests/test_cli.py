@@ -43,7 +43,7 @@ def test_doctor_runs_where_torch_is_broken():
 
 def test_doctor_marks_untested_versions(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "99.0")
-    assert doctor._packages()["torch"] == "99.0 (untested; tested with 2.13)"
+    assert doctor._packages()["torch"] == "99.0 (untested; tested with 2.13, 2.15)"
 
 
 def test_a_wrong_self_test_is_reported(monkeypatch):
