@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that ``transformers`` calls in every layer of a patched model.
+
+A layer with a prefix runs :func:`peftkern.prefix_attention`. Any other (cross attention, an encoder, a layer left out,
+a disabled adapter) runs the implementation that the model had before, on the mask that this one expects.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..functional import prefix_attention
+from .cache import KeyValue, PrefixCache, PrefixOptions
+from .masks import CompactMask, LazyMask, additive
+
+__all__ = ["Implementation", "attention_forward", "register"]
+
+NAME = "peftkern"
+
+
+class Implementation(str):
+    """``"peftkern"`` as the attention implementation of a config, which remembers the one it stands over.
+
+    It lives where the config keeps its implementation, so it is copied and pickled with the model and never written to
+    ``config.json``.
+    """
+
+    over: str
+
+    def __new__(cls, over: str) -> Implementation:
+        self = super().__new__(cls, NAME)
+        self.over = over
+        return self
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.over,)
+
+
+def register() -> None:
+    """Make ``transformers`` know the implementation. Without the mask function it would drop masks without a word."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, LazyMask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    peftkern_prefix: PrefixCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``transformers``' attention interface.
+
+    Args:
+        module: the attention module.
+        query: [B, Hq, S, D].
+        key, value: [B, Hkv, T, D], of the sequence.
+        attention_mask: as made by :class:`.masks.LazyMask`, or a user's own [B, 1, S, T or P + T], bool or additive.
+        peftkern_prefix: the cache that a patched model's forward hook put into the keyword arguments.
+        kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and what else
+            the model hands down.
+
+    Returns:
+        ([B, S, Hq, D] contiguous, None).
+    """
+    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key)
+    if peftkern_prefix is None or prefix is None:
+        return _previous_attention(module, query, key, value, attention_mask, **kwargs)
+    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix.options, **kwargs), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    prefix: KeyValue,
+    options: PrefixOptions,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    for name in ("output_attentions", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: a model with a peftkern prefix has no {_UNSUPPORTED[name]}")
+    num_keys, prefix_len = key.shape[2], prefix[0].shape[1]
+    mask_bias = None
+    if isinstance(attention_mask, LazyMask):
+        mask = attention_mask.compact(num_keys)
+        # A bias that depends on prefix and query, and a window that hides prefix keys: only the dense form has both.
+        if mask is None or (mask.window is not None and position_bias is not None):
+            mask_bias = attention_mask.bias(num_keys, prefix_len if options.in_window else 0, query.dtype)
+            mask = CompactMask(causal=False, window=None, key_mask=None)
+    elif attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask = CompactMask(bool(causal), sliding_window if causal else None, None)
+    else:
+        mask_bias = additive(attention_mask, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
+        mask = CompactMask(causal=False, window=None, key_mask=None)
+
+    prefix_bias, bias = _split(mask_bias, num_keys, prefix_len, "attention_mask")
+    if position_bias is not None:
+        prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
+        prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
+    sequence = {
+        "causal": mask.causal,
+        "window": mask.window,
+        "prefix_in_window": options.in_window,
+        "key_mask": None if mask.key_mask is None else mask.key_mask.to(query.device),
+        "sinks": s_aux,
+        "bias": bias,
+    }
+    common = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
+    if prefix_bias is not None:
+        out = _attend_in_two_parts(query, key, value, *prefix, prefix_bias, sequence, common)
+    else:
+        out = prefix_attention(query, key, value, *prefix, **sequence, **common)
+    return out.transpose(1, 2)
+
+
+_UNSUPPORTED = {
+    "output_attentions": "attention weights to return; look at them after unpatch(model)",
+    "cu_seq_lens_q": "packed sequences; pass padded ones with an attention_mask",
+}
+
+
+def _split(bias: Tensor | None, num_keys: int, prefix_len: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """[..., n + T] -> ([..., P] of the last prefix positions, [..., T]); the former None where n = 0."""
+    if bias is None:
+        return None, None
+    before = bias.shape[-1] - num_keys
+    if before == 0 or prefix_len == 0:
+        return None, bias[..., before:]
+    if before < prefix_len:
+        raise ValueError(
+            f"{name}: expected {num_keys} columns (sequence) or {prefix_len + num_keys} (prefix and sequence), got "
+            f"{bias.shape[-1]}"
+        )
+    return bias[..., before - prefix_len : before], bias[..., before:]
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _attend_in_two_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_bias: Tensor,
+    sequence: dict[str, Any],
+    common: dict[str, Any],
+) -> Tensor:
+    """Attention with a prefix bias [B or 1, Hq or 1, S or 1, P] that depends on the query (T5's relative positions).
+
+    The prefix takes the place of a sequence that all B * S queries share; the two results are weighted by their shares
+    of the softmax's denominator, exp(lse). Returns [B, Hq, S, D].
+    """
+    batch, num_heads, q_len, head_dim = query.shape
+    nothing = prefix_k[:, :0], prefix_v[:, :0]
+    out, lse = prefix_attention(query, key, value, *nothing, return_lse=True, **sequence, **common)
+
+    rows = query.transpose(1, 2).reshape(1, batch * q_len, num_heads, head_dim).transpose(1, 2)
+    row_bias = prefix_bias.expand(batch, -1, q_len, -1).transpose(0, 1)
+    row_bias = row_bias.reshape(1, prefix_bias.shape[1], batch * q_len, -1)
+    shared_k, shared_v = prefix_k[None].to(query.dtype), prefix_v[None].to(query.dtype)
+    prefix_out, prefix_lse = prefix_attention(
+        rows, shared_k, shared_v, *nothing, causal=False, bias=row_bias, return_lse=True, **common
+    )
+    prefix_out = prefix_out.transpose(1, 2).reshape(batch, q_len, num_heads, head_dim).transpose(1, 2)
+    prefix_lse = prefix_lse.reshape(num_heads, batch, q_len).transpose(0, 1)
+
+    # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)). Where both are -inf the query sees nothing, and both parts are 0.
+    difference = (prefix_lse - lse).nan_to_num(0.0, float("inf"), float("-inf"))
+    share = torch.sigmoid(difference).unsqueeze(-1)
+    return (share * prefix_out + (1.0 - share) * out).to(query.dtype)
+
+
+def _previous_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    *,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention that the model had before."""
+    name = module.config._attn_implementation.over
+    num_keys = key.shape[2]
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.for_implementation(name, num_keys)
+    if position_bias is not None:
+        kwargs["position_bias"] = position_bias[..., position_bias.shape[-1] - num_keys :]
+    attention = _find_implementation(module, name)
+    return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _find_implementation(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The attention function ``name`` as the module would have looked it up: its modeling file has the eager one."""
+    for cls in type(module).__mro__:
+        modeling = sys.modules[cls.__module__]
+        eager = getattr(modeling, "eager_attention_forward", None)
+        if eager is not None:
+            registry = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+            return registry.get_interface(name, eager)  # type: ignore[no-any-return]
+    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it to fall back to")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a patched model has that others do not: an attention implementation, hooks, and marks on attention modules."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.import_utils import is_tracing
+
+from .attention import Implementation, register
+from .cache import SITE, KeyValue, PrefixCache, PrefixOptions
+from .relative_bias import SpanningBias
+from .survey import Site, find_backbone, survey
+
+__all__ = ["PATCH", "ModelPatch", "self_attention_cache"]
+
+#: Attribute of a patched model: its :class:`ModelPatch`.
+PATCH = "_peftkern_patch"
+
+
+class ModelPatch:
+    """A prefix in one model. Subclasses say where the prefix comes from.
+
+    The prefix travels as a keyword argument: the hook on the backbone adds it, ``transformers`` hands it down to the
+    attention function. That way also leads through activation checkpointing, which takes the cache away from layers.
+
+    Args:
+        model: what the user patches.
+        base: the Hugging Face model in it.
+        options: for the attention function.
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel, options: PrefixOptions) -> None:
+        self.model = model
+        self.base = base
+        self.options = options
+        self.backbone = find_backbone(base)
+        self.arguments = tuple(inspect.signature(self.backbone.forward).parameters)
+        self.sites: dict[nn.Module, Site] = {}
+        self._handles: list[RemovableHandle] = []
+        self._biases: list[SpanningBias] = []
+        #: The cache of the forward that runs, and its number of tokens.
+        self._current: tuple[PrefixCache, int] | None = None
+
+    def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
+        """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
+        raise NotImplementedError
+
+    def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        """Put mask and positions in ``kwargs`` behind the prefix."""
+
+    def clean_output(self, cache: PrefixCache, kwargs: dict[str, Any], output: Any) -> Any:
+        """The backbone's output as the caller expects it."""
+        return output
+
+    def install(self) -> None:
+        """Change the model. If that fails, the model is as it was."""
+        register()
+        try:
+            for config in self._configs():
+                if not isinstance(config._attn_implementation, Implementation):
+                    config._attn_implementation_internal = Implementation(config._attn_implementation)
+            self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
+            for module, site in self.sites.items():
+                setattr(module, SITE, site)
+                if hasattr(module, "compute_bias"):
+                    self._biases.append(SpanningBias(module))
+            for name, module in self.backbone.named_modules():
+                if isinstance(module, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2]):
+                    self._handles.append(module.register_forward_pre_hook(self.check_positions, with_kwargs=True))
+            self._handles.append(self.backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+            self._handles.append(self.backbone.register_forward_hook(self.after_forward, with_kwargs=True))
+        except BaseException:
+            self.remove()
+            raise
+        setattr(self.model, PATCH, self)
+
+    def remove(self) -> None:
+        """Undo :meth:`install`."""
+        for handle in self._handles:
+            handle.remove()
+        for bias in self._biases:
+            bias.remove()
+        for module in self.sites:
+            delattr(module, SITE)
+        for config in self._configs():
+            if isinstance(config._attn_implementation, Implementation):
+                config._attn_implementation_internal = config._attn_implementation.over
+        self.model.__dict__.pop(PATCH, None)
+
+    def _configs(self) -> list[Any]:
+        """The configs whose attention implementation rules in the model, each once."""
+        configs = [module.config for module in self.base.modules() if isinstance(module, PreTrainedModel)]
+        return list({id(config): config for config in configs}.values())
+
+    def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """Raise ValueError unless a prefix of this shape fits the model."""
+        for site in self.sites.values():
+            if site.layer >= num_layers:
+                raise ValueError(f"{name}: expected a prefix for layer {site.layer} ({site.name}), got {num_layers} layers")
+            if (site.num_kv_heads, site.head_dim) != (num_kv_heads, head_dim):
+                raise ValueError(
+                    f"{name}: expected {site.num_kv_heads} key-value heads of {site.head_dim}, as {site.name} has, got "
+                    f"{num_kv_heads} of {head_dim}"
+                )
+
+    def new_cache(
+        self, prefix: Sequence[KeyValue | None], *, offset: int, stores: bool, offset_outside: bool
+    ) -> PrefixCache:
+        """A cache for a call of the backbone that has none."""
+        if torch.is_grad_enabled() and self.backbone.training and _checkpoints_reentrantly(self.backbone):
+            tensors = [tensor for kv in prefix if kv is not None for tensor in kv]
+            if any(_saves_tensors(tensor) for tensor in tensors[:1]):
+                raise ValueError(
+                    "use_reentrant: expected False for a prefix that is computed (projection, MLP), as reentrant "
+                    "checkpointing would go back through that computation once a layer; use "
+                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                )
+        return PrefixCache(
+            prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options
+        )
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: give the backbone its prefix."""
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        cache = self.find_cache(kwargs)
+        self._current = None
+        if cache is not None:
+            tokens = kwargs.get("input_ids")
+            tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+            cache.begin()
+            self._current = cache, tokens.shape[1]
+            self.place_sequence(cache, kwargs)
+            _refuse_packing(kwargs)
+            kwargs["peftkern_prefix"] = cache
+        return (), kwargs
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook: check that no layer ran without its prefix."""
+        if self._current is None:
+            return output
+        cache, _ = self._current
+        self._current = None
+        expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]
+        missing = cache.finish(expected)
+        drops_layers = self.backbone.training and getattr(self.backbone, "layerdrop", 0.0) > 0.0
+        if missing and not (drops_layers and len(missing) < len(expected)):
+            raise ValueError(
+                f"attention ran without its prefix in {', '.join(missing)}: the model's attention implementation is "
+                f"{self.backbone.config._attn_implementation!r}, expected 'peftkern'; unpatch(model) and patch it again"
+            )
+        return self.clean_output(cache, kwargs, output)
+
+    def check_positions(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook on a table of learned positions: the prefix must leave room for the sequence."""
+        if self._current is None:
+            return
+        cache, num_tokens = self._current
+        positions: Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[0]
+        num_rows = module.num_embeddings - getattr(module, "offset", 0)
+        too_few = positions.shape[-1] < num_tokens
+        if too_few or (not is_tracing(positions) and positions.numel() and int(positions.max()) >= num_rows):
+            raise ValueError(
+                f"input_ids: expected at most {num_rows} positions, the length of the model's position table, got "
+                f"{cache.get_seq_length() + num_tokens}, of which the prefix takes {cache.offset}; shorten the sequence "
+                "(or patch a PrefixKV with shift_positions=False, which then takes none)"
+            )
+
+
+def self_attention_cache(cache: Cache | None) -> Cache | None:
+    """The part of a cache that self attention reads."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _refuse_packing(kwargs: dict[str, Any]) -> None:
+    """Without a mask, models read several sequences per row off the positions; with a cache they no longer do."""
+    position_ids = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2:
+        if not is_tracing(position_ids) and find_packed_sequence_indices(position_ids) is not None:
+            raise ValueError(
+                "position_ids: expected one sequence a row, got packed ones, which would see each other through the "
+                "prefix's cache; pass padded sequences with an attention_mask"
+            )
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
+                return True
+    return False
+
+
+def _saves_tensors(tensor: Tensor) -> bool:
+    """Whether the graph behind ``tensor`` holds tensors that its first backward pass frees."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if any(name.startswith("_raw_saved_") for name in dir(node)):
+                return True
+            nodes += [parent for parent, _ in node.next_functions]
+    return False

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A :class:`peftkern.PrefixKV` in a plain Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from .cache import KeyValue, PrefixCache, PrefixOptions
+from .model_patch import ModelPatch, self_attention_cache
+
+__all__ = ["LayerPrefix", "PrefixPatch"]
+
+#: Name of the prefix as a submodule of the model.
+SUBMODULE = "peftkern_prefix"
+
+
+@runtime_checkable
+class LayerPrefix(Protocol):
+    """What a patch needs of a prefix; :class:`peftkern.PrefixKV` is one."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    lengths: Sequence[int]
+
+    def layer_kv(self) -> Sequence[KeyValue | None]:
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer left out."""
+
+
+class PrefixPatch(ModelPatch):
+    """The prefix is a submodule of the model. Callers speak of the sequence alone: masks, positions and caches are put
+    behind the prefix on their way into the backbone.
+
+    Args:
+        shift_positions: the sequence's positions start behind the longest prefix; else at 0.
+        freeze: switch ``requires_grad`` off for the model's own parameters while patched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        prefix: LayerPrefix,
+        *,
+        shift_positions: bool,
+        freeze: bool,
+        options: PrefixOptions,
+    ) -> None:
+        super().__init__(model, base, options)
+        self.prefix = prefix
+        self.offset = max(prefix.lengths, default=0) if shift_positions else 0
+        self.frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
+
+    def install(self) -> None:
+        super().install()
+        try:
+            self.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
+        except ValueError:
+            self.remove()
+            raise
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        self.model.add_module(SUBMODULE, self.prefix)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        super().remove()
+        self.model._modules.pop(SUBMODULE, None)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+
+    def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
+        given: Cache | None = kwargs.get("past_key_values")
+        sequence = self_attention_cache(given)
+        if isinstance(sequence, PrefixCache):
+            return sequence
+        _check_replaceable(sequence)
+        training = self.backbone.training and torch.is_grad_enabled()
+        cache = self.new_cache(
+            self.prefix.layer_kv(),
+            offset=self.offset,
+            stores=not training and kwargs.get("use_cache") is not False,
+            offset_outside=False,
+        )
+        if isinstance(given, EncoderDecoderCache):
+            kwargs["past_key_values"] = EncoderDecoderCache(cache, given.cross_attention_cache)
+        elif kwargs.get("encoder_hidden_states") is not None:
+            kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+        else:
+            kwargs["past_key_values"] = cache
+        return cache
+
+    def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids + cache.offset
+
+    def clean_output(self, cache: PrefixCache, kwargs: dict[str, Any], output: Any) -> Any:
+        """Without ``use_cache`` there is no cache in the output, or ``generate`` would go on with it."""
+        if kwargs.get("use_cache") is not False:
+            return output
+        if isinstance(output, tuple):
+            return tuple(item for item in output if item is not kwargs["past_key_values"])
+        return type(output)(**{key: value for key, value in output.items() if key != "past_key_values"})
+
+
+def _check_replaceable(cache: Cache | None) -> None:
+    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
+    if cache is None:
+        return
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        raise ValueError(f"past_key_values: expected None or a DynamicCache, got {cache!r}")
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
+            "tokens that have not seen the prefix"
+        )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds, by running a model on two tokens, which attention modules read which layer of its cache.
+
+No names and no list of models: a module takes a prefix if the keys that it attends to are those that the cache returned.
+Cross attention and encoders do not, layers that share the keys of another layer do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+__all__ = ["Site", "find_backbone", "survey"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """An attention module that takes a prefix.
+
+    Attributes:
+        name: the module's path in the model.
+        layer: the cache layer whose keys it reads.
+        num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
+    """
+
+    name: str
+    layer: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """The model within ``model`` that runs the layers and hands its keyword arguments down to them.
+
+    Raises:
+        ValueError: if it takes no cache, or its attention cannot be reached.
+    """
+    backbone = model.get_decoder()
+    kind = type(backbone).__name__
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(f"model: {kind} takes no past_key_values, by which a prefix reaches its layers")
+    if not backbone._can_set_attn_implementation():
+        modules = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if "Attention" in type(m).__name__]
+        raise ValueError(
+            f"model: {kind} does not dispatch its attention through transformers' AttentionInterface, so a prefix "
+            f"cannot reach {', '.join(modules)}"
+        )
+    return backbone
+
+
+class _Survey(DynamicCache):
+    """A cache that stores nothing and notes who reads it; stands in for a :class:`.cache.PrefixCache`."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        Cache.__init__(self, layers=[])
+        self.names = names
+        self.sites: dict[nn.Module, Site] = {}
+        # The tensors are held, so that no later one can have the address of an earlier one.
+        self.returned: list[tuple[int, Tensor, Tensor]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.returned.append((layer_idx, key_states, value_states))
+        return key_states, value_states
+
+    def take(self, module: nn.Module, key: Tensor) -> None:
+        address = key.untyped_storage().data_ptr()
+        for layer, returned, value in self.returned:
+            if returned.untyped_storage().data_ptr() == address:
+                name = self.names[module]
+                if value.shape != key.shape:
+                    raise ValueError(f"{name}: keys {list(key.shape)} and values {list(value.shape)} differ in shape")
+                self.sites[module] = Site(name, layer, key.shape[1], key.shape[3])
+
+
+@torch.no_grad()
+def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Module, Site]:
+    """The attention modules of ``backbone`` that take a prefix. Its implementation must be peftkern's already.
+
+    Args:
+        names: path of each module, for messages.
+
+    Raises:
+        ValueError: if the model cannot be run, or keys of its cache go to an attention that is not dispatched.
+    """
+    record = _Survey(names)
+    training = [module for module in backbone.modules() if module.training]
+    input_ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    backbone.eval()
+    try:
+        backbone(**inputs, past_key_values=record, peftkern_prefix=record)
+    except Exception as error:
+        raise ValueError(f"model: {type(backbone).__name__} could not be run with a cache: {error}") from error
+    finally:
+        for module in training:
+            module.training = True
+    unseen = {layer for layer, _, _ in record.returned} - {site.layer for site in record.sites.values()}
+    if unseen or not record.sites:
+        layers = f"layers {sorted(unseen)}" if unseen else "all layers"
+        raise ValueError(
+            f"model: {layers} of {type(backbone).__name__} keep their attention from transformers' AttentionInterface, "
+            "so a prefix cannot reach them"
+        )
+    return record.sites
