@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned things: :class:`PrefixKV` (keys and values of every layer) and :class:`SoftPrompt` (input embeddings)."""
+"""What is learned: :class:`PrefixKV`, keys and values of every layer, and :class:`SoftPrompt`, input embeddings."""
 
 from __future__ import annotations
 
@@ -127,9 +127,8 @@ class PrefixKV(nn.Module):
             argument = "projection" if projection is not None else "peft_seq2seq_layout"
             raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(self.lengths)}")
 
-        self._groups = (
-            [range(self.num_layers)] if uniform else [range(l, l + 1) for l, n in enumerate(self.lengths) if n]
-        )
+        ragged = [range(layer, layer + 1) for layer, n in enumerate(self.lengths) if n]
+        self._groups = [range(self.num_layers)] if uniform else ragged
         if device is None:
             device = getattr(model_or_config, "device", None)
         like: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -178,8 +177,8 @@ class PrefixKV(nn.Module):
                 heads, tokens, dim = x.shape if x.dim() == 3 else (-1, -1, -1)
                 if (heads, dim) != (self.num_kv_heads, self.head_dim) or tokens < length:
                     raise ValueError(
-                        f"init: layer {layer}: expected keys and values [Hkv = {self.num_kv_heads}, at least {length} "
-                        f"tokens, D = {self.head_dim}], got {list(x.shape)}"
+                        f"init: layer {layer}: expected keys and values [Hkv = {self.num_kv_heads}, at least "
+                        f"{length} tokens, D = {self.head_dim}], got {list(x.shape)}"
                     )
         return [
             torch.cat(
@@ -385,6 +384,8 @@ class SoftPrompt(nn.Module):
         source = model_or_embedding
         if hasattr(source, "get_input_embeddings"):
             source = source.get_input_embeddings().weight
+        if embed_dim is None and source is None:
+            raise ValueError("model_or_embedding: expected a model, config or weight, or embed_dim, got None")
         if embed_dim is None:
             embed_dim = source.shape[1] if isinstance(source, Tensor) else _embed_dim(source)
         if length < 0 or (num_prompts is not None and num_prompts < 1):
@@ -506,7 +507,7 @@ def _embed_dim(config: Any) -> int:
     """Width of the token embeddings, which ELECTRA and OPT-350m project to the hidden size."""
     config = _text_config(config)
     names = ("embedding_size", "word_embed_proj_dim", "hidden_size")
-    return next(n for n in (getattr(config, name, None) for name in names) if n)
+    return int(next(n for n in (getattr(config, name, None) for name in names) if n))
 
 
 def _lengths(length: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -526,7 +527,7 @@ def _tokens(tokenizer: Any, text: str, length: int) -> list[int]:
 
 @torch.no_grad()
 def _text_cache(model: Any, input_ids: Tensor) -> Any:
-    """What the model caches for the tokens. A cache made without the config keeps every token in sliding layers too."""
+    """What the model caches for the tokens. A cache made without a config keeps every token in sliding layers too."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefixes on disk, in PEFT's folder format: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+``prompt_embeddings`` and the config are what PEFT reads. Parameters that this does not give back (the MLP of a
+projection) lie beside it under keys ``peftkern.*``, which PEFT skips. The header of the weights repeats the config,
+so the weights alone are a whole checkpoint, and one rename replaces it. A prefix that PEFT cannot express (a length
+per layer, a bank, the natural layer order of an encoder-decoder model) carries a ``peft_type`` that PEFT refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .modules import Origin, PrefixKV, SoftPrompt
+
+__all__ = ["load_prefix", "save_prefix"]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = 1
+
+_PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE", "PEFTKERN_PREFIX")
+_PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PEFTKERN_PROMPT")
+
+
+def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -> None:
+    """Saves a prefix so that :func:`load_prefix` and, where it can express it, PEFT load it.
+
+    Both files are written beside their places, flushed to the disk, and then renamed, the weights first. Whatever
+    stops this on the way, :func:`load_prefix` finds either the old prefix or the new one, whole.
+
+    Args:
+        prefix: what to save.
+        folder: made if it is not there; its ``adapter_model.safetensors`` and ``adapter_config.json`` are replaced.
+
+    Raises:
+        ValueError: if the folder's weights also hold somebody else's tensors (a classifier that PEFT saved beside its
+            prefix), which would be lost.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> save_prefix(PrefixKV(None, [3, 0, 5], num_layers=3, num_kv_heads=2, head_dim=16), folder)
+    >>> load_prefix(folder)
+    PrefixKV(num_layers=3, num_kv_heads=2, head_dim=16, lengths=[3, 0, 5])
+    """
+    if isinstance(prefix, PrefixKV):
+        config, own, tensors = _describe_prefix(prefix)
+    elif isinstance(prefix, SoftPrompt):
+        config, own, tensors = _describe_prompt(prefix)
+    else:
+        raise ValueError(f"prefix: expected a PrefixKV or SoftPrompt, got {type(prefix).__name__}")
+    config = {"inference_mode": True, **prefix.origin._asdict(), **config}
+    full = {**config, **own, "peftkern_format": FORMAT_VERSION}
+    # PEFT warns of fields it does not know.
+    public = full if config["peft_type"].startswith("PEFTKERN") else config
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_nothing_lost(folder / WEIGHTS_NAME)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    metadata = {"format": "pt", "peftkern": json.dumps(full, sort_keys=True)}
+    weights, text = save(tensors, metadata), json.dumps(public, indent=2, sort_keys=True)
+    _replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+
+
+def load_prefix(
+    folder: str | os.PathLike[str], trainable: bool = True, *, model: Any = None
+) -> PrefixKV | SoftPrompt:
+    """Loads what :func:`save_prefix` or PEFT's ``save_pretrained`` left in a folder, for continued training too.
+
+    PEFT's PREFIX_TUNING and CARTRIDGE give a :class:`PrefixKV`, PROMPT_TUNING and P_TUNING a :class:`SoftPrompt`.
+    PEFT saves the output of a projection or prompt encoder without its MLP, so those go on as flat parameters.
+    Tensors of other modules (``modules_to_save``) are not loaded; a warning names them.
+
+    Args:
+        folder: a local folder with the two files; the config may be missing beside weights of :func:`save_prefix`.
+        trainable: false clears ``requires_grad``.
+        model: a Hugging Face model or config that the prefix must fit; a model also gives the device.
+
+    Returns:
+        The prefix in the stored dtype; half precision becomes fp32, of the same values.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it: missing, truncated, a pickle, another format, another
+            kind of adapter, shapes that do not fit the config, or made for another model.
+    """
+    folder = Path(folder)
+    path = folder / WEIGHTS_NAME
+    tensors, config = _read(folder)
+    peft_type = config.get("peft_type")
+    if peft_type not in _PREFIX_TYPES + _PROMPT_TYPES:
+        known = ", ".join(_PREFIX_TYPES + _PROMPT_TYPES)
+        raise ValueError(f"{folder / CONFIG_NAME}: expected peft_type to be one of {known}, got {peft_type!r}")
+    try:
+        build = _build_prefix if peft_type in _PREFIX_TYPES else _build_prompt
+        prefix = build(config, tensors)
+        prefix.origin = Origin(*(config.get(name) or default for name, default in Origin._field_defaults.items()))
+    except KeyError as error:
+        raise ValueError(f"{path}: expected {error} in the weights or their config, got neither") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if model is not None:
+        _check_fits(prefix, model, path)
+        device = getattr(model, "device", None)
+        prefix = prefix if device is None else prefix.to(device)
+    foreign = _foreign(tensors)
+    if foreign:
+        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=2)
+    return prefix.requires_grad_(False) if not trainable else prefix
+
+
+def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """PEFT's config fields, fields of our own, and the tensors."""
+    uniform = len(set(prefix.lengths)) == 1
+    config: dict[str, Any] = {
+        "peft_type": "PEFTKERN_PREFIX",
+        "num_virtual_tokens": max(prefix.lengths),
+        "num_layers": prefix.num_layers,
+        "num_attention_heads": prefix.num_kv_heads,
+        "token_dim": prefix.token_dim,
+        "num_transformer_submodules": 2 if prefix.peft_seq2seq_layout else 1,
+    }
+    if uniform and (prefix.origin.task_type == "SEQ_2_SEQ_LM") == prefix.peft_seq2seq_layout:
+        if prefix.num_frozen_tokens:
+            config |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": prefix.num_frozen_tokens}
+        else:
+            config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": prefix.projection is not None}
+            config |= {"encoder_hidden_size": prefix.projection or prefix.token_dim}
+    own = {name: getattr(prefix, name) for name in ("lengths", "num_frozen_tokens", "projection")}
+    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if uniform else {}
+    if not uniform or prefix.projection is not None:
+        tensors |= {f"peftkern.{name}": x for name, x in prefix.state_dict().items()}
+    return config, own, tensors
+
+
+def _describe_prompt(prompt: SoftPrompt) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    bank = prompt.weight.dim() == 3
+    config = {
+        "peft_type": "PEFTKERN_PROMPT" if bank else "PROMPT_TUNING",
+        "num_virtual_tokens": prompt.length,
+        "token_dim": prompt.embed_dim,
+        "num_transformer_submodules": 1,
+    }
+    return config, {"num_prompts": prompt.weight.shape[0] if bank else None}, {"prompt_embeddings": prompt.weight}
+
+
+def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrefixKV:
+    """The module is made on the meta device, so that nothing is allocated before the shapes are found to fit."""
+    num_layers, num_kv_heads, token_dim = (config[n] for n in ("num_layers", "num_attention_heads", "token_dim"))
+    if token_dim % num_kv_heads:
+        raise ValueError(f"token_dim: expected a multiple of {num_kv_heads} heads, got {token_dim}")
+    length, num_frozen = config["num_virtual_tokens"], config.get("num_frozen_tokens") or 0
+    prefix = PrefixKV(
+        None, config.get("lengths", length), num_layers=num_layers, num_kv_heads=num_kv_heads,
+        head_dim=token_dim // num_kv_heads, num_frozen_tokens=num_frozen, projection=config.get("projection"),
+        init="zero", device="meta", peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
+    )  # fmt: skip
+    state = {name.removeprefix("peftkern."): x for name, x in tensors.items() if name.startswith("peftkern.")}
+    if not state:
+        flat = tensors["prompt_embeddings"]
+        _check_shape("prompt_embeddings", flat, [length, num_layers * 2 * token_dim])
+        state = {"trainable.0": flat[num_frozen:]} | ({"frozen.0": flat[:num_frozen]} if num_frozen else {})
+    for name, x in prefix.state_dict().items():
+        _check_shape(f"peftkern.{name}", state[name], list(x.shape))
+    prefix.load_state_dict({name: _master(x) for name, x in state.items()}, assign=True)
+    return prefix
+
+
+def _build_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SoftPrompt:
+    """PEFT stores num_virtual_tokens rows per transformer submodule, and uses those of the first."""
+    length, num_prompts = config["num_virtual_tokens"], config.get("num_prompts")
+    weight = tensors["prompt_embeddings"]
+    bank = [] if num_prompts is None else [num_prompts]
+    rows = length * (config.get("num_transformer_submodules") or 1)
+    _check_shape("prompt_embeddings", weight, [*bank, rows, config["token_dim"]])
+    weight = _master(weight[..., :length, :])
+    return SoftPrompt(
+        None, length, num_prompts=num_prompts, embed_dim=config["token_dim"], init=weight, dtype=weight.dtype
+    )
+
+
+def _check_shape(name: str, x: Tensor, expected: list[int]) -> None:
+    if list(x.shape) != expected or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floats {expected}, got {x.dtype} {list(x.shape)}")
+
+
+def _master(x: Tensor) -> Tensor:
+    """A copy (what was read is mapped from the file) in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
+    wanted: PrefixKV | SoftPrompt
+    if isinstance(prefix, PrefixKV):
+        wanted, names = PrefixKV(model, 0, device="meta"), ["num_layers", "num_kv_heads", "head_dim"]
+    else:
+        wanted, names = SoftPrompt(model, 0), ["embed_dim"]
+    expected, got = ({name: getattr(x, name) for name in names} for x in (wanted, prefix))
+    if expected != got:
+        raise ValueError(
+            f"{path}: expected a prefix for the model's {expected}, got one for {got} "
+            f"({prefix.origin.base_model_name_or_path or 'model unnamed'})"
+        )
+
+
+def _check_nothing_lost(path: Path) -> None:
+    """A file that cannot be read holds nothing to lose."""
+    with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(path, framework="pt") as file:
+        foreign = _foreign(file.keys())
+        if foreign:
+            raise ValueError(
+                f"{path}: expected to replace a prefix alone, got also {foreign}; save to another folder"
+            )
+
+
+def _foreign(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name != "prompt_embeddings" and not name.startswith("peftkern."))
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config. Our weights carry their config; of the file beside them only the origin is then taken, for
+    it may have been edited, or be that of the prefix before."""
+    weights, config_path = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    if not weights.is_file():
+        pickle = " (adapter_model.bin is a pickle, which is not read: save it as safetensors)"
+        hint = pickle if (folder / "adapter_model.bin").exists() else ""
+        raise ValueError(f"{weights}: expected a safetensors file, got none{hint}")
+    tensors, metadata = _read_weights(weights)
+    try:
+        config = json.loads(config_path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"a JSON {type(config).__name__}")
+    except (OSError, ValueError) as error:
+        config = {}
+        if "peftkern" not in metadata:
+            raise ValueError(f"{config_path}: expected PEFT's config, a JSON object, got {error}") from error
+    if "peftkern" not in metadata:
+        return tensors, config
+    own = json.loads(metadata["peftkern"])
+    if own.get("peftkern_format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{weights}: expected peftkern_format {FORMAT_VERSION}, got {own.get('peftkern_format')}; "
+            "a newer peftkern wrote it"
+        )
+    return tensors, {**own, **{name: config[name] for name in Origin._fields if name in config}}
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            head = raw.read(2)
+        pickled = head == b"PK" or head[:1] == b"\x80"
+        kind = "a pickle, which is not read" if pickled else f"a truncated or foreign file ({error})"
+        raise ValueError(f"{path}: expected a safetensors file, got {kind}") from error
+
+
+def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Puts files in place in the given order, each by one rename, after all of them have reached the disk."""
+    temporary = {name: folder / f".{name}.{uuid4().hex}.tmp" for name in contents}
+    try:
+        for name, data in contents.items():
+            with temporary[name].open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
