@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README's Python blocks find already there: a tiny PEFT model, a tiny plain model, a batch, an optimizer."""
+"""What the README's Python blocks find already there: a tiny PEFT model, a tiny plain model, a batch."""
 
 from __future__ import annotations
 
