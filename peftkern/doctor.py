@@ -24,10 +24,7 @@ from . import __version__
 #: Versions that the test suite has run with; others are reported, not refused.
 TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.23",), "peft": ("0.21",)}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
-_VARIABLES = (
-    "PEFTKERN_BACKEND", "PEFTKERN_BUILD", "PEFTKERN_AUTOTUNE", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST",
-    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET",
-)  # fmt: skip
+_VARIABLES = ("PEFTKERN_BACKEND", "PEFTKERN_BUILD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

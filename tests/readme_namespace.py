@@ -18,8 +18,8 @@ def _model() -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(config)
 
 
-def _tokenizer(text: str, **kwargs) -> SimpleNamespace:
-    return SimpleNamespace(input_ids=torch.tensor([[ord(c) % 97 for c in text]]))
+def _tokenizer(text: str, **kwargs) -> transformers.BatchEncoding:
+    return transformers.BatchEncoding({"input_ids": [ord(c) % 97 for c in text]})
 
 
 def namespace() -> dict:
