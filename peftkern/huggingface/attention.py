@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention function that ``transformers`` calls in every layer of a patched model.
 
-A layer with a prefix runs :func:`peftkern.prefix_attention`. Any other (cross attention, an encoder, a layer left out,
-a disabled adapter) runs the implementation that the model had before, on the mask that this one expects.
+A layer with a prefix runs :func:`peftkern.prefix_attention`. Any other (cross attention, an encoder, a layer left
+out, a disabled adapter) runs the implementation that the model had before, on the mask that this one expects.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ NAME = "peftkern"
 class Implementation(str):
     """``"peftkern"`` as the attention implementation of a config, which remembers the one it stands over.
 
-    It lives where the config keeps its implementation, so it is copied and pickled with the model and never written to
-    ``config.json``.
+    It lives where the config keeps its implementation, so it is copied and pickled with the model and never written
+    to ``config.json``.
+
+    Args:
+        over: the implementation for layers without a prefix.
     """
 
     over: str
 
-    def __new__(cls, over: str) -> Implementation:
+    def __new__(cls, over: str) -> Implementation:  # noqa: D102
         self = super().__new__(cls, NAME)
         self.over = over
         return self
@@ -118,7 +121,7 @@ def _attend(
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
         prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
-    sequence = {
+    sequence: dict[str, Any] = {
         "causal": mask.causal,
         "window": mask.window,
         "prefix_in_window": options.in_window,
@@ -126,11 +129,12 @@ def _attend(
         "sinks": s_aux,
         "bias": bias,
     }
-    common = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
-    if prefix_bias is not None:
-        out = _attend_in_two_parts(query, key, value, *prefix, prefix_bias, sequence, common)
+    common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
+    prefix_k, prefix_v = prefix
+    if prefix_bias is None:
+        out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
     else:
-        out = prefix_attention(query, key, value, *prefix, **sequence, **common)
+        out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
     return out.transpose(1, 2)
 
 
@@ -173,19 +177,19 @@ def _attend_in_two_parts(
 ) -> Tensor:
     """Attention with a prefix bias [B or 1, Hq or 1, S or 1, P] that depends on the query (T5's relative positions).
 
-    The prefix takes the place of a sequence that all B * S queries share; the two results are weighted by their shares
-    of the softmax's denominator, exp(lse). Returns [B, Hq, S, D].
+    The prefix takes the place of a sequence that all B * S queries share; the two results are weighted by their
+    shares of the softmax's denominator, exp(lse). Returns [B, Hq, S, D].
     """
     batch, num_heads, q_len, head_dim = query.shape
-    nothing = prefix_k[:, :0], prefix_v[:, :0]
-    out, lse = prefix_attention(query, key, value, *nothing, return_lse=True, **sequence, **common)
+    no_k, no_v = prefix_k[:, :0], prefix_v[:, :0]
+    out, lse = prefix_attention(query, key, value, no_k, no_v, return_lse=True, **sequence, **common)
 
     rows = query.transpose(1, 2).reshape(1, batch * q_len, num_heads, head_dim).transpose(1, 2)
     row_bias = prefix_bias.expand(batch, -1, q_len, -1).transpose(0, 1)
     row_bias = row_bias.reshape(1, prefix_bias.shape[1], batch * q_len, -1)
     shared_k, shared_v = prefix_k[None].to(query.dtype), prefix_v[None].to(query.dtype)
     prefix_out, prefix_lse = prefix_attention(
-        rows, shared_k, shared_v, *nothing, causal=False, bias=row_bias, return_lse=True, **common
+        rows, shared_k, shared_v, no_k, no_v, causal=False, bias=row_bias, return_lse=True, **common
     )
     prefix_out = prefix_out.transpose(1, 2).reshape(batch, q_len, num_heads, head_dim).transpose(1, 2)
     prefix_lse = prefix_lse.reshape(num_heads, batch, q_len).transpose(0, 1)
@@ -193,11 +197,12 @@ def _attend_in_two_parts(
     # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)). Where both are -inf the query sees nothing, and both parts are 0.
     difference = (prefix_lse - lse).nan_to_num(0.0, float("inf"), float("-inf"))
     share = torch.sigmoid(difference).unsqueeze(-1)
-    return (share * prefix_out + (1.0 - share) * out).to(query.dtype)
+    merged: Tensor = share * prefix_out + (1.0 - share) * out
+    return merged.to(query.dtype)
 
 
 def _previous_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

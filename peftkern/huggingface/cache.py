@@ -19,9 +19,10 @@ KeyValue = tuple[Tensor, Tensor]
 SITE = "_peftkern_site"
 
 
-class PrefixLayer(DynamicLayer):
-    """Keys and values [B, Hkv, T, D] of the sequence. The prefix is in no batch row, so reordering beams, repeating and
-    cropping concern what is here and nothing else.
+class PrefixLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [B, Hkv, T, D] of the sequence.
+
+    The prefix is in no batch row, so reordering beams, repeating and cropping concern what is here and nothing else.
 
     Args:
         stores: false for a training step, which returns what it is given. A layer that activation checkpointing runs
@@ -32,9 +33,8 @@ class PrefixLayer(DynamicLayer):
         super().__init__()
         self.stores = stores
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The sequence's keys and values up to these; the first ones are kept without a copy."""
         if not self.stores:
             return key_states, value_states
         if self.get_seq_length() > 0:
@@ -59,7 +59,7 @@ class _Forward:
     taken: set[str] = field(default_factory=set)
 
 
-class PrefixCache(DynamicCache):
+class PrefixCache(DynamicCache):  # type: ignore[misc]
     """The prefix of every layer, beside the keys and values of the sequence.
 
     Models ask a cache two things: how many positions lie before this call (for rotary and learned positions), and
@@ -90,7 +90,7 @@ class PrefixCache(DynamicCache):
         self.stores = stores
         self.options = options
         #: Prefix tokens of the longest layer, which relative position biases span.
-        self.span = max((kv[0].shape[-2] for kv in prefix if kv is not None), default=0)
+        self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
         self._offset = offset
         self._offset_outside = offset_outside
         self._running: _Forward | None = None
@@ -102,9 +102,11 @@ class PrefixCache(DynamicCache):
         return self._offset if self._offset_outside or self._running is not None else 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before this call: prefix and sequence."""
         return super().get_seq_length(layer_idx) + self.offset  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(keys that attention will see, position of the first): the sequence's."""
         num_keys, _ = super().get_mask_sizes(query_length, layer_idx)
         return num_keys, self.offset
 
@@ -129,11 +131,10 @@ class PrefixCache(DynamicCache):
         They are on the key's device, and of its dtype or fp32.
         """
         site = getattr(module, SITE, None)
-        prefix = None if site is None else self.prefix[site.layer]
-        if prefix is None:
+        if site is None or (prefix := self.prefix[site.layer]) is None:
             return None
         if self._running is not None:  # a layer recomputed in the backward pass has been counted before
             self._running.taken.add(site.name)
-        dtype = prefix[0].dtype if prefix[0].dtype == torch.float32 else key.dtype
         prefix_k, prefix_v = prefix
+        dtype = torch.float32 if prefix_k.dtype == torch.float32 else key.dtype
         return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ class CompactMask(NamedTuple):
 class LazyMask:
     """What ``transformers`` asks of a mask function, kept until a layer says in which form it needs the answer.
 
-    Registered in ``AttentionMaskInterface``; models hand the object from the mask's creation to the attention function
-    without looking into it. All layers of a forward share it, and so the forms that it has built.
+    Registered in ``AttentionMaskInterface``; models hand the object from the mask's creation to the attention
+    function without looking into it. All layers of a forward share it, and so the forms that it has built.
 
     Args:
         request: the keyword arguments of a mask function (:func:`transformers.masking_utils.sdpa_mask`).
@@ -59,6 +60,12 @@ class LazyMask:
 
         An encoder's mask has columns for the prefix as well, hence the last ones.
         """
+        key = ("compact", num_keys)
+        if key not in self._forms:
+            self._forms[key] = self._compact(num_keys)
+        return self._forms[key]  # type: ignore[no-any-return]
+
+    def _compact(self, num_keys: int) -> CompactMask | None:
         pattern = _read_pattern(self._request["mask_function"])
         if pattern is None:
             return None
@@ -67,10 +74,7 @@ class LazyMask:
             return None  # not aligned bottom-right
         if window is not None and not causal:
             return None
-        key = ("key_mask", num_keys)
-        if key not in self._forms:
-            self._forms[key] = self._key_mask(num_keys)
-        return CompactMask(causal, window, self._forms[key])
+        return CompactMask(causal, window, self._key_mask(num_keys))
 
     def bias(self, num_keys: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
         """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask has no prefix columns."""
@@ -114,21 +118,17 @@ def _read_pattern(mask_function: Callable[..., Any]) -> tuple[bool, int | None] 
         return True, None
     if mask_function is bidirectional_mask_function:
         return False, None
-    # torch.compile cannot look into closures; compiled models with a sliding window get the dense form.
-    closure = getattr(mask_function, "__closure__", None)
-    code = getattr(mask_function, "__code__", None)
-    if closure is None or len(closure) != 1:
+    if torch.compiler.is_compiling():  # which cannot look into closures: a compiled sliding window is dense
         return None
-    content = closure[0].cell_contents
+    code = getattr(mask_function, "__code__", None)
     if code is _SLIDING:
-        return False, int(content)
+        return False, int(inspect.getclosurevars(mask_function).nonlocals["sliding_window"])
     if code is _AND:
-        patterns = [_read_pattern(part) for part in content]
-        if any(pattern is None for pattern in patterns):
-            return None
+        patterns = [_read_pattern(part) for part in inspect.getclosurevars(mask_function).nonlocals["mask_functions"]]
         known = [pattern for pattern in patterns if pattern is not None]
-        windows = [window for _, window in known if window is not None]
-        return any(causal for causal, _ in known), min(windows, default=None)
+        if len(known) == len(patterns):
+            windows = [window for _, window in known if window is not None]
+            return any(causal for causal, _ in known), min(windows, default=None)
     return None
 
 

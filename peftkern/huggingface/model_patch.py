@@ -106,11 +106,13 @@ class ModelPatch:
         """Raise ValueError unless a prefix of this shape fits the model."""
         for site in self.sites.values():
             if site.layer >= num_layers:
-                raise ValueError(f"{name}: expected a prefix for layer {site.layer} ({site.name}), got {num_layers} layers")
+                raise ValueError(
+                    f"{name}: expected a prefix for layer {site.layer} ({site.name}), got {num_layers} layers"
+                )
             if (site.num_kv_heads, site.head_dim) != (num_kv_heads, head_dim):
                 raise ValueError(
-                    f"{name}: expected {site.num_kv_heads} key-value heads of {site.head_dim}, as {site.name} has, got "
-                    f"{num_kv_heads} of {head_dim}"
+                    f"{name}: expected {site.num_kv_heads} key-value heads of {site.head_dim}, as {site.name} has, "
+                    f"got {num_kv_heads} of {head_dim}"
                 )
 
     def new_cache(
@@ -125,9 +127,7 @@ class ModelPatch:
                     "checkpointing would go back through that computation once a layer; use "
                     'gradient_checkpointing_enable({"use_reentrant": False})'
                 )
-        return PrefixCache(
-            prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options
-        )
+        return PrefixCache(prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options)
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,7 +158,7 @@ class ModelPatch:
         if missing and not (drops_layers and len(missing) < len(expected)):
             raise ValueError(
                 f"attention ran without its prefix in {', '.join(missing)}: the model's attention implementation is "
-                f"{self.backbone.config._attn_implementation!r}, expected 'peftkern'; unpatch(model) and patch it again"
+                f"{str(self.backbone.config._attn_implementation)!r}, expected 'peftkern'; unpatch and patch it again"
             )
         return self.clean_output(cache, kwargs, output)
 
@@ -173,8 +173,8 @@ class ModelPatch:
         if too_few or (not is_tracing(positions) and positions.numel() and int(positions.max()) >= num_rows):
             raise ValueError(
                 f"input_ids: expected at most {num_rows} positions, the length of the model's position table, got "
-                f"{cache.get_seq_length() + num_tokens}, of which the prefix takes {cache.offset}; shorten the sequence "
-                "(or patch a PrefixKV with shift_positions=False, which then takes none)"
+                f"{cache.get_seq_length() + num_tokens}, of which the prefix takes {cache.offset}; shorten the "
+                "sequence (or patch a PrefixKV with shift_positions=False, which then takes none)"
             )
 
 
@@ -186,12 +186,13 @@ def self_attention_cache(cache: Cache | None) -> Cache | None:
 def _refuse_packing(kwargs: dict[str, Any]) -> None:
     """Without a mask, models read several sequences per row off the positions; with a cache they no longer do."""
     position_ids = kwargs.get("position_ids")
-    if kwargs.get("attention_mask") is None and position_ids is not None and position_ids.dim() == 2:
-        if not is_tracing(position_ids) and find_packed_sequence_indices(position_ids) is not None:
-            raise ValueError(
-                "position_ids: expected one sequence a row, got packed ones, which would see each other through the "
-                "prefix's cache; pass padded sequences with an attention_mask"
-            )
+    if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
+        return
+    if not is_tracing(position_ids) and find_packed_sequence_indices(position_ids) is not None:
+        raise ValueError(
+            "position_ids: expected one sequence a row, got packed ones, which would see each other; pass padded "
+            "sequences with an attention_mask"
+        )
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:

@@ -30,12 +30,14 @@ class LayerPrefix(Protocol):
     lengths: Sequence[int]
 
     def layer_kv(self) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer left out."""
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; anything for a layer of length 0, which is left out."""
 
 
 class PrefixPatch(ModelPatch):
-    """The prefix is a submodule of the model. Callers speak of the sequence alone: masks, positions and caches are put
-    behind the prefix on their way into the backbone.
+    """The prefix is a submodule of the model.
+
+    Callers speak of the sequence alone: masks, positions and caches are put behind the prefix on their way into the
+    backbone.
 
     Args:
         shift_positions: the sequence's positions start behind the longest prefix; else at 0.
@@ -58,6 +60,7 @@ class PrefixPatch(ModelPatch):
         self.frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
 
     def install(self) -> None:
+        """Change the model, with the prefix as its submodule."""
         super().install()
         try:
             self.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
@@ -69,20 +72,23 @@ class PrefixPatch(ModelPatch):
         self.model.add_module(SUBMODULE, self.prefix)  # type: ignore[arg-type]
 
     def remove(self) -> None:
+        """Undo :meth:`install`."""
         super().remove()
         self.model._modules.pop(SUBMODULE, None)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
+        """The cache that the caller continues, or one that takes the place of his empty one."""
         given: Cache | None = kwargs.get("past_key_values")
         sequence = self_attention_cache(given)
         if isinstance(sequence, PrefixCache):
             return sequence
         _check_replaceable(sequence)
         training = self.backbone.training and torch.is_grad_enabled()
+        lengths = self.prefix.lengths
         cache = self.new_cache(
-            self.prefix.layer_kv(),
+            [kv if length else None for kv, length in zip(self.prefix.layer_kv(), lengths, strict=True)],
             offset=self.offset,
             stores=not training and kwargs.get("use_cache") is not False,
             offset_outside=False,
@@ -96,6 +102,7 @@ class PrefixPatch(ModelPatch):
         return cache
 
     def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        """Columns of the mask and positions for the prefix, as PEFT has them."""
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .cache import SITE, PrefixOptions
 from .model_patch import PATCH, ModelPatch
 from .native import LayerPrefix, PrefixPatch
-from .peft import PeftPatch, is_peft_model
+from .peft import PeftPatch, has_prompt, is_peft_model
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -38,8 +38,8 @@ def patch(
                                                                        ├─► each layer: prefix_attention(q, k, v,
         model, PrefixKV ─► hook on the backbone ───────────────────────┘               prefix_k, prefix_v)
 
-    On a PEFT model with PREFIX_TUNING or CARTRIDGE adapters of any task type, parameters, checkpoints, ``generate`` and
-    numbers are PEFT's. Adapters may be added, switched and disabled afterwards. Activation checkpointing works.
+    On a PEFT model with PREFIX_TUNING or CARTRIDGE adapters of any task type, parameters, checkpoints, ``generate``
+    and numbers are PEFT's. Adapters may be added, switched and disabled afterwards. Activation checkpointing works.
 
     On any other model, with ``prefix``: the prefix becomes the submodule ``model.peftkern_prefix``, so optimizers,
     ``Trainer`` and DDP see its parameters, and ``state_dict`` and the checkpoints of ``Trainer`` hold it.
@@ -52,8 +52,8 @@ def patch(
     Args:
         model: a ``PeftModel``, a ``PreTrainedModel``, or a module that holds one (a ``PeftModel`` with LoRA).
         prefix: :class:`peftkern.PrefixKV` for a model without prefix adapters.
-        shift_positions: the sequence's positions begin behind the prefix, as PEFT has them. False: they begin at 0, so
-            the prefix does not shorten the longest usable sequence, and sliding windows do not count it. Only with
+        shift_positions: the sequence's positions begin behind the prefix, as PEFT has them. False: they begin at 0,
+            so the prefix does not shorten the longest usable sequence, and sliding windows do not count it. Only with
             ``prefix``. Layers with a shorter prefix than the longest have it directly before the sequence.
         prefix_in_window: sliding windows count the prefix as positions before the sequence, as PEFT has it; False
             keeps it visible to every query.
@@ -76,7 +76,8 @@ def patch(
     ...                      num_attention_heads=4, num_key_value_heads=2)
     >>> model = LlamaForCausalLM(config)
     >>> model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    >>> loss = peftkern.patch(model)(torch.ones(2, 6, dtype=torch.long), labels=torch.ones(2, 6, dtype=torch.long)).loss
+    >>> ids = torch.ones(2, 6, dtype=torch.long)
+    >>> loss = peftkern.patch(model)(ids, labels=ids).loss
     """
     if any(SITE in module.__dict__ for module in model.modules()):
         raise ValueError("model: expected one that is not patched, got a patched one; unpatch(model) first")
@@ -98,9 +99,7 @@ def patch(
         if fix_seq2seq_layout:
             raise ValueError("fix_seq2seq_layout: expected False, as a PrefixKV has PEFT's mistake not, got True")
         base = _find_base(model)
-        change = PrefixPatch(
-            model, base, prefix, shift_positions=shift_positions, freeze=freeze, options=options
-        )
+        change = PrefixPatch(model, base, prefix, shift_positions=shift_positions, freeze=freeze, options=options)
     change.install()
     return model
 
@@ -115,7 +114,7 @@ def unpatch(model: Model) -> Model:
     """
     change = model.__dict__.get(PATCH)
     if change is None:
-        raise ValueError(f"model: expected the object given to patch, got a {type(model).__name__} that is not patched")
+        raise ValueError(f"model: expected what was given to patch, got a {type(model).__name__} that is not patched")
     change.remove()
     return model
 
@@ -132,8 +131,10 @@ def patched(model: Model, prefix: nn.Module | None = None, **options: Any) -> It
 
 def _find_base(model: nn.Module) -> PreTrainedModel:
     """The outermost Hugging Face model in ``model``."""
-    if is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ValueError("prefix: expected None, as the PEFT model has a prompt or prefix of its own, got another prefix")
+    if is_peft_model(model) and has_prompt(model):
+        raise ValueError(
+            "prefix: expected None, as the PEFT model has a prompt or prefix of its own, got another one"
+        )
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's prefix tuning and cartridges: the same parameters and checkpoints, read where they lie.
 
-PEFT's heads, ``generate`` and checkpoints stay as they are; of the model only the instance's ``get_prompt`` changes. It
-returns a cache that holds views of PEFT's parameter, instead of copies of it for every sample.
+PEFT's heads, ``generate`` and checkpoints stay as they are; of the model only the instance's ``get_prompt`` changes.
+It returns a cache that holds views of PEFT's parameter, instead of copies of it for every sample.
 """
 
 from __future__ import annotations
@@ -28,17 +28,24 @@ def is_peft_model(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def has_prompt(model: Any) -> bool:
+    """Whether a ``PeftModel`` has an adapter that is a prompt or a prefix."""
+    return any(config.is_prompt_learning for config in model.peft_config.values())
+
+
 class PeftPatch(ModelPatch):
     """The prefix is that of the active adapter.
 
     Args:
         model: a ``PeftModel`` whose adapters are PREFIX_TUNING or CARTRIDGE.
         fix_seq2seq_layout: give each decoder layer of an encoder-decoder a prefix of its own. PEFT lays two copies of
-            the parameter side by side and reads keys of layer l from block 4l mod 2L: with an even number L of layers,
-            layers l and l + L/2 share a prefix, and half of the parameter is never used.
+            the parameter side by side and reads keys of layer l from block 4l mod 2L: with an even number L of
+            layers, layers l and l + L/2 share a prefix, and half of the parameter is never used.
     """
 
-    def __init__(self, model: nn.Module, *, fix_seq2seq_layout: bool, options: PrefixOptions) -> None:
+    model: Any
+
+    def __init__(self, model: Any, *, fix_seq2seq_layout: bool, options: PrefixOptions) -> None:
         for name, config in model.peft_config.items():
             kind = config.peft_type.value
             if kind not in KEY_VALUE_TYPES:
@@ -48,12 +55,13 @@ class PeftPatch(ModelPatch):
                     else "to train a prefix beside it, patch(model, PrefixKV(...))"
                 )
                 raise ValueError(
-                    f"model: expected adapters of type {' or '.join(KEY_VALUE_TYPES)}, got {kind} ({name!r}); {advice}"
+                    f"model: expected {' or '.join(KEY_VALUE_TYPES)} adapters, got {kind} ({name!r}); {advice}"
                 )
         super().__init__(model, model.get_base_model(), options)
         self.fix_seq2seq_layout = fix_seq2seq_layout
 
     def install(self) -> None:
+        """Change the model, with ``get_prompt`` as :meth:`get_prompt`."""
         super().install()
         try:
             for name in self.model.peft_config:
@@ -64,6 +72,7 @@ class PeftPatch(ModelPatch):
         self.model.get_prompt = self.get_prompt
 
     def remove(self) -> None:
+        """Undo :meth:`install`."""
         self.model.__dict__.pop("get_prompt", None)
         super().remove()
 
@@ -73,6 +82,7 @@ class PeftPatch(ModelPatch):
         self.check_geometry(f"adapter {name!r}", config.num_layers, config.num_attention_heads, head_dim)
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
+        """What :meth:`get_prompt` returned, unless the adapter is disabled."""
         cache = self_attention_cache(kwargs.get("past_key_values"))
         return cache if isinstance(cache, PrefixCache) else None
 

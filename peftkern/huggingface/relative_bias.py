@@ -17,13 +17,14 @@ class SpanningBias:
     took the cache away. Relative positions need neither: the queries are the last of the P + T positions.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.span = 0
         self.handle = module.register_forward_pre_hook(self.note_span, with_kwargs=True)
         module.compute_bias = self.compute_bias
 
     def remove(self) -> None:
+        """Give the module its own method back."""
         self.handle.remove()
         self.module.__dict__.pop("compute_bias", None)
 
@@ -35,6 +36,7 @@ class SpanningBias:
     def compute_bias(
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0
     ) -> Tensor:
+        """In place of the module's, for the same arguments."""
         if self.span:
             key_length += self.span
             past_seen_tokens = key_length - query_length

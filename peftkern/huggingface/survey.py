@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds, by running a model on two tokens, which attention modules read which layer of its cache.
 
-No names and no list of models: a module takes a prefix if the keys that it attends to are those that the cache returned.
-Cross attention and encoders do not, layers that share the keys of another layer do.
+No names and no list of models: a module takes a prefix if the keys that it attends to are those that the cache
+returned. Cross attention and encoders do not, layers that share the keys of another layer do.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(f"model: {kind} takes no past_key_values, by which a prefix reaches its layers")
     if not backbone._can_set_attn_implementation():
-        modules = [f"{name} ({type(m).__name__})" for name, m in model.named_modules() if "Attention" in type(m).__name__]
+        modules = [
+            f"{name} ({type(m).__name__})" for name, m in model.named_modules() if "Attention" in type(m).__name__
+        ]
         raise ValueError(
             f"model: {kind} does not dispatch its attention through transformers' AttentionInterface, so a prefix "
             f"cannot reach {', '.join(modules)}"
@@ -54,7 +56,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     return backbone
 
 
-class _Survey(DynamicCache):
+class _Survey(DynamicCache):  # type: ignore[misc]
     """A cache that stores nothing and notes who reads it; stands in for a :class:`.cache.PrefixCache`."""
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
@@ -106,7 +108,7 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
     if unseen or not record.sites:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
-            f"model: {layers} of {type(backbone).__name__} keep their attention from transformers' AttentionInterface, "
-            "so a prefix cannot reach them"
+            f"model: {layers} of {type(backbone).__name__} do not dispatch their attention through transformers' "
+            "AttentionInterface, so a prefix cannot reach them"
         )
     return record.sites
