@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward share: a block of query rows, tiles of keys, and the way from products to scores.
+//
+// A block is up to kBlockM rows, positions x heads that read one kv head. Scores are held transposed, [key][row], so that
+// the lanes of a vector are rows: a softmax needs no sums across lanes, keys and values are read as they lie, and GQA
+// fills vectors even for one position. Scores are in units of ln 2, so that weights are powers of two.
+#ifndef PEFTKERN_CPU_ATTENTION_H_
+#define PEFTKERN_CPU_ATTENTION_H_
+
+#include <cmath>
+#include <cstring>
+
+#include "gemm.h"
+#include "philox.h"
+#include "plan.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+enum Part { kSequence = 0, kPrefix = 1 };  // the numbers that dropout counts them by
+
+// Hands out aligned pieces of scratch memory; with a null base it counts what is needed.
+struct Arena {
+  char* base;
+  size_t used;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (size_t)round_up(count * (int64_t)sizeof(T), 64);
+    return piece;
+  }
+};
+
+// Query rows of one sequence and kv head. Row r = (position r / heads, head r % heads) of the block; lanes beyond `count`
+// repeat the last row.
+struct Block {
+  int64_t count, vectors;
+  int64_t position[kBlockM], head[kBlockM];           // of q's rows within the sequence; of all heads
+  int32_t low[kBlockM], high[kBlockM];                // visible sequence keys: low <= t < high
+  int32_t prefix_low[kBlockM];                        // visible prefix keys: prefix_low <= p < prefix_len
+  int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
+};
+
+// Keys and values of a tile: floats, rows `stride` apart.
+struct Tile {
+  const float *k, *v;
+  int64_t k_stride, v_stride;
+};
+
+// The part of a call that does not change between tasks.
+struct Problem {
+  const peftkern_attention* args;
+  const Plan* plan;
+  int64_t head_dim, padded_dim;
+  float log2_scale;  // score in units of ln 2 = log2_scale * product, where scores are plain
+  bool plain_seq, plain_prefix;
+  bool in_place_k, in_place_v;  // floats that can be read where they lie
+  const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim]
+
+  bool is_plain(Part part) const { return part == kPrefix ? plain_prefix : plain_seq; }
+};
+
+static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
+  Problem p;
+  p.args = &args;
+  p.plan = &plan;
+  p.head_dim = args.head_dim;
+  p.padded_dim = round_up(args.head_dim, kLanes);
+  p.log2_scale = (float)(args.scale * kLog2e);
+  const bool plain = args.softcap == 0.0 && args.scale > 0.0;
+  p.plain_seq = plain && !args.bias;
+  p.plain_prefix = plain && !args.prefix_bias;
+  const bool in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
+  p.in_place_k = in_place;
+  p.in_place_v = in_place;
+  p.prefix_k = p.prefix_v = nullptr;
+  return p;
+}
+
+static int64_t num_position_blocks(const Plan& plan, const Sequence& s) {
+  return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
+}
+
+static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, int64_t first_head,
+                       Block& block) {
+  const peftkern_attention& a = *p.args;
+  const Plan& plan = *p.plan;
+  const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
+  const int64_t first = position_block * plan.positions_per_block;
+  const int64_t positions = least(plan.positions_per_block, s.q_len - first);
+  const int64_t shift = s.kv_len - s.q_len;
+  block.count = positions * heads;
+  block.vectors = round_up(block.count, kLanes) / kLanes;
+  block.low_min = block.high_min = block.prefix_low_min = INT32_MAX;
+  block.low_max = block.high_max = block.prefix_low_max = 0;
+  for (int64_t r = 0; r < block.vectors * kLanes; r++) {
+    const int64_t row = least(r, block.count - 1);
+    const int64_t position = first + row / heads, key_position = position + shift;
+    block.position[r] = position;
+    block.head[r] = kv_head * plan.group_size + first_head + row % heads;
+    const int64_t high = a.causal ? most(0, least(s.kv_len, key_position + 1)) : s.kv_len;
+    const int64_t low = a.window ? least(s.kv_len, most(0, key_position - a.window + 1)) : 0;
+    const bool window_on_prefix = a.window && a.prefix_in_window;
+    const int64_t prefix_low =
+        window_on_prefix ? least(s.prefix_len, most(0, s.prefix_len + key_position - a.window + 1)) : 0;
+    block.high[r] = (int32_t)high;
+    block.low[r] = (int32_t)low;
+    block.prefix_low[r] = (int32_t)prefix_low;
+    block.low_min = (int32_t)least(block.low_min, low);
+    block.low_max = (int32_t)most(block.low_max, low);
+    block.high_min = (int32_t)least(block.high_min, high);
+    block.high_max = (int32_t)most(block.high_max, high);
+    block.prefix_low_min = (int32_t)least(block.prefix_low_min, prefix_low);
+    block.prefix_low_max = (int32_t)most(block.prefix_low_max, prefix_low);
+  }
+}
+
+// Tiles of a part that some row of the block sees: keys [begin, end) on a grid of kBlockN.
+struct TileRange {
+  int64_t begin, end;
+};
+static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
+  const int64_t low = part == kPrefix ? block.prefix_low_min : block.low_min;
+  const int64_t end = part == kPrefix ? s.prefix_len : block.high_max;
+  return {low / kBlockN * kBlockN, most(end, low / kBlockN * kBlockN)};
+}
+static int64_t num_tiles(TileRange range) { return (range.end - range.begin + kBlockN - 1) / kBlockN; }
+
+// Row r of the block: rows[r][padded_dim], floats.
+static void gather_rows(const Problem& p, const Sequence& s, const Block& block, const void* data, const int64_t* stride,
+                        float* rows) {
+  const int64_t dtype = p.args->dtype;
+  for (int64_t r = 0; r < block.count; r++)
+    widen_row(offset(data, dtype,
+                     s.batch * stride[0] + block.head[r] * stride[1] + (s.start + block.position[r]) * stride[2]),
+              dtype, p.head_dim, rows + r * p.padded_dim);
+  memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
+}
+
+// panel[d][r] = rows[r][d]
+static void transpose_rows(const Problem& p, const Block& block, const float* rows, float* panel) {
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
+    for (int64_t d = 0; d < p.head_dim; d++) {
+      vf x;
+      for (int i = 0; i < kLanes; i++) x[i] = rows[(r + i) * p.padded_dim + d];
+      store(panel + d * kBlockM + r, x);
+    }
+}
+
+// Widened keys and values of the sequence at hand; a tile is widened when it is first asked for.
+struct SequenceTiles {
+  float *k, *v;
+  uint8_t* ready;
+  const Sequence* sequence;
+  int64_t kv_head;
+  bool keep;  // every tile has its own place; else all share one
+
+  void open(const Sequence& s, int64_t head, bool keep_tiles) {
+    if (sequence == &s && kv_head == head && keep && keep_tiles) return;
+    sequence = &s;
+    kv_head = head;
+    keep = keep_tiles;
+    if (keep) memset(ready, 0, (s.kv_len + kBlockN - 1) / kBlockN);
+  }
+
+  Tile get(const Problem& p, int64_t begin, int64_t n) {
+    const peftkern_attention& a = *p.args;
+    const int64_t base_k = sequence->batch * a.k_stride[0] + kv_head * a.k_stride[1];
+    const int64_t base_v = sequence->batch * a.v_stride[0] + kv_head * a.v_stride[1];
+    const int64_t first = sequence->start + begin, dim = p.padded_dim;
+    if (p.in_place_k && p.in_place_v)
+      return {static_cast<const float*>(a.k) + base_k + first * a.k_stride[2],
+              static_cast<const float*>(a.v) + base_v + first * a.v_stride[2], a.k_stride[2], a.v_stride[2]};
+    float* k_tile = k + (keep ? begin : 0) * dim;
+    float* v_tile = v + (keep ? begin : 0) * dim;
+    if (!keep || !ready[begin / kBlockN]) {
+      for (int64_t j = 0; j < n; j++) {
+        widen_row(offset(a.k, a.dtype, base_k + (first + j) * a.k_stride[2]), a.dtype, p.head_dim, k_tile + j * dim);
+        widen_row(offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]), a.dtype, p.head_dim, v_tile + j * dim);
+      }
+      if (keep) ready[begin / kBlockN] = 1;
+    }
+    return {k_tile, v_tile, dim, dim};
+  }
+};
+
+static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
+  const peftkern_attention& a = *p.args;
+  const int64_t at = ((s.prefix * a.num_kv_heads + kv_head) * a.prefix_len + begin) * p.padded_dim;
+  return {p.prefix_k + at, p.prefix_v + at, p.padded_dim, p.padded_dim};
+}
+
+// One head of one prefix of the bank: widened, rounded to q's dtype.
+static void pack_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* packed_k, float* packed_v) {
+  const peftkern_attention& a = *p.args;
+  const int64_t at = (prefix * a.num_kv_heads + kv_head) * a.prefix_len * p.padded_dim;
+  for (int64_t j = 0; j < a.prefix_len; j++) {
+    float* k = packed_k + at + j * p.padded_dim;
+    float* v = packed_v + at + j * p.padded_dim;
+    const int64_t k_at = prefix * a.prefix_k_stride[0] + kv_head * a.prefix_k_stride[1] + j * a.prefix_k_stride[2];
+    const int64_t v_at = prefix * a.prefix_v_stride[0] + kv_head * a.prefix_v_stride[1] + j * a.prefix_v_stride[2];
+    widen_row(offset(a.prefix_k, a.prefix_dtype, k_at), a.prefix_dtype, p.head_dim, k);
+    widen_row(offset(a.prefix_v, a.prefix_dtype, v_at), a.prefix_dtype, p.head_dim, v);
+    if (a.prefix_dtype != a.dtype) {
+      round_row(k, p.padded_dim, a.dtype);
+      round_row(v, p.padded_dim, a.dtype);
+    }
+  }
+}
+
+// From products to scores in units of ln 2, hidden ones -inf: scores[n][kBlockM] of keys begin, begin + 1, ... Returns the
+// factor that is still to be applied. Where `slope` is given and a softcap is on, it receives the softcap's derivative.
+static float finish_scores(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
+                           float* scores, float* slope) {
+  const peftkern_attention& a = *p.args;
+  float factor = p.log2_scale;
+  if (!p.is_plain(part)) {
+    factor = 1.0f;
+    const float cap = (float)a.softcap;
+    const float scale = (float)a.scale;
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+        vf x = load(scores + j * kBlockM + r) * scale;
+        if (cap != 0.0f) {
+          const vf t = tanh(x / cap);
+          x = t * cap;
+          if (slope) store(slope + j * kBlockM + r, 1.0f - t * t);
+        }
+        store(scores + j * kBlockM + r, x * (float)kLog2e);
+      }
+    if (part == kPrefix && a.prefix_bias)
+      for (int64_t r = 0; r < block.count; r++)
+        for (int64_t j = 0; j < n; j++)
+          scores[j * kBlockM + r] += (float)kLog2e * a.prefix_bias[block.head[r] * a.prefix_bias_stride[0] +
+                                                                   (begin + j) * a.prefix_bias_stride[1]];
+    if (part == kSequence && a.bias)
+      for (int64_t r = 0; r < block.count; r++) {
+        const int64_t at = s.batch * a.bias_stride[0] + block.head[r] * a.bias_stride[1] +
+                           (s.start + block.position[r]) * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
+        for (int64_t j = 0; j < n; j++)
+          scores[j * kBlockM + r] += (float)kLog2e * load_scalar(a.bias, a.bias_dtype, at + j * a.bias_stride[3]);
+      }
+  }
+  const int32_t *low = block.low, *high = block.high;
+  bool ragged = begin < block.low_max || begin + n > block.high_min;
+  if (part == kPrefix) {
+    low = block.prefix_low;
+    high = nullptr;
+    ragged = begin < block.prefix_low_max;
+  }
+  if (ragged)
+    for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+      const vi from = load_as<vi>(low + r), to = high ? load_as<vi>(high + r) : seti(INT32_MAX);
+      for (int64_t j = 0; j < n; j++) {
+        const vi t = seti((int32_t)(begin + j));
+        store(scores + j * kBlockM + r, select((t >= from) & (t < to), load(scores + j * kBlockM + r), set1(-kInf)));
+      }
+    }
+  if (part == kSequence && a.key_mask) {
+    const uint8_t* mask = a.key_mask + s.batch * a.key_mask_stride[0] + (s.start + begin) * a.key_mask_stride[1];
+    for (int64_t j = 0; j < n; j++)
+      if (!mask[j * a.key_mask_stride[1]])
+        for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) store(scores + j * kBlockM + r, set1(-kInf));
+  }
+  return factor;
+}
+
+// factors[n][kBlockM] = keep ? 1 / (1 - p) : 0 of keys begin, begin + 1, ... (counted in the sample, as reference.py does)
+static void dropout_factors(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
+                            float* factors) {
+  const peftkern_attention& a = *p.args;
+  const uint32_t key[2] = {(uint32_t)(uint64_t)a.dropout_seed, (uint32_t)((uint64_t)a.dropout_seed >> 32)};
+  const uint32_t threshold = (uint32_t)(uint64_t)(a.dropout_p * 4294967296.0);
+  const float kept = (float)(1.0 / (1.0 - a.dropout_p));
+  const int64_t first = begin + (part == kSequence ? s.start : 0);
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+    uint32_t c0[kLanes], c1[kLanes], c2[kLanes], words[4][kLanes];
+    for (int i = 0; i < kLanes; i++) {
+      c1[i] = (uint32_t)(s.start + block.position[r + i]);
+      c2[i] = (uint32_t)(s.batch * a.num_heads + block.head[r + i]);
+    }
+    for (int64_t j = 0; j < n; j++) {
+      if (j == 0 || (first + j) % 4 == 0) {
+        for (int i = 0; i < kLanes; i++) c0[i] = (uint32_t)((first + j) / 4);
+        philox4x32<kLanes>(c0, c1, c2, (uint32_t)part, key, words);
+      }
+      for (int i = 0; i < kLanes; i++)
+        factors[j * kBlockM + r + i] = words[(first + j) % 4][i] >= threshold ? kept : 0.0f;
+    }
+  }
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_ATTENTION_H_

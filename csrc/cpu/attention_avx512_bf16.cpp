@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#define PEFTKERN_ISA avx512_bf16
+#define PEFTKERN_LANES 16
+#include "attention_backward.h"

@@ -1,0 +1,488 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward. Per block of rows, two walks over the tiles:
+//
+//   weights   w = 2^(score - lse), g = dout . v, delta = sum over keys of w g; dv += w^T dout
+//   scores    ds = w (g - delta + dlse) slope scale; dk += ds^T q, dq += ds k
+//
+// w and g of all tiles are kept between the walks. So delta is exact: it does not carry the rounding of a half-precision
+// out, and the prefix's gradient is right to fp32. Where only the prefix's gradient is wanted (a model's first layer), delta
+// is taken from out instead and the sequence's keys are not looked at.
+#ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_H_
+#define PEFTKERN_CPU_ATTENTION_BACKWARD_H_
+
+#include "attention_forward.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+struct Needs {
+  bool dq, dk, dv, dprefix_k, dprefix_v, dsinks, dbias, dprefix_bias, dgate;
+
+  bool sequence() const { return dq || dk || dv || dbias; }
+  bool scores() const { return dq || dk || dprefix_k || dsinks || dbias || dprefix_bias || dgate; }
+  bool prefix() const { return scores() || dprefix_v; }
+};
+
+// What a task adds to. Null where not needed.
+struct Sums {
+  float *dk, *dv;                // [kv_len, padded_dim] of the sequence at hand
+  float *dprefix_k, *dprefix_v;  // [prefix_len, padded_dim]
+  float* dprefix_bias;           // [group_size, prefix_len]
+  double *dsinks, *dgate;        // [group_size]
+};
+
+struct BackwardScratch {
+  float *q, *q_panel, *dout, *dout_panel, *out, *dq;
+  float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
+  float *factors, *dropped;         // [kBlockN][kBlockM]
+  float lse[kBlockM], delta[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
+  float *dk, *dv;
+  SequenceTiles tiles;
+  Block block;
+};
+
+static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& arena, BackwardScratch& s) {
+  const int64_t dim = p.padded_dim, rows = kBlockM * dim;
+  const int64_t length = round_up(p.plan->max_kv_len, kBlockN);
+  const int64_t tile_keys = round_up(p.plan->max_prefix_len, kBlockN) + (needs.sequence() ? length : 0);
+  s.q = arena.take<float>(rows);
+  s.q_panel = arena.take<float>(rows);
+  s.dout = arena.take<float>(rows);
+  s.dout_panel = arena.take<float>(rows);
+  s.out = arena.take<float>(rows);
+  s.dq = arena.take<float>(rows);
+  s.weights = arena.take<float>(tile_keys * kBlockM);
+  s.grads = arena.take<float>(tile_keys * kBlockM);
+  s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
+  s.factors = arena.take<float>(kBlockN * kBlockM);
+  s.dropped = arena.take<float>(kBlockN * kBlockM);
+  s.dk = arena.take<float>(needs.dk ? length * dim : 0);
+  s.dv = arena.take<float>(needs.dv ? length * dim : 0);
+  const int64_t widened = p.in_place_k && p.in_place_v ? 0 : length;
+  s.tiles.k = arena.take<float>(widened * dim);
+  s.tiles.v = arena.take<float>(widened * dim);
+  s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
+  s.tiles.sequence = nullptr;
+}
+
+// Where a tile's weights, grads and slopes lie.
+static int64_t tile_offset(int64_t first_tile, TileRange range, int64_t begin) {
+  return (first_tile + (begin - range.begin) / kBlockN) * kBlockN * kBlockM;
+}
+
+static float* find(float* base, int64_t at) { return base ? base + at : nullptr; }
+
+// The prefix's own softmax (gate): its scores are left in `weights`, the logarithm of its denominator in `lse`.
+static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s, TileRange range,
+                          float* lse) {
+  float pivot[kBlockM], sum[kBlockM];
+  for (int64_t r = 0; r < kBlockM; r++) pivot[r] = -kInf, sum[r] = 0.0f;
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(0, range, begin);
+    const Tile tile = prefix_tile(p, seq, kv_head, begin);
+    float* scores = s.weights + at;
+    gemm<false>(n, s.block.vectors * kLanes, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, scores, kBlockM,
+                false);
+    const float factor = finish_scores(p, seq, s.block, kPrefix, begin, n, scores,
+                                       find(p.args->softcap != 0.0 ? s.slopes : nullptr, at));
+    for (int64_t r = 0; r < s.block.vectors * kLanes; r += kLanes) {
+      vf best = load(pivot + r);
+      for (int64_t j = 0; j < n; j++) {
+        const vf score = load(scores + j * kBlockM + r) * factor;
+        store(scores + j * kBlockM + r, score);
+        best = max(best, score);
+      }
+      const vf base = select(best == -kInf, zero(), best);
+      vf total = load(sum + r) * exp2(load(pivot + r) - base);
+      for (int64_t j = 0; j < n; j++) total += exp2(load(scores + j * kBlockM + r) - base);
+      store(pivot + r, best);
+      store(sum + r, total);
+    }
+  }
+  for (int64_t r = 0; r < kBlockM; r++) lse[r] = sum[r] == 0.0f ? kInf : pivot[r] + std::log2(sum[r]);
+}
+
+// First walk over a part.
+static void walk_weights(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
+                         Part part, int64_t first_tile, float* dv, bool sum_delta) {
+  const peftkern_attention& a = *p.args;
+  const TileRange range = tiles_of(seq, s.block, part);
+  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const bool own_softmax = part == kPrefix && a.gate;
+  const bool grads = needs.scores();
+  float own_lse[kBlockM];
+  const float* lse = s.lse;
+  if (own_softmax) {
+    prefix_scores(p, seq, kv_head, s, range, own_lse);
+    lse = own_lse;
+  }
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
+    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
+                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    float *weights = s.weights + at, *grad = s.grads + at;
+    float factor = 1.0f;
+    if (!own_softmax) {
+      gemm<false>(n, rows, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, weights, kBlockM, false);
+      factor = finish_scores(p, seq, s.block, part, begin, n, weights, find(a.softcap != 0.0 ? s.slopes : nullptr, at));
+    }
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const vf base = load(lse + r);
+      for (int64_t j = 0; j < n; j++)
+        store(weights + j * kBlockM + r, exp2(load(weights + j * kBlockM + r) * factor - base));
+    }
+    if (grads)
+      gemm<false>(n, rows, p.head_dim, tile.v, tile.v_stride, s.dout_panel, kBlockM, grad, kBlockM, false);
+    const float* applied = weights;
+    if (a.dropout_p > 0.0) {
+      dropout_factors(p, seq, s.block, part, begin, n, s.factors);
+      for (int64_t i = 0; i < n * kBlockM; i += kLanes) {
+        store(s.dropped + i, load(weights + i) * load(s.factors + i));
+        if (grads) store(grad + i, load(grad + i) * load(s.factors + i));
+      }
+      applied = s.dropped;
+    }
+    if (sum_delta && grads)
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        vf delta = load(s.delta[part] + r);
+        for (int64_t j = 0; j < n; j++) delta += load(weights + j * kBlockM + r) * load(grad + j * kBlockM + r);
+        store(s.delta[part] + r, delta);
+      }
+    if (dv) {
+      if (own_softmax) {
+        for (int64_t i = 0; i < n * kBlockM; i += kBlockM)
+          for (int64_t r = 0; r < rows; r += kLanes)
+            store(s.dropped + i + r, load(applied + i + r) * load(s.part_scale[part] + r));
+        applied = s.dropped;
+      }
+      gemm<false>(n, dim, s.block.count, applied, kBlockM, s.dout, dim, dv + begin * dim, dim, true);
+    }
+  }
+}
+
+// Second walk: grads become the gradients of the products.
+static void walk_scores(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
+                        Part part, int64_t first_tile, float* dk, const Sums& sums, float* dbias,
+                        const peftkern_attention_backward& b) {
+  const peftkern_attention& a = *p.args;
+  const TileRange range = tiles_of(seq, s.block, part);
+  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const float scale = (float)a.scale;
+  const bool through_scores = (part == kPrefix && sums.dprefix_bias) || (part == kSequence && dbias);
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
+    float *weights = s.weights + at, *grad = s.grads + at;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const vf shift = load(s.dlse[part] + r) - load(s.delta[part] + r);
+      const vf factor = load(s.part_scale[part] + r) * (through_scores ? 1.0f : scale);
+      for (int64_t j = 0; j < n; j++) {
+        const int64_t i = j * kBlockM + r;
+        store(grad + i, load(weights + i) * (load(grad + i) + shift) * factor);
+      }
+    }
+    if (through_scores) {
+      for (int64_t r = 0; r < s.block.count; r++) {
+        const int64_t head = s.block.head[r];
+        if (part == kPrefix) {
+          float* row = sums.dprefix_bias + (head % p.plan->group_size) * a.prefix_len + begin;
+          for (int64_t j = 0; j < n; j++) row[j] += grad[j * kBlockM + r];
+        } else {
+          const int64_t* size = b.bias_size;
+          const int64_t index[3] = {seq.batch, head, seq.start + s.block.position[r]};
+          int64_t row = 0;
+          for (int i = 0; i < 3; i++) row = row * size[i] + (size[i] == 1 ? 0 : index[i]);
+          float* at_row = dbias + row * size[3];
+          for (int64_t j = 0; j < n; j++) at_row[size[3] == 1 ? 0 : seq.start + begin + j] += grad[j * kBlockM + r];
+        }
+      }
+      for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * scale);
+    }
+    if (a.softcap != 0.0)
+      for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * load(s.slopes + at + i));
+    if (dk) gemm<false>(n, dim, s.block.count, grad, kBlockM, s.q, dim, dk + begin * dim, dim, true);
+    if (needs.dq) {
+      const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
+                                        : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+      gemm<true>(s.block.count, dim, n, grad, kBlockM, tile.k, tile.k_stride, s.dq, dim, true);
+    }
+  }
+}
+
+static void backward_block(const Problem& p, const Needs& needs, const peftkern_attention_backward& b,
+                           const Sequence& seq, int64_t kv_head, BackwardScratch& s, const Sums& sums, float* dbias) {
+  const peftkern_attention& a = *p.args;
+  const Plan& plan = *p.plan;
+  const Block& block = s.block;
+  const int64_t dim = p.padded_dim, rows = block.vectors * kLanes;
+  gather_rows(p, seq, block, a.q, a.q_stride, s.q);
+  transpose_rows(p, block, s.q, s.q_panel);
+  gather_rows(p, seq, block, b.dout, b.dout_stride, s.dout);
+  transpose_rows(p, block, s.dout, s.dout_panel);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t head = block.head[r], at = seq.start + block.position[r];
+    const float lse = a.lse[(seq.batch * a.num_heads + head) * a.q_len + at];
+    s.lse[r] = lse == -kInf ? kInf : (float)(lse * kLog2e);  // rounded once: an error here is one of the whole row
+    const float dlse =
+        b.dlse && r < block.count
+            ? b.dlse[seq.batch * b.dlse_stride[0] + head * b.dlse_stride[1] + at * b.dlse_stride[2]]
+            : 0.0f;
+    s.dlse[kSequence][r] = dlse;
+    s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
+    s.delta[kSequence][r] = s.delta[kPrefix][r] = 0.0f;
+    s.part_scale[kSequence][r] = 1.0f;
+    s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
+  }
+  const bool exact = needs.sequence();
+  const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
+  if (prefix_tiles) walk_weights(p, needs, seq, kv_head, s, kPrefix, 0, sums.dprefix_v, exact || a.gate);
+  if (exact) walk_weights(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dv, true);
+  if (!needs.scores()) return;
+
+  if (!exact) gather_rows(p, seq, block, a.out, a.out_stride, s.out);
+  for (int64_t r = 0; r < rows; r++) {
+    float& delta = s.delta[kSequence][r];
+    const float prefix_delta = s.delta[kPrefix][r];
+    if (exact && !a.gate) delta += prefix_delta;
+    if (!exact) {
+      vf sum = zero();
+      for (int64_t d = 0; d < dim; d += kLanes) sum += load(s.out + r * dim + d) * load(s.dout + r * dim + d);
+      delta = reduce_add(sum) - (a.gate ? s.part_scale[kPrefix][r] * prefix_delta : 0.0f);
+    }
+    if (!a.gate) s.delta[kPrefix][r] = delta;
+    if (r >= block.count) continue;
+    const int64_t head = block.head[r] % plan.group_size;
+    if (sums.dgate)
+      sums.dgate[head] += (1.0 - (double)s.part_scale[kPrefix][r] * s.part_scale[kPrefix][r]) * prefix_delta;
+    if (sums.dsinks && s.lse[r] != kInf)
+      sums.dsinks[head] += std::exp2((double)a.sinks[block.head[r]] * kLog2e - s.lse[r]) *
+                           (double)(s.dlse[kSequence][r] - delta);
+  }
+
+  const bool prefix_scores_needed = needs.dq || sums.dprefix_k || sums.dprefix_bias;
+  if (needs.dq) memset(s.dq, 0, sizeof(float) * block.count * dim);
+  if (prefix_tiles && prefix_scores_needed)
+    walk_scores(p, needs, seq, kv_head, s, kPrefix, 0, sums.dprefix_k, sums, nullptr, b);
+  if (needs.dq || needs.dk || dbias)
+    walk_scores(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dk, sums, dbias, b);
+  if (needs.dq)
+    for (int64_t r = 0; r < block.count; r++) {
+      const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] +
+                         (seq.start + block.position[r]) * b.dq_stride[2];
+      narrow_row(s.dq + r * dim, 1.0f, p.head_dim, a.dtype, const_cast<char*>(offset(b.dq, a.dtype, at)));
+    }
+}
+
+// Row blocks first, first + step, ... of a sequence.
+static void backward_blocks(const Problem& p, const Needs& needs, const peftkern_attention_backward& b,
+                            const Sequence& seq, int64_t kv_head, int64_t first, int64_t step, BackwardScratch& s,
+                            const Sums& sums, float* dbias) {
+  s.tiles.open(seq, kv_head, true);
+  for (int64_t block = first; block < num_position_blocks(*p.plan, seq); block += step)
+    for (int64_t head = 0; head < p.plan->group_size; head += p.plan->heads_per_block) {
+      make_block(p, seq, kv_head, block, head, s.block);
+      backward_block(p, needs, b, seq, kv_head, s, sums, dbias);
+    }
+}
+
+// Writes one sequence's and head's fp32 rows [kv_len, padded_dim] to dk or dv.
+static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, const float* rows, void* out,
+                           const int64_t* stride) {
+  for (int64_t t = 0; t < seq.kv_len; t++) {
+    const int64_t at = seq.batch * stride[0] + kv_head * stride[1] + (seq.start + t) * stride[2];
+    narrow_row(rows + t * p.padded_dim, 1.0f, p.head_dim, p.args->dtype,
+               const_cast<char*>(offset(out, p.args->dtype, at)));
+  }
+}
+
+// Partial sums between the tasks (one per group and kv head) and the ordered sums that follow.
+struct Partials {
+  float *dprefix_k, *dprefix_v;  // [groups, num_kv_heads, prefix_len, padded_dim]
+  float* dprefix_bias;           // [groups, num_heads, prefix_len]
+  double *dsinks, *dgate;        // [groups, num_heads]
+  float *dk, *dv;                // [partials, num_kv_heads, max_kv_len, padded_dim]
+};
+
+static Partials take_partials(const Problem& p, const Needs& needs, Arena& arena) {
+  const peftkern_attention& a = *p.args;
+  const int64_t groups = p.plan->num_groups;
+  const int64_t prefix = groups * a.num_kv_heads * a.prefix_len * p.padded_dim;
+  const int64_t split = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
+  Partials x;
+  x.dprefix_k = arena.take<float>(needs.dprefix_k ? prefix : 0);
+  x.dprefix_v = arena.take<float>(needs.dprefix_v ? prefix : 0);
+  x.dprefix_bias = arena.take<float>(needs.dprefix_bias ? groups * a.num_heads * a.prefix_len : 0);
+  x.dsinks = arena.take<double>(needs.dsinks ? groups * a.num_heads : 0);
+  x.dgate = arena.take<double>(needs.dgate ? groups * a.num_heads : 0);
+  x.dk = arena.take<float>(needs.dk ? split : 0);
+  x.dv = arena.take<float>(needs.dv ? split : 0);
+  return x;
+}
+
+static void backward_group(const Problem& p, const Needs& needs, const peftkern_attention_backward& b, int64_t group,
+                           int64_t kv_head, BackwardScratch& s, const Partials& partials) {
+  const peftkern_attention& a = *p.args;
+  const Plan& plan = *p.plan;
+  const int64_t at = group * a.num_kv_heads + kv_head, prefix = a.prefix_len * p.padded_dim;
+  const int64_t split = plan.max_kv_len * p.padded_dim, G = plan.group_size;
+  Sums sums{};
+  if (needs.dprefix_k)
+    sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_v)
+    sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_bias)
+    sums.dprefix_bias = (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
+  if (needs.dsinks) sums.dsinks = (double*)memset(partials.dsinks + at * G, 0, sizeof(double) * G);
+  if (needs.dgate) sums.dgate = (double*)memset(partials.dgate + at * G, 0, sizeof(double) * G);
+  for (int32_t i = 0; i < plan.groups[group].count; i++) {
+    const Unit& unit = plan.units[plan.groups[group].first + i];
+    const Sequence& seq = plan.sequences[unit.sequence];
+    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split;
+    const size_t bytes = sizeof(float) * seq.kv_len * p.padded_dim;
+    if (needs.dk) sums.dk = (float*)memset(unit.parts > 1 ? partials.dk + partial : s.dk, 0, bytes);
+    if (needs.dv) sums.dv = (float*)memset(unit.parts > 1 ? partials.dv + partial : s.dv, 0, bytes);
+    backward_blocks(p, needs, b, seq, kv_head, unit.part, unit.parts, s, sums, nullptr);
+    if (unit.parts == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
+    if (unit.parts == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
+  }
+}
+
+// dprefix_x[bank, kv_head] = the groups that saw it, in their order.
+static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const float* partials, float* out) {
+  const peftkern_attention& a = *p.args;
+  const int64_t dim = p.padded_dim, D = p.head_dim;
+  float* rows = out + (prefix * a.num_kv_heads + kv_head) * a.prefix_len * D;
+  memset(rows, 0, sizeof(float) * a.prefix_len * D);
+  for (int64_t g = 0; g < p.plan->num_groups; g++) {
+    if (p.plan->groups[g].prefix != prefix) continue;
+    const float* partial = partials + (g * a.num_kv_heads + kv_head) * a.prefix_len * dim;
+    for (int64_t j = 0; j < a.prefix_len; j++)
+      for (int64_t d = 0; d < D; d++) rows[j * D + d] += partial[j * dim + d];
+  }
+}
+
+// dk or dv of a sequence that was split: its parts in their order, into the first.
+static void sum_parts(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
+                      const int64_t* stride) {
+  const Unit& unit = p.plan->units[first_unit];
+  const Sequence& seq = p.plan->sequences[unit.sequence];
+  const int64_t split = p.plan->max_kv_len * p.padded_dim;
+  float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split;
+  for (int32_t part = 1; part < unit.parts; part++) {
+    const float* next = first + part * p.args->num_kv_heads * split;
+    for (int64_t i = 0; i < seq.kv_len * p.padded_dim; i += kLanes) store(first + i, load(first + i) + load(next + i));
+  }
+  store_sequence(p, seq, kv_head, first, out, stride);
+}
+
+static void sum_small(const Problem& p, const peftkern_attention_backward& b, const Partials& partials) {
+  const peftkern_attention& a = *p.args;
+  for (int64_t head = 0; head < a.num_heads; head++) {
+    double dsink = 0.0, dgate = 0.0;
+    for (int64_t g = 0; g < p.plan->num_groups; g++) {
+      if (b.dsinks) dsink += partials.dsinks[g * a.num_heads + head];
+      if (b.dgate) dgate += partials.dgate[g * a.num_heads + head];
+    }
+    if (b.dsinks) b.dsinks[head] = (float)dsink;
+    if (b.dgate) b.dgate[head] = (float)dgate;
+  }
+  if (!b.dprefix_bias) return;
+  const int64_t heads = b.prefix_bias_size[0], keys = b.prefix_bias_size[1];
+  for (int64_t i = 0; i < heads * keys; i++) {
+    double sum = 0.0;
+    for (int64_t g = 0; g < p.plan->num_groups; g++)
+      for (int64_t head = 0; head < a.num_heads; head++)
+        for (int64_t j = 0; j < a.prefix_len; j++)
+          if ((heads == 1 || head == i / keys) && (keys == 1 || j == i % keys))
+            sum += partials.dprefix_bias[(g * a.num_heads + head) * a.prefix_len + j];
+    b.dprefix_bias[i] = (float)sum;
+  }
+}
+
+// dbias is summed over every dimension it was broadcast over, so its tasks are cut along the others; they recompute weights
+// and their gradients. Trained biases are rare: the main pass stays free of them.
+static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, BackwardScratch& s) {
+  const peftkern_attention& a = *p.args;
+  const Plan& plan = *p.plan;
+  Needs needs{};
+  needs.dbias = true;
+  const Sums none{};
+  const int64_t* size = b.bias_size;
+  const int64_t sequences = a.cu_seqlens ? plan.num_sequences : a.batch;
+  const int64_t outer = size[2] > 1 && a.cu_seqlens ? sequences : size[0];  // sequences or samples of the bias
+  const int64_t heads = size[1] == 1 ? 1 : a.num_kv_heads;
+  int64_t blocks = 1;
+  if (size[2] > 1) {
+    for (int64_t i = 0; i < plan.num_sequences; i++) blocks = most(blocks, num_position_blocks(plan, plan.sequences[i]));
+  }
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < outer * heads * blocks; task++) {
+    const int64_t block = task % blocks, head = task / blocks % heads, sample = task / blocks / heads;
+    for (int64_t i = 0; i < sequences; i++) {
+      const Sequence& seq = plan.sequences[i];
+      if (outer > 1 && i != sample && outer == sequences) continue;
+      for (int64_t h = heads == 1 ? 0 : head; h < (heads == 1 ? a.num_kv_heads : head + 1); h++)
+        backward_blocks(p, needs, b, seq, h, block, size[2] > 1 ? (int64_t)1 << 40 : 1, s, none, b.dbias);
+    }
+  }
+}
+
+int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
+  const peftkern_attention& args = b.forward;
+  Problem problem = make_problem(args, plan);
+  const Needs needs{b.dq != nullptr,        b.dk != nullptr,     b.dv != nullptr,
+                    b.dprefix_k != nullptr, b.dprefix_v != nullptr, b.dsinks != nullptr,
+                    b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
+  Needs main = needs;
+  main.dbias = false;
+  const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;
+  const int num_threads = (int)most(1, args.num_threads);
+  const int64_t packed_size = args.bank_size * kv_heads * args.prefix_len * problem.padded_dim;
+
+  BackwardScratch unused;
+  Arena size{nullptr, 0};
+  take_backward_scratch(problem, needs, size, unused);
+  const size_t per_thread = size.used;
+  size.take<float>(2 * packed_size + 64);
+  take_partials(problem, needs, size);
+  char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
+  if (!base) return PEFTKERN_OUT_OF_MEMORY;
+  Arena shared{base, 0};
+  float *packed_k = shared.take<float>(packed_size), *packed_v = shared.take<float>(packed_size);
+  problem.prefix_k = packed_k;
+  problem.prefix_v = packed_v;
+  const Partials partials = take_partials(problem, needs, shared);
+  int64_t bias_elements = 1;
+  for (int i = 0; i < 4; i++) bias_elements *= b.bias_size[i];
+  if (b.dbias) memset(b.dbias, 0, sizeof(float) * bias_elements);
+
+#pragma omp parallel num_threads(num_threads)
+  {
+    BackwardScratch s;
+    Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
+    take_backward_scratch(problem, needs, own, s);
+    pack_prefixes(problem, packed_k, packed_v);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < num_tasks; task++)
+      backward_group(problem, main, b, task / kv_heads, task % kv_heads, s, partials);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < args.bank_size * kv_heads; i++) {
+      if (needs.dprefix_k) sum_prefix(problem, i / kv_heads, i % kv_heads, partials.dprefix_k, b.dprefix_k);
+      if (needs.dprefix_v) sum_prefix(problem, i / kv_heads, i % kv_heads, partials.dprefix_v, b.dprefix_v);
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < plan.num_units * kv_heads; i++) {
+      const int32_t unit = (int32_t)(i / kv_heads);
+      if (plan.units[unit].parts == 1 || plan.units[unit].part != 0) continue;
+      if (needs.dk) sum_parts(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
+      if (needs.dv) sum_parts(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
+    }
+#pragma omp master
+    sum_small(problem, b, partials);
+    if (needs.dbias) bias_tasks(problem, b, s);
+  }
+  return PEFTKERN_OK;
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_ATTENTION_BACKWARD_H_

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward: per block of rows one walk over the prefix's tiles and then the sequence's, with an online softmax (Milakov and
+// Gimelshein 2018; Dao et al. 2022).
+#ifndef PEFTKERN_CPU_ATTENTION_FORWARD_H_
+#define PEFTKERN_CPU_ATTENTION_FORWARD_H_
+
+#include <omp.h>
+
+#include "attention.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+struct ForwardScratch {
+  float *q, *q_panel, *scores, *factors, *out, *prefix_out;
+  float pivot[kBlockM], sum[kBlockM], alpha[kBlockM];  // weights are 2^(score - pivot); their sum
+  bool empty;  // no tile has been added to out
+  SequenceTiles tiles;
+  Block block;
+};
+
+static void take_forward_scratch(const Problem& p, Arena& arena, ForwardScratch& s) {
+  const int64_t dim = p.padded_dim;
+  s.q = arena.take<float>(kBlockM * dim);
+  s.q_panel = arena.take<float>(kBlockM * dim);
+  s.scores = arena.take<float>(kBlockM * kBlockN);
+  s.factors = arena.take<float>(kBlockM * kBlockN);
+  s.out = arena.take<float>(kBlockM * dim);
+  s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
+  const int64_t length = p.in_place_k && p.in_place_v ? 0 : round_up(p.plan->max_kv_len, kBlockN);
+  s.tiles.k = arena.take<float>(length * dim);
+  s.tiles.v = arena.take<float>(length * dim);
+  s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
+  s.tiles.sequence = nullptr;
+}
+
+static void reset_softmax(const Problem& p, ForwardScratch& s, bool with_sink) {
+  for (int64_t r = 0; r < kBlockM; r++) {
+    s.pivot[r] = -kInf;
+    s.sum[r] = 0.0f;
+  }
+  if (with_sink && p.args->sinks)
+    for (int64_t r = 0; r < s.block.count; r++) {
+      s.pivot[r] = p.args->sinks[s.block.head[r]] * (float)kLog2e;
+      s.sum[r] = s.pivot[r] == -kInf ? 0.0f : 1.0f;
+    }
+  s.empty = true;
+}
+
+// scores -> weights in place; pivot, sum and out follow. The pivot moves only when a score exceeds it by 8, so that most
+// tiles leave out untouched: weights stay below 2^8.
+static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, float factor) {
+  bool moved = false;
+  for (int64_t r = 0; r < s.block.vectors * kLanes; r += kLanes) {
+    float* scores = s.scores + r;
+    vf best = load(scores);
+    for (int64_t j = 1; j < n; j++) best = max(best, load(scores + j * kBlockM));
+    best = best * factor;
+    vf pivot = load(s.pivot + r), sum = load(s.sum + r), alpha = set1(1.0f);
+    if (any_greater(best, pivot + 8.0f)) {
+      const vf higher = max(pivot, best);
+      alpha = exp2(pivot - select(higher == -kInf, zero(), higher));
+      sum *= alpha;
+      pivot = higher;
+      moved = true;
+      store(s.pivot + r, pivot);
+    }
+    store(s.alpha + r, alpha);
+    const vf base = select(pivot == -kInf, zero(), pivot);
+    vf even = zero(), odd = zero();
+    int64_t j = 0;
+    for (; j + 2 <= n; j += 2) {
+      const vf w0 = exp2(load(scores + j * kBlockM) * factor - base);
+      const vf w1 = exp2(load(scores + (j + 1) * kBlockM) * factor - base);
+      even += w0;
+      odd += w1;
+      store(scores + j * kBlockM, w0);
+      store(scores + (j + 1) * kBlockM, w1);
+    }
+    if (j < n) {
+      const vf w = exp2(load(scores + j * kBlockM) * factor - base);
+      even += w;
+      store(scores + j * kBlockM, w);
+    }
+    store(s.sum + r, sum + (even + odd));
+  }
+  if (moved && !s.empty)
+    for (int64_t r = 0; r < s.block.count; r++)
+      if (s.alpha[r] != 1.0f)
+        for (int64_t d = 0; d < p.padded_dim; d += kLanes)
+          store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
+}
+
+static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile, int64_t begin,
+                     int64_t n) {
+  gemm<false>(n, s.block.vectors * kLanes, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, s.scores, kBlockM,
+              false);
+  const float factor = finish_scores(p, seq, s.block, part, begin, n, s.scores, nullptr);
+  online_softmax(p, s, n, factor);
+  if (p.args->dropout_p > 0.0) {
+    dropout_factors(p, seq, s.block, part, begin, n, s.factors);
+    for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(s.scores + i, load(s.scores + i) * load(s.factors + i));
+  }
+  gemm<true>(s.block.count, p.padded_dim, n, s.scores, kBlockM, tile.v, tile.v_stride, s.out, p.padded_dim, !s.empty);
+  s.empty = false;
+}
+
+static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, ForwardScratch& s, Part part) {
+  const TileRange range = tiles_of(seq, s.block, part);
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, range.end - begin);
+    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
+                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    add_tile(p, seq, s, part, tile, begin, n);
+  }
+}
+
+static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head, ForwardScratch& s) {
+  const peftkern_attention& a = *p.args;
+  const int64_t dim = p.padded_dim;
+  gather_rows(p, seq, s.block, a.q, a.q_stride, s.q);
+  transpose_rows(p, s.block, s.q, s.q_panel);
+  reset_softmax(p, s, !a.gate);
+  walk(p, seq, kv_head, s, kPrefix);
+  if (a.gate) {
+    for (int64_t r = 0; r < s.block.count; r++) {
+      const float weight = s.empty ? 0.0f : std::tanh(a.gate[s.block.head[r]]) * reciprocal(s.sum[r]);
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store(s.prefix_out + r * dim + d, s.empty ? zero() : load(s.out + r * dim + d) * weight);
+    }
+    reset_softmax(p, s, true);
+  }
+  walk(p, seq, kv_head, s, kSequence);
+  if (s.empty) memset(s.out, 0, sizeof(float) * s.block.count * dim);
+  for (int64_t r = 0; r < s.block.count; r++) {
+    float* row = s.out + r * dim;
+    float factor = reciprocal(s.sum[r]);
+    if (a.gate) {
+      for (int64_t d = 0; d < dim; d += kLanes)
+        store(row + d, load(row + d) * factor + load(s.prefix_out + r * dim + d));
+      factor = 1.0f;
+    }
+    const int64_t head = s.block.head[r], at = seq.start + s.block.position[r];
+    void* out = const_cast<char*>(
+        offset(a.out, a.dtype, seq.batch * a.out_stride[0] + head * a.out_stride[1] + at * a.out_stride[2]));
+    narrow_row(row, factor, p.head_dim, a.dtype, out);
+    a.lse[(seq.batch * a.num_heads + head) * a.q_len + at] =
+        s.sum[r] == 0.0f ? -kInf : (float)((s.pivot[r] + std::log2((double)s.sum[r])) * kLn2);
+  }
+}
+
+// The prefixes, packed by all threads of the team; a barrier follows.
+static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++)
+    pack_prefix(p, i / p.args->num_kv_heads, i % p.args->num_kv_heads, packed_k, packed_v);
+}
+
+int attention_forward(const peftkern_attention& args, const Plan& plan) {
+  Problem problem = make_problem(args, plan);
+  const int64_t num_tasks = plan.num_units * args.num_kv_heads;
+  const int num_threads = (int)most(1, least(args.num_threads, num_tasks));
+  const int64_t packed_size = args.bank_size * args.num_kv_heads * args.prefix_len * problem.padded_dim;
+
+  float *packed_k = nullptr, *packed_v = nullptr;
+  ForwardScratch unused;
+  Arena size{nullptr, 0};
+  take_forward_scratch(problem, size, unused);
+  const size_t per_thread = size.used;
+  size.take<float>(2 * packed_size + 64);
+  char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
+  if (!base) return PEFTKERN_OUT_OF_MEMORY;
+  Arena shared{base, 0};
+  packed_k = shared.take<float>(packed_size);
+  packed_v = shared.take<float>(packed_size);
+  problem.prefix_k = packed_k;
+  problem.prefix_v = packed_v;
+
+#pragma omp parallel num_threads(num_threads)
+  {
+    ForwardScratch s;
+    Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
+    take_forward_scratch(problem, own, s);
+    pack_prefixes(problem, packed_k, packed_v);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < num_tasks; task++) {
+      const Unit& unit = plan.units[task / args.num_kv_heads];
+      const Sequence& seq = plan.sequences[unit.sequence];
+      const int64_t kv_head = task % args.num_kv_heads, blocks = num_position_blocks(plan, seq);
+      s.tiles.open(seq, kv_head, blocks * (plan.group_size / plan.heads_per_block) > unit.parts);
+      for (int64_t b = unit.part; b < blocks; b += unit.parts)
+        for (int64_t head = 0; head < plan.group_size; head += plan.heads_per_block) {
+          make_block(problem, seq, kv_head, b, head, s.block);
+          forward_block(problem, seq, kv_head, s);
+        }
+    }
+  }
+  return PEFTKERN_OK;
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_ATTENTION_FORWARD_H_

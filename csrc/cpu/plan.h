@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a call is cut into tasks. A function of sizes and ids only wherever sums depend on it, never of the threads.
+//
+// Compiled for the plainest processor; the kernels see plain arrays. No inline function may live here: a linker may keep
+// the copy that was compiled for a processor that is not there.
+#ifndef PEFTKERN_CPU_PLAN_H_
+#define PEFTKERN_CPU_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../peftkern.h"
+
+namespace peftkern {
+
+constexpr int kBlockM = 64;  // query rows of a block: positions x heads that share a kv head
+constexpr int kBlockN = 48;  // keys of a tile
+constexpr int64_t kMaxHeadDim = 256;
+
+// One sample, or one packed sequence. Queries are rows [start, start + q_len) of sample `batch`; so are the keys.
+struct Sequence {
+  int64_t batch, start, q_len, kv_len;
+  int64_t prefix, prefix_len;  // index in the bank, or -1 and 0
+};
+
+// The row blocks part, part + parts, part + 2 parts, ... of a sequence.
+struct Unit {
+  int32_t sequence, part, parts;
+  int32_t partial;  // where parts > 1: index of the partial sums of dk and dv
+};
+
+// Consecutive units that see one prefix and add to one partial sum of its gradient.
+struct Group {
+  int32_t first, count;
+  int64_t prefix;
+};
+
+struct Plan {
+  int64_t group_size, heads_per_block, positions_per_block;  // block rows = positions x heads
+  int32_t num_sequences, num_units, num_groups, num_partials;
+  int64_t max_kv_len, max_prefix_len;
+  const Sequence* sequences;
+  const Unit* units;
+  const Group* groups;
+};
+
+// Scratch memory that is kept between calls of a thread (fresh pages cost more than small kernels). Null: out of memory.
+void* acquire_scratch(size_t bytes);
+
+int64_t read_index(const void* data, int64_t dtype, int64_t i);
+
+#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16)
+
+#define PEFTKERN_DECLARE(isa)                                                               \
+  namespace isa {                                                                           \
+  int attention_forward(const peftkern_attention& args, const Plan& plan);                  \
+  int attention_backward(const peftkern_attention_backward& args, const Plan& plan);        \
+  }
+PEFTKERN_FOR_EACH_ISA(PEFTKERN_DECLARE)
+#undef PEFTKERN_DECLARE
+
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_PLAN_H_

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of floats, one width per instruction set. Compilers' vector extensions carry the arithmetic; intrinsics appear
+// where a compiler does not find the instruction. Included by one source file per instruction set, which defines
+// PEFTKERN_ISA (the namespace) and PEFTKERN_LANES.
+#ifndef PEFTKERN_CPU_VEC_H_
+#define PEFTKERN_CPU_VEC_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../peftkern.h"
+
+#define PEFTKERN_INLINE static inline __attribute__((always_inline))
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+constexpr int kLanes = PEFTKERN_LANES;
+constexpr float kInf = __builtin_inff();
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+
+template <typename V, typename T>
+PEFTKERN_INLINE V load_as(const T* p) {
+  V x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+PEFTKERN_INLINE vf load(const float* p) { return load_as<vf>(p); }
+PEFTKERN_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+PEFTKERN_INLINE vf set1(float x) { return x - vf{}; }
+PEFTKERN_INLINE vi seti(int32_t x) { return x - vi{}; }
+PEFTKERN_INLINE vi bits(vf x) { return (vi)x; }
+PEFTKERN_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+PEFTKERN_INLINE vf zero() { return vf{}; }
+
+// The larger; b where either is NaN.
+PEFTKERN_INLINE vf max(vf a, vf b) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif PEFTKERN_LANES == 8 && defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif PEFTKERN_LANES == 4 && defined(__SSE__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PEFTKERN_INLINE vf min(vf a, vf b) { return -max(-a, -b); }
+
+PEFTKERN_INLINE bool any_greater(vf a, vf b) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif PEFTKERN_LANES == 8 && defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  vi greater = a > b;
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; i++) any |= greater[i];
+  return any != 0;
+#endif
+}
+
+// Sum of the lanes, halves first.
+PEFTKERN_INLINE float reduce_add(vf x) {
+  float lane[kLanes];
+  store(lane, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+// 2^x for x <= 127, relative error 2e-7; 0 below 2^-126; NaN stays NaN. Rounds by adding 1.5 2^23 + 127, whose low bits
+// then hold the biased exponent; 2^f for |f| <= 1/2 is a minimax polynomial.
+PEFTKERN_INLINE vf exp2(vf x) {
+  const float kMagic = 12582912.0f + 127.0f;
+  x = max(set1(-127.0f), x);
+  vf shifted = x + kMagic;
+  vf f = x - (shifted - kMagic);
+  vf p = f * 1.326472708e-03f + 9.671512862e-03f;
+  p = p * f + 5.550733746e-02f;
+  p = p * f + 2.402224208e-01f;
+  p = p * f + 6.931469776e-01f;
+  p = p * f + 1.0f;
+  return p * (vf)(bits(shifted) << 23);
+}
+
+// tanh x, a rational function on |x| < 7.9 (the coefficients that Eigen uses); NaN stays NaN.
+PEFTKERN_INLINE vf tanh(vf x) {
+  const float kEnd = 7.90531110763549805f;
+  x = max(set1(-kEnd), x);
+  x = -max(set1(-kEnd), -x);
+  vf x2 = x * x;
+  vf p = x2 * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * x2 + -8.60467152213735e-11f;
+  p = p * x2 + 5.12229709037114e-08f;
+  p = p * x2 + 1.48572235717979e-05f;
+  p = p * x2 + 6.37261928875436e-04f;
+  p = p * x2 + 4.89352455891786e-03f;
+  vf q = x2 * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * x2 + 2.26843463243900e-03f;
+  q = q * x2 + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+PEFTKERN_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+PEFTKERN_INLINE vh to_bf16(vf x) {
+  vu u = (vu)x;
+  vu rounded = (u + (((u >> 16) & 1) + 0x7fff)) >> 16;
+  vi is_nan = x != x;
+  return __builtin_convertvector((vu)(is_nan ? (vi)((u >> 16) | 0x40) : (vi)rounded), vh);
+}
+
+PEFTKERN_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
+  float f;
+  __builtin_memcpy(&f, &magnitude, 4);
+  f *= 5.192296858534828e33f;  // 2^112 moves the exponent's bias; denormals come out right
+  __builtin_memcpy(&magnitude, &f, 4);
+  if ((h & 0x7c00) == 0x7c00) magnitude |= 0x7f800000;
+  magnitude |= sign;
+  __builtin_memcpy(&f, &magnitude, 4);
+  return f;
+}
+PEFTKERN_INLINE uint16_t float_to_half(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  uint16_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return sign | 0x7e00;
+  if (u >= 0x477ff000) return sign | 0x7c00;  // rounds to 2^16 or more
+  if (u < 0x38800000) {                       // below 2^-14: adding 1/2 leaves the rounded denormal in the low bits
+    float magnitude;
+    __builtin_memcpy(&magnitude, &u, 4);
+    magnitude += 0.5f;
+    __builtin_memcpy(&u, &magnitude, 4);
+    return sign | (uint16_t)(u - 0x3f000000);
+  }
+  return sign | (uint16_t)((u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13);
+}
+PEFTKERN_INLINE vf from_half(vh x) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif PEFTKERN_LANES == 8 && defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+  vf y;
+  for (int i = 0; i < kLanes; i++) y[i] = half_to_float(x[i]);
+  return y;
+#endif
+}
+PEFTKERN_INLINE vh to_half(vf x) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif PEFTKERN_LANES == 8 && defined(__F16C__)
+  return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  vh y;
+  for (int i = 0; i < kLanes; i++) y[i] = float_to_half(x[i]);
+  return y;
+#endif
+}
+
+PEFTKERN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTKERN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+PEFTKERN_INLINE const char* offset(const void* data, int64_t dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * (dtype == PEFTKERN_FLOAT32 ? 4 : 2);
+}
+
+PEFTKERN_INLINE float load_scalar(const void* data, int64_t dtype, int64_t i) {
+  if (dtype == PEFTKERN_FLOAT32) return static_cast<const float*>(data)[i];
+  uint16_t x = static_cast<const uint16_t*>(data)[i];
+  if (dtype == PEFTKERN_FLOAT16) return half_to_float(x);
+  uint32_t u = (uint32_t)x << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+// `lanes` values of any dtype (the rest of the vector is 0).
+template <int64_t kDtype>
+PEFTKERN_INLINE vf load_lanes(const void* data, int64_t lanes) {
+  if (kDtype == PEFTKERN_FLOAT32) {
+    if (lanes >= kLanes) return load(static_cast<const float*>(data));
+    vf x = zero();
+    __builtin_memcpy(&x, data, 4 * lanes);
+    return x;
+  }
+  vh x = vh{};
+  if (lanes >= kLanes)
+    __builtin_memcpy(&x, data, sizeof x);
+  else
+    __builtin_memcpy(&x, data, 2 * lanes);
+  return kDtype == PEFTKERN_FLOAT16 ? from_half(x) : from_bf16(x);
+}
+
+template <int64_t kDtype>
+PEFTKERN_INLINE void store_lanes(void* data, vf x, int64_t lanes) {
+  if (kDtype == PEFTKERN_FLOAT32) {
+    __builtin_memcpy(data, &x, 4 * least(lanes, kLanes));
+    return;
+  }
+  vh y = kDtype == PEFTKERN_FLOAT16 ? to_half(x) : to_bf16(x);
+  __builtin_memcpy(data, &y, 2 * least(lanes, kLanes));
+}
+
+template <int64_t kDtype>
+static void widen_row_as(const void* src, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load_lanes<kDtype>(offset(src, kDtype, i), kLanes));
+  if (i < n) store(dst + i, load_lanes<kDtype>(offset(src, kDtype, i), n - i));
+}
+
+// n values as floats, padded with zeros to whole vectors.
+PEFTKERN_INLINE void widen_row(const void* src, int64_t dtype, int64_t n, float* dst) {
+  if (dtype == PEFTKERN_FLOAT32) return widen_row_as<PEFTKERN_FLOAT32>(src, n, dst);
+  if (dtype == PEFTKERN_FLOAT16) return widen_row_as<PEFTKERN_FLOAT16>(src, n, dst);
+  widen_row_as<PEFTKERN_BFLOAT16>(src, n, dst);
+}
+
+template <int64_t kDtype>
+static void narrow_row_as(const float* src, float factor, int64_t n, void* dst) {
+  int64_t i = 0;
+  char* out = static_cast<char*>(dst);
+  const int64_t size = kDtype == PEFTKERN_FLOAT32 ? 4 : 2;
+  for (; i + kLanes <= n; i += kLanes) store_lanes<kDtype>(out + i * size, load(src + i) * factor, kLanes);
+  if (i < n) store_lanes<kDtype>(out + i * size, load(src + i) * factor, n - i);
+}
+
+// factor * src, rounded to dtype. src is padded to whole vectors.
+PEFTKERN_INLINE void narrow_row(const float* src, float factor, int64_t n, int64_t dtype, void* dst) {
+  if (dtype == PEFTKERN_FLOAT32) return narrow_row_as<PEFTKERN_FLOAT32>(src, factor, n, dst);
+  if (dtype == PEFTKERN_FLOAT16) return narrow_row_as<PEFTKERN_FLOAT16>(src, factor, n, dst);
+  narrow_row_as<PEFTKERN_BFLOAT16>(src, factor, n, dst);
+}
+
+// The values of floats rounded to dtype, in place.
+PEFTKERN_INLINE void round_row(float* row, int64_t n, int64_t dtype) {
+  if (dtype == PEFTKERN_FLOAT32) return;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    vf x = load(row + i);
+    store(row + i, dtype == PEFTKERN_FLOAT16 ? from_half(to_half(x)) : from_bf16(to_bf16(x)));
+  }
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_VEC_H_

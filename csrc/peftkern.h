@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI of peftkern's native libraries: no torch, no Python, nothing that exits.
+//
+// Every call takes one struct and returns a status. Every field is eight bytes wide, so that a caller may fill a struct
+// as one array. Strides count elements; a tensor's last dimension has stride 1 unless its strides are listed in full.
+// A null pointer stands for "not given" (inputs) or "not needed" (gradients).
+#ifndef PEFTKERN_H_
+#define PEFTKERN_H_
+
+#include <stdint.h>
+
+#define PEFTKERN_ABI_VERSION 1
+
+#if defined(PEFTKERN_BUILD_LIBRARY)
+#define PEFTKERN_API __attribute__((visibility("default")))
+#else
+#define PEFTKERN_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum peftkern_status {
+  PEFTKERN_OK = 0,
+  PEFTKERN_INVALID_ARGUMENT = 1,
+  PEFTKERN_UNSUPPORTED_ISA = 2,
+  PEFTKERN_OUT_OF_MEMORY = 3,
+};
+
+enum peftkern_dtype {
+  PEFTKERN_FLOAT32 = 0,
+  PEFTKERN_FLOAT16 = 1,
+  PEFTKERN_BFLOAT16 = 2,
+  PEFTKERN_INT32 = 3,
+  PEFTKERN_INT64 = 4,
+};
+
+// Instruction sets, from the plainest. AUTO takes the one that is fastest for the dtype on this processor.
+enum peftkern_isa {
+  PEFTKERN_ISA_AUTO = 0,
+  PEFTKERN_ISA_PORTABLE = 1,
+  PEFTKERN_ISA_AVX2 = 2,
+  PEFTKERN_ISA_AVX512 = 3,
+  PEFTKERN_ISA_AVX512_BF16 = 4,
+};
+
+// Attention over [prefix | sequence]; peftkern/reference.py says what it means.
+typedef struct peftkern_attention {
+  const void* q;             // [batch, num_heads, q_len, head_dim]
+  const void* k;             // [batch, num_kv_heads, kv_len, head_dim]
+  const void* v;
+  const void* prefix_k;      // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
+  const void* prefix_v;
+  const float* sinks;        // [num_heads], contiguous
+  const void* bias;          // broadcast to [batch, num_heads, q_len, kv_len] by strides of 0, bias_dtype
+  const float* prefix_bias;  // broadcast to [num_heads, prefix_len]
+  const float* gate;         // [num_heads], contiguous
+  const uint8_t* key_mask;   // [batch, kv_len]
+  const void* cu_seqlens;    // [num_sequences + 1], contiguous
+  const void* prefix_ids;    // [batch or num_sequences], contiguous
+  const void* prefix_lens;   // [bank_size], contiguous
+  void* out;                 // [batch, num_heads, q_len, head_dim]
+  float* lse;                // [batch, num_heads, q_len], contiguous
+  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, bank_size, prefix_len;
+  int64_t num_sequences;     // of cu_seqlens
+  int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, head, row
+  int64_t prefix_k_stride[3], prefix_v_stride[3];     // bank, head, row
+  int64_t bias_stride[4], prefix_bias_stride[2], key_mask_stride[2];
+  int64_t out_stride[3];
+  int64_t dtype, prefix_dtype, bias_dtype, cu_seqlens_dtype, prefix_ids_dtype, prefix_lens_dtype;
+  int64_t causal, window, prefix_in_window;           // window 0: none
+  int64_t dropout_seed, num_threads, isa;
+  double scale, softcap, dropout_p;                   // softcap 0: none
+} peftkern_attention;
+
+// `forward.out` and `forward.lse` hold the results of the forward.
+typedef struct peftkern_attention_backward {
+  peftkern_attention forward;
+  const void* dout;          // [batch, num_heads, q_len, head_dim]
+  const float* dlse;         // [batch, num_heads, q_len]
+  void *dq, *dk, *dv;        // as q, k, v
+  float *dprefix_k, *dprefix_v;  // as prefix_k, contiguous
+  float* dsinks;             // [num_heads]
+  float* dbias;              // [bias_size], contiguous
+  float* dprefix_bias;       // [prefix_bias_size], contiguous
+  float* dgate;              // [num_heads]
+  int64_t dout_stride[3], dlse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+  int64_t bias_size[4], prefix_bias_size[2];
+} peftkern_attention_backward;
+
+// out[b] = [prompt | weight[input_ids[b]]]
+typedef struct peftkern_embedding {
+  const void* input_ids;     // [batch, seq_len]
+  const void* weight;        // [vocab_size, dim]
+  const void* prompt;        // [bank_size, prompt_len, dim], prompt_dtype
+  const void* prompt_ids;    // [batch], contiguous
+  void* out;                 // [batch, prompt_len + seq_len, dim], contiguous
+  int64_t batch, seq_len, vocab_size, dim, bank_size, prompt_len;
+  int64_t input_ids_stride[2], weight_stride[2], prompt_stride[3];
+  int64_t dtype, prompt_dtype, input_ids_dtype, prompt_ids_dtype, num_threads;
+} peftkern_embedding;
+
+typedef struct peftkern_embedding_backward {
+  peftkern_embedding forward;
+  const void* dout;          // [batch, prompt_len + seq_len, dim]
+  float *dweight, *dprompt;  // contiguous
+  int64_t dout_stride[2];    // batch, row
+} peftkern_embedding_backward;
+
+PEFTKERN_API int peftkern_abi_version(void);
+PEFTKERN_API const char* peftkern_error_string(int status);
+
+// Whether this processor and this build have an instruction set; its name, or null beyond the last.
+PEFTKERN_API int peftkern_isa_available(int isa);
+PEFTKERN_API const char* peftkern_isa_name(int isa);
+// What AUTO stands for.
+PEFTKERN_API int peftkern_isa_default(int dtype);
+
+PEFTKERN_API int peftkern_prefix_attention(const peftkern_attention* args);
+PEFTKERN_API int peftkern_prefix_attention_backward(const peftkern_attention_backward* args);
+PEFTKERN_API int peftkern_soft_prompt_embedding(const peftkern_embedding* args);
+PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embedding_backward* args);
+
+// One block of Philox4x32-10, for known-answer tests.
+PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // PEFTKERN_H_
