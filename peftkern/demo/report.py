@@ -131,18 +131,20 @@ def setting(options: Options, threads: int, backend: str) -> str:
 
 def duration(seconds: float) -> str:
     """Three digits, in s or ms."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:#.3g} ms".replace(". ", " ")
 
 
 def interval(spread: Spread) -> str:
-    """The middle half in the median's unit."""
-    factor, unit, digits = (1, "s", 2) if spread.median >= 1 else (1e3, "ms", 0)
-    return f"{spread.low * factor:.{digits}f} - {spread.high * factor:.{digits}f} {unit}"
+    """The middle half."""
+    low, high = (duration(seconds).rpartition(" ") for seconds in (spread.low, spread.high))
+    return f"{low[0]} - {high[0]} {high[2]}" if low[2] == high[2] else f"{''.join(low)} - {''.join(high)}"
 
 
 def size(number: float) -> str:
-    """Three digits, in GB or MB (powers of ten)."""
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+    """In GB, MB or kB (powers of ten)."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} GB"
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
 
 
 def verdict(ratio: float, better: str, worse: str) -> str:

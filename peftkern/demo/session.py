@@ -50,6 +50,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     options = resolve(args, state and state["options"])
     threads = args.threads or (state and state["threads"]) or torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.manual_seed(options.seed)
     _quiet_libraries()
 
     with console.status("reading the reviews"):
