@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -60,8 +61,10 @@ def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def _first_line(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
+def _version_line(command: str) -> str:
+    """The first line of ``command --version`` with a version in it."""
+    result = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    return next(line for line in result.stdout.splitlines() if re.search(r"\d\.\d", line))
 
 
 def _system() -> dict[str, Any]:
@@ -74,7 +77,7 @@ def _system() -> dict[str, Any]:
     with open("/proc/cpuinfo") as lines:
         facts["cpu"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     for name in ("c++", "nvcc"):
-        facts[name] = _first_line(name, "--version") if shutil.which(name) else "not found"
+        facts[name] = _version_line(name) if shutil.which(name) else "not found"
     return facts
 
 

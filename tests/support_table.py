@@ -61,5 +61,5 @@ def in_readme() -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    README.write_text(text.replace(f"{BEGIN}\n{in_readme()}\n{END}", f"{BEGIN}\n{table()}\n{END}"))
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
