@@ -109,7 +109,7 @@ def load_prefix(
         prefix.origin = Origin(*(config.get(name) or default for name, default in Origin._field_defaults.items()))
     except KeyError as error:
         raise ValueError(f"{path}: expected {error} in the weights or their config, got neither") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if model is not None:
         _check_fits(prefix, model, path)
@@ -157,21 +157,22 @@ def _describe_prompt(prompt: SoftPrompt) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrefixKV:
-    """The module is made on the meta device, so that nothing is allocated before the shapes are found to fit."""
-    num_layers, num_kv_heads, token_dim = (config[n] for n in ("num_layers", "num_attention_heads", "token_dim"))
+    """The shapes are compared with a module on the meta device, so that nothing is allocated before they fit."""
+    names = ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")
+    num_layers, num_kv_heads, token_dim, length = (_size(config, name) for name in names)
     if token_dim % num_kv_heads:
         raise ValueError(f"token_dim: expected a multiple of {num_kv_heads} heads, got {token_dim}")
-    length, num_frozen = config["num_virtual_tokens"], config.get("num_frozen_tokens") or 0
-    prefix = PrefixKV(
-        None, config.get("lengths", length), num_layers=num_layers, num_kv_heads=num_kv_heads,
-        head_dim=token_dim // num_kv_heads, num_frozen_tokens=num_frozen, projection=config.get("projection"),
-        init="zero", device="meta", peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
-    )  # fmt: skip
+    num_frozen = config.get("num_frozen_tokens") or 0
     state = {name.removeprefix("peftkern."): x for name, x in tensors.items() if name.startswith("peftkern.")}
     if not state:
         flat = tensors["prompt_embeddings"]
         _check_shape("prompt_embeddings", flat, [length, num_layers * 2 * token_dim])
         state = {"trainable.0": flat[num_frozen:]} | ({"frozen.0": flat[:num_frozen]} if num_frozen else {})
+    prefix = PrefixKV(
+        None, config.get("lengths", length), num_layers=num_layers, num_kv_heads=num_kv_heads,
+        head_dim=token_dim // num_kv_heads, num_frozen_tokens=num_frozen, projection=config.get("projection"),
+        init="zero", device="meta", peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
+    )  # fmt: skip
     for name, x in prefix.state_dict().items():
         _check_shape(f"peftkern.{name}", state[name], list(x.shape))
     prefix.load_state_dict({name: _master(x) for name, x in state.items()}, assign=True)
@@ -180,15 +181,20 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
 
 def _build_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SoftPrompt:
     """PEFT stores num_virtual_tokens rows per transformer submodule, and uses those of the first."""
-    length, num_prompts = config["num_virtual_tokens"], config.get("num_prompts")
-    weight = tensors["prompt_embeddings"]
+    length, embed_dim = _size(config, "num_virtual_tokens"), _size(config, "token_dim")
+    num_prompts, weight = config.get("num_prompts"), tensors["prompt_embeddings"]
     bank = [] if num_prompts is None else [num_prompts]
     rows = length * (config.get("num_transformer_submodules") or 1)
-    _check_shape("prompt_embeddings", weight, [*bank, rows, config["token_dim"]])
+    _check_shape("prompt_embeddings", weight, [*bank, rows, embed_dim])
     weight = _master(weight[..., :length, :])
-    return SoftPrompt(
-        None, length, num_prompts=num_prompts, embed_dim=config["token_dim"], init=weight, dtype=weight.dtype
-    )
+    return SoftPrompt(None, length, num_prompts=num_prompts, embed_dim=embed_dim, init=weight, dtype=weight.dtype)
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    size = config[name]
+    if not isinstance(size, int) or size < (name != "num_virtual_tokens"):
+        raise ValueError(f"{name}: expected a positive int, got {size!r}")
+    return size
 
 
 def _check_shape(name: str, x: Tensor, expected: list[int]) -> None:
