@@ -131,6 +131,7 @@ def _attend(
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     prefix_k, prefix_v = prefix
+    out: Tensor
     if prefix_bias is None:
         out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
     else:

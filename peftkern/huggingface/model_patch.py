@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .attention import Implementation, register
 from .cache import SITE, KeyValue, PrefixCache, PrefixOptions
+from .positions import PositionTable, find_position_tables
 from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
 
@@ -48,8 +48,9 @@ class ModelPatch:
         self.sites: dict[nn.Module, Site] = {}
         self._handles: list[RemovableHandle] = []
         self._biases: list[SpanningBias] = []
-        #: The cache of the forward that runs, and its number of tokens.
-        self._current: tuple[PrefixCache, int] | None = None
+        self._tables: list[PositionTable] = []
+        #: The cache of the forward that runs.
+        self._current: PrefixCache | None = None
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
@@ -74,9 +75,8 @@ class ModelPatch:
                 setattr(module, SITE, site)
                 if hasattr(module, "compute_bias"):
                     self._biases.append(SpanningBias(module))
-            for name, module in self.backbone.named_modules():
-                if isinstance(module, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2]):
-                    self._handles.append(module.register_forward_pre_hook(self.check_positions, with_kwargs=True))
+            self._tables = find_position_tables(self.backbone)
+            self._handles += [table.handle for table in self._tables]
             self._handles.append(self.backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True))
             self._handles.append(self.backbone.register_forward_hook(self.after_forward, with_kwargs=True))
         except BaseException:
@@ -134,24 +134,21 @@ class ModelPatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: give the backbone its prefix."""
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        cache = self.find_cache(kwargs)
-        self._current = None
+        self._current = cache = self.find_cache(kwargs)
         if cache is not None:
-            tokens = kwargs.get("input_ids")
-            tokens = kwargs["inputs_embeds"] if tokens is None else tokens
             cache.begin()
-            self._current = cache, tokens.shape[1]
             self.place_sequence(cache, kwargs)
             _refuse_packing(kwargs)
             kwargs["peftkern_prefix"] = cache
+        for table in self._tables:
+            table.begin(cache, kwargs)
         return (), kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook: check that no layer ran without its prefix."""
-        if self._current is None:
+        cache, self._current = self._current, None
+        if cache is None:
             return output
-        cache, _ = self._current
-        self._current = None
         expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]
         missing = cache.finish(expected)
         drops_layers = self.backbone.training and getattr(self.backbone, "layerdrop", 0.0) > 0.0
@@ -161,21 +158,6 @@ class ModelPatch:
                 f"{str(self.backbone.config._attn_implementation)!r}, expected 'peftkern'; unpatch and patch it again"
             )
         return self.clean_output(cache, kwargs, output)
-
-    def check_positions(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook on a table of learned positions: the prefix must leave room for the sequence."""
-        if self._current is None:
-            return
-        cache, num_tokens = self._current
-        positions: Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[0]
-        num_rows = module.num_embeddings - getattr(module, "offset", 0)
-        too_few = positions.shape[-1] < num_tokens
-        if too_few or (not is_tracing(positions) and positions.numel() and int(positions.max()) >= num_rows):
-            raise ValueError(
-                f"input_ids: expected at most {num_rows} positions, the length of the model's position table, got "
-                f"{cache.get_seq_length() + num_tokens}, of which the prefix takes {cache.offset}; shorten the "
-                "sequence (or patch a PrefixKV with shift_positions=False, which then takes none)"
-            )
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:

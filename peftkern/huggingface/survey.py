@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: if it takes no cache, or its attention cannot be reached.
     """
     backbone = model.get_decoder()
+    if not isinstance(backbone, PreTrainedModel):  # some models call their output layer "decoder"
+        backbone = model.base_model
     kind = type(backbone).__name__
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise ValueError(f"model: {kind} takes no past_key_values, by which a prefix reaches its layers")
@@ -71,6 +73,11 @@ class _Survey(DynamicCache):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         self.returned.append((layer_idx, key_states, value_states))
         return key_states, value_states
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("linear attention has no keys that a prefix could precede")
+
+    has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 
     def take(self, module: nn.Module, key: Tensor) -> None:
         address = key.untyped_storage().data_ptr()
@@ -108,7 +115,7 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
     if unseen or not record.sites:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
-            f"model: {layers} of {type(backbone).__name__} do not dispatch their attention through transformers' "
-            "AttentionInterface, so a prefix cannot reach them"
+            f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that its cache returns: "
+            "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
     return record.sites

@@ -85,9 +85,26 @@ FAMILIES: dict[str, Family] = {
     "gpt-neox": _decoder("GPTNeoX"),
     "opt": _decoder("OPT", ffn_dim=128, word_embed_proj_dim=64),
     "gpt-bigcode (MQA)": Family(hf.GPTBigCodeForCausalLM, hf.GPTBigCodeConfig, {**_GPT2, "multi_query": True}),
+    "llama4 (chunks)": Family(
+        hf.Llama4ForCausalLM,
+        hf.Llama4TextConfig,
+        {**_DECODER, "num_key_value_heads": 2, "head_dim": 16, "attention_chunk_size": 4, "num_local_experts": 2},
+    ),
+    "gemma3n (shared KV)": Family(
+        hf.Gemma3nForCausalLM,
+        hf.Gemma3nTextConfig,
+        {
+            **_DECODER,
+            **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "num_key_value_heads": 2, "head_dim": 16},
+            **{"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
+            **{"intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4},
+        },
+    ),
     "bert": Family(hf.BertForSequenceClassification, hf.BertConfig, _ENCODER, "SEQ_CLS"),
     "roberta": Family(hf.RobertaForSequenceClassification, hf.RobertaConfig, _ENCODER, "SEQ_CLS"),
     "t5": Family(hf.T5ForConditionalGeneration, hf.T5Config, _T5, "SEQ_2_SEQ_LM"),
+    "umt5 (bias per layer)": Family(hf.UMT5ForConditionalGeneration, hf.UMT5Config, _T5, "SEQ_2_SEQ_LM"),
     "bart": Family(hf.BartForConditionalGeneration, hf.BartConfig, _BART, "SEQ_2_SEQ_LM"),
 }
 """One of each attention kind. ``T5`` has four layers, so that PEFT's shared layers show."""
