@@ -2,8 +2,8 @@
 """Builds the native libraries with CMake and ninja; all other metadata is in pyproject.toml.
 
 PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries (auto: the CPU library where the tools for it are there).
-MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning. The libraries have a C ABI and know neither torch nor Python, so
-one wheel serves every version of both.
+MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning. The libraries have a C ABI and know neither torch nor Python,
+so one wheel serves every version of both.
 """
 
 from __future__ import annotations

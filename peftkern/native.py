@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native CPU library: found and loaded through ctypes, its structs filled, its statuses turned into exceptions.
 
-``csrc/peftkern.h`` is the other side. A library that is missing or does not fit is no error here: :data:`MISSING` says
-what is wrong and what to do, and :mod:`peftkern.backends.cpu` passes that on.
+``csrc/peftkern.h`` is the other side. A library that is missing or does not fit is no error here: :data:`MISSING`
+says what is wrong and what to do, and :mod:`peftkern.backends.cpu` passes that on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}
 
 _PATH = Path(__file__).with_name("libpeftkern_cpu.so")
-_BUILD = "run `pip install .` in a checkout, with a C++ compiler, or `cmake -S . -B build -G Ninja && cmake --build build`"
+_BUILD = "with a C++ compiler, run `pip install .` or `cmake -S . -B build && cmake --build build` in a checkout"
 
 # The structs of peftkern.h: every field is a 64-bit integer or pointer, but for three doubles.
 _ATTENTION = struct.Struct("=62q3d")
@@ -128,7 +128,9 @@ def _broadcast_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _attention_fields(args: AttentionArgs, out: Tensor, lse: Tensor, isa: str) -> tuple[list[int | float], list[Tensor | None]]:
+def _attention_fields(
+    args: AttentionArgs, out: Tensor, lse: Tensor, isa: str
+) -> tuple[list[int | float], list[Tensor | None]]:
     """The fields of ``peftkern_attention``, and temporaries that must live until the call returns."""
     q, k, v, prefix_k, prefix_v = args[:5]
     sinks, gate, cu_seqlens, prefix_ids, prefix_lens = kept = [

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward. Per block of rows, two walks over the tiles:
+// Backward. Per block of rows, three walks over the tiles:
 //
-//   weights   w = 2^(score - lse), g = dout . v, delta = sum over keys of w g; dv += w^T dout
+//   products  w = 2^(score - lse), g = dout . v
+//   weights   w /= sum over keys of w, delta = sum over keys of w g; dv += w^T dout
 //   scores    ds = w (g - delta + dlse) slope scale; dk += ds^T q, dq += ds k
 //
-// w and g of all tiles are kept between the walks. So delta is exact: it does not carry the rounding of a half-precision
-// out, and the prefix's gradient is right to fp32. Where only the prefix's gradient is wanted (a model's first layer), delta
-// is taken from out instead and the sequence's keys are not looked at.
+// w and g of all tiles are kept between the walks. So neither the rounding of lse nor that of a half-precision out is in
+// the gradients, which are right to fp32. Where only the prefix's gradient is wanted (a model's first layer), lse and delta =
+// dout . out serve as they are and the sequence's keys are not looked at.
 #ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 #define PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 
@@ -20,7 +21,7 @@ struct Needs {
 
   bool sequence() const { return dq || dk || dv || dbias; }
   bool scores() const { return dq || dk || dprefix_k || dsinks || dbias || dprefix_bias || dgate; }
-  bool prefix() const { return scores() || dprefix_v; }
+  bool prefix() const { return sequence() || scores() || dprefix_v; }
 };
 
 // What a task adds to. Null where not needed.
@@ -34,8 +35,10 @@ struct Sums {
 struct BackwardScratch {
   float *q, *q_panel, *dout, *dout_panel, *out, *dq;
   float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
-  float *factors, *dropped;         // [kBlockN][kBlockM]
-  float lse[kBlockM], delta[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
+  float *factors, *applied;         // [kBlockN][kBlockM]: of dropout; weights as values see them
+  float lse[kBlockM], prefix_lse[kBlockM];  // prefix_lse: of the prefix's own softmax (gate)
+  float total[kBlockM], prefix_total[kBlockM];  // sums of weights relative to them, 1 but for rounding
+  float delta[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
   float *dk, *dv;
   SequenceTiles tiles;
   Block block;
@@ -55,7 +58,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.grads = arena.take<float>(tile_keys * kBlockM);
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
   s.factors = arena.take<float>(kBlockN * kBlockM);
-  s.dropped = arena.take<float>(kBlockN * kBlockM);
+  s.applied = arena.take<float>(kBlockN * kBlockM);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
   const int64_t widened = p.in_place_k && p.in_place_v ? 0 : length;
@@ -72,9 +75,10 @@ static int64_t tile_offset(int64_t first_tile, TileRange range, int64_t begin) {
 
 static float* find(float* base, int64_t at) { return base ? base + at : nullptr; }
 
-// The prefix's own softmax (gate): its scores are left in `weights`, the logarithm of its denominator in `lse`.
-static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s, TileRange range,
-                          float* lse) {
+// The prefix's own softmax (gate): its scores are left in `weights`, the logarithm of its denominator in
+// `prefix_lse`.
+static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
+                          TileRange range) {
   float pivot[kBlockM], sum[kBlockM];
   for (int64_t r = 0; r < kBlockM; r++) pivot[r] = -kInf, sum[r] = 0.0f;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
@@ -99,23 +103,19 @@ static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head
       store(sum + r, total);
     }
   }
-  for (int64_t r = 0; r < kBlockM; r++) lse[r] = sum[r] == 0.0f ? kInf : pivot[r] + std::log2(sum[r]);
+  for (int64_t r = 0; r < kBlockM; r++) s.prefix_lse[r] = sum[r] == 0.0f ? kInf : pivot[r] + std::log2(sum[r]);
 }
 
-// First walk over a part.
-static void walk_weights(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
-                         Part part, int64_t first_tile, float* dv, bool sum_delta) {
+// First walk over a part: weights, still relative to lse, and their gradients.
+static void walk_products(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
+                          Part part, int64_t first_tile) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const int64_t rows = s.block.vectors * kLanes;
   const bool own_softmax = part == kPrefix && a.gate;
-  const bool grads = needs.scores();
-  float own_lse[kBlockM];
-  const float* lse = s.lse;
-  if (own_softmax) {
-    prefix_scores(p, seq, kv_head, s, range, own_lse);
-    lse = own_lse;
-  }
+  if (own_softmax) prefix_scores(p, seq, kv_head, s, range);
+  const float* lse = own_softmax ? s.prefix_lse : s.lse;
+  float* total = own_softmax ? s.prefix_total : s.total;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
@@ -128,39 +128,63 @@ static void walk_weights(const Problem& p, const Needs& needs, const Sequence& s
     }
     for (int64_t r = 0; r < rows; r += kLanes) {
       const vf base = load(lse + r);
-      for (int64_t j = 0; j < n; j++)
-        store(weights + j * kBlockM + r, exp2(load(weights + j * kBlockM + r) * factor - base));
+      vf sum = zero();
+      for (int64_t j = 0; j < n; j++) {
+        const vf w = exp2(load(weights + j * kBlockM + r) * factor - base);
+        store(weights + j * kBlockM + r, w);
+        sum += w;
+      }
+      store(total + r, load(total + r) + sum);
     }
-    if (grads)
+    if (needs.scores())
       gemm<false>(n, rows, p.head_dim, tile.v, tile.v_stride, s.dout_panel, kBlockM, grad, kBlockM, false);
-    const float* applied = weights;
-    if (a.dropout_p > 0.0) {
-      dropout_factors(p, seq, s.block, part, begin, n, s.factors);
-      for (int64_t i = 0; i < n * kBlockM; i += kLanes) {
-        store(s.dropped + i, load(weights + i) * load(s.factors + i));
-        if (grads) store(grad + i, load(grad + i) * load(s.factors + i));
-      }
-      applied = s.dropped;
-    }
-    if (sum_delta && grads)
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        vf delta = load(s.delta[part] + r);
-        for (int64_t j = 0; j < n; j++) delta += load(weights + j * kBlockM + r) * load(grad + j * kBlockM + r);
-        store(s.delta[part] + r, delta);
-      }
-    if (dv) {
-      if (own_softmax) {
-        for (int64_t i = 0; i < n * kBlockM; i += kBlockM)
-          for (int64_t r = 0; r < rows; r += kLanes)
-            store(s.dropped + i + r, load(applied + i + r) * load(s.part_scale[part] + r));
-        applied = s.dropped;
-      }
-      gemm<false>(n, dim, s.block.count, applied, kBlockM, s.dout, dim, dv + begin * dim, dim, true);
-    }
   }
 }
 
-// Second walk: grads become the gradients of the products.
+// Second walk: weights that sum to one, dropout, dv, delta.
+static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part,
+                         int64_t first_tile, float* dv, bool normalize, bool sum_delta) {
+  const peftkern_attention& a = *p.args;
+  const TileRange range = tiles_of(seq, s.block, part);
+  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const float* total = part == kPrefix && a.gate ? s.prefix_total : s.total;
+  const bool gated = part == kPrefix && a.gate;
+  for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
+    float *weights = s.weights + at, *grad = s.grads + at;
+    const bool dropout = a.dropout_p > 0.0;
+    if (dropout) dropout_factors(p, seq, s.block, part, begin, n, s.factors);
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const vf sum = load(total + r), inverse = select(sum == 0.0f, zero(), 1.0f / sum);
+      const vf gate = load(s.part_scale[part] + r);
+      vf delta = zero();
+      for (int64_t j = 0; j < n; j++) {
+        const int64_t i = j * kBlockM + r;
+        vf w = load(weights + i);
+        if (normalize) {
+          const vf quotient = w * inverse;
+          w = quotient + (w - quotient * sum) * inverse;  // as good as a division, and exactly 1 for a lone key
+          store(weights + i, w);
+        }
+        vf g = load(grad + i), applied = w;
+        if (dropout) {
+          const vf keep = load(s.factors + i);
+          g *= keep;
+          applied *= keep;
+          store(grad + i, g);
+        }
+        delta += w * g;
+        if (dropout || gated) store(s.applied + i, applied * gate);
+      }
+      if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + delta);
+    }
+    if (dv)
+      gemm<false>(n, dim, s.block.count, dropout || gated ? s.applied : weights, kBlockM, s.dout, dim, dv + begin * dim,
+                  dim, true);
+  }
+}
+
+// Third walk: grads become the gradients of the products.
 static void walk_scores(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
                         Part part, int64_t first_tile, float* dk, const Sums& sums, float* dbias,
                         const peftkern_attention_backward& b) {
@@ -192,7 +216,12 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
           int64_t row = 0;
           for (int i = 0; i < 3; i++) row = row * size[i] + (size[i] == 1 ? 0 : index[i]);
           float* at_row = dbias + row * size[3];
-          for (int64_t j = 0; j < n; j++) at_row[size[3] == 1 ? 0 : seq.start + begin + j] += grad[j * kBlockM + r];
+          float sum = 0.0f;
+          for (int64_t j = 0; j < n; j++) {
+            if (size[3] > 1) at_row[seq.start + begin + j] += grad[j * kBlockM + r];
+            sum += grad[j * kBlockM + r];
+          }
+          if (size[3] == 1) *at_row += sum;
         }
       }
       for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * scale);
@@ -228,14 +257,18 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
             : 0.0f;
     s.dlse[kSequence][r] = dlse;
     s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
-    s.delta[kSequence][r] = s.delta[kPrefix][r] = 0.0f;
+    s.delta[kSequence][r] = s.delta[kPrefix][r] = s.prefix_total[r] = 0.0f;
+    s.total[r] = a.sinks ? (float)std::exp2((double)a.sinks[head] * kLog2e - s.lse[r]) : 0.0f;
     s.part_scale[kSequence][r] = 1.0f;
     s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
   }
   const bool exact = needs.sequence();
   const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
-  if (prefix_tiles) walk_weights(p, needs, seq, kv_head, s, kPrefix, 0, sums.dprefix_v, exact || a.gate);
-  if (exact) walk_weights(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dv, true);
+  if (prefix_tiles) walk_products(p, needs, seq, kv_head, s, kPrefix, 0);
+  if (exact) walk_products(p, needs, seq, kv_head, s, kSequence, prefix_tiles);
+  const bool prefix_exact = exact || a.gate;
+  if (prefix_tiles) walk_weights(p, seq, s, kPrefix, 0, sums.dprefix_v, prefix_exact, prefix_exact);
+  if (exact) walk_weights(p, seq, s, kSequence, prefix_tiles, sums.dv, true, true);
   if (!needs.scores()) return;
 
   if (!exact) gather_rows(p, seq, block, a.out, a.out_stride, s.out);

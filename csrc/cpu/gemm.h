@@ -27,7 +27,7 @@ PEFTKERN_INLINE void micro_kernel(int64_t K, const float* A, int64_t lda, const 
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) c[i][j] = accumulate ? load(C + i * ldc + j * kLanes) : zero();
+    for (int j = 0; j < kVectors; j++) c[i][j] = zero();
   for (int64_t k = 0; k < K; k++) {
     vf b[kVectors];
 #pragma GCC unroll 4
@@ -39,10 +39,14 @@ PEFTKERN_INLINE void micro_kernel(int64_t K, const float* A, int64_t lda, const 
       for (int j = 0; j < kVectors; j++) c[i][j] += a * b[j];
     }
   }
+  // Added last and not first: long sums are sums of block sums, which round less.
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) store(C + i * ldc + j * kLanes, c[i][j]);
+    for (int j = 0; j < kVectors; j++) {
+      float* at = C + i * ldc + j * kLanes;
+      store(at, accumulate ? load(at) + c[i][j] : c[i][j]);
+    }
 }
 
 // The last `rows` < kRows rows.

@@ -58,7 +58,8 @@ def soft_prompt_embedding_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     dweight, dprompt = (
-        x.new_empty(x.shape if need else 0, dtype=torch.float32) for x, need in zip((weight, prompt), needs, strict=True)
+        x.new_empty(x.shape if need else 0, dtype=torch.float32)
+        for x, need in zip((weight, prompt), needs, strict=True)
     )
     native.soft_prompt_embedding_backward(
         dout, input_ids, weight, prompt, prompt_ids, dweight if needs[0] else None, dprompt if needs[1] else None
