@@ -173,7 +173,7 @@ def assert_fp32_sum(name: str, got: Tensor, true: Tensor, eager: Tensor, *, fact
     if got.numel() == 0:
         return
     error, allowed = ((x.double() - true.double()) for x in (got, eager))
-    floor = 8 * torch.finfo(torch.float32).eps * _rms(true)
+    floor = max(8 * torch.finfo(torch.float32).eps, torch.finfo(got.dtype).eps) * _rms(true)
     assert _rms(error) <= factor * _rms(allowed) + floor, (
         f"{name}: rms error {_rms(error):.3e} exceeds {factor} x eager's {_rms(allowed):.3e} + floor {floor:.1e}; "
         f"worst at {_where(error.abs())}"
