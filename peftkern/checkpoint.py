@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .modules import Origin, PrefixKV, SoftPrompt
+from .base_model import Origin
+from .modules import PrefixKV, SoftPrompt
 
 __all__ = ["load_prefix", "save_prefix"]
 

@@ -4,51 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .base_model import KeyValue, Origin, embed_dim_of, geometry_of, layers_of, text_cache, text_config, tokens_of
 from .functional import soft_prompt_embedding
 
-__all__ = ["Origin", "PrefixKV", "SoftPrompt"]
-
-KeyValue = tuple[Tensor, Tensor]
-
-_TASK_OF_CLASS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-
-class Origin(NamedTuple):
-    """What a prefix was made for; kept in checkpoints, since PEFT chooses its model class by ``task_type``."""
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    task_type: str = "CAUSAL_LM"
-
-    @classmethod
-    def of(cls, model_or_config: Any) -> Origin:
-        """Reads a Hugging Face model or config; None gives the defaults."""
-        if model_or_config is None:
-            return cls()
-        config = getattr(model_or_config, "config", model_or_config)
-        seq2seq = getattr(config, "is_encoder_decoder", False)
-        if config is model_or_config:
-            name = (getattr(config, "architectures", None) or [""])[0]
-        else:
-            name = type(model_or_config).__name__
-        task = next((task for suffix, task in _TASK_OF_CLASS.items() if name.endswith(suffix)), None)
-        if task is None and name.endswith("Model") and not seq2seq:
-            task = "FEATURE_EXTRACTION"
-        return cls(
-            getattr(config, "name_or_path", None) or None,
-            task_type=task or ("SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"),
-        )
+__all__ = ["PrefixKV", "SoftPrompt"]
 
 
 class PrefixKV(nn.Module):
@@ -112,7 +76,7 @@ class PrefixKV(nn.Module):
     ) -> None:
         super().__init__()
         geometry = (num_layers, num_kv_heads, head_dim)
-        self.num_layers, self.num_kv_heads, self.head_dim = _geometry(model_or_config, geometry)
+        self.num_layers, self.num_kv_heads, self.head_dim = geometry_of(model_or_config, geometry)
         self.lengths = _lengths(length, self.num_layers)
         self.num_frozen_tokens = num_frozen_tokens
         self.projection = projection
@@ -220,13 +184,13 @@ class PrefixKV(nn.Module):
         Raises:
             ValueError: for a text without tokens, or a length beyond the model's positions.
         """
-        num_layers, _, _ = _geometry(model, (options.get("num_layers"), 1, 1))
+        num_layers, _, _ = geometry_of(model, (options.get("num_layers"), 1, 1))
         longest = max(_lengths(length, num_layers))
-        positions = getattr(_text_config(model), "max_position_embeddings", None)
+        positions = getattr(text_config(model), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"length: expected at most the model's {positions} positions, got {longest}")
-        ids = torch.tensor([_tokens(tokenizer, text, longest)], device=model.get_input_embeddings().weight.device)
-        return cls.from_cache(_text_cache(model, ids), length, model_or_config=model, **options)
+        ids = torch.tensor([tokens_of(tokenizer, text, longest)], device=model.get_input_embeddings().weight.device)
+        return cls.from_cache(text_cache(model, ids), length, model_or_config=model, **options)
 
     @classmethod
     def from_cache(
@@ -244,7 +208,7 @@ class PrefixKV(nn.Module):
         >>> PrefixKV.from_cache(kv, length=5, num_frozen_tokens=1)
         PrefixKV(num_layers=3, num_kv_heads=2, head_dim=16, length=5, num_frozen_tokens=1)
         """
-        kv = _layers_of(cache)
+        kv = layers_of(cache)
         if length is None:
             tokens = sorted({x.shape[1] for pair in kv for x in pair})
             if len(tokens) != 1:
@@ -262,6 +226,42 @@ class PrefixKV(nn.Module):
             }
             options = {**own, **options}
         return cls(model_or_config, length, init=kv, **options)
+
+    @classmethod
+    def from_peft(cls, peft_model: Any, adapter_name: str | None = None) -> PrefixKV:
+        """A PEFT model's PREFIX_TUNING or CARTRIDGE adapter as a prefix of the very same parameters.
+
+        So what PEFT trains can be saved with its projection and taken up again, as PEFT's own files cannot::
+
+            save_prefix(PrefixKV.from_peft(peft_model), folder)
+            PrefixKV.from_peft(peft_model).load_state_dict(load_prefix(folder).state_dict())
+
+        Args:
+            peft_model: a ``peft.PeftModel``.
+            adapter_name: default the active one.
+
+        Raises:
+            ValueError: for an adapter of another kind.
+        """
+        name = adapter_name or peft_model.active_adapter
+        config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
+        if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(f"adapter_name: expected a PREFIX_TUNING or CARTRIDGE adapter, got {config.peft_type}")
+        transform = getattr(encoder, "transform", None)  # PEFT makes none for inference, whatever its config says
+        prefix = cls(
+            None, config.num_virtual_tokens, num_layers=config.num_layers, num_kv_heads=config.num_attention_heads,
+            head_dim=config.token_dim // config.num_attention_heads, init="zero", device="meta",
+            num_frozen_tokens=getattr(config, "num_frozen_tokens", 0),
+            projection=None if transform is None else transform[0].out_features,
+            peft_seq2seq_layout=config.num_transformer_submodules == 2,
+        )  # fmt: skip
+        prefix.transform = transform
+        prefix.trainable[0] = getattr(encoder, "trainable_embedding", encoder.embedding.weight)
+        if prefix.num_frozen_tokens:
+            prefix.frozen[0] = encoder.frozen_embedding
+        task_type = getattr(config.task_type, "value", config.task_type)
+        prefix.origin = Origin(config.base_model_name_or_path, config.revision, task_type or Origin().task_type)
+        return prefix
 
     @property
     def token_dim(self) -> int:
@@ -387,7 +387,7 @@ class SoftPrompt(nn.Module):
         if embed_dim is None and source is None:
             raise ValueError("model_or_embedding: expected a model, config or weight, or embed_dim, got None")
         if embed_dim is None:
-            embed_dim = source.shape[1] if isinstance(source, Tensor) else _embed_dim(source)
+            embed_dim = source.shape[1] if isinstance(source, Tensor) else embed_dim_of(source)
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(
                 f"length, num_prompts: expected length >= 0 and num_prompts None or >= 1, got {length}, {num_prompts}"
@@ -425,7 +425,7 @@ class SoftPrompt(nn.Module):
             length: as of :class:`SoftPrompt`, as are the ``options``.
         """
         embedding = model.get_input_embeddings()
-        ids = torch.tensor(_tokens(tokenizer, text, length), device=embedding.weight.device)
+        ids = torch.tensor(tokens_of(tokenizer, text, length), device=embedding.weight.device)
         with torch.no_grad():
             rows = embedding(ids)
         return cls(model, length, init=rows, **options)
@@ -455,108 +455,8 @@ class SoftPrompt(nn.Module):
         return f"{bank}length={self.length}, embed_dim={self.embed_dim}"
 
 
-def _text_config(model_or_config: Any) -> Any:
-    """The language decoder's config: of a vision-language model its text part, of an encoder-decoder its decoder."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise ValueError(f"model_or_config: expected a Hugging Face model or config, got {type(model_or_config)}")
-    return config.get_text_config(decoder=True)
-
-
-def _geometry(model_or_config: Any, given: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
-    """(num_layers, num_kv_heads, head_dim), each the given one or the config's."""
-    if any(n is None for n in given):
-        if model_or_config is None:
-            raise ValueError(
-                "model_or_config: expected a model or config, or num_layers, num_kv_heads and head_dim, got None and "
-                f"{', '.join(map(str, given))}"
-            )
-        found = _geometry_of(_text_config(model_or_config))
-        given = tuple(f if n is None else n for n, f in zip(given, found, strict=True))  # type: ignore[assignment]
-    names = ("num_layers", "num_kv_heads", "head_dim")
-    for name, n in zip(names, given, strict=True):
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {n!r}")
-    return given  # type: ignore[return-value]
-
-
-def _geometry_of(config: Any) -> tuple[int, int, int]:
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(
-            "model_or_config: expected a model that caches keys and values per head, got one with multi-head latent "
-            f"attention ({config.model_type}, kv_lora_rank = {config.kv_lora_rank})"
-        )
-    num_layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
-    heads_and_dims = {_heads_and_dim(layer) for layer in layers}
-    if len(heads_and_dims) != 1:
-        raise ValueError(
-            "model_or_config: expected layers of one geometry, got (key-value heads, head dim) "
-            f"{sorted(heads_and_dims)} in {config.model_type}"
-        )
-    return (num_layers, *heads_and_dims.pop())
-
-
-def _heads_and_dim(config: Any) -> tuple[int, int]:
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, head_dim
-
-
-def _embed_dim(config: Any) -> int:
-    """Width of the token embeddings, which ELECTRA and OPT-350m project to the hidden size."""
-    config = _text_config(config)
-    names = ("embedding_size", "word_embed_proj_dim", "hidden_size")
-    return int(next(n for n in (getattr(config, name, None) for name in names) if n))
-
-
 def _lengths(length: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     lengths = (length,) * num_layers if isinstance(length, int) else tuple(length)
     if len(lengths) != num_layers or any(not isinstance(n, int) or n < 0 for n in lengths):
         raise ValueError(f"length: expected an int >= 0, or one for each of {num_layers} layers, got {length!r}")
     return lengths
-
-
-def _tokens(tokenizer: Any, text: str, length: int) -> list[int]:
-    """The text's tokens, repeated or cut to the length."""
-    ids = list(tokenizer(text)["input_ids"])
-    if not ids or length < 1:
-        raise ValueError(f"text, length: expected at least one token, got {text!r} ({len(ids)} tokens) and {length}")
-    return (ids * -(-length // len(ids)))[:length]
-
-
-@torch.no_grad()
-def _text_cache(model: Any, input_ids: Tensor) -> Any:
-    """What the model caches for the tokens. A cache made without a config keeps every token in sliding layers too."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # neither dropout nor gradient checkpointing, which drops the cache
-    try:
-        cache: Any = DynamicCache()
-        if model.config.is_encoder_decoder:
-            cache = EncoderDecoderCache(cache, DynamicCache())
-            model(input_ids=input_ids, decoder_input_ids=input_ids, past_key_values=cache, use_cache=True)
-        else:
-            model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return cache
-
-
-def _layers_of(cache: Any) -> list[KeyValue]:
-    """(key, value) [Hkv, T, D] of each layer of a cache of batch 1."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    layers = [(x.keys, x.values) for x in cache.layers] if hasattr(cache, "layers") else [tuple(x[:2]) for x in cache]
-    if not layers or any(not isinstance(x, Tensor) for pair in layers for x in pair):
-        raise ValueError(
-            "cache: expected keys and values of every layer, got none of "
-            f"{[i for i, pair in enumerate(layers) if not isinstance(pair[0], Tensor)] or 'any layer'}"
-        )
-    for layer, pair in enumerate(layers):
-        for x in pair:
-            if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 1):
-                raise ValueError(f"cache: layer {layer}: expected [1, Hkv, T, D] or [Hkv, T, D], got {list(x.shape)}")
-    return [tuple(x[0] if x.dim() == 4 else x for x in pair) for pair in layers]  # type: ignore[misc]

@@ -101,7 +101,7 @@ def test_docstrings():
 def test_what_peft_saved_loads_with_equal_tensors_and_logits(name, tmp_path):
     model = llama()
     theirs = peft.get_peft_model(model, CONFIGS[name]()).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     prefix = load_prefix(tmp_path, model=model)
     stored = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
     if isinstance(prefix, PrefixKV):
@@ -184,11 +184,44 @@ def test_peft_goes_on_training_what_we_loaded(tmp_path):
     assert theirs.prompt_encoder["default"].embedding.weight.grad.any()
 
 
+@pytest.mark.parametrize("name", ["prefix", "projection", "cartridge"])
+def test_training_of_a_peft_model_goes_on(name, tmp_path):
+    """With its MLP, which PEFT does not save."""
+
+    def fresh():
+        return peft.get_peft_model(llama(), CONFIGS[name]())
+
+    def step(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    trained = fresh()
+    step(trained)
+    save_prefix(PrefixKV.from_peft(trained), tmp_path)
+    resumed = fresh()
+    PrefixKV.from_peft(resumed).load_state_dict(load_prefix(tmp_path).state_dict())
+    assert_same(load_prefix(tmp_path), PrefixKV.from_peft(resumed))
+    for _ in range(2):
+        trained.zero_grad()
+        resumed.zero_grad()
+        assert torch.equal(step(resumed), step(trained))
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(theirs.get_prompt(1).layers[0].keys[0], load_prefix(tmp_path).layer_kv()[0][0])
+
+
+def test_from_peft_names_what_it_cannot_take():
+    with pytest.raises(ValueError, match=r"expected a PREFIX_TUNING or CARTRIDGE adapter, got .*PROMPT_TUNING"):
+        PrefixKV.from_peft(peft.get_peft_model(llama(), CONFIGS["prompt"]()))
+
+
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_seq2seq_keeps_the_layout_of_peft(num_layers, tmp_path):
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)
     theirs = peft.get_peft_model(t5(num_layers), config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     prefix = load_prefix(tmp_path)
     cache = theirs.get_prompt(1).self_attention_cache
     for layer, (k, v) in enumerate(prefix.layer_kv()):
@@ -203,7 +236,7 @@ def test_seq2seq_keeps_the_layout_of_peft(num_layers, tmp_path):
 def test_seq2seq_prompt_is_the_part_that_peft_uses(tmp_path):
     config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)
     theirs = peft.get_peft_model(t5(2), config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     prompt = load_prefix(tmp_path)
     assert torch.equal(prompt.weight, theirs.get_prompt(1)[0, :5])
     save_prefix(prompt, tmp_path / "again")
@@ -335,7 +368,7 @@ def _edit_config(text="", **changes):
     """What PEFT saved, with its config changed, replaced by a text, or (None) missing."""
 
     def edit(folder):
-        peft.get_peft_model(llama(), prefix_config()).save_pretrained(folder)
+        peft.get_peft_model(llama(), prefix_config()).save_pretrained(folder, save_embedding_layers=False)
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text())
         path.unlink()
@@ -443,7 +476,7 @@ def test_a_classifier_that_peft_saved_beside_it_is_kept(tmp_path):
         transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
     )
     theirs = peft.get_peft_model(bert, peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5))
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.warns(UserWarning, match=r"expected a prefix alone; not loaded: \[.*classifier"):
         prefix = load_prefix(tmp_path)
     before = files(tmp_path)
