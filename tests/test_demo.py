@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftkern.cli import main
-from peftkern.demo import assets, checkpoint, memory, session, training
+from peftkern.demo import assets, checkpoint, measuring, session, training
 from peftkern.demo.assets import Review
 from peftkern.demo.options import DemoError, Options, add_arguments, resolve
 from peftkern.demo.report import Findings, as_json, headline, table, write_files
@@ -73,7 +73,7 @@ def command(tiny, tmp_path):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Leave out the measuring process, which takes seconds to start."""
-    sizes = {arm: {"peak": 2000, "saved": 1000} for arm in ARMS}
+    sizes = {arm: {"peak": 2000, "saved": 1000, "rounding": 0.0} for arm in ARMS}
     monkeypatch.setattr(session, "measure", lambda *_: sizes)
 
 
@@ -105,7 +105,7 @@ def test_a_run_reports_both_models_and_leaves_every_file(command, tmp_path, caps
     assert result["loss_largest_difference"]["value"] == worst
     assert [step["first"] for step in result["steps"]] == ["stock", "peftkern"] * 3, "the arms take turns"
     for arm in ARMS:
-        assert result["memory_bytes"][arm]["saved"] > 0
+        assert result["measured"][arm]["saved"] > 0
         assert result["accuracy"]["final"][arm]["rows"] == 12
     with (out / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -466,9 +466,9 @@ def test_memory_that_was_not_measured_is_said(tmp_path):
 
 def test_a_dying_measuring_process_costs_the_memory_figures_only(tiny):
     options, batch = Options(dtype="fp32"), Batch(*torch.zeros(3, 1, 4, dtype=torch.long))
-    found, trouble = session._measure_memory(assets.ModelSource("/no/such", "x"), options, batch, 1)
+    found, trouble = session._measure(assets.ModelSource("/no/such", "x"), options, batch, 1)
     assert found == {}
-    assert trouble.startswith("memory could not be measured: ")
+    assert trouble.startswith("memory and rounding could not be measured: ")
 
 
 # The real thing
@@ -491,12 +491,12 @@ def test_smollm2_learns_alike_with_and_without_peftkern(dtype, apart, tmp_path):
     for arm in ARMS:
         curve = [step["loss"][arm] for step in result["steps"]]
         assert sum(curve[-4:]) < 0.8 * sum(curve[:4]), f"{arm} does not learn: {curve}"
-        assert result["memory_bytes"][arm]["saved"] > 0
+        assert result["measured"][arm]["saved"] > 0
 
 
 def test_peak_memory_is_measured_on_linux():
-    if not memory._reset_peak():
+    if not measuring._reset_peak():
         pytest.fail("the high-water mark of this process cannot be reset: run the tests on Linux with /proc")
-    before = memory._resident("VmRSS")
+    before = measuring._resident("VmRSS")
     torch.ones(50_000_000, dtype=torch.uint8).sum()
-    assert memory._resident("VmHWM") - before > 45_000_000
+    assert measuring._resident("VmHWM") - before > 45_000_000

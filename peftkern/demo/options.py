@@ -45,7 +45,7 @@ class Options:
 
 
 #: What ``--quick`` changes.
-QUICK: dict[str, Any] = {"steps": 40, "seq": 96, "eval_rows": 160}
+QUICK: dict[str, Any] = {"steps": 40, "seq": 64, "eval_rows": 120}
 
 
 def flag(name: str) -> str:

@@ -89,8 +89,12 @@ def _seconds(axes: Any, findings: Findings) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("seconds")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    highest = sorted(value for column in columns.values() for value in column)
-    axes.set_ylim(0, 1.3 * highest[int(0.97 * (len(highest) - 1))])
+    top = 2.5 * max(spread.median for spread in spreads.values())
+    axes.set_ylim(0, min(top, 1.25 * max(map(max, columns.values()))))
+    beyond = sum(max(pair) > top for pair in zip(*columns.values(), strict=True))
+    if beyond:
+        words = f"{beyond} step{'s' * (beyond > 1)} beyond this axis: the machine was busy"
+        axes.text(0, 1, words, transform=axes.transAxes, color=_FAINT, fontsize=9, va="top")
 
 
 def _direct_labels(axes: Any, medians: dict[str, float]) -> None:
@@ -115,7 +119,7 @@ def _bars(axes: Any, findings: Findings) -> None:
     for kind, title in (("peak", "Peak memory"), ("saved", "saved for backward")):
         ratio = findings.memory_ratio(kind)
         if ratio is not None:
-            sizes = {arm: findings.memory[arm][kind] or 0 for arm in ARMS}
+            sizes = {arm: findings.measured[arm][kind] or 0 for arm in ARMS}
             bars = {arm: (x / max(sizes.values()), size(x)) for arm, x in sizes.items()}
             groups.append((title, verdict(ratio, "smaller", "larger"), bars))
     y = 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any, NamedTuple
 
+from .measuring import Measured
 from .options import Options, as_dict
 from .training import ARMS, TITLES, Accuracy, Pair
 
@@ -41,7 +42,7 @@ class Findings(NamedTuple):
     versions: dict[str, str]
     pairs: list[Pair]
     accuracy: dict[str, dict[str, Accuracy]]
-    memory: dict[str, dict[str, int | None]]
+    measured: dict[str, Measured]
 
     @property
     def timed(self) -> list[Pair]:
@@ -70,7 +71,7 @@ class Findings(NamedTuple):
 
     def memory_ratio(self, kind: str) -> float | None:
         """Of ``"peak"`` or ``"saved"``; None where it was not measured."""
-        stock, ours = (self.memory.get(arm, {}).get(kind) for arm in ARMS)
+        stock, ours = (self.measured.get(arm, {}).get(kind) for arm in ARMS)
         return stock / ours if stock and ours else None
 
 
@@ -97,7 +98,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "seconds_per_step": {arm: spread._asdict() for arm, spread in findings.seconds.items()},
         "speedup_of_pairs": findings.speedup._asdict(),
         "timed_pairs": len(findings.timed),
-        "memory_bytes": findings.memory,
+        "measured": findings.measured,
         "memory_ratio": {kind: findings.memory_ratio(kind) for kind in ("peak", "saved")},
         "steps": [pair._asdict() for pair in findings.pairs],
     }
@@ -108,7 +109,6 @@ def write_files(findings: Findings, out: Path) -> list[Path]:
     from .plot import save_plot
 
     files = [out / "demo.png", out / "steps.csv", out / "result.json"]
-    save_plot(findings, files[0])
     with files[1].open("w", newline="") as file:
         writer = csv.writer(file)
         names = [f"{what}_{arm}" for what in ("loss", "seconds") for arm in ARMS]
@@ -117,6 +117,7 @@ def write_files(findings: Findings, out: Path) -> list[Path]:
             columns = [values[arm] for values in (pair.loss, pair.seconds) for arm in ARMS]
             writer.writerow([pair.step + 1, pair.tokens, pair.first, *columns])
     files[2].write_text(json.dumps(as_json(findings), indent=1) + "\n")
+    save_plot(findings, files[0])
     return files
 
 
@@ -203,12 +204,20 @@ def table(findings: Findings) -> Any:
     losses = {arm: f"{loss:.4f}" for arm, loss in findings.last_loss.items()}
     row(f"Loss, last {min(_LAST, len(findings.pairs))} steps", losses, words)
 
+    errors = {arm: error for arm in ARMS if (error := findings.measured.get(arm, {}).get("rounding")) is not None}
+    if findings.options.dtype != "fp32" and errors:
+        row(
+            f"  {findings.options.dtype} rounding",
+            {a: f"± {x:.2g}" for a, x in errors.items()},
+            Text("of a row's loss", "dim"),
+        )
+
     seconds, speedup = findings.seconds, findings.speedup
     medians = {arm: duration(s.median) for arm, s in seconds.items()}
     row("Step time, median", medians, judged(speedup.median, "faster", "slower"))
     halves = {arm: interval(s) for arm, s in seconds.items()}
     row("  middle half", halves, Text(f"{speedup.low:.2f}x - {speedup.high:.2f}x paired", "dim"))
     for kind, title in (("peak", "Peak memory of a step"), ("saved", "  saved for backward")):
-        sizes = {arm: bytes_ for arm in ARMS if (bytes_ := findings.memory.get(arm, {}).get(kind)) is not None}
+        sizes = {arm: bytes_ for arm in ARMS if (bytes_ := findings.measured.get(arm, {}).get(kind)) is not None}
         row(title, {a: size(x) for a, x in sizes.items()}, judged(findings.memory_ratio(kind), "smaller", "larger"))
     return result

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from . import checkpoint
-from .assets import Review, cache_folder, find_model, read_reviews
+from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
-from .memory import measure
+from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
 from .report import Findings, duration, headline, setting, table, write_files
 from .reviews import Batch, Task, split, training_rows
@@ -41,7 +41,7 @@ def run_session(args: argparse.Namespace) -> int:
         try:
             return _run(args, console)
         except KeyboardInterrupt:
-            return _stopped(args.out, console)
+            return _stopped(args, console)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -80,12 +80,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         if finished:
             _measure_accuracy("final", models, task, held_out, progress, bars)
     if not finished:
-        return _stopped(args.out, console)
+        return _stopped(args, console)
 
-    with console.status("measuring memory in a process of its own"):
-        memory, trouble = _measure_memory(source, options, batch, threads)
+    with console.status("measuring memory and rounding in a process of their own"):
+        measured, trouble = _measure(source, options, batch, threads)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    found = (progress.pairs, progress.accuracy, memory)
+    found = (progress.pairs, progress.accuracy, measured)
     findings = Findings(options, source.title, backend, threads, versions, *found)
     files = write_files(findings, args.out)
     console.print("", table(findings), "", sep="\n")
@@ -174,19 +174,18 @@ def _deferred_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _stopped(out: Path, console: Console) -> int:
-    saved = checkpoint.latest(out)
+def _stopped(args: argparse.Namespace, console: Console) -> int:
+    saved = checkpoint.latest(args.out)
     if saved is None:
         console.print("Stopped before training; there is nothing to keep.")
     else:
         console.print(f"Stopped. Saved: {saved}, whose folders {' and '.join(ARMS)} PeftModel.from_pretrained loads.")
-        console.print(f"Go on with: [bold]peftkern demo --resume --out {out}[/]")
+        cache = f" --cache {args.cache}" if args.cache else ""
+        console.print(f"Go on with: [bold]peftkern demo --resume --out {args.out}{cache}[/]")
     return 130
 
 
-def _measure_memory(
-    source: Any, options: Options, batch: Batch, threads: int
-) -> tuple[dict[str, dict[str, int | None]], str]:
+def _measure(source: ModelSource, options: Options, batch: Batch, threads: int) -> tuple[dict[str, Measured], str]:
     """What was measured, or nothing and why: a run's other results outlive this."""
     try:
         return measure(source, options, batch, threads), ""

@@ -168,6 +168,27 @@ def train_pair(arms: dict[str, Arm], task: Task, train: Sequence[Review], step: 
     return Pair(step, order[0], batch.input_ids.numel(), loss, seconds)
 
 
+@torch.no_grad()
+def row_losses(model: Any, batch: Batch) -> Tensor:
+    """Loss of each row, [B] fp32."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none"
+    )
+    return losses.view(len(batch.labels), -1).sum(1)  # one position of a row has a label
+
+
+def rounding_error(arms: dict[str, Arm], batch: Batch) -> dict[str, float]:
+    """How far the run's dtype moves the loss of a row: rms distance to stock PEFT in fp32."""
+    base = arms["stock"].model.get_base_model()  # its tensors are those of the other arm, too
+    dtype = base.dtype
+    rounded = {name: row_losses(arm.model, batch) for name, arm in arms.items()}
+    base.float()
+    exact = row_losses(arms["stock"].model, batch)
+    base.to(dtype)
+    return {name: float((losses - exact).square().mean().sqrt()) for name, losses in rounded.items()}
+
+
 def saved_bytes(model: Any, batch: Batch) -> int:
     """Bytes that a forward pass keeps for backward: distinct storages, parameters and buffers excluded."""
     resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of one training step of each arm, measured in a process of its own so that nothing else is counted.
+"""Memory and rounding of one training step of each arm, measured in a process of its own: nothing else is counted.
 
 *Peak* is how far the process's resident memory rises during a step (forward, backward, update) above what it holds
 between steps: model, prefix and optimizer are excluded, kernels' own workspaces are included. It is the kernel's
 high-water mark and not a sampled value. *Saved* is what the forward pass keeps for backward
-(:func:`~peftkern.demo.training.saved_bytes`).
+(:func:`~peftkern.demo.training.saved_bytes`). *Rounding* is what the dtype does to the loss
+(:func:`~peftkern.demo.training.rounding_error`), the scale on which to read a difference of two curves.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from .options import DemoError, Options, as_dict
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
+#: "peak" and "saved" in bytes, "rounding" in units of the loss; None where the system does not tell.
+Measured = dict[str, float | None]
 
-def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str, dict[str, int | None]]:
-    """{arm: {"peak": bytes or None where the system does not tell, "saved": bytes}} for a step on ``batch``.
+
+def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str, Measured]:
+    """What a step on ``batch`` needs, for each arm.
 
     Raises:
         DemoError: with the last words of the measuring process.
@@ -37,23 +41,24 @@ def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str
     )
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DemoError(f"memory could not be measured: {words[-1]}")
-    result: dict[str, dict[str, int | None]] = json.loads(done.stdout.splitlines()[-1])
+        raise DemoError(f"memory and rounding could not be measured: {words[-1]}")
+    result: dict[str, Measured] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _serve(order: dict[str, Any]) -> dict[str, dict[str, int | None]]:
+def _serve(order: dict[str, Any]) -> dict[str, Measured]:
     import torch
 
     from .assets import ModelSource
     from .reviews import Batch
-    from .training import build_arms, load_base, saved_bytes
+    from .training import build_arms, load_base, rounding_error, saved_bytes
 
     torch.set_num_threads(order["threads"])
     options = Options(**order["options"])
     arms = build_arms(*load_base(ModelSource(*order["source"]), options), options)
     batch = Batch(*(torch.tensor(t) for t in order["batch"]))
-    result: dict[str, dict[str, int | None]] = {}
+    rounding = rounding_error(arms, batch)
+    result: dict[str, Measured] = {}
     for name, arm in arms.items():
         arm.train_step(batch, options.lr)  # creates the optimizer's state
         gc.collect()
@@ -61,7 +66,7 @@ def _serve(order: dict[str, Any]) -> dict[str, dict[str, int | None]]:
         arm.train_step(batch, options.lr)
         after = _resident("VmHWM")
         peak = None if before is None or after is None else after - before
-        result[name] = {"peak": peak, "saved": saved_bytes(arm.model, batch)}
+        result[name] = {"peak": peak, "saved": saved_bytes(arm.model, batch), "rounding": rounding[name]}
     return result
 
 
