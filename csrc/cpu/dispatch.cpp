@@ -81,7 +81,7 @@ struct Planner {
   }
 
   double total_work() const {
-    double total = 0;
+    double total = 1;
     for (const Sequence& s : sequences) total += work(s);
     return total;
   }
