@@ -120,14 +120,20 @@ class ModelPatch:
     ) -> PrefixCache:
         """A cache for a call of the backbone that has none."""
         if torch.is_grad_enabled() and self.backbone.training and _checkpoints_reentrantly(self.backbone):
-            tensors = [tensor for kv in prefix if kv is not None for tensor in kv]
-            if any(_saves_tensors(tensor) for tensor in tensors[:1]):
-                raise ValueError(
-                    "use_reentrant: expected False for a prefix that is computed (projection, MLP), as reentrant "
-                    "checkpointing would go back through that computation once a layer; use "
-                    'gradient_checkpointing_enable({"use_reentrant": False})'
-                )
+            self._check_reentrant(prefix)
         return PrefixCache(prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options)
+
+    def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
+        """Raise where reentrant checkpointing fails, or loses gradients without a word."""
+        keys = [kv[0] for kv in prefix if kv is not None]
+        if any(_saves_tensors(key) for key in keys[:1]):
+            reason = "the prefix is computed (projection, MLP), through which it would go back once a layer"
+        elif len(self.sites) > len({site.layer for site in self.sites.values()}):
+            reason = "layers share keys, whose gradients it loses"
+        else:
+            return
+        advice = 'gradient_checkpointing_enable({"use_reentrant": False})'
+        raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,11 +157,12 @@ class ModelPatch:
             return output
         expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]
         missing = cache.finish(expected)
+        implementation = self.backbone.config._attn_implementation
         drops_layers = self.backbone.training and getattr(self.backbone, "layerdrop", 0.0) > 0.0
-        if missing and not (drops_layers and len(missing) < len(expected)):
+        if missing and not (drops_layers and isinstance(implementation, Implementation)):
             raise ValueError(
-                f"attention ran without its prefix in {', '.join(missing)}: the model's attention implementation is "
-                f"{str(self.backbone.config._attn_implementation)!r}, expected 'peftkern'; unpatch and patch it again"
+                f"model: attention ran without its prefix in {', '.join(missing)}; expected 'peftkern' as attention "
+                f"implementation, got {str(implementation)!r}; unpatch the model and patch it again"
             )
         return self.clean_output(cache, kwargs, output)
 

