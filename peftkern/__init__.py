@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .backends import BackendUnavailable, available_backends, use_backend
     from .checkpoint import load_prefix, save_prefix
     from .functional import explain, prefix_attention, soft_prompt_embedding
-    from .huggingface import patch, patched, unpatch
+    from .huggingface.patch import patch, patched, unpatch
     from .modules import PrefixKV, SoftPrompt
 
 
