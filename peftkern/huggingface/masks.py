@@ -93,6 +93,12 @@ class LazyMask:
             self._forms[key] = None if make is None else make(**self._last_columns(num_keys))
         return self._forms[key]
 
+    def contiguous(self) -> Any:
+        """What ``generate`` asks of masks for static caches: these hold no prefix, so the mask of the implementation
+        below will do.
+        """
+        return self.for_implementation(self._request["config"]._attn_implementation.over, self._request["kv_length"])
+
     def _last_columns(self, columns: int) -> dict[str, Any]:
         return {**self._request, "kv_offset": self._end - columns, "kv_length": columns}
 

@@ -123,7 +123,8 @@ def _check_replaceable(cache: Cache | None) -> None:
     if cache is None:
         return
     if not isinstance(cache, DynamicCache) or cache.offloading:
-        raise ValueError(f"past_key_values: expected None or a DynamicCache, got {cache!r}")
+        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
+        raise ValueError(f"past_key_values: expected None or a DynamicCache without offloading, got a {kind}")
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"past_key_values: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "

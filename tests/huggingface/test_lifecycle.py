@@ -103,6 +103,16 @@ def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
         assert torch.equal(outputs(model, family), want)
 
 
+def test_a_disabled_adapter_can_use_a_static_cache():
+    """Its masks are made before the model runs, and by the implementation below."""
+    model = models.peft_model(LLAMA, patched=True).eval()
+    options = {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    want = models.generate(models.base_model(LLAMA).eval(), LLAMA.task, **options)
+    with model.disable_adapter():
+        got = models.generate(model, LLAMA.task, **options)
+    assert got.tolist() == want.tolist()
+
+
 def test_adapters_can_be_added_and_switched_while_patched():
     results = []
     for patched in (False, True):

@@ -278,6 +278,28 @@ def test_caches_of_the_caller(cache, message):
         model(input_ids=IDS, past_key_values=given)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "name"), [("static", "StaticCache"), ("offloaded", "DynamicCache with offloading")]
+)
+def test_cache_implementations_of_generate(implementation, name):
+    model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
+    with pytest.raises(ValueError, match=f"expected None or a DynamicCache without offloading, got a {name}"):
+        models.generate(model, LLAMA.task, do_sample=False, cache_implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}], ids=["assisted", "chunks"]
+)
+@pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "gemma3", "opt"])
+def test_assisted_and_chunked_generation(name, options):
+    """PEFT's assisted generation fails for Llama, GPT-2 and Gemma 3, and gives other tokens for OPT."""
+    family = FAMILIES[name]
+    model, _ = patched_like(models.peft_model(family, patched=False), family)
+    inputs = {"input_ids": IDS[2:], "attention_mask": models.ONES[2:], "max_new_tokens": 6, "pad_token_id": 0}
+    want, got = (model.eval().generate(**inputs, eos_token_id=None, do_sample=False, **o) for o in ({}, options))
+    assert got.tolist() == want.tolist()
+
+
 def filled(model):
     return model(input_ids=IDS, use_cache=True).past_key_values
 

@@ -9,6 +9,8 @@ import tempfile
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import peftkern
@@ -203,7 +205,7 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _ddp_worker(rank, port, report, native):
+def _worker(rank, port, report, native, strategy):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
@@ -217,21 +219,31 @@ def _ddp_worker(rank, port, report, native):
         model = models.peft_model(LLAMA, patched=True)
         parameter = models.peft_prefix(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel = torch.nn.parallel.DistributedDataParallel(model.train())
+    if strategy == "ddp":
+        parallel = torch.nn.parallel.DistributedDataParallel(model.train())
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        base = model if native else model.get_base_model()
+        for layer in base.model.layers:
+            fully_shard(layer, mesh=mesh)
+        parallel = fully_shard(model.train(), mesh=mesh)
+        parameter = prefix.trainable[0] if native else models.peft_prefix(model)
     for _ in range(2):
         model.zero_grad()
         mine = ids[2 * rank : 2 * rank + 2]
         parallel(input_ids=mine, labels=mine).loss.backward()
+    gradient = parameter.grad if strategy == "ddp" else parameter.grad.full_tensor()
     if rank == 0:
-        torch.save(models.difference(parameter.grad, models.peft_prefix(reference).grad), report)
+        torch.save(models.difference(gradient, models.peft_prefix(reference).grad), report)
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
-def test_two_processes(native):
-    """DDP with checkpointing on gloo: the gradient of both halves is that of the whole batch."""
+def test_two_processes(native, strategy):
+    """With checkpointing, on gloo: the gradient of both halves is that of the whole batch."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "difference")
-        torch.multiprocessing.spawn(_ddp_worker, args=(_free_port(), report, native), nprocs=2)
+        torch.multiprocessing.spawn(_worker, args=(_free_port(), report, native, strategy), nprocs=2)
         assert torch.load(report) <= TOLERANCE
