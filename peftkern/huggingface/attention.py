@@ -117,6 +117,8 @@ def _attend(
         mask_bias = additive(attention_mask, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
         mask = CompactMask(causal=False, window=None, key_mask=None)
 
+    if mask_bias is not None:
+        mask_bias = mask_bias.to(query.device)
     prefix_bias, bias = _split(mask_bias, num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
@@ -217,6 +219,8 @@ def _previous_attention(
     num_keys = key.shape[2]
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.for_implementation(name, num_keys)
+    if isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask.to(query.device)
     if position_bias is not None:
         kwargs["position_bias"] = position_bias[..., position_bias.shape[-1] - num_keys :]
     attention = _find_implementation(module, name)

@@ -94,8 +94,9 @@ class LazyMask:
         return self._forms[key]
 
     def contiguous(self) -> Any:
-        """What ``generate`` asks of masks for static caches: these hold no prefix, so the mask of the implementation
-        below will do.
+        """The mask of the implementation below.
+
+        ``generate`` asks this of masks that it makes for static caches, and these hold no prefix.
         """
         return self.for_implementation(self._request["config"]._attn_implementation.over, self._request["kv_length"])
 

@@ -49,8 +49,13 @@ class ModelPatch:
         self._handles: list[RemovableHandle] = []
         self._biases: list[SpanningBias] = []
         self._tables: list[PositionTable] = []
+        self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
         #: The cache of the forward that runs.
         self._current: PrefixCache | None = None
+
+    def check_prefix(self) -> None:
+        """Raise ValueError unless the prefix fits the model, whose :attr:`sites` are known."""
+        raise NotImplementedError
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
@@ -73,12 +78,16 @@ class ModelPatch:
             self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
             for module, site in self.sites.items():
                 setattr(module, SITE, site)
+            self.check_prefix()
+            for module in self.sites:
                 if hasattr(module, "compute_bias"):
                     self._biases.append(SpanningBias(module))
             self._tables = find_position_tables(self.backbone)
             self._handles += [table.handle for table in self._tables]
             self._handles.append(self.backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True))
-            self._handles.append(self.backbone.register_forward_hook(self.after_forward, with_kwargs=True))
+            self._handles.append(
+                self.backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
+            )
         except BaseException:
             self.remove()
             raise
@@ -119,7 +128,7 @@ class ModelPatch:
         self, prefix: Sequence[KeyValue | None], *, offset: int, stores: bool, offset_outside: bool
     ) -> PrefixCache:
         """A cache for a call of the backbone that has none."""
-        if torch.is_grad_enabled() and self.backbone.training and _checkpoints_reentrantly(self.backbone):
+        if torch.is_grad_enabled() and self.backbone.training and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
         return PrefixCache(prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options)
 
@@ -151,12 +160,16 @@ class ModelPatch:
         return (), kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: check that no layer ran without its prefix."""
+        """Hook: check that no layer ran without its prefix. ``output`` is None if the forward has raised."""
         cache, self._current = self._current, None
+        for table in self._tables:
+            table.begin(None, kwargs)
         if cache is None:
             return output
         expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]
         missing = cache.finish(expected)
+        if output is None:
+            return None
         implementation = self.backbone.config._attn_implementation
         drops_layers = self.backbone.training and getattr(self.backbone, "layerdrop", 0.0) > 0.0
         if missing and not (drops_layers and isinstance(implementation, Implementation)):
@@ -184,13 +197,10 @@ def _refuse_packing(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(checkpoint, "keywords", {}).get("use_reentrant", False):
-                return True
-    return False
+def _is_reentrant(module: Any) -> bool:
+    """Whether a module runs under reentrant checkpointing."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(module.gradient_checkpointing and getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
 
 
 def _saves_tensors(tensor: Tensor) -> bool:

@@ -59,14 +59,13 @@ class PrefixPatch(ModelPatch):
         self.offset = max(prefix.lengths, default=0) if shift_positions else 0
         self.frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
 
+    def check_prefix(self) -> None:
+        """Raise ValueError unless the prefix fits the model."""
+        self.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
+
     def install(self) -> None:
         """Change the model, with the prefix as its submodule."""
         super().install()
-        try:
-            self.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
-        except ValueError:
-            self.remove()
-            raise
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         self.model.add_module(SUBMODULE, self.prefix)  # type: ignore[arg-type]
@@ -79,7 +78,7 @@ class PrefixPatch(ModelPatch):
             parameter.requires_grad_(True)
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
-        """The cache that the caller continues, or one that takes the place of his empty one."""
+        """The cache that the caller continues, or one in place of an empty one."""
         given: Cache | None = kwargs.get("past_key_values")
         sequence = self_attention_cache(given)
         if isinstance(sequence, PrefixCache):

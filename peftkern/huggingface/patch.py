@@ -97,7 +97,7 @@ def patch(
                 "peftkern.soft_prompt_embedding's"
             )
         if fix_seq2seq_layout:
-            raise ValueError("fix_seq2seq_layout: expected False, as a PrefixKV has PEFT's mistake not, got True")
+            raise ValueError("fix_seq2seq_layout: expected False, as a PrefixKV is read layer by layer, got True")
         base = _find_base(model)
         change = PrefixPatch(model, base, prefix, shift_positions=shift_positions, freeze=freeze, options=options)
     change.install()

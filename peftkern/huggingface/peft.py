@@ -63,18 +63,17 @@ class PeftPatch(ModelPatch):
     def install(self) -> None:
         """Change the model, with ``get_prompt`` as :meth:`get_prompt`."""
         super().install()
-        try:
-            for name in self.model.peft_config:
-                self._check_adapter(name)
-        except ValueError:
-            self.remove()
-            raise
         self.model.get_prompt = self.get_prompt
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
         self.model.__dict__.pop("get_prompt", None)
         super().remove()
+
+    def check_prefix(self) -> None:
+        """Raise ValueError unless all adapters fit the model."""
+        for name in self.model.peft_config:
+            self._check_adapter(name)
 
     def _check_adapter(self, name: str) -> None:
         config = self.model.peft_config[name]

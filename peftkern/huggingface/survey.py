@@ -83,10 +83,12 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         address = key.untyped_storage().data_ptr()
         for layer, returned, value in self.returned:
             if returned.untyped_storage().data_ptr() == address:
-                name = self.names[module]
+                site = Site(self.names[module], layer, key.shape[1], key.shape[3])
                 if value.shape != key.shape:
-                    raise ValueError(f"{name}: keys {list(key.shape)} and values {list(value.shape)} differ in shape")
-                self.sites[module] = Site(name, layer, key.shape[1], key.shape[3])
+                    shapes = f"keys {list(key.shape)} and values {list(value.shape)}"
+                    raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
+                if self.sites.setdefault(module, site) != site:
+                    raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
 
 
 @torch.no_grad()

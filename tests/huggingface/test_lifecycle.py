@@ -223,6 +223,32 @@ def test_compressed_keys_are_refused_naming_the_layers():
     assert state_of(model) == before
 
 
+def test_a_module_that_is_two_layers_is_refused():
+    """Which of the two prefixes it should take could not be told."""
+    model = models.base_model(LLAMA)
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    record = []
+
+    def alternate(module, args, kwargs):
+        module.layer_idx = len(record) % 2
+        record.append(module.layer_idx)
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(alternate, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn is layers 0 and 1 in one module"):
+        peftkern.patch(model, llama_prefix())
+
+
+def test_nothing_of_a_forward_stays_in_the_model():
+    """A cache left behind would keep the graph alive, and forbid copies."""
+    family = FAMILIES["gpt2"]
+    model = models.peft_model(family, patched=True)
+    models.training_step(model, family.task)
+    copy.deepcopy(model)
+    with pytest.raises(ValueError, match="at most 64 positions"):
+        model(input_ids=torch.ones(1, 64, dtype=torch.long))
+    copy.deepcopy(model)
+
+
 class NoCache(hf.PreTrainedModel):
     """Takes no past_key_values."""
 
@@ -233,7 +259,7 @@ class NoCache(hf.PreTrainedModel):
 
 
 REFUSED = {
-    "patched twice": (lambda: models.peft_model(LLAMA, patched=True), {}, "model: .*already|got a patched one"),
+    "patched twice": (lambda: models.peft_model(LLAMA, patched=True), {}, "model: expected .*, got a patched one"),
     "base of a patched model": (
         lambda: models.peft_model(LLAMA, patched=True).get_base_model(),
         {"prefix": llama_prefix()},
