@@ -125,6 +125,21 @@ static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
   const int64_t end = part == kPrefix ? s.prefix_len : block.high_max;
   return {low / kBlockN * kBlockN, most(end, low / kBlockN * kBlockN)};
 }
+
+// Rows of a block that see something of the tile [begin, begin + n), in whole vectors: what a causal diagonal or a window
+// hides is at the ends, as rows are in the order of their positions.
+struct RowRange {
+  int64_t begin, end;
+};
+static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n) {
+  RowRange rows{0, block.vectors * kLanes};
+  const int32_t* low = part == kPrefix ? block.prefix_low : block.low;
+  while (rows.end > kLanes && low[rows.end - kLanes] >= begin + n) rows.end -= kLanes;
+  if (part == kSequence)
+    while (rows.begin + kLanes < rows.end && block.high[rows.begin + kLanes - 1] <= begin) rows.begin += kLanes;
+  return rows;
+}
+
 static int64_t num_tiles(TileRange range) { return (range.end - range.begin + kBlockN - 1) / kBlockN; }
 
 // Row r of the block: rows[r][padded_dim], floats.
@@ -141,10 +156,11 @@ static void gather_rows(const Problem& p, const Sequence& s, const Block& block,
 // panel[d][r] = rows[r][d]
 static void transpose_rows(const Problem& p, const Block& block, const float* rows, float* panel) {
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
-    for (int64_t d = 0; d < p.head_dim; d++) {
-      vf x;
-      for (int i = 0; i < kLanes; i++) x[i] = rows[(r + i) * p.padded_dim + d];
-      store(panel + d * kBlockM + r, x);
+    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+      vf square[kLanes];
+      for (int i = 0; i < kLanes; i++) square[i] = load(rows + (r + i) * p.padded_dim + d);
+      transpose(square);
+      for (int i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
     }
 }
 
@@ -212,7 +228,7 @@ static void pack_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
 // From products to scores in units of ln 2, hidden ones -inf: scores[n][kBlockM] of keys begin, begin + 1, ... Returns the
 // factor that is still to be applied. Where `slope` is given and a softcap is on, it receives the softcap's derivative.
 static float finish_scores(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
-                           float* scores, float* slope) {
+                           RowRange rows, float* scores, float* slope) {
   const peftkern_attention& a = *p.args;
   float factor = p.log2_scale;
   if (!p.is_plain(part)) {
@@ -220,7 +236,7 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
     const float cap = (float)a.softcap;
     const float scale = (float)a.scale;
     for (int64_t j = 0; j < n; j++)
-      for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+      for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
         vf x = load(scores + j * kBlockM + r) * scale;
         if (cap != 0.0f) {
           const vf t = tanh(x / cap);
@@ -230,12 +246,12 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
         store(scores + j * kBlockM + r, x * (float)kLog2e);
       }
     if (part == kPrefix && a.prefix_bias)
-      for (int64_t r = 0; r < block.count; r++)
+      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++)
         for (int64_t j = 0; j < n; j++)
           scores[j * kBlockM + r] += (float)kLog2e * a.prefix_bias[block.head[r] * a.prefix_bias_stride[0] +
                                                                    (begin + j) * a.prefix_bias_stride[1]];
     if (part == kSequence && a.bias)
-      for (int64_t r = 0; r < block.count; r++) {
+      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++) {
         const int64_t at = s.batch * a.bias_stride[0] + block.head[r] * a.bias_stride[1] +
                            (s.start + block.position[r]) * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
         for (int64_t j = 0; j < n; j++)
@@ -250,7 +266,7 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
     ragged = begin < block.prefix_low_max;
   }
   if (ragged)
-    for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vi from = load_as<vi>(low + r), to = high ? load_as<vi>(high + r) : seti(INT32_MAX);
       for (int64_t j = 0; j < n; j++) {
         const vi t = seti((int32_t)(begin + j));
@@ -261,20 +277,20 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
     const uint8_t* mask = a.key_mask + s.batch * a.key_mask_stride[0] + (s.start + begin) * a.key_mask_stride[1];
     for (int64_t j = 0; j < n; j++)
       if (!mask[j * a.key_mask_stride[1]])
-        for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) store(scores + j * kBlockM + r, set1(-kInf));
+        for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(scores + j * kBlockM + r, set1(-kInf));
   }
   return factor;
 }
 
 // factors[n][kBlockM] = keep ? 1 / (1 - p) : 0 of keys begin, begin + 1, ... (counted in the sample, as reference.py does)
 static void dropout_factors(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
-                            float* factors) {
+                            RowRange rows, float* factors) {
   const peftkern_attention& a = *p.args;
   const uint32_t key[2] = {(uint32_t)(uint64_t)a.dropout_seed, (uint32_t)((uint64_t)a.dropout_seed >> 32)};
   const uint32_t threshold = (uint32_t)(uint64_t)(a.dropout_p * 4294967296.0);
   const float kept = (float)(1.0 / (1.0 - a.dropout_p));
   const int64_t first = begin + (part == kSequence ? s.start : 0);
-  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     uint32_t c0[kLanes], c1[kLanes], c2[kLanes], words[4][kLanes];
     for (int i = 0; i < kLanes; i++) {
       c1[i] = (uint32_t)(s.start + block.position[r + i]);

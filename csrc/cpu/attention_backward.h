@@ -84,12 +84,13 @@ static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(0, range, begin);
     const Tile tile = prefix_tile(p, seq, kv_head, begin);
+    const RowRange rows = rows_of(s.block, kPrefix, begin, n);
     float* scores = s.weights + at;
-    gemm<false>(n, s.block.vectors * kLanes, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, scores, kBlockM,
-                false);
-    const float factor = finish_scores(p, seq, s.block, kPrefix, begin, n, scores,
+    gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
+                scores + rows.begin, kBlockM, false);
+    const float factor = finish_scores(p, seq, s.block, kPrefix, begin, n, rows, scores,
                                        find(p.args->softcap != 0.0 ? s.slopes : nullptr, at));
-    for (int64_t r = 0; r < s.block.vectors * kLanes; r += kLanes) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       vf best = load(pivot + r);
       for (int64_t j = 0; j < n; j++) {
         const vf score = load(scores + j * kBlockM + r) * factor;
@@ -111,7 +112,6 @@ static void walk_products(const Problem& p, const Needs& needs, const Sequence& 
                           Part part, int64_t first_tile) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t rows = s.block.vectors * kLanes;
   const bool own_softmax = part == kPrefix && a.gate;
   if (own_softmax) prefix_scores(p, seq, kv_head, s, range);
   const float* lse = own_softmax ? s.prefix_lse : s.lse;
@@ -120,13 +120,16 @@ static void walk_products(const Problem& p, const Needs& needs, const Sequence& 
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
                                       : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    const RowRange rows = rows_of(s.block, part, begin, n);
     float *weights = s.weights + at, *grad = s.grads + at;
     float factor = 1.0f;
     if (!own_softmax) {
-      gemm<false>(n, rows, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, weights, kBlockM, false);
-      factor = finish_scores(p, seq, s.block, part, begin, n, weights, find(a.softcap != 0.0 ? s.slopes : nullptr, at));
+      gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
+                  weights + rows.begin, kBlockM, false);
+      factor = finish_scores(p, seq, s.block, part, begin, n, rows, weights,
+                             find(a.softcap != 0.0 ? s.slopes : nullptr, at));
     }
-    for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vf base = load(lse + r);
       vf sum = zero();
       for (int64_t j = 0; j < n; j++) {
@@ -137,7 +140,8 @@ static void walk_products(const Problem& p, const Needs& needs, const Sequence& 
       store(total + r, load(total + r) + sum);
     }
     if (needs.scores())
-      gemm<false>(n, rows, p.head_dim, tile.v, tile.v_stride, s.dout_panel, kBlockM, grad, kBlockM, false);
+      gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.v, tile.v_stride, s.dout_panel + rows.begin, kBlockM,
+                  grad + rows.begin, kBlockM, false);
   }
 }
 
@@ -146,15 +150,17 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
                          int64_t first_tile, float* dv, bool normalize, bool sum_delta) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const int64_t dim = p.padded_dim;
   const float* total = part == kPrefix && a.gate ? s.prefix_total : s.total;
   const bool gated = part == kPrefix && a.gate;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     float *weights = s.weights + at, *grad = s.grads + at;
+    const RowRange rows = rows_of(s.block, part, begin, n);
+    const int64_t count = least(rows.end, s.block.count) - rows.begin;
     const bool dropout = a.dropout_p > 0.0;
-    if (dropout) dropout_factors(p, seq, s.block, part, begin, n, s.factors);
-    for (int64_t r = 0; r < rows; r += kLanes) {
+    if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vf sum = load(total + r), inverse = select(sum == 0.0f, zero(), 1.0f / sum);
       const vf gate = load(s.part_scale[part] + r);
       vf delta = zero();
@@ -179,8 +185,8 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
       if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + delta);
     }
     if (dv)
-      gemm<false>(n, dim, s.block.count, dropout || gated ? s.applied : weights, kBlockM, s.dout, dim, dv + begin * dim,
-                  dim, true);
+      gemm<false>(n, dim, count, (dropout || gated ? s.applied : weights) + rows.begin, kBlockM,
+                  s.dout + rows.begin * dim, dim, dv + begin * dim, dim, true);
   }
 }
 
@@ -190,13 +196,15 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
                         const peftkern_attention_backward& b) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t rows = s.block.vectors * kLanes, dim = p.padded_dim;
+  const int64_t dim = p.padded_dim;
   const float scale = (float)a.scale;
   const bool through_scores = (part == kPrefix && sums.dprefix_bias) || (part == kSequence && dbias);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
+    const RowRange rows = rows_of(s.block, part, begin, n);
+    const int64_t last = least(rows.end, s.block.count), count = last - rows.begin;
     float *weights = s.weights + at, *grad = s.grads + at;
-    for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vf shift = load(s.dlse[part] + r) - load(s.delta[part] + r);
       const vf factor = load(s.part_scale[part] + r) * (through_scores ? 1.0f : scale);
       for (int64_t j = 0; j < n; j++) {
@@ -205,7 +213,7 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
       }
     }
     if (through_scores) {
-      for (int64_t r = 0; r < s.block.count; r++) {
+      for (int64_t r = rows.begin; r < last; r++) {
         const int64_t head = s.block.head[r];
         if (part == kPrefix) {
           float* row = sums.dprefix_bias + (head % p.plan->group_size) * a.prefix_len + begin;
@@ -228,11 +236,12 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
     }
     if (a.softcap != 0.0)
       for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * load(s.slopes + at + i));
-    if (dk) gemm<false>(n, dim, s.block.count, grad, kBlockM, s.q, dim, dk + begin * dim, dim, true);
+    if (dk)
+      gemm<false>(n, dim, count, grad + rows.begin, kBlockM, s.q + rows.begin * dim, dim, dk + begin * dim, dim, true);
     if (needs.dq) {
       const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
                                         : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
-      gemm<true>(s.block.count, dim, n, grad, kBlockM, tile.k, tile.k_stride, s.dq, dim, true);
+      gemm<true>(count, dim, n, grad + rows.begin, kBlockM, tile.k, tile.k_stride, s.dq + rows.begin * dim, dim, true);
     }
   }
 }

@@ -49,9 +49,9 @@ static void reset_softmax(const Problem& p, ForwardScratch& s, bool with_sink) {
 
 // scores -> weights in place; pivot, sum and out follow. The pivot moves only when a score exceeds it by 8, so that most
 // tiles leave out untouched: weights stay below 2^8.
-static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, float factor) {
+static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, RowRange rows, float factor) {
   bool moved = false;
-  for (int64_t r = 0; r < s.block.vectors * kLanes; r += kLanes) {
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     float* scores = s.scores + r;
     vf best = load(scores);
     for (int64_t j = 1; j < n; j++) best = max(best, load(scores + j * kBlockM));
@@ -85,7 +85,7 @@ static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, float
     store(s.sum + r, sum + (even + odd));
   }
   if (moved && !s.empty)
-    for (int64_t r = 0; r < s.block.count; r++)
+    for (int64_t r = rows.begin; r < least(rows.end, s.block.count); r++)
       if (s.alpha[r] != 1.0f)
         for (int64_t d = 0; d < p.padded_dim; d += kLanes)
           store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
@@ -93,15 +93,24 @@ static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, float
 
 static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile, int64_t begin,
                      int64_t n) {
-  gemm<false>(n, s.block.vectors * kLanes, p.head_dim, tile.k, tile.k_stride, s.q_panel, kBlockM, s.scores, kBlockM,
-              false);
-  const float factor = finish_scores(p, seq, s.block, part, begin, n, s.scores, nullptr);
-  online_softmax(p, s, n, factor);
+  const RowRange rows = rows_of(s.block, part, begin, n);
+  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
+  gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
+              s.scores + rows.begin, kBlockM, false);
+  const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
+  online_softmax(p, s, n, rows, factor);
   if (p.args->dropout_p > 0.0) {
-    dropout_factors(p, seq, s.block, part, begin, n, s.factors);
-    for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(s.scores + i, load(s.scores + i) * load(s.factors + i));
+    dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
+    for (int64_t i = 0; i < n * kBlockM; i += kBlockM)
+      for (int64_t r = rows.begin; r < rows.end; r += kLanes)
+        store(s.scores + i + r, load(s.scores + i + r) * load(s.factors + i + r));
   }
-  gemm<true>(s.block.count, p.padded_dim, n, s.scores, kBlockM, tile.v, tile.v_stride, s.out, p.padded_dim, !s.empty);
+  if (s.empty && count < s.block.count) {
+    memset(s.out, 0, sizeof(float) * s.block.count * dim);
+    s.empty = false;
+  }
+  gemm<true>(count, dim, n, s.scores + rows.begin, kBlockM, tile.v, tile.v_stride, s.out + rows.begin * dim, dim,
+             !s.empty);
   s.empty = false;
 }
 

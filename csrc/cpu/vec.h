@@ -69,6 +69,34 @@ PEFTKERN_INLINE bool any_greater(vf a, vf b) {
 #endif
 }
 
+// The square that rows[0..kLanes) are, transposed: each stage swaps one bit of the row's and the lane's number.
+PEFTKERN_INLINE void transpose(vf rows[kLanes]) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 4
+  for (int width = 1; width < kLanes; width *= 2) {
+    vi first, second;
+    for (int lane = 0; lane < kLanes; lane++) {
+      first[lane] = lane & width ? kLanes + lane - width : lane;
+      second[lane] = lane & width ? kLanes + lane : lane + width;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      if (i & width) continue;
+      const vf a = rows[i], b = rows[i | width];
+      rows[i] = __builtin_shuffle(a, b, first);
+      rows[i | width] = __builtin_shuffle(a, b, second);
+    }
+  }
+#else
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < i; j++) {
+      const float swapped = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = swapped;
+    }
+#endif
+}
+
 // Sum of the lanes, halves first.
 PEFTKERN_INLINE float reduce_add(vf x) {
   float lane[kLanes];
