@@ -186,7 +186,7 @@ def self_attention_cache(cache: Cache | None) -> Cache | None:
 
 
 def _refuse_packing(kwargs: dict[str, Any]) -> None:
-    """Without a mask, models read several sequences per row off the positions; with a cache they no longer do."""
+    """Without a mask, models read several sequences per row off the positions; with a cache they do not."""
     position_ids = kwargs.get("position_ids")
     if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
         return

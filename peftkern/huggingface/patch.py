@@ -107,7 +107,7 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Takes the prefix out again: parameters, config and outputs are, to the bit, those of the model unpatched.
 
-    A ``PrefixKV`` keeps its values and is no longer a submodule.
+    A ``PrefixKV`` keeps its values, and is a submodule only while the model is patched.
 
     Raises:
         ValueError: if ``model`` is not the object that was patched.

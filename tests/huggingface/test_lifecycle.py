@@ -18,6 +18,7 @@ from torch import nn
 
 import peftkern
 from peftkern import PrefixKV, SoftPrompt
+from peftkern.huggingface import attention
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS, LEFT, PREFIX, difference
 
@@ -389,3 +390,20 @@ def test_a_prefix_read_in_place():
     storage = parameter.untyped_storage().data_ptr()
     assert all(t.untyped_storage().data_ptr() == storage for layer in cache.prefix for t in layer)
     assert [tuple(k.shape) for k, _ in cache.prefix] == [(2, PREFIX, 16)] * 2
+
+
+def test_the_next_layer_reads_what_the_kernel_wrote(monkeypatch):
+    """Outputs are laid out [B, S, Hq, D], so that no copy follows attention."""
+    written, read = [], []
+
+    def spy(*args, **kwargs):
+        out = peftkern.prefix_attention(*args, **kwargs)
+        written.append(out.data_ptr())
+        return out
+
+    monkeypatch.setattr(attention, "prefix_attention", spy)
+    model = models.peft_model(LLAMA, patched=True)
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: read.append(args[0].data_ptr()))
+    model(input_ids=IDS, attention_mask=LEFT)
+    assert read == written

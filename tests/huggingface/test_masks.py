@@ -18,7 +18,8 @@ from transformers.masking_utils import (
 )
 
 from peftkern.huggingface.masks import LazyMask
-from tests.huggingface.models import BATCH, LEFT, ONES, PREFIX, RIGHT, SEQ
+from tests.huggingface import models
+from tests.huggingface.models import BATCH, FAMILIES, LEFT, ONES, PREFIX, RIGHT, SEQ
 
 
 def request(mask_function, attention_mask=None, seen=0, offset=PREFIX, **other):
@@ -123,3 +124,14 @@ def test_layers_share_what_was_built():
     mask = LazyMask(**request(causal_mask_function, LEFT))
     assert mask.compact(SEQ).key_mask is mask.compact(SEQ).key_mask
     assert mask.bias(SEQ, 0, torch.float32) is mask.bias(SEQ, 0, torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama4 (chunks)"])
+def test_no_model_but_one_with_chunks_builds_the_square_mask(name, monkeypatch):
+    def refuse(*args):
+        raise AssertionError(f"{name} asked for a dense mask")
+
+    monkeypatch.setattr(LazyMask, "bias", refuse)
+    family = FAMILIES[name]
+    for mask in (None, LEFT):
+        models.training_step(models.peft_model(family, patched=True), family.task, mask)
