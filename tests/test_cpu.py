@@ -285,3 +285,35 @@ def test_nothing_but_inputs_out_and_lse_is_saved():
     pointers = {x.data_ptr() for x in (*inputs.values(), out, lse)}
     assert {x.data_ptr() for x in saved} <= pointers
     assert len(AttentionGradients._fields) == 9
+
+
+# Few rows against many keys take a way of their own: chunks of keys, rows of all samples together.
+DECODE = [
+    (Shape(B=5, Hq=4, Hkv=2, S=1, P=1100, D=24, T=1050), {}),
+    (Shape(B=3, Hq=4, Hkv=1, S=3, P=40, D=16, T=50), {"sinks": torch.randn(4), "softcap": 3.0}),
+    (Shape(B=4, Hq=2, Hkv=2, S=1, P=60, D=16, T=70, A=3), {"prefix_ids": torch.tensor([2, -1, 0, 2]),
+     "prefix_lens": torch.tensor([60, 5, 49]), "window": 75}),
+    (Shape(B=2, Hq=2, Hkv=1, S=2, P=60, D=16, T=70), {"window": 65}),
+    (Shape(B=20, Hq=8, Hkv=1, S=1, P=9, D=16, T=3), {"key_mask": torch.rand(20, 3) < 0.5,
+     "prefix_bias": torch.randn(8, 9), "bias": torch.randn(20, 1, 1, 3)}),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned", "isa")
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("case", range(len(DECODE)))
+def test_decode(isa, case):
+    shape, options = DECODE[case]
+    for dtype in (torch.float32, torch.bfloat16):
+        check_backend("cpu", tensors(shape, dtype, torch.float32), options, backward=False)
+
+
+@pytest.mark.parametrize("case", range(len(DECODE)))
+def test_decode_does_not_depend_on_threads(case):
+    shape, options = DECODE[case]
+    outs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outs.append(functional.prefix_attention(**tensors(shape, torch.bfloat16), **options, backend="cpu"))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])

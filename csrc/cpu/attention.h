@@ -32,11 +32,11 @@ struct Arena {
   }
 };
 
-// Query rows of one sequence and kv head. Row r = (position r / heads, head r % heads) of the block; lanes beyond `count`
-// repeat the last row.
+// Query rows that share a kv head, and a sequence unless only the prefix is looked at. Lanes beyond `count` repeat the
+// last row.
 struct Block {
   int64_t count, vectors;
-  int64_t position[kBlockM], head[kBlockM];           // of q's rows within the sequence; of all heads
+  int64_t sample[kBlockM], head[kBlockM], row[kBlockM];  // of q
   int32_t low[kBlockM], high[kBlockM];                // visible sequence keys: low <= t < high
   int32_t prefix_low[kBlockM];                        // visible prefix keys: prefix_low <= p < prefix_len
   int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
@@ -55,7 +55,7 @@ struct Problem {
   int64_t head_dim, padded_dim;
   float log2_scale;  // score in units of ln 2 = log2_scale * product, where scores are plain
   bool plain_seq, plain_prefix;
-  bool in_place_k, in_place_v;  // floats that can be read where they lie
+  bool in_place;  // keys and values are floats that can be read where they lie
   const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim]
 
   bool is_plain(Part part) const { return part == kPrefix ? plain_prefix : plain_seq; }
@@ -71,9 +71,7 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
   const bool plain = args.softcap == 0.0 && args.scale > 0.0;
   p.plain_seq = plain && !args.bias;
   p.plain_prefix = plain && !args.prefix_bias;
-  const bool in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
-  p.in_place_k = in_place;
-  p.in_place_v = in_place;
+  p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
   p.prefix_k = p.prefix_v = nullptr;
   return p;
 }
@@ -82,37 +80,46 @@ static int64_t num_position_blocks(const Plan& plan, const Sequence& s) {
   return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
 }
 
+static void start_block(Block& block, int64_t count) {
+  block.count = count;
+  block.vectors = round_up(count, kLanes) / kLanes;
+  block.low_min = block.high_min = block.prefix_low_min = INT32_MAX;
+  block.low_max = block.high_max = block.prefix_low_max = 0;
+}
+
+// Lane r is query `position` of sequence s and of `head`.
+static void set_row(const Problem& p, const Sequence& s, int64_t position, int64_t head, int64_t r, Block& block) {
+  const peftkern_attention& a = *p.args;
+  const int64_t key_position = position + s.kv_len - s.q_len;
+  block.sample[r] = s.batch;
+  block.head[r] = head;
+  block.row[r] = s.start + position;
+  const int64_t high = a.causal ? most(0, least(s.kv_len, key_position + 1)) : s.kv_len;
+  const int64_t low = a.window ? least(s.kv_len, most(0, key_position - a.window + 1)) : 0;
+  const bool window_on_prefix = a.window && a.prefix_in_window;
+  const int64_t prefix_low =
+      window_on_prefix ? least(s.prefix_len, most(0, s.prefix_len + key_position - a.window + 1)) : 0;
+  block.high[r] = (int32_t)high;
+  block.low[r] = (int32_t)low;
+  block.prefix_low[r] = (int32_t)prefix_low;
+  block.low_min = (int32_t)least(block.low_min, low);
+  block.low_max = (int32_t)most(block.low_max, low);
+  block.high_min = (int32_t)least(block.high_min, high);
+  block.high_max = (int32_t)most(block.high_max, high);
+  block.prefix_low_min = (int32_t)least(block.prefix_low_min, prefix_low);
+  block.prefix_low_max = (int32_t)most(block.prefix_low_max, prefix_low);
+}
+
+// Row r is (position r / heads, head r % heads) of the block.
 static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, int64_t first_head,
                        Block& block) {
-  const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
   const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
   const int64_t first = position_block * plan.positions_per_block;
-  const int64_t positions = least(plan.positions_per_block, s.q_len - first);
-  const int64_t shift = s.kv_len - s.q_len;
-  block.count = positions * heads;
-  block.vectors = round_up(block.count, kLanes) / kLanes;
-  block.low_min = block.high_min = block.prefix_low_min = INT32_MAX;
-  block.low_max = block.high_max = block.prefix_low_max = 0;
+  start_block(block, least(plan.positions_per_block, s.q_len - first) * heads);
   for (int64_t r = 0; r < block.vectors * kLanes; r++) {
     const int64_t row = least(r, block.count - 1);
-    const int64_t position = first + row / heads, key_position = position + shift;
-    block.position[r] = position;
-    block.head[r] = kv_head * plan.group_size + first_head + row % heads;
-    const int64_t high = a.causal ? most(0, least(s.kv_len, key_position + 1)) : s.kv_len;
-    const int64_t low = a.window ? least(s.kv_len, most(0, key_position - a.window + 1)) : 0;
-    const bool window_on_prefix = a.window && a.prefix_in_window;
-    const int64_t prefix_low =
-        window_on_prefix ? least(s.prefix_len, most(0, s.prefix_len + key_position - a.window + 1)) : 0;
-    block.high[r] = (int32_t)high;
-    block.low[r] = (int32_t)low;
-    block.prefix_low[r] = (int32_t)prefix_low;
-    block.low_min = (int32_t)least(block.low_min, low);
-    block.low_max = (int32_t)most(block.low_max, low);
-    block.high_min = (int32_t)least(block.high_min, high);
-    block.high_max = (int32_t)most(block.high_max, high);
-    block.prefix_low_min = (int32_t)least(block.prefix_low_min, prefix_low);
-    block.prefix_low_max = (int32_t)most(block.prefix_low_max, prefix_low);
+    set_row(p, s, first + row / heads, kv_head * plan.group_size + first_head + row % heads, r, block);
   }
 }
 
@@ -143,13 +150,12 @@ static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n)
 static int64_t num_tiles(TileRange range) { return (range.end - range.begin + kBlockN - 1) / kBlockN; }
 
 // Row r of the block: rows[r][padded_dim], floats.
-static void gather_rows(const Problem& p, const Sequence& s, const Block& block, const void* data, const int64_t* stride,
-                        float* rows) {
+static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows) {
   const int64_t dtype = p.args->dtype;
-  for (int64_t r = 0; r < block.count; r++)
-    widen_row(offset(data, dtype,
-                     s.batch * stride[0] + block.head[r] * stride[1] + (s.start + block.position[r]) * stride[2]),
-              dtype, p.head_dim, rows + r * p.padded_dim);
+  for (int64_t r = 0; r < block.count; r++) {
+    const int64_t at = block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2];
+    widen_row(offset(data, dtype, at), dtype, p.head_dim, rows + r * p.padded_dim);
+  }
   memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
 }
 
@@ -185,7 +191,7 @@ struct SequenceTiles {
     const int64_t base_k = sequence->batch * a.k_stride[0] + kv_head * a.k_stride[1];
     const int64_t base_v = sequence->batch * a.v_stride[0] + kv_head * a.v_stride[1];
     const int64_t first = sequence->start + begin, dim = p.padded_dim;
-    if (p.in_place_k && p.in_place_v)
+    if (p.in_place)
       return {static_cast<const float*>(a.k) + base_k + first * a.k_stride[2],
               static_cast<const float*>(a.v) + base_v + first * a.v_stride[2], a.k_stride[2], a.v_stride[2]};
     float* k_tile = k + (keep ? begin : 0) * dim;
@@ -207,13 +213,13 @@ static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, in
   return {p.prefix_k + at, p.prefix_v + at, p.padded_dim, p.padded_dim};
 }
 
-// One head of one prefix of the bank: widened, rounded to q's dtype.
-static void pack_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* packed_k, float* packed_v) {
+// Tokens begin, ..., begin + n - 1 of one head of one prefix: widened, rounded to q's dtype.
+static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int64_t begin, int64_t n, float* out_k,
+                         float* out_v) {
   const peftkern_attention& a = *p.args;
-  const int64_t at = (prefix * a.num_kv_heads + kv_head) * a.prefix_len * p.padded_dim;
-  for (int64_t j = 0; j < a.prefix_len; j++) {
-    float* k = packed_k + at + j * p.padded_dim;
-    float* v = packed_v + at + j * p.padded_dim;
+  for (int64_t j = begin; j < begin + n; j++) {
+    float* k = out_k + (j - begin) * p.padded_dim;
+    float* v = out_v + (j - begin) * p.padded_dim;
     const int64_t k_at = prefix * a.prefix_k_stride[0] + kv_head * a.prefix_k_stride[1] + j * a.prefix_k_stride[2];
     const int64_t v_at = prefix * a.prefix_v_stride[0] + kv_head * a.prefix_v_stride[1] + j * a.prefix_v_stride[2];
     widen_row(offset(a.prefix_k, a.prefix_dtype, k_at), a.prefix_dtype, p.head_dim, k);
@@ -253,7 +259,7 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
     if (part == kSequence && a.bias)
       for (int64_t r = rows.begin; r < least(rows.end, block.count); r++) {
         const int64_t at = s.batch * a.bias_stride[0] + block.head[r] * a.bias_stride[1] +
-                           (s.start + block.position[r]) * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
+                           block.row[r] * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
         for (int64_t j = 0; j < n; j++)
           scores[j * kBlockM + r] += (float)kLog2e * load_scalar(a.bias, a.bias_dtype, at + j * a.bias_stride[3]);
       }
@@ -293,7 +299,7 @@ static void dropout_factors(const Problem& p, const Sequence& s, const Block& bl
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     uint32_t c0[kLanes], c1[kLanes], c2[kLanes], words[4][kLanes];
     for (int i = 0; i < kLanes; i++) {
-      c1[i] = (uint32_t)(s.start + block.position[r + i]);
+      c1[i] = (uint32_t)block.row[r + i];
       c2[i] = (uint32_t)(s.batch * a.num_heads + block.head[r + i]);
     }
     for (int64_t j = 0; j < n; j++) {

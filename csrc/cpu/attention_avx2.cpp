@@ -2,3 +2,4 @@
 #define PEFTKERN_ISA avx2
 #define PEFTKERN_LANES 8
 #include "attention_backward.h"
+#include "attention_decode.h"

@@ -61,7 +61,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.applied = arena.take<float>(kBlockN * kBlockM);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
-  const int64_t widened = p.in_place_k && p.in_place_v ? 0 : length;
+  const int64_t widened = p.in_place ? 0 : length;
   s.tiles.k = arena.take<float>(widened * dim);
   s.tiles.v = arena.take<float>(widened * dim);
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
@@ -220,7 +220,7 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
           for (int64_t j = 0; j < n; j++) row[j] += grad[j * kBlockM + r];
         } else {
           const int64_t* size = b.bias_size;
-          const int64_t index[3] = {seq.batch, head, seq.start + s.block.position[r]};
+          const int64_t index[3] = {seq.batch, head, s.block.row[r]};
           int64_t row = 0;
           for (int i = 0; i < 3; i++) row = row * size[i] + (size[i] == 1 ? 0 : index[i]);
           float* at_row = dbias + row * size[3];
@@ -252,12 +252,12 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   const Plan& plan = *p.plan;
   const Block& block = s.block;
   const int64_t dim = p.padded_dim, rows = block.vectors * kLanes;
-  gather_rows(p, seq, block, a.q, a.q_stride, s.q);
+  gather_rows(p, block, a.q, a.q_stride, s.q);
   transpose_rows(p, block, s.q, s.q_panel);
-  gather_rows(p, seq, block, b.dout, b.dout_stride, s.dout);
+  gather_rows(p, block, b.dout, b.dout_stride, s.dout);
   transpose_rows(p, block, s.dout, s.dout_panel);
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t head = block.head[r], at = seq.start + block.position[r];
+    const int64_t head = block.head[r], at = block.row[r];
     const float lse = a.lse[(seq.batch * a.num_heads + head) * a.q_len + at];
     s.lse[r] = lse == -kInf ? kInf : (float)(lse * kLog2e);  // rounded once: an error here is one of the whole row
     const float dlse =
@@ -280,7 +280,7 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   if (exact) walk_weights(p, seq, s, kSequence, prefix_tiles, sums.dv, true, true);
   if (!needs.scores()) return;
 
-  if (!exact) gather_rows(p, seq, block, a.out, a.out_stride, s.out);
+  if (!exact) gather_rows(p, block, a.out, a.out_stride, s.out);
   for (int64_t r = 0; r < rows; r++) {
     float& delta = s.delta[kSequence][r];
     const float prefix_delta = s.delta[kPrefix][r];
@@ -309,7 +309,7 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   if (needs.dq)
     for (int64_t r = 0; r < block.count; r++) {
       const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] +
-                         (seq.start + block.position[r]) * b.dq_stride[2];
+                         block.row[r] * b.dq_stride[2];
       narrow_row(s.dq + r * dim, 1.0f, p.head_dim, a.dtype, const_cast<char*>(offset(b.dq, a.dtype, at)));
     }
 }

@@ -19,7 +19,8 @@ struct ForwardScratch {
   Block block;
 };
 
-static void take_forward_scratch(const Problem& p, Arena& arena, ForwardScratch& s) {
+// `length`: keys that are widened at a time.
+static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena, ForwardScratch& s) {
   const int64_t dim = p.padded_dim;
   s.q = arena.take<float>(kBlockM * dim);
   s.q_panel = arena.take<float>(kBlockM * dim);
@@ -27,7 +28,6 @@ static void take_forward_scratch(const Problem& p, Arena& arena, ForwardScratch&
   s.factors = arena.take<float>(kBlockM * kBlockN);
   s.out = arena.take<float>(kBlockM * dim);
   s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
-  const int64_t length = p.in_place_k && p.in_place_v ? 0 : round_up(p.plan->max_kv_len, kBlockN);
   s.tiles.k = arena.take<float>(length * dim);
   s.tiles.v = arena.take<float>(length * dim);
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
@@ -124,13 +124,28 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
   }
 }
 
+static void load_queries(const Problem& p, ForwardScratch& s) {
+  gather_rows(p, s.block, p.args->q, p.args->q_stride, s.q);
+  transpose_rows(p, s.block, s.q, s.q_panel);
+}
+
+static void store_row(const Problem& p, const Block& block, int64_t r, const float* row, float factor, float pivot,
+                      float sum) {
+  const peftkern_attention& a = *p.args;
+  const int64_t sample = block.sample[r], head = block.head[r], at = block.row[r];
+  void* out = const_cast<char*>(
+      offset(a.out, a.dtype, sample * a.out_stride[0] + head * a.out_stride[1] + at * a.out_stride[2]));
+  narrow_row(row, factor, p.head_dim, a.dtype, out);
+  a.lse[(sample * a.num_heads + head) * a.q_len + at] =
+      sum == 0.0f ? -kInf : (float)((pivot + std::log2((double)sum)) * kLn2);
+}
+
 static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head, ForwardScratch& s) {
   const peftkern_attention& a = *p.args;
   const int64_t dim = p.padded_dim;
-  gather_rows(p, seq, s.block, a.q, a.q_stride, s.q);
-  transpose_rows(p, s.block, s.q, s.q_panel);
+  load_queries(p, s);
   reset_softmax(p, s, !a.gate);
   walk(p, seq, kv_head, s, kPrefix);
   if (a.gate) {
@@ -151,23 +166,24 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
         store(row + d, load(row + d) * factor + load(s.prefix_out + r * dim + d));
       factor = 1.0f;
     }
-    const int64_t head = s.block.head[r], at = seq.start + s.block.position[r];
-    void* out = const_cast<char*>(
-        offset(a.out, a.dtype, seq.batch * a.out_stride[0] + head * a.out_stride[1] + at * a.out_stride[2]));
-    narrow_row(row, factor, p.head_dim, a.dtype, out);
-    a.lse[(seq.batch * a.num_heads + head) * a.q_len + at] =
-        s.sum[r] == 0.0f ? -kInf : (float)((s.pivot[r] + std::log2((double)s.sum[r])) * kLn2);
+    store_row(p, s.block, r, row, factor, s.pivot[r], s.sum[r]);
   }
 }
 
 // The prefixes, packed by all threads of the team; a barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++)
-    pack_prefix(p, i / p.args->num_kv_heads, i % p.args->num_kv_heads, packed_k, packed_v);
+  for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {
+    const int64_t at = i * p.args->prefix_len * p.padded_dim;
+    widen_prefix(p, i / p.args->num_kv_heads, i % p.args->num_kv_heads, 0, p.args->prefix_len, packed_k + at,
+                 packed_v + at);
+  }
 }
 
+int attention_decode(const peftkern_attention& args, const Plan& plan);
+
 int attention_forward(const peftkern_attention& args, const Plan& plan) {
+  if (plan.decode) return attention_decode(args, plan);
   Problem problem = make_problem(args, plan);
   const int64_t num_tasks = plan.num_units * args.num_kv_heads;
   const int num_threads = (int)most(1, least(args.num_threads, num_tasks));
@@ -176,7 +192,8 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   float *packed_k = nullptr, *packed_v = nullptr;
   ForwardScratch unused;
   Arena size{nullptr, 0};
-  take_forward_scratch(problem, size, unused);
+  const int64_t length = problem.in_place ? 0 : round_up(plan.max_kv_len, kBlockN);
+  take_forward_scratch(problem, length, size, unused);
   const size_t per_thread = size.used;
   size.take<float>(2 * packed_size + 64);
   char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
@@ -191,7 +208,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   {
     ForwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
-    take_forward_scratch(problem, own, s);
+    take_forward_scratch(problem, length, own, s);
     pack_prefixes(problem, packed_k, packed_v);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < num_tasks; task++) {

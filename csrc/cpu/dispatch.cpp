@@ -35,6 +35,8 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+constexpr int64_t kDecodeRows = 32;  // positions x heads of a group up to which a call is a decode
+
 constexpr size_t kKeptScratch = size_t(256) << 20;  // larger ones go back after the call
 
 // Rows of `sequences`, longest first, cut so that `target` tasks exist; a unit has at least `least_blocks` row blocks.
@@ -88,6 +90,10 @@ struct Planner {
 
   // Rows do not depend on each other: cut as the threads like it.
   const Plan& forward(const peftkern_attention& a) {
+    // Rows of several samples are in the order of their positions only if a window makes no difference between them.
+    const bool ordered = a.q_len == 1 || !a.window || !a.prefix_in_window;
+    if (a.q_len * plan.group_size <= kDecodeRows && ordered && !a.cu_seqlens && !a.gate && a.dropout_p == 0.0)
+      return decode();
     std::vector<int32_t> order(sequences.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -96,6 +102,22 @@ struct Planner {
     for (int32_t i : order) {
       const bool alone = a.num_threads <= 1;
       add_units(i, alone ? 1 : int64_t(work(sequences[i]) / share) + 1);
+    }
+    return finish();
+  }
+
+  // One unit per sequence, one group per prefix.
+  const Plan& decode() {
+    plan.decode = true;
+    std::vector<int32_t> order(sequences.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t x, int32_t y) { return sequences[x].prefix < sequences[y].prefix; });
+    for (int32_t i : order) {
+      if (groups.empty() || groups.back().prefix != sequences[i].prefix)
+        groups.push_back({int32_t(units.size()), 0, sequences[i].prefix});
+      groups.back().count++;
+      add_units(i, 1);
     }
     return finish();
   }

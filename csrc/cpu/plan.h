@@ -23,6 +23,9 @@ struct Sequence {
   int64_t prefix, prefix_len;  // index in the bank, or -1 and 0
 };
 
+// Keys that one task of a decode reads, a multiple of kBlockN.
+constexpr int64_t kDecodeKeys = 1008;
+
 // The row blocks part, part + parts, part + 2 parts, ... of a sequence.
 struct Unit {
   int32_t sequence, part, parts;
@@ -37,6 +40,7 @@ struct Group {
 
 struct Plan {
   int64_t group_size, heads_per_block, positions_per_block;  // block rows = positions x heads
+  bool decode;  // few rows against many keys: see attention_decode.h
   int32_t num_sequences, num_units, num_groups, num_partials;
   int64_t max_kv_len, max_prefix_len;
   const Sequence* sequences;

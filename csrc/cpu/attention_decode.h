@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of a few queries per sample against many keys. The rows of all samples that see one prefix are packed together
+// against it, so that it is read once and not once per sample; keys are cut into chunks for the threads; the partial
+// results are joined by their pivots and sums.
+#ifndef PEFTKERN_CPU_ATTENTION_DECODE_H_
+#define PEFTKERN_CPU_ATTENTION_DECODE_H_
+
+#include "attention_forward.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+// Per row (sample, head, position) and chunk of keys, the prefix's chunks first.
+struct PartialRows {
+  float *out, *pivot, *sum;
+  int64_t prefix_chunks, chunks;
+
+  int64_t index(const Problem& p, const Block& block, int64_t r, int64_t chunk) const {
+    const peftkern_attention& a = *p.args;
+    return ((block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]) * chunks + chunk;
+  }
+};
+
+static PartialRows take_partial_rows(const Problem& p, Arena& arena) {
+  const peftkern_attention& a = *p.args;
+  PartialRows x;
+  x.prefix_chunks = (p.plan->max_prefix_len + kDecodeKeys - 1) / kDecodeKeys;
+  x.chunks = x.prefix_chunks + (a.kv_len + kDecodeKeys - 1) / kDecodeKeys;
+  const int64_t count = a.batch * a.num_heads * a.q_len * x.chunks;
+  x.out = arena.take<float>(count * p.padded_dim);
+  x.pivot = arena.take<float>(count);
+  x.sum = arena.take<float>(count);
+  return x;
+}
+
+static void store_partial_rows(const Problem& p, const ForwardScratch& s, int64_t chunk, const PartialRows& partial) {
+  for (int64_t r = 0; r < s.block.count; r++) {
+    const int64_t at = partial.index(p, s.block, r, chunk);
+    partial.pivot[at] = s.pivot[r];
+    partial.sum[at] = s.sum[r];
+    if (!s.empty) memcpy(partial.out + at * p.padded_dim, s.out + r * p.padded_dim, sizeof(float) * p.padded_dim);
+  }
+}
+
+// Rows [first, first + kBlockM) of a group against one chunk of its prefix.
+static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head, int64_t first, int64_t chunk,
+                          ForwardScratch& s, const PartialRows& partial) {
+  const peftkern_attention& a = *p.args;
+  const int64_t G = p.plan->group_size, rows_each = a.q_len * G;
+  const Sequence& some = p.plan->sequences[p.plan->units[group.first].sequence];
+  start_block(s.block, least(kBlockM, group.count * rows_each - first));
+  for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
+    const int64_t row = first + least(r, s.block.count - 1), i = row % rows_each;
+    const Sequence& seq = p.plan->sequences[p.plan->units[group.first + row / rows_each].sequence];
+    set_row(p, seq, i / G, kv_head * G + i % G, r, s.block);
+  }
+  load_queries(p, s);
+  reset_softmax(p, s, false);
+  const int64_t end = least(some.prefix_len, (chunk + 1) * kDecodeKeys);
+  for (int64_t begin = chunk * kDecodeKeys; begin < end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, end - begin);
+    if (begin + n <= s.block.prefix_low_min) continue;
+    widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
+    add_tile(p, some, s, kPrefix, {s.tiles.k, s.tiles.v, p.padded_dim, p.padded_dim}, begin, n);
+  }
+  store_partial_rows(p, s, chunk, partial);
+}
+
+// All rows of a sequence against one chunk of its own keys.
+static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, int64_t chunk, ForwardScratch& s,
+                            const PartialRows& partial) {
+  const int64_t G = p.plan->group_size;
+  start_block(s.block, seq.q_len * G);
+  for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
+    const int64_t row = least(r, s.block.count - 1);
+    set_row(p, seq, row / G, kv_head * G + row % G, r, s.block);
+  }
+  load_queries(p, s);
+  reset_softmax(p, s, false);
+  s.tiles.open(seq, kv_head, false);
+  const TileRange range = tiles_of(seq, s.block, kSequence);
+  const int64_t end = least(range.end, (chunk + 1) * kDecodeKeys);
+  for (int64_t begin = most(range.begin, chunk * kDecodeKeys); begin < end; begin += kBlockN) {
+    const int64_t n = least(kBlockN, end - begin);
+    add_tile(p, seq, s, kSequence, s.tiles.get(p, begin, n), begin, n);
+  }
+  store_partial_rows(p, s, partial.prefix_chunks + chunk, partial);
+}
+
+// The row of lane 0, from all its chunks that have a sum.
+static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, const PartialRows& partial) {
+  const peftkern_attention& a = *p.args;
+  const int64_t dim = p.padded_dim, head = s.block.head[0];
+  const int64_t prefix_chunks = (seq.prefix_len + kDecodeKeys - 1) / kDecodeKeys;
+  const float sink = a.sinks ? a.sinks[head] * (float)kLog2e : -kInf;
+  float pivot = sink;
+  for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
+    if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;
+    const float other = partial.pivot[partial.index(p, s.block, 0, chunk)];
+    pivot = other > pivot || other != other ? other : pivot;
+  }
+  float sum = sink == -kInf ? 0.0f : std::exp2(sink - pivot);
+  memset(s.out, 0, sizeof(float) * dim);
+  for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
+    if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;
+    const int64_t at = partial.index(p, s.block, 0, chunk);
+    if (partial.sum[at] == 0.0f) continue;
+    const float weight = std::exp2(partial.pivot[at] - pivot);
+    sum += partial.sum[at] * weight;
+    for (int64_t d = 0; d < dim; d += kLanes) store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
+  }
+  store_row(p, s.block, 0, s.out, reciprocal(sum), pivot, sum);
+}
+
+int attention_decode(const peftkern_attention& args, const Plan& plan) {
+  Problem problem = make_problem(args, plan);
+  const int64_t kv_heads = args.num_kv_heads, rows_each = args.q_len * plan.group_size;
+  const int num_threads = (int)most(1, args.num_threads);
+  Arena size{nullptr, 0};
+  ForwardScratch unused;
+  take_forward_scratch(problem, kBlockN, size, unused);
+  const size_t per_thread = size.used;
+  take_partial_rows(problem, size);
+  char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
+  if (!base) return PEFTKERN_OUT_OF_MEMORY;
+  Arena shared{base, 0};
+  const PartialRows partial = take_partial_rows(problem, shared);
+  int64_t blocks = 0;
+  for (int32_t g = 0; g < plan.num_groups; g++)
+    blocks = most(blocks, (plan.groups[g].count * rows_each + kBlockM - 1) / kBlockM);
+  const int64_t chunks = partial.chunks - partial.prefix_chunks;
+
+#pragma omp parallel num_threads(num_threads)
+  {
+    ForwardScratch s;
+    Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
+    take_forward_scratch(problem, kBlockN, own, s);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t task = 0; task < plan.num_groups * kv_heads * partial.prefix_chunks * blocks; task++) {
+      const int64_t block = task % blocks, chunk = task / blocks % partial.prefix_chunks;
+      const int64_t at = task / blocks / partial.prefix_chunks;
+      const Group& group = plan.groups[at / kv_heads];
+      const Sequence& some = plan.sequences[plan.units[group.first].sequence];
+      if (block * kBlockM < group.count * rows_each && chunk * kDecodeKeys < some.prefix_len)
+        decode_prefix(problem, group, at % kv_heads, block * kBlockM, chunk, s, partial);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < plan.num_units * kv_heads * chunks; task++) {
+      const int64_t at = task / chunks;
+      decode_sequence(problem, plan.sequences[plan.units[at / kv_heads].sequence], at % kv_heads, task % chunks, s,
+                      partial);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < args.batch * args.num_heads * args.q_len; row++) {
+      const Sequence& seq = plan.sequences[row / args.q_len / args.num_heads];
+      start_block(s.block, 1);
+      set_row(problem, seq, row % args.q_len, row / args.q_len % args.num_heads, 0, s.block);
+      join_row(problem, seq, s, partial);
+    }
+  }
+  return PEFTKERN_OK;
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_ATTENTION_DECODE_H_
