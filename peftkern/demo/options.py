@@ -23,12 +23,12 @@ class Options:
 
     method: str = "prefix"
     dtype: str = "bf16"
-    length: int = 20
+    length: int = 32
     steps: int = 100
     batch_size: int = 8
     seq: int = 256
     lr: float = 3e-3
-    eval_rows: int = 400
+    eval_rows: int = 300
     seed: int = 0
     model: str | None = None
     data: str | None = None

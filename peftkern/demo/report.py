@@ -193,7 +193,7 @@ def table(findings: Findings) -> Any:
     for moment, title in moments.items():
         shares = findings.accuracy[moment]
         if moment == "zero-shot":
-            words = Text(f"of {shares['stock'].rows} held-out reviews", "dim")
+            words = Text(f"of {shares['stock'].rows} held-out rows", "dim")
         else:
             more = shares["peftkern"].correct - shares["stock"].correct
             words = Text(f"{more:+d} review{'s' * (abs(more) > 1)}", "yellow") if more else Text("equal", "dim")

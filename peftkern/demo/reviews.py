@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,12 @@ from torch import Tensor
 from .assets import Review
 from .options import DemoError
 
-INSTRUCTION = "Classify the movie review below as positive or negative in sentiment."
 HEAD, TAIL, LABELS = "Review:", "\nSentiment:", (" negative", " positive")
+#: The text whose keys and values a prefix starts as: two reviews of our own, labelled in the task's format.
+EXAMPLES = (
+    f"{HEAD} A warm, funny and moving film.{TAIL}{LABELS[1]}\n\n"
+    f"{HEAD} Dull, clumsy and far too long.{TAIL}{LABELS[0]}\n\n"
+)
 SPLIT_SEED = 1234
 
 
@@ -76,6 +81,11 @@ class Task:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def examples(self, length: int) -> Tensor:
+        """The last ``length`` token ids of the examples, repeated as often as needed, [1, length]."""
+        ids = self._ids(EXAMPLES)
+        return torch.tensor([(ids * math.ceil(length / len(ids)))[-length:]])
 
     def prompt(self, review: Review) -> list[int]:
         """Token ids of the prompt, without the sentiment."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from .reviews import Batch, Task, split, training_rows
 from .training import ARMS, Arm, Pair, build_arms, evaluate, load_base, train_pair
 
 _SAVE_EVERY = 50
+_TELL_EVERY = 10
 
 
 def run_session(args: argparse.Namespace) -> int:
@@ -67,6 +69,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     backend = _backend(base, options, batch)
     console.print(f"[bold]{source.title}[/], stock PEFT beside PEFT + peftkern")
     console.print(f"[dim]{setting(options, threads, backend)}[/]")
+
+    if (load := _load()) > 0.5 * (cores := os.cpu_count() or 1):
+        console.print(
+            f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): times will spread, and fewer --threads "
+            "may be faster.[/]"
+        )
 
     columns = (
         TextColumn("{task.description:<16}"), BarColumn(12), MofNCompleteColumn(),
@@ -152,6 +160,8 @@ def _train(
             pair = train_pair(arms, task, train, progress.done, progress.options)
             progress.pairs.append(pair)
             bars.update(bar, advance=1, note=_note(pair))
+            if not bars.console.is_terminal and progress.done % _TELL_EVERY == 0:  # a log file shows no bar
+                bars.console.print(f"step {progress.done} of {steps}: {_note(pair)}")
             if progress.done % _SAVE_EVERY == 0 and progress.done < steps:
                 checkpoint.save(out, arms, progress)
         checkpoint.save(out, arms, progress)
@@ -213,6 +223,10 @@ def _note(pair: Pair) -> str:
     losses = "  ".join(f"{pair.loss[arm]:.3f}" for arm in ARMS)
     seconds = "  ".join(duration(pair.seconds[arm]) for arm in ARMS)
     return f"loss {losses} · {seconds}"
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _quiet_libraries() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .assets import ModelSource, Review
 from .options import DTYPES, DemoError, Options
-from .reviews import INSTRUCTION, Batch, Task, training_rows
+from .reviews import Batch, Task, training_rows
 
 ARMS = ("stock", "peftkern")
 TITLES = {"stock": "stock PEFT", "peftkern": "PEFT + peftkern"}
@@ -111,7 +111,7 @@ def load_base(source: ModelSource, options: Options) -> tuple[Any, Task]:
 def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     """Both arms: the same frozen weights (shared in memory), the same initial prefix; one of them patched.
 
-    The prefix starts as the keys and values of the instruction's own words; PEFT's random start stays at chance.
+    The prefix starts as the keys and values of a few examples; PEFT's random start stays at chance.
 
     Raises:
         DemoError: if PEFT or peftkern refuse the model.
@@ -121,16 +121,15 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     from ..huggingface.patch import patch
 
     new_config = peft.CartridgeConfig if options.method == "cartridge" else peft.PrefixTuningConfig
-    text = " ".join([INSTRUCTION] * options.length)  # at least one token each
     models = {}
     try:
+        with torch.no_grad():
+            examples = base(input_ids=task.examples(options.length), use_cache=True).past_key_values
         for arm in ARMS:
             config = new_config(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
             # peft adds its modules to the model it is given: each arm has its own modules around the same tensors.
             models[arm] = peft.get_peft_model(_sharing_copy(base), config)
-            peft.initialize_kv_prefix_from_text(
-                models[arm], task.tokenizer, text=text, use_chat_template=False, max_length=options.length
-            )
+            peft.initialize_kv_prefix_from_past_key_values(models[arm], past_key_values=examples)
         patch(models["peftkern"])
     except (ValueError, TypeError, NotImplementedError) as error:
         raise DemoError(f"{options.method} tuning of this model: {error}") from error
