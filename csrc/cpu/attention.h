@@ -42,10 +42,18 @@ struct Block {
   int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
 };
 
-// Keys and values of a tile: floats, rows `stride` apart.
-struct Tile {
-  const float *k, *v;
+// Keys and values of a tile, rows `stride` elements apart: floats, or pairs of bf16 (k: of neighbours along the head's
+// dimension; v: of neighbouring keys).
+template <typename T>
+struct TileOf {
+  const T *k, *v;
   int64_t k_stride, v_stride;
+};
+typedef TileOf<float> Tile;
+typedef TileOf<uint32_t> PairTile;
+
+struct RowRange {
+  int64_t begin, end;
 };
 
 // The part of a call that does not change between tasks.
@@ -56,7 +64,9 @@ struct Problem {
   float log2_scale;  // score in units of ln 2 = log2_scale * product, where scores are plain
   bool plain_seq, plain_prefix;
   bool in_place;  // keys and values are floats that can be read where they lie
-  const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim]
+  bool pairs;         // products of bf16 pairs (forward)
+  bool pairs_in_place_k;
+  const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim], or half as much of pairs
 
   bool is_plain(Part part) const { return part == kPrefix ? plain_prefix : plain_seq; }
 };
@@ -72,9 +82,51 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
   p.plain_seq = plain && !args.bias;
   p.plain_prefix = plain && !args.prefix_bias;
   p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
+  p.pairs = false;
+  p.pairs_in_place_k = false;
   p.prefix_k = p.prefix_v = nullptr;
   return p;
 }
+
+#if PEFTKERN_HAS_PAIRS
+// The forward may round weights to bf16, as every bf16 attention does. The backward may not: gradients are fp32.
+static void use_pairs(Problem& p) {
+  const peftkern_attention& a = *p.args;
+  p.pairs = a.dtype == PEFTKERN_BFLOAT16 && a.head_dim % 2 == 0;
+  const int64_t odd = a.k_stride[0] | a.k_stride[1] | a.k_stride[2];
+  p.pairs_in_place_k = odd % 2 == 0 && reinterpret_cast<uintptr_t>(a.k) % 4 == 0;
+}
+
+// out[d] = (first[d], second[d]); second may be null (0).
+static void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const int64_t lanes = least(kLanes, n - d);
+    const vf low = load_lanes<PEFTKERN_BFLOAT16>(offset(first, PEFTKERN_BFLOAT16, d), lanes);
+    const vf high = second ? load_lanes<PEFTKERN_BFLOAT16>(offset(second, PEFTKERN_BFLOAT16, d), lanes) : zero();
+    const vu pairs = ((vu)low >> 16) | (vu)high;
+    __builtin_memcpy(out + d, &pairs, sizeof pairs);
+  }
+}
+
+// pairs[d / 2][r] = (panel[d][r], panel[d + 1][r]); the values are bf16 ones.
+static void pair_panel(const Problem& p, const Block& block, const float* panel, uint32_t* pairs) {
+  for (int64_t d = 0; d < p.head_dim; d += 2)
+    for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+      const vu pair = ((vu)load(panel + d * kBlockM + r) >> 16) | (vu)load(panel + (d + 1) * kBlockM + r);
+      __builtin_memcpy(pairs + d / 2 * kBlockM + r, &pair, sizeof pair);
+    }
+}
+
+// pairs[j / 2][r] = weights of keys j and j + 1, rounded.
+static void pair_weights(const float* weights, int64_t n, RowRange rows, uint32_t* pairs) {
+  for (int64_t j = 0; j < n; j += 2)
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      const vf second = j + 1 < n ? load(weights + (j + 1) * kBlockM + r) : zero();
+      const vu pair = bf16_pairs(load(weights + j * kBlockM + r), second);
+      __builtin_memcpy(pairs + j / 2 * kBlockM + r, &pair, sizeof pair);
+    }
+}
+#endif
 
 static int64_t num_position_blocks(const Plan& plan, const Sequence& s) {
   return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
@@ -135,9 +187,6 @@ static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
 
 // Rows of a block that see something of the tile [begin, begin + n), in whole vectors: what a causal diagonal or a window
 // hides is at the ends, as rows are in the order of their positions.
-struct RowRange {
-  int64_t begin, end;
-};
 static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n) {
   RowRange rows{0, block.vectors * kLanes};
   const int32_t* low = part == kPrefix ? block.prefix_low : block.low;
@@ -220,6 +269,53 @@ struct SequenceTiles {
     return {k_tile, v_tile, dim, dim};
   }
 };
+
+#if PEFTKERN_HAS_PAIRS
+// As SequenceTiles::get, of pairs.
+static PairTile get_pairs(const Problem& p, SequenceTiles& tiles, int64_t begin, int64_t n) {
+  const peftkern_attention& a = *p.args;
+  const Sequence& s = *tiles.sequence;
+  const int64_t base_k = s.batch * a.k_stride[0] + tiles.kv_head * a.k_stride[1];
+  const int64_t base_v = s.batch * a.v_stride[0] + tiles.kv_head * a.v_stride[1];
+  const int64_t first = s.start + begin, dim = p.padded_dim;
+  const auto k_row = [&](int64_t j) { return offset(a.k, a.dtype, base_k + (first + j) * a.k_stride[2]); };
+  const auto v_row = [&](int64_t j) { return offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]); };
+  uint32_t* k_tile = reinterpret_cast<uint32_t*>(tiles.k) + (tiles.keep ? begin : 0) * dim / 2;
+  uint32_t* v_tile = reinterpret_cast<uint32_t*>(tiles.v) + (tiles.keep ? begin : 0) / 2 * dim;
+  if (!tiles.keep || !tiles.ready[begin / kBlockN]) {
+    for (int64_t j = 0; j < n && !p.pairs_in_place_k; j++) memcpy(k_tile + j * dim / 2, k_row(j), 2 * p.head_dim);
+    for (int64_t j = 0; j < n; j += 2)
+      interleave_rows(v_row(j), j + 1 < n ? v_row(j + 1) : nullptr, p.head_dim, v_tile + j / 2 * dim);
+    if (tiles.keep) tiles.ready[begin / kBlockN] = 1;
+    tiles.prefetch(p, base_k, base_v, begin + n);
+  }
+  if (p.pairs_in_place_k) return {reinterpret_cast<const uint32_t*>(k_row(0)), v_tile, a.k_stride[2] / 2, dim};
+  return {k_tile, v_tile, dim / 2, dim};
+}
+
+static PairTile prefix_pairs(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
+  const peftkern_attention& a = *p.args;
+  const int64_t at = (s.prefix * a.num_kv_heads + kv_head) * a.prefix_len * p.padded_dim;
+  return {reinterpret_cast<const uint32_t*>(p.prefix_k + at) + begin * p.padded_dim / 2,
+          reinterpret_cast<const uint32_t*>(p.prefix_v + at) + begin / 2 * p.padded_dim, p.padded_dim / 2, p.padded_dim};
+}
+
+// Rows of floats, in place, to pairs: of neighbours along the head's dimension (k), of neighbouring keys (v).
+static void pair_rows(const Problem& p, int64_t n, float* k, float* v) {
+  const int64_t dim = p.padded_dim;
+  uint16_t* k_out = reinterpret_cast<uint16_t*>(k);
+  uint32_t* v_out = reinterpret_cast<uint32_t*>(v);
+  for (int64_t i = 0; i < n * dim; i += kLanes) {
+    const vh x = to_bf16(load(k + i));
+    __builtin_memcpy(k_out + i, &x, sizeof x);
+  }
+  for (int64_t j = 0; j < n; j += 2)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const vu x = bf16_pairs(load(v + j * dim + d), j + 1 < n ? load(v + (j + 1) * dim + d) : zero());
+      __builtin_memcpy(v_out + j / 2 * dim + d, &x, sizeof x);
+    }
+}
+#endif
 
 static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
   const peftkern_attention& a = *p.args;

@@ -61,7 +61,7 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
     const int64_t n = least(kBlockN, end - begin);
     if (begin + n <= s.block.prefix_low_min) continue;
     widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
-    add_tile(p, some, s, kPrefix, {s.tiles.k, s.tiles.v, p.padded_dim, p.padded_dim}, begin, n);
+    add_tile(p, some, s, kPrefix, Tile{s.tiles.k, s.tiles.v, p.padded_dim, p.padded_dim}, begin, n);
   }
   store_partial_rows(p, s, chunk, partial);
 }

@@ -13,6 +13,7 @@ namespace PEFTKERN_ISA {
 
 struct ForwardScratch {
   float *q, *q_panel, *scores, *factors, *out, *prefix_out;
+  uint32_t *q_pairs, *weight_pairs;
   float pivot[kBlockM], sum[kBlockM], alpha[kBlockM];  // weights are 2^(score - pivot); their sum
   bool empty;  // no tile has been added to out
   SequenceTiles tiles;
@@ -28,6 +29,8 @@ static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena,
   s.factors = arena.take<float>(kBlockM * kBlockN);
   s.out = arena.take<float>(kBlockM * dim);
   s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
+  s.q_pairs = arena.take<uint32_t>(p.pairs ? kBlockM * dim / 2 : 0);
+  s.weight_pairs = arena.take<uint32_t>(p.pairs ? kBlockM * kBlockN / 2 : 0);
   s.tiles.k = arena.take<float>(length * dim);
   s.tiles.v = arena.take<float>(length * dim);
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
@@ -91,12 +94,37 @@ static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, RowRa
           store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
 }
 
-static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile, int64_t begin,
-                     int64_t n) {
-  const RowRange rows = rows_of(s.block, part, begin, n);
-  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
+// scores [n, rows] = k q^T
+static void multiply_keys(const Problem& p, ForwardScratch& s, RowRange rows, const Tile& tile, int64_t n) {
   gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
               s.scores + rows.begin, kBlockM, false);
+}
+
+// out (+)= weights^T v
+static void multiply_values(const Problem& p, ForwardScratch& s, RowRange rows, const Tile& tile, int64_t n) {
+  gemm<true>(least(rows.end, s.block.count) - rows.begin, p.padded_dim, n, s.scores + rows.begin, kBlockM, tile.v,
+             tile.v_stride, s.out + rows.begin * p.padded_dim, p.padded_dim, !s.empty);
+}
+
+#if PEFTKERN_HAS_PAIRS
+static void multiply_keys(const Problem& p, ForwardScratch& s, RowRange rows, const PairTile& tile, int64_t n) {
+  gemm<false>(n, rows.end - rows.begin, p.head_dim / 2, tile.k, tile.k_stride, s.q_pairs + rows.begin, kBlockM,
+              s.scores + rows.begin, kBlockM, false);
+}
+
+static void multiply_values(const Problem& p, ForwardScratch& s, RowRange rows, const PairTile& tile, int64_t n) {
+  pair_weights(s.scores, n, rows, s.weight_pairs);
+  gemm<true>(least(rows.end, s.block.count) - rows.begin, p.padded_dim, (n + 1) / 2, s.weight_pairs + rows.begin, kBlockM,
+             tile.v, tile.v_stride, s.out + rows.begin * p.padded_dim, p.padded_dim, !s.empty);
+}
+#endif
+
+template <typename AnyTile>
+static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const AnyTile& tile,
+                     int64_t begin, int64_t n) {
+  const RowRange rows = rows_of(s.block, part, begin, n);
+  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
+  multiply_keys(p, s, rows, tile, n);
   const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
   online_softmax(p, s, n, rows, factor);
   if (p.args->dropout_p > 0.0) {
@@ -109,8 +137,7 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
     memset(s.out, 0, sizeof(float) * s.block.count * dim);
     s.empty = false;
   }
-  gemm<true>(count, dim, n, s.scores + rows.begin, kBlockM, tile.v, tile.v_stride, s.out + rows.begin * dim, dim,
-             !s.empty);
+  multiply_values(p, s, rows, tile, n);
   s.empty = false;
 }
 
@@ -118,15 +145,26 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
   const TileRange range = tiles_of(seq, s.block, part);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin);
-    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
-                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
-    add_tile(p, seq, s, part, tile, begin, n);
+    const int64_t all = least(kBlockN, seq.kv_len - begin);
+#if PEFTKERN_HAS_PAIRS
+    if (p.pairs) {
+      const PairTile tile =
+          part == kPrefix ? prefix_pairs(p, seq, kv_head, begin) : get_pairs(p, s.tiles, begin, all);
+      add_tile(p, seq, s, part, tile, begin, n);
+      continue;
+    }
+#endif
+    add_tile(p, seq, s, part, part == kPrefix ? prefix_tile(p, seq, kv_head, begin) : s.tiles.get(p, begin, all), begin,
+             n);
   }
 }
 
 static void load_queries(const Problem& p, ForwardScratch& s) {
   gather_rows(p, s.block, p.args->q, p.args->q_stride, s.q);
   transpose_rows(p, s.block, s.q, s.q_panel);
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs) pair_panel(p, s.block, s.q_panel, s.q_pairs);
+#endif
 }
 
 static void store_row(const Problem& p, const Block& block, int64_t r, const float* row, float factor, float pivot,
@@ -177,6 +215,9 @@ static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
     const int64_t at = i * p.args->prefix_len * p.padded_dim;
     widen_prefix(p, i / p.args->num_kv_heads, i % p.args->num_kv_heads, 0, p.args->prefix_len, packed_k + at,
                  packed_v + at);
+#if PEFTKERN_HAS_PAIRS
+    if (p.pairs) pair_rows(p, p.args->prefix_len, packed_k + at, packed_v + at);
+#endif
   }
 }
 
@@ -185,6 +226,9 @@ int attention_decode(const peftkern_attention& args, const Plan& plan);
 int attention_forward(const peftkern_attention& args, const Plan& plan) {
   if (plan.decode) return attention_decode(args, plan);
   Problem problem = make_problem(args, plan);
+#if PEFTKERN_HAS_PAIRS
+  use_pairs(problem);
+#endif
   const int64_t num_tasks = plan.num_units * args.num_kv_heads;
   const int num_threads = (int)most(1, least(args.num_threads, num_tasks));
   const int64_t packed_size = args.bank_size * args.num_kv_heads * args.prefix_len * problem.padded_dim;

@@ -14,6 +14,12 @@
 
 #include "../peftkern.h"
 
+#if defined(__AVX512BF16__)
+#define PEFTKERN_HAS_PAIRS 1  // an instruction that multiplies pairs of bf16
+#else
+#define PEFTKERN_HAS_PAIRS 0
+#endif
+
 #define PEFTKERN_INLINE static inline __attribute__((always_inline))
 
 namespace peftkern {
@@ -141,10 +147,18 @@ PEFTKERN_INLINE vf tanh(vf x) {
 
 PEFTKERN_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 PEFTKERN_INLINE vh to_bf16(vf x) {
+#if PEFTKERN_HAS_PAIRS
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   vu u = (vu)x;
   vu rounded = (u + (((u >> 16) & 1) + 0x7fff)) >> 16;
   vi is_nan = x != x;
   return __builtin_convertvector((vu)(is_nan ? (vi)((u >> 16) | 0x40) : (vi)rounded), vh);
+}
+
+// Words of (low, high), both rounded to bf16; NaN stays NaN.
+PEFTKERN_INLINE vu bf16_pairs(vf low, vf high) {
+  return __builtin_convertvector(to_bf16(low), vu) | (__builtin_convertvector(to_bf16(high), vu) << 16);
 }
 
 PEFTKERN_INLINE float half_to_float(uint16_t h) {
