@@ -63,7 +63,8 @@ struct Problem {
   int64_t head_dim, padded_dim;
   float log2_scale;  // score in units of ln 2 = log2_scale * product, where scores are plain
   bool plain_seq, plain_prefix;
-  bool in_place;  // keys and values are floats that can be read where they lie
+  bool in_place;       // keys and values are floats that can be read where they lie, once
+  bool always_in_place;  // and again and again: rows that lie far apart share few cache sets
   bool pairs;         // products of bf16 pairs (forward)
   bool pairs_in_place_k;
   const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim], or half as much of pairs
@@ -82,6 +83,7 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
   p.plain_seq = plain && !args.bias;
   p.plain_prefix = plain && !args.prefix_bias;
   p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
+  p.always_in_place = p.in_place && args.k_stride[2] == p.head_dim && args.v_stride[2] == p.head_dim;
   p.pairs = false;
   p.pairs_in_place_k = false;
   p.prefix_k = p.prefix_v = nullptr;
@@ -251,7 +253,7 @@ struct SequenceTiles {
     const int64_t base_k = sequence->batch * a.k_stride[0] + kv_head * a.k_stride[1];
     const int64_t base_v = sequence->batch * a.v_stride[0] + kv_head * a.v_stride[1];
     const int64_t first = sequence->start + begin, dim = p.padded_dim;
-    if (p.in_place) {
+    if (p.always_in_place || (p.in_place && !keep)) {
       if (!keep) prefetch(p, base_k, base_v, begin + n);
       return {static_cast<const float*>(a.k) + base_k + first * a.k_stride[2],
               static_cast<const float*>(a.v) + base_v + first * a.v_stride[2], a.k_stride[2], a.v_stride[2]};

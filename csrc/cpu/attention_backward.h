@@ -61,7 +61,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.applied = arena.take<float>(kBlockN * kBlockM);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
-  const int64_t widened = p.in_place ? 0 : length;
+  const int64_t widened = p.always_in_place ? 0 : length;
   s.tiles.k = arena.take<float>(widened * dim);
   s.tiles.v = arena.take<float>(widened * dim);
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);

@@ -236,7 +236,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   float *packed_k = nullptr, *packed_v = nullptr;
   ForwardScratch unused;
   Arena size{nullptr, 0};
-  const int64_t length = problem.in_place ? 0 : round_up(plan.max_kv_len, kBlockN);
+  const int64_t length = problem.always_in_place ? 0 : round_up(plan.max_kv_len, kBlockN);
   take_forward_scratch(problem, length, size, unused);
   const size_t per_thread = size.used;
   size.take<float>(2 * packed_size + 64);

@@ -42,7 +42,15 @@ int64_t token_of(const peftkern_embedding& a, int64_t b, int64_t s) {
 void add_row(const peftkern_embedding_backward& g, int64_t b, int64_t position, int64_t begin, int64_t end, float* row) {
   const int64_t dtype = g.forward.dtype;
   const char* source = offset(g.dout, dtype, b * g.dout_stride[0] + position * g.dout_stride[1]);
-  for (int64_t e = begin; e < end; e++) row[e] += load_scalar(source, dtype, e);
+  int64_t e = begin;
+  for (; e + kLanes <= end; e += kLanes) {
+    const char* at = offset(source, dtype, e);
+    const vf x = dtype == PEFTKERN_FLOAT32   ? load_lanes<PEFTKERN_FLOAT32>(at, kLanes)
+                 : dtype == PEFTKERN_FLOAT16 ? load_lanes<PEFTKERN_FLOAT16>(at, kLanes)
+                                             : load_lanes<PEFTKERN_BFLOAT16>(at, kLanes);
+    store(row + e, load(row + e) + x);
+  }
+  for (; e < end; e++) row[e] += load_scalar(source, dtype, e);
 }
 
 }  // namespace
