@@ -163,7 +163,7 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vf sum = load(total + r), inverse = select(sum == 0.0f, zero(), 1.0f / sum);
       const vf gate = load(s.part_scale[part] + r);
-      vf delta = zero();
+      vf delta[2] = {zero(), zero()};
       for (int64_t j = 0; j < n; j++) {
         const int64_t i = j * kBlockM + r;
         vf w = load(weights + i);
@@ -179,10 +179,10 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
           applied *= keep;
           store(grad + i, g);
         }
-        delta += w * g;
+        delta[j % 2] += w * g;
         if (dropout || gated) store(s.applied + i, applied * gate);
       }
-      if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + delta);
+      if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + (delta[0] + delta[1]));
     }
     if (dv)
       gemm<false>(n, dim, count, (dropout || gated ? s.applied : weights) + rows.begin, kBlockM,

@@ -56,9 +56,12 @@ static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, RowRa
   bool moved = false;
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     float* scores = s.scores + r;
-    vf best = load(scores);
-    for (int64_t j = 1; j < n; j++) best = max(best, load(scores + j * kBlockM));
-    best = best * factor;
+    vf top[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, for the latency of a maximum
+    int64_t k = 1;
+    for (; k + 4 <= n; k += 4)
+      for (int64_t i = 0; i < 4; i++) top[i] = max(top[i], load(scores + (k + i) * kBlockM));
+    for (; k < n; k++) top[0] = max(top[0], load(scores + k * kBlockM));
+    const vf best = max(max(top[0], top[1]), max(top[2], top[3])) * factor;
     vf pivot = load(s.pivot + r), sum = load(s.sum + r), alpha = set1(1.0f);
     if (any_greater(best, pivot + 8.0f)) {
       const vf higher = max(pivot, best);

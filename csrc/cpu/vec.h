@@ -75,24 +75,33 @@ PEFTKERN_INLINE bool any_greater(vf a, vf b) {
 #endif
 }
 
-// The square that rows[0..kLanes) are, transposed: each stage swaps one bit of the row's and the lane's number.
-PEFTKERN_INLINE void transpose(vf rows[kLanes]) {
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 4
-  for (int width = 1; width < kLanes; width *= 2) {
-    vi first, second;
-    for (int lane = 0; lane < kLanes; lane++) {
-      first[lane] = lane & width ? kLanes + lane - width : lane;
-      second[lane] = lane & width ? kLanes + lane : lane + width;
-    }
+// Swaps the bit `kWidth` of the row's number and of the lane's.
+template <int kWidth>
+PEFTKERN_INLINE void transpose_bit(vf* rows) {
+  vi first, second;
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++) {
-      if (i & width) continue;
-      const vf a = rows[i], b = rows[i | width];
-      rows[i] = __builtin_shuffle(a, b, first);
-      rows[i | width] = __builtin_shuffle(a, b, second);
-    }
+  for (int lane = 0; lane < kLanes; lane++) {
+    first[lane] = lane & kWidth ? kLanes + lane - kWidth : lane;
+    second[lane] = lane & kWidth ? kLanes + lane : lane + kWidth;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    if (i & kWidth) continue;
+    const vf a = rows[i], b = rows[i | kWidth];
+    rows[i] = __builtin_shuffle(a, b, first);
+    rows[i | kWidth] = __builtin_shuffle(a, b, second);
+  }
+}
+#endif
+
+// The square that rows[0..kLanes) are, transposed.
+PEFTKERN_INLINE void transpose(vf* rows) {
+#if defined(__GNUC__) && !defined(__clang__)
+  transpose_bit<1>(rows);
+  transpose_bit<2>(rows);
+  if (kLanes > 4) transpose_bit<(kLanes > 4 ? 4 : 1)>(rows);
+  if (kLanes > 8) transpose_bit<(kLanes > 8 ? 8 : 1)>(rows);
 #else
   for (int i = 0; i < kLanes; i++)
     for (int j = 0; j < i; j++) {
