@@ -45,7 +45,7 @@ class Options:
 
 
 #: What ``--quick`` changes.
-QUICK: dict[str, Any] = {"steps": 40, "seq": 64, "eval_rows": 120}
+QUICK: dict[str, Any] = {"steps": 40, "batch_size": 16, "seq": 32, "eval_rows": 100}
 
 
 def flag(name: str) -> str:
@@ -57,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``peftkern demo``; those left out are ``None``, see :func:`resolve`."""
     quick = {name: f"default {getattr(Options, name)}, with --quick {value}" for name, value in QUICK.items()}
     add = parser.add_argument
-    add("--quick", action="store_true", help="a first look in under 5 minutes: fewer steps, fewer and shorter rows")
+    add("--quick", action="store_true", help="a first look in under 5 minutes: fewer steps, shorter reviews")
     add("--method", choices=METHODS, help="prefix tuning, or a cartridge (its first token frozen); default prefix")
     add("--dtype", choices=tuple(DTYPES), help="of the frozen model; the prefix is always fp32; default bf16")
     add("--length", type=int, metavar="P", help=f"virtual tokens; default {Options.length}")
     add("--steps", type=int, metavar="N", help=f"training steps of each model; {quick['steps']}")
-    add("--batch-size", type=int, metavar="B", help=f"reviews in a step; default {Options.batch_size}")
+    add("--batch-size", type=int, metavar="B", help=f"reviews in a step; {quick['batch_size']}")
     add("--seq", type=int, metavar="S", help=f"longest prompt in tokens, reviews keep their end; {quick['seq']}")
     add("--lr", type=float, help=f"peak learning rate of AdamW; default {Options.lr}")
     add("--eval-rows", type=int, metavar="N", help=f"held-out reviews, half of them positive; {quick['eval_rows']}")
