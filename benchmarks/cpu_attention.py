@@ -118,7 +118,7 @@ def measure(
     return rows
 
 
-def show(rows: list, console: Console) -> None:
+def show(rows: list[tuple], console: Console) -> None:
     """The table, and the figures that summarise it."""
     table = Table(title="prefix attention on the CPU", caption=f"{platform.processor()} torch {torch.__version__}")
     for name in ("B,Hq,Hkv,S,D,P", "dtype", "thr", "direction", "ours ms", "PEFT ms", "no prefix ms", "spread",

@@ -37,6 +37,8 @@ thread_local Scratch scratch;
 
 constexpr int64_t kDecodeRows = 32;  // positions x heads of a group up to which a call is a decode
 
+constexpr int64_t kMaxPartials = int64_t(256) << 20;  // bytes of partial sums of one sequence
+
 constexpr size_t kKeptScratch = size_t(256) << 20;  // larger ones go back after the call
 
 // Rows of `sequences`, longest first, cut so that `target` tasks exist; a unit has at least `least_blocks` row blocks.
@@ -134,9 +136,10 @@ struct Planner {
     const double share = total_work() * double(a.num_kv_heads) / kTasks;
     double filled = 0;
     for (int32_t i : order) {
-      const int64_t parts = std::min<int64_t>(int64_t(work(sequences[i]) / share) + 1, 8);
+      const int64_t bytes = 8 * (sequences[i].kv_len + 1) * (a.head_dim + 1) * a.num_kv_heads;  // of a part's dk and dv
+      const int64_t parts = std::min<int64_t>({int64_t(work(sequences[i]) / share) + 1, 8, kMaxPartials / bytes});
       const int32_t first = int32_t(units.size());
-      add_units(i, blocks(sequences[i]) >= 2 * parts ? parts : 1);
+      add_units(i, parts > 1 && blocks(sequences[i]) >= 2 * parts ? parts : 1);
       for (int32_t unit = first; unit < int32_t(units.size()); unit++) {
         const double size = work(sequences[i]) / units[unit].parts;
         if (groups.empty() || groups.back().prefix != sequences[i].prefix || filled + size > 1.25 * share) {
