@@ -284,6 +284,15 @@ def test_a_failing_save_leaves_the_previous_checkpoint(command, tmp_path, monkey
     assert checkpoint.latest(tmp_path / "out") == tmp_path / "out/checkpoint-1"
 
 
+def test_a_full_disk_is_told(command, monkeypatch, capsys, no_memory):
+    def full(*_):
+        raise OSError(28, "No space left on device", "out/demo.png")
+
+    monkeypatch.setattr(session, "write_files", full)
+    assert main(command) == 2
+    assert "No space left on device: 'out/demo.png'" in capsys.readouterr().err
+
+
 # Assets
 
 

@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
         from .session import run_session
 
         return run_session(args)
-    except DemoError as error:
+    except (DemoError, OSError) as error:  # OSError: a full disk, say
         print(f"peftkern demo: error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from .. import __version__
 from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     with console.status("measuring memory and rounding in a process of their own"):
         measured, trouble = _measure(source, options, batch, threads)
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    versions = {"peftkern": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")}
     found = (progress.pairs, progress.accuracy, measured)
     findings = Findings(options, source.title, backend, threads, versions, *found)
     files = write_files(findings, args.out)
