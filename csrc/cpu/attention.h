@@ -164,6 +164,15 @@ static void set_row(const Problem& p, const Sequence& s, int64_t position, int64
   block.prefix_low_max = (int32_t)most(block.prefix_low_max, prefix_low);
 }
 
+static void copy_row(Block& block, int64_t from, int64_t to, int64_t head) {
+  block.sample[to] = block.sample[from];
+  block.head[to] = head;
+  block.row[to] = block.row[from];
+  block.low[to] = block.low[from];
+  block.high[to] = block.high[from];
+  block.prefix_low[to] = block.prefix_low[from];
+}
+
 // Row r is (position r / heads, head r % heads) of the block.
 static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, int64_t first_head,
                        Block& block) {
@@ -171,10 +180,25 @@ static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int
   const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
   const int64_t first = position_block * plan.positions_per_block;
   start_block(block, least(plan.positions_per_block, s.q_len - first) * heads);
-  for (int64_t r = 0; r < block.vectors * kLanes; r++) {
-    const int64_t row = least(r, block.count - 1);
-    set_row(p, s, first + row / heads, kv_head * plan.group_size + first_head + row % heads, r, block);
+  const int64_t head = kv_head * plan.group_size + first_head;
+  for (int64_t r = 0; r < block.count; r += heads) {
+    set_row(p, s, first + r / heads, head, r, block);
+    for (int64_t h = 1; h < heads; h++) copy_row(block, r, r + h, head + h);
   }
+  for (int64_t r = block.count; r < block.vectors * kLanes; r++) copy_row(block, r - 1, r, block.head[r - 1]);
+}
+
+// Asks for the rows of a block that will be worked on next.
+static void prefetch_rows(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, const void* data,
+                          const int64_t* stride) {
+  const Plan& plan = *p.plan;
+  const int64_t dtype = p.args->dtype, line = dtype == PEFTKERN_FLOAT32 ? 16 : 32;
+  const int64_t first = position_block * plan.positions_per_block;
+  const int64_t base = s.batch * stride[0] + kv_head * plan.group_size * stride[1] + s.start * stride[2];
+  for (int64_t i = first; i < least(first + plan.positions_per_block, s.q_len); i++)
+    for (int64_t h = 0; h < plan.heads_per_block; h++)
+      for (int64_t d = 0; d < p.head_dim; d += line)
+        __builtin_prefetch(offset(data, dtype, base + h * stride[1] + i * stride[2] + d));
 }
 
 // Tiles of a part that some row of the block sees: keys [begin, end) on a grid of kBlockN.

@@ -319,11 +319,14 @@ static void backward_blocks(const Problem& p, const Needs& needs, const peftkern
                             const Sequence& seq, int64_t kv_head, int64_t first, int64_t step, BackwardScratch& s,
                             const Sums& sums, float* dbias) {
   s.tiles.open(seq, kv_head, true);
-  for (int64_t block = first; block < num_position_blocks(*p.plan, seq); block += step)
+  for (int64_t block = first; block < num_position_blocks(*p.plan, seq); block += step) {
+    prefetch_rows(p, seq, kv_head, block + step, p.args->q, p.args->q_stride);
+    prefetch_rows(p, seq, kv_head, block + step, b.dout, b.dout_stride);
     for (int64_t head = 0; head < p.plan->group_size; head += p.plan->heads_per_block) {
       make_block(p, seq, kv_head, block, head, s.block);
       backward_block(p, needs, b, seq, kv_head, s, sums, dbias);
     }
+  }
 }
 
 // Writes one sequence's and head's fp32 rows [kv_len, padded_dim] to dk or dv.

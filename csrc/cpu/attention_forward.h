@@ -263,11 +263,13 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
       const Sequence& seq = plan.sequences[unit.sequence];
       const int64_t kv_head = task % args.num_kv_heads, blocks = num_position_blocks(plan, seq);
       s.tiles.open(seq, kv_head, blocks * (plan.group_size / plan.heads_per_block) > unit.parts);
-      for (int64_t b = unit.part; b < blocks; b += unit.parts)
+      for (int64_t b = unit.part; b < blocks; b += unit.parts) {
+        prefetch_rows(problem, seq, kv_head, b + unit.parts, args.q, args.q_stride);
         for (int64_t head = 0; head < plan.group_size; head += plan.heads_per_block) {
           make_block(problem, seq, kv_head, b, head, s.block);
           forward_block(problem, seq, kv_head, s);
         }
+      }
     }
   }
   return PEFTKERN_OK;
