@@ -5,7 +5,7 @@
 
 All providers run in one process and take turns, so that a slow moment of the machine hits all of them. Each row is
 checked against fp64 before it is timed. Medians; the spread is (third - first quartile) / median of ours. Writes
-results/cpu_attention.csv.
+results/cpu_attention.csv, with `--decode` results/cpu_decode.csv.
 
 On a machine that others use, `--cpu-time` counts the processor time of one thread in place of the wall clock.
 """
@@ -32,7 +32,7 @@ import peftkern
 from peftkern import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-RESULTS = Path(__file__).parent / "results" / "cpu_attention.csv"
+RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "shape", "model", "dtype", "threads", "direction", "peftkern_ms", "peft_ms", "no_prefix_ms", "spread",
     "gflops", "matmul_gflops", "speedup_over_peft", "speedup_over_no_prefix", "error", "error_peft",
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="indices of the shapes to run")
     parser.add_argument("--seconds", type=float, default=1.0, help="per row")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, of one thread")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.cpu_time:
         global clock
@@ -168,8 +168,9 @@ def main() -> None:
                 if options.only is None or index in options.only:
                     rows += measure(shape, dtype, threads, directions, options.seconds, matmul)
     show(rows, Console(width=170))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as file:
+    output = options.output or RESULTS / ("cpu_decode.csv" if options.decode else "cpu_attention.csv")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
