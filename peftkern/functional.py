@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, overload
 
 import torch
@@ -183,8 +184,6 @@ def soft_prompt_embedding(
     torch.Size([1, 5, 8])
     """
     _check_embedding(input_ids, weight, prompt, prompt_ids)
-    if torch.is_autocast_enabled(weight.device.type):
-        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or prompt.requires_grad)
     call = Call(
         "soft_prompt_embedding", weight.device, weight.dtype, prompt.dtype, tuple(input_ids.shape),
@@ -227,21 +226,16 @@ def explain(*tensors: Tensor | Call, **options: Any) -> Explanation:
     """
     if len(tensors) == 1 and isinstance(tensors[0], Call):
         return backends.explain(tensors[0])
-    names = ("q", "k", "v", "prefix_k", "prefix_v")
-    given = {**_DEFAULTS, **dict(zip(names, tensors, strict=False)), **options}
-    if set(given) != {*names, *_DEFAULTS}:
-        raise _error("explain", "the arguments of prefix_attention", sorted(given))
-    args = _attention_args(**given)
-    return backends.explain(
-        _attention_call(args, any(x is not None and x.requires_grad for x in args.differentiable))
-    )
-
-
-_DEFAULTS: dict[str, Any] = {
-    "causal": True, "scale": None, "key_mask": None, "cu_seqlens": None, "prefix_ids": None, "prefix_lens": None,
-    "window": None, "prefix_in_window": True, "softcap": None, "sinks": None, "bias": None, "prefix_bias": None,
-    "gate": None, "dropout_p": 0.0, "dropout_seed": None,
-}  # fmt: skip
+    try:
+        given = inspect.signature(prefix_attention).bind(*tensors, **options)
+    except TypeError as error:
+        raise ValueError(f"explain: expected the arguments of prefix_attention, {error}") from None
+    given.apply_defaults()
+    backend = given.arguments.pop("backend")
+    del given.arguments["return_lse"]
+    args = _attention_args(**given.arguments)
+    needs_grad = any(x is not None and x.requires_grad for x in args.differentiable)
+    return backends.explain(_attention_call(args, needs_grad), backend)
 
 
 def _attention_call(args: AttentionArgs, needs_grad: bool) -> Call:
@@ -338,11 +332,21 @@ def _attention_args(
             raise _error(name, "a tensor", type(x).__name__)
         if x.dtype not in _FLOATS:
             raise _error(name, "fp32, fp16, bf16 or fp64", x.dtype)
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    optional = (
+        ("sinks", sinks), ("bias", bias), ("prefix_bias", prefix_bias), ("gate", gate), ("key_mask", key_mask),
+        ("cu_seqlens", cu_seqlens), ("prefix_ids", prefix_ids), ("prefix_lens", prefix_lens),
+    )  # fmt: skip
+    for name, tensor in optional:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise _error(name, "a tensor or None", type(tensor).__name__)
+    device = q.device.type
+    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
 
     _check_shape("q", q, "B", "Hq", "S", "D")
     batch, num_heads, q_len, head_dim = q.shape
+    if head_dim == 0:
+        raise _error("q", "D of at least 1", list(q.shape))
     _check_shape("k", k, batch, "Hkv", "T", head_dim)
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     _check_shape("v", v, batch, num_kv_heads, kv_len, head_dim)
@@ -381,21 +385,26 @@ def _attention_args(
         if key_mask.dtype != torch.bool:
             raise _error("key_mask", "bool, true where a key is visible", key_mask.dtype)
         _check_shape("key_mask", key_mask, batch, kv_len)
-    if window is not None and window < 1:
-        raise _error("window", "None or at least 1", window)
-    if softcap is not None and not softcap > 0:
+    if not isinstance(causal, bool):
+        raise _error("causal", "True or False", repr(causal))
+    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+        raise _error("window", "None or an int of at least 1", window)
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise _error("softcap", "None or a positive number", softcap)
     if not 0.0 <= dropout_p < 1.0:
         raise _error("dropout_p", "a probability in [0, 1)", dropout_p)
 
     fp = backends.lse_dtype(q.dtype)
     if sinks is not None:
+        _check_dtype("sinks", sinks, *_FLOATS)
         _check_shape("sinks", sinks, num_heads)
         sinks = sinks.to(fp)
     if gate is not None:
+        _check_dtype("gate", gate, *_FLOATS)
         _check_shape("gate", gate, num_heads)
         gate = gate.to(fp)
     if prefix_bias is not None:
+        _check_dtype("prefix_bias", prefix_bias, *_FLOATS)
         _check_broadcastable("prefix_bias", prefix_bias, num_heads, prefix_k.shape[-2])
         prefix_bias = prefix_bias.to(fp)
     if bias is not None:
@@ -403,11 +412,7 @@ def _attention_args(
             raise _error("bias", "a float tensor; a bool mask over keys is key_mask", bias.dtype)
         _check_broadcastable("bias", bias, batch, num_heads, q_len, kv_len)
         bias = bias if bias.dtype == q.dtype else bias.to(fp)
-    for name, tensor in (
-        ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v), ("sinks", sinks), ("bias", bias),
-        ("prefix_bias", prefix_bias), ("gate", gate), ("key_mask", key_mask), ("cu_seqlens", cu_seqlens),
-        ("prefix_ids", prefix_ids), ("prefix_lens", prefix_lens),
-    ):  # fmt: skip
+    for name, tensor in (("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v), *optional):
         _check_device(name, tensor, "q", q.device)
 
     seed = None
@@ -419,6 +424,8 @@ def _attention_args(
             seed = dropout_seed.to(q.device)
         elif dropout_seed is None:
             seed = torch.randint(torch.iinfo(torch.int64).max, (), device=q.device)
+        elif not -(2**63) <= dropout_seed < 2**63:
+            raise _error("dropout_seed", "an int of 64 bits", dropout_seed)
         else:
             seed = torch.tensor(dropout_seed, dtype=torch.int64, device=q.device)
     return AttentionArgs(

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["dropout_keep", "prefix_attention", "soft_prompt_embedding"]
+__all__ = ["dropout_keep", "prefix_attention", "soft_prompt_embedding", "softmax", "visibility"]
 
 _INF = float("inf")
 
@@ -64,7 +64,7 @@ def prefix_attention(
     if prefix_bias is not None:
         prefix_scores = prefix_scores + prefix_bias.to(fp)[:, None, None, :]
 
-    seq_visible, prefix_visible = _visibility(
+    seq_visible, prefix_visible = visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, causal, key_mask, cu_seqlens, prefix_ids, prefix_lens,
         window, prefix_in_window,
     )  # fmt: skip
@@ -74,12 +74,12 @@ def prefix_attention(
     sink_scores = q.new_full((num_heads,), -_INF) if sinks is None else sinks.to(fp)
     sink_scores = sink_scores[:, None, None].expand(batch, num_heads, q_len, 1)
     if gate is None:
-        weights, lse = _softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
+        weights, lse = softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
         prefix_weights, seq_weights, _ = weights.split([bank * prefix_len, kv_len, 1], -1)
     else:
-        weights, lse = _softmax(torch.cat([seq_scores, sink_scores], -1))
+        weights, lse = softmax(torch.cat([seq_scores, sink_scores], -1))
         seq_weights = weights[..., :kv_len]
-        weights, _ = _softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
+        weights, _ = softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
         prefix_weights = weights[..., : bank * prefix_len] * torch.tanh(gate.to(fp))[:, None, None]
 
     prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
@@ -97,7 +97,7 @@ def prefix_attention(
     return out.flatten(1, 2).to(dtype), lse
 
 
-def _visibility(
+def visibility(
     sizes: tuple[int, int, int, int, int],
     device: torch.device,
     causal: bool,
@@ -142,7 +142,7 @@ def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(weights, lse) over the last axis; a row of -inf gives zeros and -inf, and zero gradients, never NaN."""
     pivot = scores.detach().amax(-1, keepdim=True)
     empty = pivot == -_INF

@@ -54,7 +54,7 @@ def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Ten
     if options.get("prefix_bias") is not None:
         prefix_bias = options["prefix_bias"].expand(-1, prefix_len).repeat(1, bank)
         prefix_scores = prefix_scores + prefix_bias[:, None, :].expand_as(prefix_scores).to(dtype)
-    seq_visible, prefix_visible = reference._visibility(
+    seq_visible, prefix_visible = reference.visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, options.get("causal", True), options.get("key_mask"),
         options.get("cu_seqlens"), options.get("prefix_ids"), options.get("prefix_lens"), numbers["window"],
         options.get("prefix_in_window", True),
@@ -65,7 +65,7 @@ def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Ten
     sinks = none if numbers["sinks"] is None else numbers["sinks"][:, None, None].expand_as(none).to(fp)
 
     def weights_of(scores: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-        weights, lse = reference._softmax(torch.cat([scores.to(fp), extra], -1))
+        weights, lse = reference.softmax(torch.cat([scores.to(fp), extra], -1))
         return weights[..., :-1].to(dtype), lse
 
     if numbers["gate"] is None:

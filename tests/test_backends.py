@@ -93,8 +93,19 @@ def test_explain_reads_like_a_table():
     text = str(peftkern.explain(**FP64, window=3, dropout_p=0.5, dropout_seed=1))
     assert "window · dropout" in text
     assert "reference: ok, taken by 'auto'" in text
-    with pytest.raises(ValueError, match=r"explain: expected the arguments of prefix_attention, got .*'windw'"):
+    with pytest.raises(ValueError, match="got an unexpected keyword argument 'windw'"):
         peftkern.explain(**FP64, windw=3)
+
+
+def test_explain_names_the_backend_that_runs(monkeypatch):
+    assert "cpu: ok, taken by 'auto'" in str(peftkern.explain(**FP32))
+    assert "cpu: ok, asked for by backend=" in str(peftkern.explain(**FP32, backend="cpu"))
+    with peftkern.use_backend("reference"):
+        assert "reference: ok, asked for by use_backend" in str(peftkern.explain(**FP32))
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    assert "reference: ok, asked for by PEFTKERN_BACKEND" in str(peftkern.explain(**FP32))
+    assert peftkern.explain(**FP32).chosen == "reference"
+    assert peftkern.explain(**FP64, backend="cpu").chosen is None
 
 
 def test_available_backends():

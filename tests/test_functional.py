@@ -39,7 +39,14 @@ BAD_ATTENTION = [
     ({"key_mask": X(2, 7)}, "key_mask: expected bool, true where a key is visible, got torch.float32"),
     ({"key_mask": X(2, 6, dtype=torch.bool)}, "key_mask: expected shape [2, 7], got [2, 6]"),
     ({"cu_seqlens": X(2, dtype=torch.int32)}, "cu_seqlens: expected packed q and k with B = 1 and S = T"),
-    ({"window": 0}, "window: expected None or at least 1, got 0"),
+    ({"window": 0}, "window: expected None or an int of at least 1, got 0"),
+    ({"window": 2.5}, "window: expected None or an int of at least 1, got 2.5"),
+    ({"causal": "no"}, "causal: expected True or False, got 'no'"),
+    ({"key_mask": [True]}, "key_mask: expected a tensor or None, got list"),
+    ({"q": X(2, 4, 7, 0)}, "q: expected D of at least 1, got [2, 4, 7, 0]"),
+    ({"softcap": float("inf")}, "softcap: expected None or a positive number, got inf"),
+    ({"dropout_p": 0.5, "dropout_seed": 2**63}, "dropout_seed: expected an int of 64 bits, got 9223372036854775808"),
+    ({"sinks": X(4, dtype=torch.int64)}, "sinks: expected torch.float32 or torch.float16"),
     ({"softcap": -1.0}, "softcap: expected None or a positive number, got -1.0"),
     ({"dropout_p": 1.0}, "dropout_p: expected a probability in [0, 1), got 1.0"),
     ({"dropout_p": 0.5, "dropout_seed": X(1)}, "dropout_seed: expected an int or a 0-dim int64 tensor"),
@@ -111,6 +118,15 @@ def test_the_reference_backend_is_the_reference(name, poisoned):
 def test_the_reference_backend_in_half_precision(seed, dtype, poisoned):
     shape, options = combination(seed)
     check_backend("reference", tensors(shape, dtype, prefix_dtype=torch.float32), options)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("factor", [1e-20, 5.0, 10.0, 30.0])
+@pytest.mark.parametrize("name", ["plain", "sinks", "bias", "gate"])
+def test_small_and_large_scores(name, factor, backend):
+    """Scores up to some 1e4, where the rounding of an fp32 log-sum-exp is no longer small."""
+    shape, options = feature(name, Shape(S=9, D=16))
+    check_backend(backend, {n: factor * x for n, x in tensors(shape, torch.float32).items()}, options)
 
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)

@@ -61,17 +61,21 @@ class Explanation:
 
     call: Call
     reasons: dict[str, list[str]]
+    #: The backend that is asked for, or "auto", and by what.
+    requested: str = "auto"
+    by: str = ""
 
     @property
     def chosen(self) -> str | None:
-        """The backend that ``"auto"`` takes, or None."""
-        return next((name for name, reasons in self.reasons.items() if not reasons), None)
+        """The backend that runs the call, or None."""
+        names = self.reasons if self.requested == "auto" else [self.requested]
+        return next((name for name in names if not self.reasons[name]), None)
 
     def __str__(self) -> str:
         lines = [f"{self.call.op}: {self.call}"]
         for name, reasons in self.reasons.items():
-            verdict = "; ".join(reasons) or ("ok, taken by 'auto'" if name == self.chosen else "ok")
-            lines.append(f"  {name}: {verdict}")
+            taken = ", taken by 'auto'" if self.requested == "auto" else f", asked for by {self.by}"
+            lines.append(f"  {name}: {'; '.join(reasons) or 'ok' + taken * (name == self.chosen)}")
         return "\n".join(lines)
 
 
@@ -93,9 +97,9 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return tuple(name for name, reasons in explain(call).reasons.items() if not reasons)
 
 
-def explain(call: Call) -> Explanation:
-    """Why each backend can or cannot run ``call``."""
-    return Explanation(call, {name: get_backend(name).why_not(call) for name in BACKENDS})
+def explain(call: Call, backend: str = "auto") -> Explanation:
+    """Why each backend can or cannot run ``call``, and which one does; arguments as for :func:`resolve`."""
+    return Explanation(call, {name: get_backend(name).why_not(call) for name in BACKENDS}, *_request(backend))
 
 
 # One default for the whole process and not per thread: autograd recomputes checkpointed layers in its own threads,
@@ -124,6 +128,18 @@ def use_backend(name: str) -> Iterator[None]:
         _default = previous
 
 
+def _request(backend: str) -> tuple[str, str]:
+    """The backend that is asked for, ``"auto"`` for none, and by what."""
+    if backend != "auto":
+        return backend, "backend="
+    if _default != "auto":
+        return _default, "use_backend"
+    name = os.environ.get("PEFTKERN_BACKEND", "auto")
+    if name != "auto":
+        get_backend(name)
+    return name, "PEFTKERN_BACKEND"
+
+
 def resolve(call: Call, backend: str = "auto") -> str:
     """The name of the backend that runs ``call``.
 
@@ -134,14 +150,11 @@ def resolve(call: Call, backend: str = "auto") -> str:
         BackendUnavailable: listing every backend with its reasons.
         ValueError: for a name that is no backend.
     """
-    if backend == "auto":
-        backend = _default
-    if backend == "auto":
-        backend = os.environ.get("PEFTKERN_BACKEND", "auto")
-    if backend != "auto":
-        if get_backend(backend).why_not(call):
-            raise BackendUnavailable(f"backend={backend!r} cannot run {explain(call)}")
-        return backend
+    requested, _ = _request(backend)
+    if requested != "auto":
+        if get_backend(requested).why_not(call):
+            raise BackendUnavailable(f"backend={requested!r} cannot run {explain(call, backend)}")
+        return requested
     for name in BACKENDS:
         if not get_backend(name).why_not(call):
             if name == "reference" and call.device.type != "cpu":

@@ -34,13 +34,14 @@ def prefix_attention_backward(
 
     ::
 
-        p  = exp(s - lse)              w  = p * keep / (1 - dropout_p)      dv = w^T dout
+        p  = softmax(s)                w  = p * keep / (1 - dropout_p)      dv = w^T dout
         dp = (dout v^T) * keep / (1 - dropout_p)
         ds = p * (dp - delta + dlse)   delta = sum over all keys of p * dp
         dq = scale * ds k              dk = scale * ds^T q                  dbias = ds
 
     with ds times 1 - (softcapped score / softcap)^2 before dq and dk. A gated prefix has a softmax of its own: its
-    lse and delta, dout times tanh(gate), no dlse. (Dao et al., FlashAttention, 2022, appendix B.4.)
+    delta, dout times tanh(gate), no dlse. (Dao et al., FlashAttention, 2022, appendix B.4.) The softmax is computed
+    again and not read off the saved lse, whose rounding in fp32 would be that of p at large scores.
     """
     fp = lse_dtype(args.q.dtype)
     prefix_k, prefix_v = args.prefix_k, args.prefix_v
@@ -54,7 +55,7 @@ def prefix_attention_backward(
         return x.to(args.q.dtype).to(fp).transpose(0, 1).flatten(1, 2)[None]
 
     q, dout = (x.to(fp).unflatten(1, heads) for x in (args.q, dout))  # [B, Hkv, G, S, D]
-    seq_visible, prefix_visible = reference._visibility(
+    seq_visible, prefix_visible = reference.visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, args.causal, args.key_mask, args.cu_seqlens,
         args.prefix_ids, args.prefix_lens, args.window, args.prefix_in_window,
     )  # fmt: skip
@@ -73,23 +74,26 @@ def prefix_attention_backward(
         None if prefix_bias is None else prefix_bias[:, None, :], prefix_visible.flatten(3), keep[1],
     )  # fmt: skip
 
+    none = q.new_full((num_heads,), -torch.inf)
+    sinks = (none if args.sinks is None else args.sinks)[:, None, None].expand(batch, num_heads, q_len, 1)
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     gradients = dict.fromkeys(AttentionGradients._fields, torch.empty(0))
     if args.gate is None:
-        p_seq, p_prefix = seq.softmax(lse), prefix.softmax(lse)
+        p, _ = reference.softmax(torch.cat([prefix.scores, seq.scores, sinks], -1))
+        p_prefix, p_seq, p_sink = p.split([bank * prefix_len, kv_len, 1], -1)
         dp_seq, dp_prefix = seq.dp(dout), prefix.dp(dout)
         shift = dlse - (p_seq * dp_seq).sum(-1) - (p_prefix * dp_prefix).sum(-1)
         prefix_dout, prefix_shift = dout, shift
     else:
         gate = torch.tanh(args.gate)
         prefix_dout = dout * gate.unflatten(0, heads)[:, :, None, None]
-        p_seq, p_prefix = seq.softmax(lse), prefix.softmax(torch.logsumexp(prefix.scores, -1))
+        p_seq, p_sink = reference.softmax(torch.cat([seq.scores, sinks], -1))[0].split([kv_len, 1], -1)
+        p_prefix = reference.softmax(torch.cat([prefix.scores, torch.full_like(sinks, -torch.inf)], -1))[0][..., :-1]
         dp_seq, dp_prefix = seq.dp(dout), prefix.dp(prefix_dout)
         shift, prefix_shift = dlse - (p_seq * dp_seq).sum(-1), -(p_prefix * dp_prefix).sum(-1)
         gradients["dgate"] = (p_prefix * prefix.dp(dout)).sum((0, 2, 3)) * (1 - gate * gate)
     if args.sinks is not None:
-        p_sink = torch.exp(args.sinks[:, None] - lse.masked_fill(lse == -torch.inf, 0.0))
-        gradients["dsinks"] = (p_sink * shift).sum((0, 2))
+        gradients["dsinks"] = (p_sink.squeeze(-1) * shift).sum((0, 2))
 
     ds_seq, ds_prefix = p_seq * (dp_seq + shift[..., None]), p_prefix * (dp_prefix + prefix_shift[..., None])
     if args.bias is not None:
@@ -132,9 +136,6 @@ class _Part(NamedTuple):
         if bias is not None:
             scores = scores + bias
         return cls(k, v, scores.masked_fill(~visible, -torch.inf), slope, keep)
-
-    def softmax(self, lse: Tensor) -> Tensor:
-        return torch.exp(self.scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
 
     def dp(self, dout: Tensor) -> Tensor:
         return (dout @ self.v.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * self.keep
