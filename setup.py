@@ -52,6 +52,11 @@ class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"
 
+    def get_source_files(self) -> list[str]:
+        """What a source distribution needs beside the package."""
+        sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+        return [str(path.relative_to(ROOT)) for path in [ROOT / "CMakeLists.txt", *sources]]
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
