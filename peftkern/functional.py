@@ -90,7 +90,7 @@ def prefix_attention(  # type: ignore[misc]
             ``transformers`` do; false keeps the prefix always visible.
         softcap: c above; None for none (Gemma 2).
         sinks: [Hq] logits that join the softmax's denominator without a value (GPT-OSS).
-        bias: float, broadcastable to [B, Hq, S, T], 4 dims; -inf hides.
+        bias: float, broadcastable to [B, Hq, S, T], 4 dims; -inf hides, and so may anything below -1e38.
         prefix_bias: float [Hq, P] (each dim may be 1).
         gate: [Hq]; the prefix gets a softmax of its own, times tanh(gate), added to the sequence's attention
             (LLaMA-Adapter, Zhang et al. 2023).
