@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .attention import Implementation, register
 from .cache import SITE, KeyValue, PrefixCache, PrefixOptions
-from .positions import PositionTable, find_position_tables
+from .positions import PositionTable, watch_tables
 from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
 
@@ -50,8 +50,6 @@ class ModelPatch:
         self._biases: list[SpanningBias] = []
         self._tables: list[PositionTable] = []
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
-        #: The cache of the forward that runs.
-        self._current: PrefixCache | None = None
 
     def check_prefix(self) -> None:
         """Raise ValueError unless the prefix fits the model, whose :attr:`sites` are known."""
@@ -75,15 +73,14 @@ class ModelPatch:
             for config in self._configs():
                 if not isinstance(config._attn_implementation, Implementation):
                     config._attn_implementation_internal = Implementation(config._attn_implementation)
-            self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
+            with watch_tables(self.backbone) as self._tables:
+                self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
             for module, site in self.sites.items():
                 setattr(module, SITE, site)
             self.check_prefix()
             for module in self.sites:
                 if hasattr(module, "compute_bias"):
                     self._biases.append(SpanningBias(module))
-            self._tables = find_position_tables(self.backbone)
-            self._handles += [table.handle for table in self._tables]
             self._handles.append(self.backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True))
             self._handles.append(
                 self.backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
@@ -149,21 +146,26 @@ class ModelPatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: give the backbone its prefix."""
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        self._current = cache = self.find_cache(kwargs)
+        cache = self.find_cache(kwargs)
         if cache is not None:
             cache.begin()
-            self.place_sequence(cache, kwargs)
-            _refuse_packing(kwargs)
+            try:
+                self.place_sequence(cache, kwargs)
+                _refuse_packing(kwargs)
+                for table in self._tables:
+                    table.check(cache, kwargs)
+            except Exception:
+                cache.finish([])
+                raise
             kwargs["peftkern_prefix"] = cache
-        for table in self._tables:
-            table.begin(cache, kwargs)
         return (), kwargs
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: check that no layer ran without its prefix. ``output`` is None if the forward has raised."""
-        cache, self._current = self._current, None
-        for table in self._tables:
-            table.begin(None, kwargs)
+        """Hook: check that no layer ran without its prefix. ``output`` is None if the forward has raised.
+
+        All that it knows of the call is in ``kwargs``: calls may be nested, or run in several threads.
+        """
+        cache: PrefixCache | None = kwargs.get("peftkern_prefix")
         if cache is None:
             return output
         expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
 from .cache import PrefixCache
 
-__all__ = ["PositionTable", "find_position_tables"]
+__all__ = ["PositionTable", "watch_tables"]
 
 
 class PositionTable:
@@ -19,58 +22,73 @@ class PositionTable:
 
     Args:
         table: the embedding of positions.
-        owner: the module that it belongs to.
     """
 
-    def __init__(self, table: nn.Embedding, owner: nn.Module) -> None:
-        self.owner = owner
+    def __init__(self, table: nn.Embedding) -> None:
         self.padding_idx = table.padding_idx
+        #: OPT and BART add the first row themselves; all others are handed row numbers.
+        self.takes_positions = hasattr(table, "offset")
         # Rows before position 0: a fixed number (OPT, BART), or those up to the padding's (RoBERTa).
         self.first = int(getattr(table, "offset", 0 if self.padding_idx is None else self.padding_idx + 1))
         self.num_positions = table.num_embeddings - self.first
-        self.cache: PrefixCache | None = None
-        self.num_tokens = 0
-        self.handle = table.register_forward_pre_hook(self.check_lookup, with_kwargs=True)
+        #: Whether positions count the tokens of the attention mask (OPT).
+        self.reads_mask = "attention_mask" in inspect.signature(table.forward).parameters
 
-    def begin(self, cache: PrefixCache | None, kwargs: dict[str, Any]) -> None:
-        """A forward of the backbone starts; ``cache`` is None if it has no prefix."""
-        self.cache = cache
-        if cache is None:
-            return
+    def check(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError unless a forward of the backbone with these arguments stays on the table.
+
+        Values of tensors are looked at only where their shapes leave it open, and on a GPU, where that waits for the
+        device, only if the whole sequence with its padding does not fit.
+        """
+        end = self._end(cache, kwargs)
+        if end > self.num_positions:
+            raise ValueError(
+                f"input_ids: expected at most {self.num_positions} positions, the length of the model's position "
+                f"table, got {end}, of which the prefix takes {cache.offset}; shorten the sequence, or patch a "
+                "PrefixKV with shift_positions=False, which takes none"
+            )
+
+    def _end(self, cache: PrefixCache, kwargs: dict[str, Any]) -> int:
+        """Position after the last token, or a bound of it that is on the table."""
         input_ids: Tensor | None = kwargs.get("input_ids")
+        position_ids: Tensor | None = kwargs.get("position_ids")
+        mask: Tensor | None = kwargs.get("attention_mask")
         tokens: Tensor = kwargs["inputs_embeds"] if input_ids is None else input_ids
-        self.num_tokens = tokens.shape[1]
-        # BERT and its kin cut positions and token types out of a buffer, before they look anything up.
-        if not hasattr(self.owner, "position_ids") or kwargs.get("position_ids") is not None:
-            return
-        num_tokens = self.num_tokens
-        if self.padding_idx is not None and input_ids is not None and input_ids.numel() and not is_tracing(input_ids):
-            num_tokens = int((input_ids != self.padding_idx).sum(1).max())  # padding has one row for all
-        if cache.get_seq_length() + num_tokens > self.num_positions:
-            self._fail(cache, num_tokens)
-
-    def check_lookup(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook on the table. OPT and BART add the first row themselves; all others are handed row numbers."""
-        if self.cache is None:
-            return
-        rows: Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[0]
-        limit = self.num_positions + (0 if hasattr(module, "offset") else self.first)
-        if not is_tracing(rows) and rows.numel() and int(rows.max()) >= limit:
-            self._fail(self.cache, self.num_tokens)
-
-    def _fail(self, cache: PrefixCache, num_tokens: int) -> None:
-        raise ValueError(
-            f"input_ids: expected at most {self.num_positions} positions, the length of the model's position table, "
-            f"got {cache.get_seq_length() + num_tokens}, of which the prefix takes {cache.offset}; shorten the "
-            "sequence, or patch a PrefixKV with shift_positions=False, which takes none"
-        )
+        end: int = cache.get_seq_length() + tokens.shape[1]
+        if is_tracing(tokens) or tokens.numel() == 0:
+            return end if position_ids is None and self.padding_idx is None and not self.reads_mask else 0
+        if position_ids is not None:
+            if end <= self.num_positions and position_ids.device.type != "cpu":
+                return end
+            return int(position_ids.max()) + 1 - (0 if self.takes_positions else self.first)
+        if end <= self.num_positions:
+            return end
+        if self.reads_mask and mask is not None:
+            return int(mask.sum(1).max())
+        if self.padding_idx is not None and input_ids is not None:  # padding has one row for all
+            return cache.get_seq_length() + int((input_ids != self.padding_idx).sum(1).max())
+        return end
 
 
-def find_position_tables(model: nn.Module) -> list[PositionTable]:
-    """The embeddings of ``model`` that are named after positions, watched from here on."""
-    tables = []
-    for name, module in model.named_modules():
-        owner, _, attribute = name.rpartition(".")
-        if isinstance(module, nn.Embedding) and re.search("pos|wpe", attribute):
-            tables.append(PositionTable(module, model.get_submodule(owner)))
-    return tables
+@contextlib.contextmanager
+def watch_tables(model: nn.Module) -> Iterator[list[PositionTable]]:
+    """Fills a list with the position tables of ``model`` while it runs on two equal tokens without a prefix.
+
+    No names: an embedding that gives two equal tokens its first two rows is one of positions.
+    """
+    tables: dict[nn.Module, PositionTable] = {}
+
+    def look(module: nn.Embedding, args: tuple[Any, ...], output: Tensor) -> None:
+        table = PositionTable(module)
+        rows = module.weight[table.first : table.first + 2]
+        if output.shape[-2:] == rows.shape and torch.equal(output.reshape(-1, rows.shape[-1])[-2:], rows):
+            tables[module] = table
+
+    found: list[PositionTable] = []
+    handles = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, nn.Embedding)]
+    try:
+        yield found
+        found.extend(tables.values())
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = ["SpanningBias"]
+
+
+class _Calls(threading.local):
+    """Prefix tokens of the attention calls that run in this thread, innermost last."""
+
+    spans: tuple[int, ...] = ()
+
+
+# Of the process and not of a module, so that models can be copied while they run.
+_calls = _Calls()
 
 
 class SpanningBias:
@@ -19,26 +30,34 @@ class SpanningBias:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.span = 0
-        self.handle = module.register_forward_pre_hook(self.note_span, with_kwargs=True)
+        self.handles = [
+            module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            module.register_forward_hook(self.finish, always_call=True),
+        ]
         module.compute_bias = self.compute_bias
 
     def remove(self) -> None:
         """Give the module its own method back."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         self.module.__dict__.pop("compute_bias", None)
 
-    def note_span(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook: how many prefix tokens this call has."""
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook: note how many prefix tokens this call has."""
         cache = kwargs.get("peftkern_prefix")
-        self.span = 0 if cache is None else cache.span
+        _calls.spans = (*_calls.spans, 0 if cache is None else cache.span)
+
+    def finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: the call has ended, or raised."""
+        _calls.spans = _calls.spans[:-1]
 
     def compute_bias(
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0
     ) -> Tensor:
         """In place of the module's, for the same arguments."""
-        if self.span:
-            key_length += self.span
+        span = _calls.spans[-1] if _calls.spans else 0
+        if span:
+            key_length += span
             past_seen_tokens = key_length - query_length
         original = type(self.module).compute_bias
         return original(  # type: ignore[no-any-return]
