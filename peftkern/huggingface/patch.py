@@ -59,7 +59,8 @@ def patch(
             keeps it visible to every query.
         freeze: switch off ``requires_grad`` of all parameters but the prefix's until :func:`unpatch`.
         fix_seq2seq_layout: read encoder-decoder prefixes of PEFT layer by layer. PEFT lets layers share them by a
-            mistake that trained checkpoints depend on. Only with a PEFT model.
+            mistake that trained checkpoints depend on. Only with a PEFT model; a ``PrefixKV`` says which layout it
+            has.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -97,7 +98,9 @@ def patch(
                 "peftkern.soft_prompt_embedding's"
             )
         if fix_seq2seq_layout:
-            raise ValueError("fix_seq2seq_layout: expected False, as a PrefixKV is read layer by layer, got True")
+            raise ValueError(
+                "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
+            )
         base = _find_base(model)
         change = PrefixPatch(model, base, prefix, shift_positions=shift_positions, freeze=freeze, options=options)
     change.install()
