@@ -9,9 +9,9 @@ import pytest
 
 from peftkern import cli
 
-from . import support_table
+from . import readme_tables
 
-TEXT = support_table.README.read_text()
+TEXT = readme_tables.README.read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 
@@ -24,8 +24,9 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
     exec(compile(block, "README.md", "exec"), namespace())
 
 
-def test_the_support_table_is_what_the_backends_say():
-    assert support_table.in_readme() == support_table.table(), "run: python -m tests.support_table"
+@pytest.mark.parametrize("name", readme_tables.TABLES)
+def test_the_tables_are_what_the_backends_and_the_results_say(name):
+    assert readme_tables.in_readme(name) == readme_tables.TABLES[name](), "run: python -m tests.readme_tables"
 
 
 def test_every_command_named_in_the_readme_exists():
@@ -37,4 +38,4 @@ def test_every_command_named_in_the_readme_exists():
 
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
-        assert (support_table.README.parent / target).exists(), target
+        assert (readme_tables.README.parent / target).exists(), target

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's support table, made from what each backend says of itself: ``python -m tests.support_table``."""
+"""The README's tables, from what backends say of themselves and from results: ``python -m tests.readme_tables``."""
 
 from __future__ import annotations
 
+import csv
+import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -13,7 +16,7 @@ from peftkern import backends
 from .cases import FEATURES, Shape, feature, tensors
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- support table -->", "<!-- end of support table -->"
+RESULTS = README.parent / "benchmarks" / "results"
 
 ROWS = {
     "fp32, fp16, bf16": [(torch.float32, {}), (torch.float16, {}), (torch.bfloat16, {})],
@@ -41,7 +44,7 @@ def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:
     return peftkern.explain(**inputs, **options).call
 
 
-def table() -> str:
+def support() -> str:
     """Markdown: a row per feature, a column per backend."""
     rows = {title: [_call(dtype, Shape(**sizes), {}) for dtype, sizes in cases] for title, cases in ROWS.items()}
     for name in FEATURES:
@@ -55,11 +58,41 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def in_readme() -> str:
-    """The table as the README has it."""
-    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+def _rows(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers() -> str:
+    """Markdown: what the results in ``benchmarks/results`` say, the worst row of each kind included."""
+    kernel = _rows("cpu_attention.csv")
+    lines = [
+        "| attention kernel over ten shapes | dtype | threads | times as fast as PEFT's way | least |",
+        "|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((r["direction"], r["dtype"], r["threads"]) for r in kernel):
+        ratios = [float(r["speedup_over_peft"]) for r in kernel if (r["direction"], r["dtype"], r["threads"]) == key]
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        lines.append(f"| {' | '.join(key)} | {mean:.1f} | {min(ratios):.1f} |")
+    lines += ["", "| training step, SmolLM2-135M | times as fast as PEFT | as without any prefix |", "|---|---|---|"]
+    lines += [
+        f"| {r['dtype']}, {r['threads']} threads, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
+        f"| {float(r['over_no_prefix']):.2f} |"
+        for r in _rows("training_step.csv")
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"support table": support, "numbers": numbers}
+
+
+def in_readme(name: str) -> str:
+    """The table as the README has it, between its two comments."""
+    return README.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    for name, make in TABLES.items():
+        before, begin, rest = README.read_text().partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        README.write_text(f"{before}{begin}\n{make()}\n{end}{after}")
