@@ -83,21 +83,21 @@ def guard() -> Iterator[Guard]:
     load, store, launch = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
     watch = Guard()
 
-    # the parameter names are those that the interpreter passes by keyword
-    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+    # what follows the named parameters differs between versions of Triton
+    def create_masked_load(self, ptrs, mask, other, *policy, **policies):
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         active = watch.check("load", self.grid_idx, ptrs.data, mask.data, size)
         watch.loads[watch.kernel] += active.size * size
         if other is None and 1 != ptrs.data.size != active.size:  # the interpreter drops a scalar's other=0
             raise Fault(f"{watch.kernel}: masked load without other= in program {self.grid_idx}")
-        return load(self, ptrs, mask, other, cache_policy, is_volatile)
+        return load(self, ptrs, mask, other, *policy, **policies)
 
-    def create_masked_store(self, ptrs, value, mask, cache_policy):
+    def create_masked_store(self, ptrs, value, mask, *policy, **policies):
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         active = watch.check("store", self.grid_idx, ptrs.data, mask.data, size)
         watch.stores[watch.kernel] += active.size * size
         watch.stored(self.grid_idx, active)
-        return store(self, ptrs, value, mask, cache_policy)
+        return store(self, ptrs, value, mask, *policy, **policies)
 
     def call(self, *args, **kwargs):
         watch.enter(self.fn.__name__, {**dict(zip(self.arg_names, args, strict=False)), **kwargs})

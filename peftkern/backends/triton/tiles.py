@@ -32,7 +32,7 @@ _DIRECTIONS: tuple[Direction, ...] = ("forward", "dq", "dkv", "prefix", "bias")
 # family -> largest head dim of the row -> tiles in the order of _DIRECTIONS, for fp16 and bf16
 _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
         128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
         256: ((64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1)),
     },
