@@ -35,8 +35,10 @@ NAMES = {
 
 
 def _runs(name: str, calls: list[backends.Call]) -> bool:
-    """Whether the backend runs all of ``calls``, forward and backward."""
-    return all(not backends.get_backend(name).why_not(call) for call in calls)
+    """Whether the backend runs all of ``calls``, forward and backward, on a machine that has what it needs."""
+    backend = backends.get_backend(name)
+    limits = getattr(backend, "limits", backend.why_not)
+    return all(not limits(call) for call in calls)
 
 
 def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:

@@ -56,7 +56,10 @@ BAD_ATTENTION = [
     ({"bias": X(1, 1, 7, 7, dtype=torch.bool)}, "bias: expected a float tensor; a bool mask over keys is key_mask"),
     ({"prefix_bias": X(4, 4)}, "prefix_bias: expected 2 dims broadcastable to [4, 5], got [4, 4]"),
     ({"k": X(2, 2, 7, 8, device="meta")}, "k: expected q's device cpu, got meta"),
-    ({"backend": "cuda_graphs"}, "backend: expected 'auto' or one of ['cpu', 'reference'], got 'cuda_graphs'"),
+    (
+        {"backend": "cuda_graphs"},
+        "backend: expected 'auto' or one of ['triton', 'cpu', 'reference'], got 'cuda_graphs'",
+    ),
 ]
 
 
@@ -120,7 +123,7 @@ def test_the_reference_backend_in_half_precision(seed, dtype, poisoned):
     check_backend("reference", tensors(shape, dtype, prefix_dtype=torch.float32), options)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 @pytest.mark.parametrize("factor", [1e-20, 5.0, 10.0, 30.0])
 @pytest.mark.parametrize("name", ["plain", "sinks", "bias", "gate"])
 def test_small_and_large_scores(name, factor, backend):
@@ -129,7 +132,7 @@ def test_small_and_large_scores(name, factor, backend):
     check_backend(backend, {n: factor * x for n, x in tensors(shape, torch.float32).items()}, options)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 @pytest.mark.parametrize("needed", [("q",), ("prefix_k",), ("prefix_k", "prefix_v"), ("k", "v")], ids=str)
 def test_gradients_that_nobody_needs_are_not_computed(backend, needed, monkeypatch):
     inputs = {n: x.requires_grad_(n in needed) for n, x in tensors(Shape(), torch.float32).items()}
@@ -146,7 +149,7 @@ def test_gradients_that_nobody_needs_are_not_computed(backend, needed, monkeypat
         assert (x.grad is not None) == (name in needed)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_twice_differentiable_it_is_not(backend):
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
     out = prefix_attention(**inputs, backend=backend)
@@ -155,7 +158,7 @@ def test_twice_differentiable_it_is_not(backend):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_only_an_lse_that_is_used_gets_a_gradient(backend):
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
     _, lse = prefix_attention(**inputs, return_lse=True, backend=backend)
@@ -164,7 +167,7 @@ def test_only_an_lse_that_is_used_gets_a_gradient(backend):
     torch.testing.assert_close(got, torch.autograd.grad(want_lse.sum(), inputs["prefix_k"])[0])
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_nan_propagates_to_the_rows_that_see_it(backend):
     inputs = tensors(Shape(), torch.float32)
     inputs["k"][0, 0, 4, 1] = float("nan")
@@ -177,13 +180,13 @@ def test_nan_propagates_to_the_rows_that_see_it(backend):
     assert leaves["prefix_k"].grad[0].isnan().any()
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_out_is_laid_out_for_the_next_linear_layer(backend):
     out = _call(backend=backend)
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_autocast_rounds_the_activations_and_not_the_prefix(backend):
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
     with torch.autocast("cpu", torch.bfloat16):
@@ -194,7 +197,7 @@ def test_autocast_rounds_the_activations_and_not_the_prefix(backend):
     assert not torch.equal(inputs["prefix_k"].grad, inputs["prefix_k"].grad.bfloat16().float())
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_dropout_follows_torch_s_generator_or_the_given_seed(backend):
     def run(**options):
         return _call(dropout_p=0.5, backend=backend, **options)
@@ -237,7 +240,7 @@ def test_nothing_is_copied_on_the_way_to_the_op():
     assert shapes.copied == []
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bank", [False, True], ids=["shared", "bank"])
 def test_soft_prompt_embedding(backend, dtype, bank, poisoned):
@@ -258,7 +261,7 @@ def test_soft_prompt_embedding(backend, dtype, bank, poisoned):
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=["B0", "S0", "P0"])
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_soft_prompt_embedding_of_nothing(backend, sizes):
     batch, length, prompt_len = sizes
     ids, weight = torch.zeros(batch, length, dtype=torch.int64), torch.randn(6, 4)

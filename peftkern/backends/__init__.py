@@ -28,7 +28,7 @@ from .protocol import (
     lse_dtype,
 )
 
-from . import cpu, reference  # isort: skip  (they import the names above)
+from . import cpu, reference, triton  # isort: skip  (they import the names above)
 
 __all__ = [
     "AttentionArgs",
@@ -48,7 +48,16 @@ __all__ = [
 ]
 
 #: Every backend, in the order in which ``"auto"`` tries them: a table, since the compiler cannot trace an import.
-BACKENDS: dict[str, Backend] = {"cpu": cast(Backend, cpu), "reference": cast(Backend, reference)}
+BACKENDS: dict[str, Backend] = {
+    "triton": cast(Backend, triton),
+    "cpu": cast(Backend, cpu),
+    "reference": cast(Backend, reference),
+}
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    """Names in the order for ``device``: CPU tensors go to Triton's interpreter only where it is named."""
+    return tuple(sorted(BACKENDS, key=lambda name: name == "triton" and device.type == "cpu"))
 
 
 class BackendUnavailable(RuntimeError):
@@ -99,7 +108,9 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def explain(call: Call, backend: str = "auto") -> Explanation:
     """Why each backend can or cannot run ``call``, and which one does; arguments as for :func:`resolve`."""
-    return Explanation(call, {name: get_backend(name).why_not(call) for name in BACKENDS}, *_request(backend))
+    return Explanation(
+        call, {name: get_backend(name).why_not(call) for name in _order(call.device)}, *_request(backend)
+    )
 
 
 # One default for the whole process and not per thread: autograd recomputes checkpointed layers in its own threads,
@@ -155,7 +166,7 @@ def resolve(call: Call, backend: str = "auto") -> str:
         if get_backend(requested).why_not(call):
             raise BackendUnavailable(f"backend={requested!r} cannot run {explain(call, backend)}")
         return requested
-    for name in BACKENDS:
+    for name in _order(call.device):
         if not get_backend(name).why_not(call):
             if name == "reference" and call.device.type != "cpu":
                 _warn_slow(call.device.type)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels are given: tuples of pointers, strides and sizes, built from :class:`AttentionArgs`.
+
+An optional argument that is absent is ``None``, which Triton treats as a compile-time constant: each combination of
+options becomes its own kernel, and the branches for what is absent vanish.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..protocol import AttentionArgs
+
+
+class Matrices(NamedTuple):
+    """A [B, H, N, D] tensor with unit stride along D; a prefix [A, H, P, D] has the prefixes of a bank for B."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Matrices:
+        """x [B, H, N, D] or [H, P, D]."""
+        x = x if x.dim() == 4 else x[None]
+        if x.stride(2) * _LARGEST_BLOCK >= 2**31:  # offsets within a block are 32 bits wide
+            x = x.contiguous()
+        return cls(x, *x.stride()[:3])
+
+
+_LARGEST_BLOCK = 256
+
+
+class Sizes(NamedTuple):
+    """``group`` query heads share a key head; ``num_sequences`` > 0 and ``search_steps`` belong to packed input."""
+
+    batch: int
+    num_heads: int
+    group: int
+    q_len: int
+    kv_len: int
+    prefix_len: int
+    num_sequences: int
+    search_steps: int
+
+
+class Bias(NamedTuple):
+    """[B, Hq, S, T] by strides, 0 along broadcast dims."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_m: int
+    stride_n: int
+
+
+class PrefixBias(NamedTuple):
+    """[Hq, P] by strides, 0 along broadcast dims."""
+
+    ptr: Tensor
+    stride_h: int
+    stride_n: int
+
+
+class KeyMask(NamedTuple):
+    """[B, T] of bytes, 0 hides a key."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_n: int
+
+
+class Options(NamedTuple):
+    """``prefix_window`` is the window where it counts the prefix; ``dropout_scale`` is 1 / (1 - dropout_p)."""
+
+    key_mask: KeyMask | None
+    cu_seqlens: Tensor | None
+    prefix_ids: Tensor | None
+    prefix_lens: Tensor | None
+    window: int | None
+    prefix_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    bias: Bias | None
+    prefix_bias: PrefixBias | None
+    gate: Tensor | None
+    seed: Tensor | None
+    dropout_scale: float | None
+
+
+class Stats(NamedTuple):
+    """Per row [B, Hq, S] fp32: lse in log2, +inf where nothing is visible, and ``dlse - rowsum(out * dout)``."""
+
+    lse: Tensor
+    shift: Tensor
+    prefix_lse: Tensor | None  # of a gated prefix, which has a softmax of its own
+    prefix_shift: Tensor | None
+
+
+class Flags(NamedTuple):
+    """Compile-time constants of the attention kernels, beside the tile."""
+
+    IS_CAUSAL: bool
+    DROPOUT_THRESHOLD: int  # a weight is dropped if its 32-bit random word is below
+    HEAD_DIM: int
+    BLOCK_D: int  # the power of two, at least 16, that holds HEAD_DIM
+
+
+def sizes_of(args: AttentionArgs) -> Sizes:
+    """The sizes of a call."""
+    batch, num_heads, q_len, _ = args.q.shape
+    num_sequences = 0 if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    return Sizes(
+        batch, num_heads, num_heads // args.k.shape[1], q_len, args.k.shape[2], args.prefix_k.shape[-2],
+        num_sequences, num_sequences.bit_length(),
+    )  # fmt: skip
+
+
+def options_of(args: AttentionArgs) -> Options:
+    """The optional arguments of a call."""
+    key_mask = args.key_mask
+    return Options(
+        key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), *key_mask.stride()),
+        cu_seqlens=dense(args.cu_seqlens),
+        prefix_ids=dense(args.prefix_ids),
+        prefix_lens=dense(args.prefix_lens),
+        window=args.window,
+        prefix_window=args.window if args.prefix_in_window else None,
+        softcap=args.softcap or None,
+        sinks=dense(args.sinks),
+        bias=None if args.bias is None else Bias(args.bias, *_broadcast_strides(args.bias)),
+        prefix_bias=(
+            None if args.prefix_bias is None else PrefixBias(args.prefix_bias, *_broadcast_strides(args.prefix_bias))
+        ),
+        gate=dense(args.gate),
+        seed=args.dropout_seed,
+        dropout_scale=None if args.dropout_seed is None else 1.0 / (1.0 - args.dropout_p),
+    )
+
+
+def flags_of(args: AttentionArgs) -> Flags:
+    """The compile-time constants of a call."""
+    head_dim = args.q.shape[3]
+    return Flags(
+        IS_CAUSAL=args.causal,
+        DROPOUT_THRESHOLD=int(args.dropout_p * 2**32),
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+    )
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x, contiguous."""
+    return None if x is None else x.contiguous()
+
+
+def _broadcast_strides(x: Tensor) -> list[int]:
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]

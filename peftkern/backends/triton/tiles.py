@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large a block each kernel takes on each GPU: a fixed table, no tuning when it runs.
+
+The entries compile without spills, with the tensor cores' instructions and, on NVIDIA, with asynchronous copies
+(``python -m tests.gpu_free.aot`` prints the figures). They were chosen from that, not from measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Direction = Literal["forward", "dq", "dkv", "prefix", "bias"]
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys, by ``num_warps`` warps, with loads ``num_stages - 1`` blocks ahead."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETER = "interpreter"
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+MAX_HEAD_DIM = 256
+
+_DIRECTIONS: tuple[Direction, ...] = ("forward", "dq", "dkv", "prefix", "bias")
+
+# family -> largest head dim of the row -> tiles in the order of _DIRECTIONS, for fp16 and bf16
+_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "sm_80": {
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+        256: ((64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1)),
+    },
+    "99 KB": {  # of shared memory for a block, with the instructions of sm_80
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+        256: ((64, 32, 8, 2), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
+    },
+    "sm_90": {
+        64: ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
+    },
+    "sm_100": {
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),
+    },
+    "gfx94": {
+        64: ((128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+        128: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 1)),
+        256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+}  # fmt: skip
+_FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
+
+# fp32 products are exact (no TF32), hence without tensor cores: what counts is that the accumulators fit registers
+_FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
+
+
+def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The block of one kernel, a function of its arguments alone.
+
+    >>> tile("sm_90", "forward", 80, torch.bfloat16)
+    Tile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+    """
+    if arch == INTERPRETER:
+        return Tile(32, 16, 1, 1)
+    row = next(size for size in (64, 128, 256) if head_dim <= size)
+    if dtype == torch.float32:
+        return _FLOAT[row]
+    return Tile(*_HALF[_FAMILIES.get(arch, arch)][row][_DIRECTIONS.index(direction)])
+
+
+def cuda_architecture(major: int, minor: int) -> str:
+    """The newest architecture of the table that is no newer than a compute capability; else the capability itself.
+
+    >>> cuda_architecture(8, 7), cuda_architecture(10, 3), cuda_architecture(7, 5)
+    ('sm_86', 'sm_100', 'sm_75')
+    """
+    capability = 10 * major + minor
+    older = [int(arch[3:]) for arch in ARCHITECTURES if arch.startswith("sm_") and int(arch[3:]) <= capability]
+    return f"sm_{max(older, default=capability)}"

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles, without a GPU, exactly what a call would launch on one: ``python -m tests.gpu_free.aot --help``.
+
+A call with CPU tensors goes through the backend with launching replaced by compiling, so that the launcher's own
+arguments, tiles and constants are what is compiled. The figures are static counts over the whole kernel: they say
+whether it fits and uses tensor cores, not how fast it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from peftkern import functional
+from peftkern.backends import triton as backend
+from peftkern.backends.triton import tiles
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8",
+}  # fmt: skip
+#: Shared memory that one block may have, in bytes.
+SHARED_MEMORY = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
+    "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
+
+
+@dataclass
+class Compiled:
+    """One kernel for one architecture. ``spills`` are bytes (NVIDIA: stores to the stack) or registers (AMD)."""
+
+    kernel: str
+    arch: str
+    tile: tuple[int, ...]
+    registers: int
+    spills: int
+    shared: int
+    instructions: Counter[str]
+    seconds: float
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose name starts with ``pattern``, a regular expression."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    @property
+    def tensor_cores(self) -> int:
+        return self.count("HMMA|HGMMA|UTC.*MMA|v_mfma")
+
+    @property
+    def async_copies(self) -> int:
+        return self.count("LDGSTS|UTMALDG|(global|buffer)_load_lds")
+
+    def __str__(self) -> str:
+        tile = "x".join(map(str, self.tile[:2])) + f" w{self.tile[2]} s{self.tile[3]}"
+        mix = f"tensor {self.tensor_cores:4} async {self.async_copies:3} instructions {self.instructions.total():6}"
+        return (
+            f"{self.arch:7} {self.kernel:8} {tile:14} registers {self.registers:3} spills {self.spills:4} "
+            f"shared {self.shared:6} {mix} ({self.seconds:.1f} s)"
+        )
+
+
+@contextlib.contextmanager
+def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
+    """Within the block the backend believes in a GPU of ``arch``; launches are listed and nothing runs."""
+    launches: list[tuple[JITFunction, tuple, dict]] = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(backend, "architecture", return_value=arch),
+        mock.patch.object(backend, "_processors", return_value=128),
+        mock.patch.object(backend, "_lacks", return_value=[]),
+    ):
+        yield launches
+
+
+def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
+    """The launches of forward and backward of one call, all gradients needed."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+    prefix = (2, 32, head_dim)
+    with recorded_launches(arch) as launches:
+        out = functional.prefix_attention(
+            empty(2, 4, 64, head_dim), *(empty(2, 2, 64, head_dim) for _ in "kv"),
+            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
+        )  # fmt: skip
+        out.backward(torch.empty_like(out))
+    return launches
+
+
+def embedding_launches(arch: str):
+    """The launches of the soft prompt's embedding, forward and backward."""
+    weight, prompt = torch.empty(96, 64, dtype=torch.bfloat16), torch.empty(16, 64, requires_grad=True)
+    with recorded_launches(arch) as launches:
+        tokens = torch.zeros(2, 16, dtype=torch.int64)
+        out = functional.soft_prompt_embedding(tokens, weight, prompt, backend="triton")
+        out.backward(torch.empty_like(out))
+    return launches
+
+
+def compile_launch(arch: str, launch: tuple[JITFunction, tuple, dict]) -> Compiled:
+    """Compile one launch as Triton's launcher would specialise it, pointers taken to be 16-byte aligned."""
+    kernel, args, kwargs = launch
+    constants = {n: x for n, x in kwargs.items() if n in kernel.arg_names}
+    options = {n: x for n, x in kwargs.items() if n not in kernel.arg_names}
+    signature, constexprs, attributes = {}, {}, {}
+
+    def describe(value, path):
+        if isinstance(value, tuple):
+            return type(value)(*(describe(x, (*path, i)) for i, x in enumerate(value)))
+        if value is None or (isinstance(value, int) and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, int) and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(index,)] = "constexpr", constants[name]
+        else:
+            signature[name] = describe(args[index], (index,))
+    start = time.perf_counter()
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=_target(arch), options=options)
+    seconds = time.perf_counter() - start
+    name = re.sub("_?prefix_attention_|_kernel|^_", "", kernel.__name__).removeprefix("bwd_")
+    tile = tuple({**constants, **options}.get(field, 0) for field in tiles.Tile._fields)
+    measure = _amd if arch.startswith("gfx") else _nvidia
+    return Compiled(name, arch, tile, *measure(compiled), seconds)
+
+
+def _target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def _nvidia(compiled) -> tuple[int, int, int, Counter[str]]:
+    def tool(name: str, *arguments: str) -> str:
+        return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        assembly = tool("nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.M)
+    return int(registers), int(stack), compiled.metadata.shared, Counter(names)
+
+
+def _amd(compiled) -> tuple[int, int, int, Counter[str]]:
+    assembly = compiled.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", assembly)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+    return registers, spills, compiled.metadata.shared, Counter(re.findall(r"^\s+([vsbdg]\w*_\w+)", assembly, re.M))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--archs", nargs="*", default=tiles.ARCHITECTURES)
+    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kernels", nargs="*")
+    parser.add_argument("--tile", nargs=4, type=int, help="in place of the table's")
+    chosen = parser.parse_args()
+    table = tiles.tile
+    backend.tile = lambda *key: tiles.Tile(*chosen.tile) if chosen.tile else table(*key)
+    for arch in chosen.archs:
+        for head_dim in chosen.head_dims:
+            for launch in attention_launches(arch, head_dim, getattr(torch, chosen.dtype)):
+                if not chosen.kernels or any(name in launch[0].__name__ for name in chosen.kernels):
+                    print(f"D {head_dim:3} {compile_launch(arch, launch)}", flush=True)
