@@ -58,7 +58,9 @@ def _loss(axes: Any, findings: Findings) -> None:
     for arm in ARMS:
         values = [pair.loss[arm] for pair in findings.pairs]
         axes.plot(steps, values, color=_COLOURS[arm], linewidth=widths[arm], label=TITLES[arm])
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(
+        frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=2, handlelength=1, columnspacing=1
+    )
     axes.set_title("Training loss")
     axes.tick_params(labelbottom=False)
     axes.set_ylim(bottom=0)
@@ -93,8 +95,7 @@ def _seconds(axes: Any, findings: Findings) -> None:
     axes.set_ylim(0, min(top, 1.25 * max(map(max, columns.values()))))
     beyond = sum(max(pair) > top for pair in zip(*columns.values(), strict=True))
     if beyond:
-        words = f"{beyond} step{'s' * (beyond > 1)} beyond this axis: the machine was busy"
-        axes.text(0, 1, words, transform=axes.transAxes, color=_FAINT, fontsize=9, va="top")
+        axes.set_xlabel(f"step ({beyond} beyond this axis)")
 
 
 def _direct_labels(axes: Any, medians: dict[str, float]) -> None:

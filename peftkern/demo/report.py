@@ -214,9 +214,9 @@ def table(findings: Findings) -> Any:
 
     seconds, speedup = findings.seconds, findings.speedup
     medians = {arm: duration(s.median) for arm, s in seconds.items()}
-    row("Step time, median", medians, judged(speedup.median, "faster", "slower"))
+    row("Step time, median", medians, judged(speedup.median, "faster", "slower").append(" in pairs", "dim"))
     halves = {arm: interval(s) for arm, s in seconds.items()}
-    row("  middle half", halves, Text(f"{speedup.low:.2f}x - {speedup.high:.2f}x paired", "dim"))
+    row("  middle half", halves, Text(f"{speedup.low:.2f}x - {speedup.high:.2f}x", "dim"))
     for kind, title in (("peak", "Peak memory of a step"), ("saved", "  saved for backward")):
         sizes = {arm: bytes_ for arm in ARMS if (bytes_ := findings.measured.get(arm, {}).get(kind)) is not None}
         row(title, {a: size(x) for a, x in sizes.items()}, judged(findings.memory_ratio(kind), "smaller", "larger"))
