@@ -66,6 +66,27 @@ def test_fp64_agrees_to_ten_digits(name):
         assert_parity(FAMILIES[name], torch.float64, FP64_TOLERANCE, {"none": None, "left": models.LEFT})
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_that_sees_nothing_is_zero_as_in_sdpa(implementation):
+    """Padding longer than the window hides every key; stock eager attention then takes the mean of all values."""
+    family = FAMILIES["mistral (window 4)"]
+    ids = torch.randint(3, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    losses, gradients = [], []
+    for attention, patched in (("sdpa", False), (implementation, True)):
+        model = models.peft_model(family, patched=False).train()
+        model.get_base_model().set_attn_implementation(attention)
+        if patched:
+            peftkern.patch(model)
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(models.peft_prefix(model).grad)
+    assert models.difference(losses[1], losses[0]) <= FP32_TOLERANCE
+    assert models.difference(gradients[1], gradients[0]) <= FP32_TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt-neox", "gpt2"])
 def test_half_precision_base_keeps_an_fp32_prefix(name, backend):
     """The prefix is rounded where it is read; its gradient is at least as exact as PEFT's."""
