@@ -78,7 +78,7 @@ def numbers() -> str:
         lines.append(f"| {' | '.join(key)} | {mean:.1f} | {min(ratios):.1f} |")
     lines += ["", "| training step, SmolLM2-135M | times as fast as PEFT | as without any prefix |", "|---|---|---|"]
     lines += [
-        f"| {r['dtype']}, {r['threads']} threads, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
+        f"| {r['dtype']}, threads={r['threads']}, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
         f"| {float(r['over_no_prefix']):.2f} |"
         for r in _rows("training_step.csv")
     ]
