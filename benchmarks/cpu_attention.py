@@ -167,7 +167,7 @@ def main() -> None:
             for index, shape in enumerate(shapes):
                 if options.only is None or index in options.only:
                     rows += measure(shape, dtype, threads, directions, options.seconds, matmul)
-    show(rows, Console(width=170))
+    show(rows, Console(width=180))
     output = options.output or RESULTS / ("cpu_decode.csv" if options.decode else "cpu_attention.csv")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "w", newline="") as file:

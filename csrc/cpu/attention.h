@@ -42,15 +42,20 @@ struct Block {
   int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
 };
 
-// Keys and values of a tile, rows `stride` elements apart: floats, or pairs of bf16 (k: of neighbours along the head's
-// dimension; v: of neighbouring keys).
-template <typename T>
-struct TileOf {
-  const T *k, *v;
-  int64_t k_stride, v_stride;
+// Rows, `stride` elements apart, of floats or (Problem::pairs) of words that hold pairs of bf16.
+struct Rows {
+  const float* data;
+  int64_t stride;
 };
-typedef TileOf<float> Tile;
-typedef TileOf<uint32_t> PairTile;
+
+// A tile's keys and values. Pairs are neighbours along the head's dimension in k and v, neighbouring keys in `by_key`:
+// what a sum over keys multiplies, v in the forward and k in the backward.
+struct Tile {
+  Rows k, v, by_key;
+};
+
+PEFTKERN_INLINE const uint32_t* words(const float* data) { return reinterpret_cast<const uint32_t*>(data); }
+PEFTKERN_INLINE uint32_t* words(float* data) { return reinterpret_cast<uint32_t*>(data); }
 
 struct RowRange {
   int64_t begin, end;
@@ -65,14 +70,17 @@ struct Problem {
   bool plain_seq, plain_prefix;
   bool in_place;       // keys and values are floats that can be read where they lie, once
   bool always_in_place;  // and again and again: rows that lie far apart share few cache sets
-  bool pairs;         // products of bf16 pairs (forward)
-  bool pairs_in_place_k;
-  const float *prefix_k, *prefix_v;  // packed [bank, num_kv_heads, prefix_len, padded_dim], or half as much of pairs
+  bool backward;
+  bool pairs;           // products of bf16 pairs
+  bool k_pairs_in_place, v_pairs_in_place;
+  // Packed [bank, num_kv_heads, packed_len, padded_dim]. Of pairs: k's rows and then `by_key`; v's rows.
+  const float *prefix_k, *prefix_v;
+  int64_t packed_len;
 
   bool is_plain(Part part) const { return part == kPrefix ? plain_prefix : plain_seq; }
 };
 
-static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
+static Problem make_problem(const peftkern_attention& args, const Plan& plan, bool backward) {
   Problem p;
   p.args = &args;
   p.plan = &plan;
@@ -84,22 +92,27 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan) {
   p.plain_prefix = plain && !args.prefix_bias;
   p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
   p.always_in_place = p.in_place && args.k_stride[2] == p.head_dim && args.v_stride[2] == p.head_dim;
-  p.pairs = false;
-  p.pairs_in_place_k = false;
+  p.backward = backward;
+  p.pairs = p.k_pairs_in_place = p.v_pairs_in_place = false;
   p.prefix_k = p.prefix_v = nullptr;
+  p.packed_len = round_up(args.prefix_len, 2);
   return p;
 }
 
 #if PEFTKERN_HAS_PAIRS
-// The forward may round weights to bf16, as every bf16 attention does. The backward may not: gradients are fp32.
+// Products of bf16 inputs are exact, those of weights and of gradients of scores round these first, as every bf16 attention
+// does. Only the prefix's gradients are never made this way: they are fp32.
 static void use_pairs(Problem& p) {
   const peftkern_attention& a = *p.args;
+  const auto in_place = [](const void* data, const int64_t* stride) {
+    return (stride[0] | stride[1] | stride[2]) % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
+  };
   p.pairs = a.dtype == PEFTKERN_BFLOAT16 && a.head_dim % 2 == 0;
-  const int64_t odd = a.k_stride[0] | a.k_stride[1] | a.k_stride[2];
-  p.pairs_in_place_k = odd % 2 == 0 && reinterpret_cast<uintptr_t>(a.k) % 4 == 0;
+  p.k_pairs_in_place = in_place(a.k, a.k_stride);
+  p.v_pairs_in_place = in_place(a.v, a.v_stride);
 }
 
-// out[d] = (first[d], second[d]); second may be null (0).
+// out[d] = (first[d], second[d]) of bf16 rows; second may be null (0).
 static void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
   for (int64_t d = 0; d < n; d += kLanes) {
     const int64_t lanes = least(kLanes, n - d);
@@ -108,25 +121,6 @@ static void interleave_rows(const void* first, const void* second, int64_t n, ui
     const vu pairs = ((vu)low >> 16) | (vu)high;
     __builtin_memcpy(out + d, &pairs, sizeof pairs);
   }
-}
-
-// pairs[d / 2][r] = (panel[d][r], panel[d + 1][r]); the values are bf16 ones.
-static void pair_panel(const Problem& p, const Block& block, const float* panel, uint32_t* pairs) {
-  for (int64_t d = 0; d < p.head_dim; d += 2)
-    for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
-      const vu pair = ((vu)load(panel + d * kBlockM + r) >> 16) | (vu)load(panel + (d + 1) * kBlockM + r);
-      __builtin_memcpy(pairs + d / 2 * kBlockM + r, &pair, sizeof pair);
-    }
-}
-
-// pairs[j / 2][r] = weights of keys j and j + 1, rounded.
-static void pair_weights(const float* weights, int64_t n, RowRange rows, uint32_t* pairs) {
-  for (int64_t j = 0; j < n; j += 2)
-    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-      const vf second = j + 1 < n ? load(weights + (j + 1) * kBlockM + r) : zero();
-      const vu pair = bf16_pairs(load(weights + j * kBlockM + r), second);
-      __builtin_memcpy(pairs + j / 2 * kBlockM + r, &pair, sizeof pair);
-    }
 }
 #endif
 
@@ -224,13 +218,17 @@ static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n)
 
 static int64_t num_tiles(TileRange range) { return (range.end - range.begin + kBlockN - 1) / kBlockN; }
 
+PEFTKERN_INLINE const char* row_address(const Problem& p, const Block& block, int64_t r, const void* data,
+                                        const int64_t* stride) {
+  return offset(data, p.args->dtype,
+                block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2]);
+}
+
 // Row r of the block: rows[r][padded_dim], floats.
 static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows) {
   const int64_t dtype = p.args->dtype;
-  for (int64_t r = 0; r < block.count; r++) {
-    const int64_t at = block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2];
-    widen_row(offset(data, dtype, at), dtype, p.head_dim, rows + r * p.padded_dim);
-  }
+  for (int64_t r = 0; r < block.count; r++)
+    widen_row(row_address(p, block, r, data, stride), dtype, p.head_dim, rows + r * p.padded_dim);
   memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
 }
 
@@ -245,10 +243,144 @@ static void transpose_rows(const Problem& p, const Block& block, const float* ro
     }
 }
 
-// Widened keys and values of the sequence at hand; a tile is widened when it is first asked for.
+#if PEFTKERN_HAS_PAIRS
+// panel[d / 2][r] = (x[r][d], x[r][d + 1]) of a block's rows x.
+static void gather_pair_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+                              float* panel) {
+  const int64_t count = p.head_dim / 2;
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
+    for (int64_t d = 0; d < count; d += kLanes) {
+      vf square[kLanes];
+      for (int64_t i = 0; i < kLanes; i++)
+        square[i] = r + i < block.count
+                        ? load_lanes<PEFTKERN_FLOAT32>(row_address(p, block, r + i, data, stride) + 4 * d, count - d)
+                        : zero();
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
+    }
+}
+
+// by_row[r / 2][d] = (x[r][d], x[r + 1][d])
+static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+                             float* by_row) {
+  for (int64_t r = 0; r < block.count; r += 2)
+    interleave_rows(row_address(p, block, r, data, stride),
+                    r + 1 < block.count ? row_address(p, block, r + 1, data, stride) : nullptr, p.head_dim,
+                    words(by_row) + r / 2 * p.padded_dim);
+}
+#endif
+
+// A block's rows as the second factor of products with keys: panel[d][r], or pairs of d. `rows` is left with the rows
+// themselves, floats, where they are not pairs.
+static void load_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows,
+                       float* panel) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs) return gather_pair_panel(p, block, data, stride, panel);
+#endif
+  gather_rows(p, block, data, stride, rows);
+  transpose_rows(p, block, rows, panel);
+}
+
+// C [n keys, count rows] = keys times a panel, over the head's dimension.
+template <typename Finish>
+PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t first_key, int64_t n, const float* panel,
+                                   int64_t count, const Finish& finish) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs)
+    return gemm<false>(n, count, All{p.head_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
+                       words(panel), kBlockM, finish);
+#endif
+  gemm<false>(n, count, All{p.head_dim}, keys.data + first_key * keys.stride, keys.stride, panel, kBlockM, finish);
+}
+
+// The keys of a tile that rows i, i + 1, ... (counted from `first`) of a block see: the range that their sums take.
+struct VisibleKeys {
+  const int32_t* high;  // null: all
+  int64_t begin, n, first;
+  bool pairs;
+
+  Range operator()(int64_t i, int64_t rows) const {
+    const int64_t count = high ? most(0, least(n, high[first + i + rows - 1] - begin)) : n;
+    return {0, pairs ? (count + 1) / 2 : count};
+  }
+};
+
+// C [count rows, dim] = weights^T times keys or values, over the keys. `weights` is [n][kBlockM], or pairs of keys.
+template <typename Finish>
+PEFTKERN_INLINE void multiply_keys(const Problem& p, const VisibleKeys& visible, int64_t count, const float* weights,
+                                   const Rows& by_key, const Finish& finish) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs)
+    return gemm<true>(count, p.padded_dim, visible, words(weights), kBlockM, words(by_key.data), by_key.stride, finish);
+#endif
+  gemm<true>(count, p.padded_dim, visible, weights, kBlockM, by_key.data, by_key.stride, finish);
+}
+
+// Whether the causal diagonal crosses a tile: later keys are hidden from earlier rows.
+static bool on_diagonal(const Block& block, Part part, int64_t begin, int64_t n) {
+  return part == kSequence && begin + n > block.high_min;
+}
+
+// Whether some row of the block must not see some key of a tile.
+static bool some_hidden(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n) {
+  if (part == kPrefix) return begin < block.prefix_low_max;
+  return p.args->key_mask || begin < block.low_max || on_diagonal(block, part, begin, n);
+}
+
+// What hides products of a tile while they are in registers.
+struct Hidden {
+  const int32_t *low, *high;  // as in Block; high null: no end
+  const uint8_t* mask;        // of the tile's keys; null: none
+  int64_t mask_stride, begin;
+
+  // Rows i, i + 1, ... of the products are keys of the tile, columns j, j + 1, ... are rows of the block.
+  template <int kRows, int kVectors>
+  PEFTKERN_INLINE_MEMBER void apply(int64_t i, int64_t j, vf (&c)[kRows][kVectors]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t r = j + v * kLanes;
+      const vi from = load_as<vi>(low + r), to = high ? load_as<vi>(high + r) : seti(INT32_MAX);
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; n++) {
+        const vi t = seti((int32_t)(begin + i + n));
+        c[n][v] = select((t >= from) & (t < to), c[n][v], set1(-kInf));
+      }
+    }
+    if (!mask) return;
+#pragma GCC unroll 16
+    for (int n = 0; n < kRows; n++)
+      if (!mask[(i + n) * mask_stride])
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) c[n][v] = set1(-kInf);
+  }
+};
+
+static Hidden hidden_of(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin) {
+  const peftkern_attention& a = *p.args;
+  if (part == kPrefix) return {block.prefix_low, nullptr, nullptr, 0, begin};
+  if (!a.key_mask) return {block.low, block.high, nullptr, 0, begin};
+  const uint8_t* mask = a.key_mask + s.batch * a.key_mask_stride[0] + (s.start + begin) * a.key_mask_stride[1];
+  return {block.low, block.high, mask, a.key_mask_stride[1], begin};
+}
+
+// Calls f(key, count, row) for groups of a tile's keys and the first row that may see them; the whole tile is one group but
+// on the causal diagonal.
+template <typename F>
+PEFTKERN_INLINE void for_key_groups(const Block& block, Part part, int64_t begin, int64_t n, RowRange rows, const F& f) {
+  const bool diagonal = on_diagonal(block, part, begin, n);
+  const int64_t step = diagonal ? kDiagonalKeys : n;
+  for (int64_t key = 0; key < n; key += step) {
+    int64_t first = rows.begin;
+    while (diagonal && first + kLanes < rows.end && block.high[first + kLanes - 1] <= begin + key) first += kLanes;
+    f(key, least(step, n - key), first);
+  }
+}
+
+// Keys and values of the sequence at hand, widened or paired; a tile is made when it is first asked for.
 struct SequenceTiles {
-  float *k, *v;
+  float *k, *v;  // [length, padded_dim] each; of pairs: rows of k and then `by_key`; rows of v
   uint8_t* ready;
+  int64_t length;
   const Sequence* sequence;
   int64_t kv_head;
   bool keep;  // every tile has its own place; else all share one
@@ -276,77 +408,66 @@ struct SequenceTiles {
     const peftkern_attention& a = *p.args;
     const int64_t base_k = sequence->batch * a.k_stride[0] + kv_head * a.k_stride[1];
     const int64_t base_v = sequence->batch * a.v_stride[0] + kv_head * a.v_stride[1];
-    const int64_t first = sequence->start + begin, dim = p.padded_dim;
+    const int64_t first = sequence->start + begin, place = keep ? begin : 0;
+    const bool make = !keep || !ready[begin / kBlockN];
+    const auto k_row = [&](int64_t j) { return offset(a.k, a.dtype, base_k + (first + j) * a.k_stride[2]); };
+    const auto v_row = [&](int64_t j) { return offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]); };
     if (p.always_in_place || (p.in_place && !keep)) {
       if (!keep) prefetch(p, base_k, base_v, begin + n);
-      return {static_cast<const float*>(a.k) + base_k + first * a.k_stride[2],
-              static_cast<const float*>(a.v) + base_v + first * a.v_stride[2], a.k_stride[2], a.v_stride[2]};
+      return with_by_key(p, {reinterpret_cast<const float*>(k_row(0)), a.k_stride[2]},
+                         {reinterpret_cast<const float*>(v_row(0)), a.v_stride[2]});
     }
-    float* k_tile = k + (keep ? begin : 0) * dim;
-    float* v_tile = v + (keep ? begin : 0) * dim;
-    if (!keep || !ready[begin / kBlockN]) {
-      for (int64_t j = 0; j < n; j++) {
-        widen_row(offset(a.k, a.dtype, base_k + (first + j) * a.k_stride[2]), a.dtype, p.head_dim, k_tile + j * dim);
-        widen_row(offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]), a.dtype, p.head_dim, v_tile + j * dim);
-      }
+    if (make) {
       if (keep) ready[begin / kBlockN] = 1;
       prefetch(p, base_k, base_v, begin + n);
     }
-    return {k_tile, v_tile, dim, dim};
+#if PEFTKERN_HAS_PAIRS
+    if (p.pairs) return get_pairs(p, place, n, make, k_row, v_row);
+#endif
+    const int64_t dim = p.padded_dim;
+    for (int64_t j = 0; j < n && make; j++) {
+      widen_row(k_row(j), a.dtype, p.head_dim, k + (place + j) * dim);
+      widen_row(v_row(j), a.dtype, p.head_dim, v + (place + j) * dim);
+    }
+    return with_by_key(p, {k + place * dim, dim}, {v + place * dim, dim});
   }
-};
+
+  static Tile with_by_key(const Problem& p, Rows k_rows, Rows v_rows) {
+    return {k_rows, v_rows, p.backward ? k_rows : v_rows};
+  }
 
 #if PEFTKERN_HAS_PAIRS
-// As SequenceTiles::get, of pairs.
-static PairTile get_pairs(const Problem& p, SequenceTiles& tiles, int64_t begin, int64_t n) {
-  const peftkern_attention& a = *p.args;
-  const Sequence& s = *tiles.sequence;
-  const int64_t base_k = s.batch * a.k_stride[0] + tiles.kv_head * a.k_stride[1];
-  const int64_t base_v = s.batch * a.v_stride[0] + tiles.kv_head * a.v_stride[1];
-  const int64_t first = s.start + begin, dim = p.padded_dim;
-  const auto k_row = [&](int64_t j) { return offset(a.k, a.dtype, base_k + (first + j) * a.k_stride[2]); };
-  const auto v_row = [&](int64_t j) { return offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]); };
-  uint32_t* k_tile = reinterpret_cast<uint32_t*>(tiles.k) + (tiles.keep ? begin : 0) * dim / 2;
-  uint32_t* v_tile = reinterpret_cast<uint32_t*>(tiles.v) + (tiles.keep ? begin : 0) / 2 * dim;
-  if (!tiles.keep || !tiles.ready[begin / kBlockN]) {
-    for (int64_t j = 0; j < n && !p.pairs_in_place_k; j++) memcpy(k_tile + j * dim / 2, k_row(j), 2 * p.head_dim);
-    for (int64_t j = 0; j < n; j += 2)
-      interleave_rows(v_row(j), j + 1 < n ? v_row(j + 1) : nullptr, p.head_dim, v_tile + j / 2 * dim);
-    if (tiles.keep) tiles.ready[begin / kBlockN] = 1;
-    tiles.prefetch(p, base_k, base_v, begin + n);
-  }
-  if (p.pairs_in_place_k) return {reinterpret_cast<const uint32_t*>(k_row(0)), v_tile, a.k_stride[2] / 2, dim};
-  return {k_tile, v_tile, dim / 2, dim};
-}
-
-static PairTile prefix_pairs(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
-  const peftkern_attention& a = *p.args;
-  const int64_t at = (s.prefix * a.num_kv_heads + kv_head) * a.prefix_len * p.padded_dim;
-  return {reinterpret_cast<const uint32_t*>(p.prefix_k + at) + begin * p.padded_dim / 2,
-          reinterpret_cast<const uint32_t*>(p.prefix_v + at) + begin / 2 * p.padded_dim, p.padded_dim / 2, p.padded_dim};
-}
-
-// Rows of floats, in place, to pairs: of neighbours along the head's dimension (k), of neighbouring keys (v).
-static void pair_rows(const Problem& p, int64_t n, float* k, float* v) {
-  const int64_t dim = p.padded_dim;
-  uint16_t* k_out = reinterpret_cast<uint16_t*>(k);
-  uint32_t* v_out = reinterpret_cast<uint32_t*>(v);
-  for (int64_t i = 0; i < n * dim; i += kLanes) {
-    const vh x = to_bf16(load(k + i));
-    __builtin_memcpy(k_out + i, &x, sizeof x);
-  }
-  for (int64_t j = 0; j < n; j += 2)
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const vu x = bf16_pairs(load(v + j * dim + d), j + 1 < n ? load(v + (j + 1) * dim + d) : zero());
-      __builtin_memcpy(v_out + j / 2 * dim + d, &x, sizeof x);
+  template <typename KRow, typename VRow>
+  Tile get_pairs(const Problem& p, int64_t place, int64_t n, bool make, const KRow& k_row, const VRow& v_row) {
+    const int64_t dim = p.padded_dim, width = dim / 2, bytes = 2 * p.head_dim;
+    float *k_rows = k + place * width, *by_key = k + (length + place) * width, *v_rows = v + place * width;
+    if (make) {
+      for (int64_t j = 0; j < n && !p.k_pairs_in_place; j++) memcpy(k_rows + j * width, k_row(j), bytes);
+      for (int64_t j = 0; j < n && p.backward && !p.v_pairs_in_place; j++) memcpy(v_rows + j * width, v_row(j), bytes);
+      for (int64_t j = 0; j < n; j += 2) {
+        const bool two = j + 1 < n;
+        uint32_t* pairs = words(by_key) + j / 2 * dim;
+        if (p.backward)
+          interleave_rows(k_row(j), two ? k_row(j + 1) : nullptr, p.head_dim, pairs);
+        else
+          interleave_rows(v_row(j), two ? v_row(j + 1) : nullptr, p.head_dim, pairs);
+      }
     }
-}
+    Tile tile{{k_rows, width}, {v_rows, width}, {by_key, dim}};
+    if (p.k_pairs_in_place) tile.k = {reinterpret_cast<const float*>(k_row(0)), p.args->k_stride[2] / 2};
+    if (p.v_pairs_in_place) tile.v = {reinterpret_cast<const float*>(v_row(0)), p.args->v_stride[2] / 2};
+    return tile;
+  }
 #endif
+};
 
 static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
-  const peftkern_attention& a = *p.args;
-  const int64_t at = ((s.prefix * a.num_kv_heads + kv_head) * a.prefix_len + begin) * p.padded_dim;
-  return {p.prefix_k + at, p.prefix_v + at, p.padded_dim, p.padded_dim};
+  const int64_t dim = p.padded_dim;
+  const int64_t at = (s.prefix * p.args->num_kv_heads + kv_head) * p.packed_len * dim;
+  const float *k = p.prefix_k + at, *v = p.prefix_v + at;
+  if (!p.pairs) return SequenceTiles::with_by_key(p, {k + begin * dim, dim}, {v + begin * dim, dim});
+  const int64_t width = dim / 2;
+  return {{k + begin * width, width}, {v + begin * width, width}, {k + (p.packed_len + begin) * width, dim}};
 }
 
 // Tokens begin, ..., begin + n - 1 of one head of one prefix: widened, rounded to q's dtype.
@@ -366,6 +487,33 @@ static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int6
     }
   }
 }
+
+#if PEFTKERN_HAS_PAIRS
+// One head of one prefix as pairs, laid out as `prefix_tile` reads them.
+static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* out_k, float* out_v) {
+  const int64_t dim = p.padded_dim, length = p.args->prefix_len;
+  alignas(64) float k[2 * kMaxHeadDim], v[2 * kMaxHeadDim];
+  for (int64_t j = 0; j < length; j += 2) {
+    const int64_t n = least(2, length - j);
+    widen_prefix(p, prefix, kv_head, j, n, k, v);
+    if (n < 2) {
+      memset(k + dim, 0, sizeof(float) * dim);
+      memset(v + dim, 0, sizeof(float) * dim);
+    }
+    const float* summed = p.backward ? k : v;
+    uint32_t* by_key = words(out_k) + (p.packed_len + j) * dim / 2;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const vu pairs = bf16_pairs(load(summed + d), load(summed + dim + d));
+      __builtin_memcpy(by_key + d, &pairs, sizeof pairs);
+      for (int64_t i = 0; i < n; i++) {
+        const vh k_row = to_bf16(load(k + i * dim + d)), v_row = to_bf16(load(v + i * dim + d));
+        __builtin_memcpy(reinterpret_cast<uint16_t*>(out_k) + (j + i) * dim + d, &k_row, sizeof k_row);
+        __builtin_memcpy(reinterpret_cast<uint16_t*>(out_v) + (j + i) * dim + d, &v_row, sizeof v_row);
+      }
+    }
+  }
+}
+#endif
 
 // From products to scores in units of ln 2, hidden ones -inf: scores[n][kBlockM] of keys begin, begin + 1, ... Returns the
 // factor that is still to be applied. Where `slope` is given and a softcap is on, it receives the softcap's derivative.

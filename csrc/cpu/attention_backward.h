@@ -6,7 +6,7 @@
 //   scores    ds = w (g - delta + dlse) slope scale; dk += ds^T q, dq += ds k
 //
 // w and g of all tiles are kept between the walks. So neither the rounding of lse nor that of a half-precision out is in
-// the gradients, which are right to fp32. Where only the prefix's gradient is wanted (a model's first layer), lse and delta =
+// the gradients; those of the prefix are right to fp32. Where only the prefix's gradient is wanted (a model's first layer), lse and delta =
 // dout . out serve as they are and the sequence's keys are not looked at.
 #ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 #define PEFTKERN_CPU_ATTENTION_BACKWARD_H_
@@ -33,9 +33,13 @@ struct Sums {
 };
 
 struct BackwardScratch {
-  float *q, *q_panel, *dout, *dout_panel, *out, *dq;
+  float *q, *dout;              // [kBlockM][padded_dim] floats, for sums over rows that are made in fp32
+  float *q_panel, *dout_panel;  // for products with keys and values
+  float *q_pairs, *dout_pairs;  // pairs of neighbouring rows, for sums over rows
+  float *out, *dq;
   float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
   float *factors, *applied;         // [kBlockN][kBlockM]: of dropout; weights as values see them
+  float *row_pairs, *key_pairs;     // a tile of weights or gradients in pairs of rows, of keys
   float lse[kBlockM], prefix_lse[kBlockM];  // prefix_lse: of the prefix's own softmax (gate)
   float total[kBlockM], prefix_total[kBlockM];  // sums of weights relative to them, 1 but for rounding
   float delta[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
@@ -45,25 +49,30 @@ struct BackwardScratch {
 };
 
 static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& arena, BackwardScratch& s) {
-  const int64_t dim = p.padded_dim, rows = kBlockM * dim;
+  const int64_t dim = p.padded_dim, rows = kBlockM * dim, tile = kBlockN * kBlockM;
   const int64_t length = round_up(p.plan->max_kv_len, kBlockN);
   const int64_t tile_keys = round_up(p.plan->max_prefix_len, kBlockN) + (needs.sequence() ? length : 0);
   s.q = arena.take<float>(rows);
   s.q_panel = arena.take<float>(rows);
+  s.q_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
   s.dout = arena.take<float>(rows);
   s.dout_panel = arena.take<float>(rows);
+  s.dout_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
   s.out = arena.take<float>(rows);
   s.dq = arena.take<float>(rows);
   s.weights = arena.take<float>(tile_keys * kBlockM);
   s.grads = arena.take<float>(tile_keys * kBlockM);
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
-  s.factors = arena.take<float>(kBlockN * kBlockM);
-  s.applied = arena.take<float>(kBlockN * kBlockM);
+  s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? tile : 0);
+  s.applied = arena.take<float>(p.args->dropout_p > 0.0 || p.args->gate ? tile : 0);
+  s.row_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
+  s.key_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
   const int64_t widened = p.always_in_place ? 0 : length;
   s.tiles.k = arena.take<float>(widened * dim);
   s.tiles.v = arena.take<float>(widened * dim);
+  s.tiles.length = widened;
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
   s.tiles.sequence = nullptr;
 }
@@ -75,6 +84,12 @@ static int64_t tile_offset(int64_t first_tile, TileRange range, int64_t begin) {
 
 static float* find(float* base, int64_t at) { return base ? base + at : nullptr; }
 
+static Tile tile_at(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s, Part part,
+                    int64_t begin) {
+  return part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
+                         : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+}
+
 // The prefix's own softmax (gate): its scores are left in `weights`, the logarithm of its denominator in
 // `prefix_lse`.
 static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
@@ -83,11 +98,10 @@ static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head
   for (int64_t r = 0; r < kBlockM; r++) pivot[r] = -kInf, sum[r] = 0.0f;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(0, range, begin);
-    const Tile tile = prefix_tile(p, seq, kv_head, begin);
     const RowRange rows = rows_of(s.block, kPrefix, begin, n);
     float* scores = s.weights + at;
-    gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
-                scores + rows.begin, kBlockM, false);
+    multiply_rows(p, prefix_tile(p, seq, kv_head, begin).k, 0, n, s.q_panel + rows.begin, rows.end - rows.begin,
+                  Store{scores + rows.begin, kBlockM, false});
     const float factor = finish_scores(p, seq, s.block, kPrefix, begin, n, rows, scores,
                                        find(p.args->softcap != 0.0 ? s.slopes : nullptr, at));
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
@@ -107,6 +121,63 @@ static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head
   for (int64_t r = 0; r < kBlockM; r++) s.prefix_lse[r] = sum[r] == 0.0f ? kInf : pivot[r] + std::log2(sum[r]);
 }
 
+// Products to weights relative to lse while they are in registers.
+template <bool kSomeHidden>
+struct Relate {
+  const float* lse;
+  float *total, *weights;
+  float factor;
+  Hidden hidden;
+  int64_t key, row;  // of the first product
+
+  template <int kRows, int kVectors>
+  PEFTKERN_INLINE_MEMBER void operator()(int64_t i, int64_t j, vf (&c)[kRows][kVectors]) const {
+    i += key;
+    j += row;
+    if (kSomeHidden) hidden.apply(i, j, c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t r = j + v * kLanes;
+      const vf base = load(lse + r);
+      vf sum[2] = {load(total + r), zero()};
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; n++) {
+        const vf w = exp2(c[n][v] * factor - base);
+        store(weights + (i + n) * kBlockM + r, w);
+        sum[n % 2] += w;
+      }
+      store(total + r, sum[0] + sum[1]);
+    }
+  }
+};
+
+template <bool kSomeHidden>
+static void relate_products(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part, const Tile& tile,
+                            int64_t begin, int64_t n, RowRange rows, float* weights) {
+  Relate<kSomeHidden> relate{s.lse, s.total, weights, p.log2_scale, hidden_of(p, seq, s.block, part, begin), 0, 0};
+  for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
+    for (int64_t j = key; j < key + count; j++)
+      for (int64_t r = rows.begin; r < first; r += kLanes) store(weights + j * kBlockM + r, zero());
+    relate.key = key;
+    relate.row = first;
+    multiply_rows(p, tile.k, key, count, s.q_panel + first, rows.end - first, relate);
+  });
+}
+
+// Scores, but for `factor`, to weights relative to lse.
+static void relate_scores(const float* lse, float* total, float* weights, int64_t n, RowRange rows, float factor) {
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+    const vf base = load(lse + r);
+    vf sum = zero();
+    for (int64_t j = 0; j < n; j++) {
+      const vf w = exp2(load(weights + j * kBlockM + r) * factor - base);
+      store(weights + j * kBlockM + r, w);
+      sum += w;
+    }
+    store(total + r, load(total + r) + sum);
+  }
+}
+
 // First walk over a part: weights, still relative to lse, and their gradients.
 static void walk_products(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
                           Part part, int64_t first_tile) {
@@ -114,35 +185,89 @@ static void walk_products(const Problem& p, const Needs& needs, const Sequence& 
   const TileRange range = tiles_of(seq, s.block, part);
   const bool own_softmax = part == kPrefix && a.gate;
   if (own_softmax) prefix_scores(p, seq, kv_head, s, range);
-  const float* lse = own_softmax ? s.prefix_lse : s.lse;
-  float* total = own_softmax ? s.prefix_total : s.total;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
-    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
-                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    const Tile tile = tile_at(p, seq, kv_head, s, part, begin);
     const RowRange rows = rows_of(s.block, part, begin, n);
     float *weights = s.weights + at, *grad = s.grads + at;
-    float factor = 1.0f;
-    if (!own_softmax) {
-      gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
-                  weights + rows.begin, kBlockM, false);
-      factor = finish_scores(p, seq, s.block, part, begin, n, rows, weights,
-                             find(a.softcap != 0.0 ? s.slopes : nullptr, at));
-    }
-    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-      const vf base = load(lse + r);
-      vf sum = zero();
-      for (int64_t j = 0; j < n; j++) {
-        const vf w = exp2(load(weights + j * kBlockM + r) * factor - base);
-        store(weights + j * kBlockM + r, w);
-        sum += w;
-      }
-      store(total + r, load(total + r) + sum);
+    if (own_softmax) {
+      relate_scores(s.prefix_lse, s.prefix_total, weights, n, rows, 1.0f);
+    } else if (!p.is_plain(part)) {
+      multiply_rows(p, tile.k, 0, n, s.q_panel + rows.begin, rows.end - rows.begin,
+                    Store{weights + rows.begin, kBlockM, false});
+      const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, weights,
+                                         find(a.softcap != 0.0 ? s.slopes : nullptr, at));
+      relate_scores(s.lse, s.total, weights, n, rows, factor);
+    } else if (some_hidden(p, s.block, part, begin, n)) {
+      relate_products<true>(p, seq, s, part, tile, begin, n, rows, weights);
+    } else {
+      relate_products<false>(p, seq, s, part, tile, begin, n, rows, weights);
     }
     if (needs.scores())
-      gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.v, tile.v_stride, s.dout_panel + rows.begin, kBlockM,
-                  grad + rows.begin, kBlockM, false);
+      for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
+        for (int64_t j = key; j < key + count; j++)
+          for (int64_t r = rows.begin; r < first; r += kLanes) store(grad + j * kBlockM + r, zero());
+        multiply_rows(p, tile.v, key, count, s.dout_panel + first, rows.end - first,
+                      Store{grad + key * kBlockM + first, kBlockM, false});
+      });
   }
+}
+
+// The rows that see keys i, i + 1, ... of a tile on the diagonal, counted from `first`: the range that their sums take.
+struct SeeingRows {
+  const int32_t* high;  // null: all
+  int64_t begin, first, count;
+  bool pairs;
+
+  Range operator()(int64_t i, int64_t) const {
+    int64_t row = 0;
+    while (high && row < count && high[first + row] <= begin + i) row++;
+    return pairs ? Range{row / 2, (count + 1) / 2} : Range{row, count};
+  }
+};
+
+// sums [n keys, dim] += x times a block's rows, over the rows; x is [n][kBlockM]. In pairs, which round x to bf16, for the
+// sequence; in fp32 for the prefix, whose gradients are what is trained.
+static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64_t begin, int64_t n, RowRange rows,
+                          const float* x, const float* floats, [[maybe_unused]] const float* pairs, float* sums) {
+  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
+  const bool paired = p.pairs && part == kSequence;
+  const int32_t* high = on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr;
+  const SeeingRows seeing{high, begin, rows.begin, count, paired};
+  const Store add{sums, dim, true};
+#if PEFTKERN_HAS_PAIRS
+  if (paired) {
+    uint32_t* packed = words(s.row_pairs);
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
+        const vf second = r + kLanes < rows.end ? load(x + j * kBlockM + r + kLanes) : zero();
+        const vu both = bf16_both(load(x + j * kBlockM + r), second);
+        __builtin_memcpy(packed + (j * kBlockM + r) / 2, &both, sizeof both);
+      }
+    return gemm<false>(n, dim, seeing, packed + rows.begin / 2, kBlockM / 2, words(pairs) + rows.begin / 2 * dim, dim, add);
+  }
+#endif
+  gemm<false>(n, dim, seeing, x + rows.begin, kBlockM, floats + rows.begin * dim, dim, add);
+}
+
+// dq [rows, dim] += grad^T keys
+static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const Tile& tile, int64_t begin, int64_t n,
+                          RowRange rows, const float* grad) {
+  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
+  const int32_t* high = on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr;
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs) {
+    for (int64_t j = 0; j < n; j += 2)
+      for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+        const vf second = j + 1 < n ? load(grad + (j + 1) * kBlockM + r) : zero();
+        const vu pair = bf16_pairs(load(grad + j * kBlockM + r), second);
+        __builtin_memcpy(words(s.key_pairs) + j / 2 * kBlockM + r, &pair, sizeof pair);
+      }
+    grad = s.key_pairs;
+  }
+#endif
+  multiply_keys(p, VisibleKeys{high, begin, n, rows.begin, p.pairs}, count, grad + rows.begin, tile.by_key,
+                Store{s.dq + rows.begin * dim, dim, true});
 }
 
 // Second walk: weights that sum to one, dropout, dv, delta.
@@ -150,14 +275,12 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
                          int64_t first_tile, float* dv, bool normalize, bool sum_delta) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t dim = p.padded_dim;
   const float* total = part == kPrefix && a.gate ? s.prefix_total : s.total;
   const bool gated = part == kPrefix && a.gate;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     float *weights = s.weights + at, *grad = s.grads + at;
     const RowRange rows = rows_of(s.block, part, begin, n);
-    const int64_t count = least(rows.end, s.block.count) - rows.begin;
     const bool dropout = a.dropout_p > 0.0;
     if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
@@ -185,8 +308,8 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
       if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + (delta[0] + delta[1]));
     }
     if (dv)
-      gemm<false>(n, dim, count, (dropout || gated ? s.applied : weights) + rows.begin, kBlockM,
-                  s.dout + rows.begin * dim, dim, dv + begin * dim, dim, true);
+      add_over_rows(p, s, part, begin, n, rows, dropout || gated ? s.applied : weights, s.dout, s.dout_pairs,
+                    dv + begin * p.padded_dim);
   }
 }
 
@@ -196,13 +319,12 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
                         const peftkern_attention_backward& b) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
-  const int64_t dim = p.padded_dim;
   const float scale = (float)a.scale;
   const bool through_scores = (part == kPrefix && sums.dprefix_bias) || (part == kSequence && dbias);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     const RowRange rows = rows_of(s.block, part, begin, n);
-    const int64_t last = least(rows.end, s.block.count), count = last - rows.begin;
+    const int64_t last = least(rows.end, s.block.count);
     float *weights = s.weights + at, *grad = s.grads + at;
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const vf shift = load(s.dlse[part] + r) - load(s.delta[part] + r);
@@ -236,14 +358,20 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
     }
     if (a.softcap != 0.0)
       for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * load(s.slopes + at + i));
-    if (dk)
-      gemm<false>(n, dim, count, grad + rows.begin, kBlockM, s.q + rows.begin * dim, dim, dk + begin * dim, dim, true);
-    if (needs.dq) {
-      const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
-                                        : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
-      gemm<true>(count, dim, n, grad + rows.begin, kBlockM, tile.k, tile.k_stride, s.dq + rows.begin * dim, dim, true);
-    }
+    if (dk) add_over_rows(p, s, part, begin, n, rows, grad, s.q, s.q_pairs, dk + begin * p.padded_dim);
+    if (needs.dq) add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, grad);
   }
+}
+
+// Rows of q or dout in all the forms that the walks read.
+static void load_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+                      [[maybe_unused]] bool in_fp32, float* rows, float* panel, [[maybe_unused]] float* pairs) {
+  load_panel(p, block, data, stride, rows, panel);
+#if PEFTKERN_HAS_PAIRS
+  if (!p.pairs) return;
+  gather_row_pairs(p, block, data, stride, pairs);
+  if (in_fp32) gather_rows(p, block, data, stride, rows);
+#endif
 }
 
 static void backward_block(const Problem& p, const Needs& needs, const peftkern_attention_backward& b,
@@ -252,10 +380,10 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   const Plan& plan = *p.plan;
   const Block& block = s.block;
   const int64_t dim = p.padded_dim, rows = block.vectors * kLanes;
-  gather_rows(p, block, a.q, a.q_stride, s.q);
-  transpose_rows(p, block, s.q, s.q_panel);
-  gather_rows(p, block, b.dout, b.dout_stride, s.dout);
-  transpose_rows(p, block, s.dout, s.dout_panel);
+  const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
+  load_rows(p, block, a.q, a.q_stride, prefix_tiles && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
+  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (prefix_tiles && sums.dprefix_v), s.dout, s.dout_panel,
+            s.dout_pairs);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t head = block.head[r], at = block.row[r];
     const float lse = a.lse[(seq.batch * a.num_heads + head) * a.q_len + at];
@@ -272,7 +400,6 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
     s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
   }
   const bool exact = needs.sequence();
-  const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
   if (prefix_tiles) walk_products(p, needs, seq, kv_head, s, kPrefix, 0);
   if (exact) walk_products(p, needs, seq, kv_head, s, kSequence, prefix_tiles);
   const bool prefix_exact = exact || a.gate;
@@ -473,7 +600,10 @@ static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, B
 
 int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   const peftkern_attention& args = b.forward;
-  Problem problem = make_problem(args, plan);
+  Problem problem = make_problem(args, plan, true);
+#if PEFTKERN_HAS_PAIRS
+  use_pairs(problem);
+#endif
   const Needs needs{b.dq != nullptr,        b.dk != nullptr,     b.dv != nullptr,
                     b.dprefix_k != nullptr, b.dprefix_v != nullptr, b.dsinks != nullptr,
                     b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
@@ -481,7 +611,7 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   main.dbias = false;
   const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;
   const int num_threads = (int)most(1, args.num_threads);
-  const int64_t packed_size = args.bank_size * kv_heads * args.prefix_len * problem.padded_dim;
+  const int64_t packed_size = args.bank_size * kv_heads * problem.packed_len * problem.padded_dim;
 
   BackwardScratch unused;
   Arena size{nullptr, 0};

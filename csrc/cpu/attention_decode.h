@@ -61,7 +61,8 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
     const int64_t n = least(kBlockN, end - begin);
     if (begin + n <= s.block.prefix_low_min) continue;
     widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
-    add_tile(p, some, s, kPrefix, Tile{s.tiles.k, s.tiles.v, p.padded_dim, p.padded_dim}, begin, n);
+    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}), begin,
+             n);
   }
   store_partial_rows(p, s, chunk, partial);
 }
@@ -109,11 +110,15 @@ static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, c
     sum += partial.sum[at] * weight;
     for (int64_t d = 0; d < dim; d += kLanes) store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
   }
-  store_row(p, s.block, 0, s.out, reciprocal(sum), pivot, sum);
+  s.pivot[0] = pivot;
+  s.sum[0] = sum;
+  float lse[kBlockM];
+  log_sums(s.block, s.pivot, s.sum, lse);
+  store_row(p, s.block, 0, s.out, reciprocal(sum), lse[0]);
 }
 
 int attention_decode(const peftkern_attention& args, const Plan& plan) {
-  Problem problem = make_problem(args, plan);
+  Problem problem = make_problem(args, plan, false);
   const int64_t kv_heads = args.num_kv_heads, rows_each = args.q_len * plan.group_size;
   const int num_threads = (int)most(1, args.num_threads);
   Arena size{nullptr, 0};

@@ -12,9 +12,13 @@ namespace peftkern {
 namespace PEFTKERN_ISA {
 
 struct ForwardScratch {
-  float *q, *q_panel, *scores, *factors, *out, *prefix_out;
-  uint32_t *q_pairs, *weight_pairs;
-  float pivot[kBlockM], sum[kBlockM], alpha[kBlockM];  // weights are 2^(score - pivot); their sum
+  float *rows, *panel;              // queries
+  float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the scores' place, or pairs of keys
+  float *out, *prefix_out;
+  float pivot[kBlockM], sum[kBlockM];  // weights are 2^(score - pivot); their sum
+  float base[kBlockM];                 // the pivot, 0 where it is -inf
+  float alpha[kBlockM];                // what a move of the pivot leaves of earlier weights
+  float top[kBlockM], tile_sum[kBlockM];  // of the tile at hand: its largest score, before the factor; its weights' sum
   bool empty;  // no tile has been added to out
   SequenceTiles tiles;
   Block block;
@@ -23,16 +27,16 @@ struct ForwardScratch {
 // `length`: keys that are widened at a time.
 static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena, ForwardScratch& s) {
   const int64_t dim = p.padded_dim;
-  s.q = arena.take<float>(kBlockM * dim);
-  s.q_panel = arena.take<float>(kBlockM * dim);
+  s.rows = arena.take<float>(kBlockM * dim);
+  s.panel = arena.take<float>(kBlockM * dim);
   s.scores = arena.take<float>(kBlockM * kBlockN);
-  s.factors = arena.take<float>(kBlockM * kBlockN);
+  s.weights = p.pairs ? arena.take<float>(kBlockM * kBlockN / 2) : s.scores;
+  s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? kBlockM * kBlockN : 0);
   s.out = arena.take<float>(kBlockM * dim);
   s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
-  s.q_pairs = arena.take<uint32_t>(p.pairs ? kBlockM * dim / 2 : 0);
-  s.weight_pairs = arena.take<uint32_t>(p.pairs ? kBlockM * kBlockN / 2 : 0);
   s.tiles.k = arena.take<float>(length * dim);
   s.tiles.v = arena.take<float>(length * dim);
+  s.tiles.length = length;
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
   s.tiles.sequence = nullptr;
 }
@@ -40,107 +44,183 @@ static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena,
 static void reset_softmax(const Problem& p, ForwardScratch& s, bool with_sink) {
   for (int64_t r = 0; r < kBlockM; r++) {
     s.pivot[r] = -kInf;
-    s.sum[r] = 0.0f;
+    s.sum[r] = s.base[r] = 0.0f;
   }
   if (with_sink && p.args->sinks)
     for (int64_t r = 0; r < s.block.count; r++) {
-      s.pivot[r] = p.args->sinks[s.block.head[r]] * (float)kLog2e;
-      s.sum[r] = s.pivot[r] == -kInf ? 0.0f : 1.0f;
+      const float sink = p.args->sinks[s.block.head[r]] * (float)kLog2e;
+      if (sink == -kInf) continue;
+      s.pivot[r] = s.base[r] = sink;
+      s.sum[r] = 1.0f;
     }
   s.empty = true;
 }
 
-// scores -> weights in place; pivot, sum and out follow. The pivot moves only when a score exceeds it by 8, so that most
-// tiles leave out untouched: weights stay below 2^8.
-static void online_softmax(const Problem& p, ForwardScratch& s, int64_t n, RowRange rows, float factor) {
+// Moves the pivots that `top` exceeds by 8, so that most tiles leave out untouched: weights stay below 2^8. Says whether it
+// moved any.
+static bool move_pivots(const Problem& p, ForwardScratch& s, RowRange rows, float factor) {
   bool moved = false;
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-    float* scores = s.scores + r;
-    vf top[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, for the latency of a maximum
-    int64_t k = 1;
-    for (; k + 4 <= n; k += 4)
-      for (int64_t i = 0; i < 4; i++) top[i] = max(top[i], load(scores + (k + i) * kBlockM));
-    for (; k < n; k++) top[0] = max(top[0], load(scores + k * kBlockM));
-    const vf best = max(max(top[0], top[1]), max(top[2], top[3])) * factor;
-    vf pivot = load(s.pivot + r), sum = load(s.sum + r), alpha = set1(1.0f);
-    if (any_greater(best, pivot + 8.0f)) {
-      const vf higher = max(pivot, best);
-      alpha = exp2(pivot - select(higher == -kInf, zero(), higher));
-      sum *= alpha;
-      pivot = higher;
-      moved = true;
-      store(s.pivot + r, pivot);
+    const vf best = load(s.top + r) * factor, pivot = load(s.pivot + r);
+    if (!any_greater(best, pivot + 8.0f)) {
+      store(s.alpha + r, set1(1.0f));
+      continue;
     }
+    const vf higher = max(pivot, best), base = select(higher == -kInf, zero(), higher);
+    const vf alpha = exp2(pivot - base);
     store(s.alpha + r, alpha);
-    const vf base = select(pivot == -kInf, zero(), pivot);
-    vf even = zero(), odd = zero();
-    int64_t j = 0;
-    for (; j + 2 <= n; j += 2) {
-      const vf w0 = exp2(load(scores + j * kBlockM) * factor - base);
-      const vf w1 = exp2(load(scores + (j + 1) * kBlockM) * factor - base);
-      even += w0;
-      odd += w1;
-      store(scores + j * kBlockM, w0);
-      store(scores + (j + 1) * kBlockM, w1);
-    }
-    if (j < n) {
-      const vf w = exp2(load(scores + j * kBlockM) * factor - base);
-      even += w;
-      store(scores + j * kBlockM, w);
-    }
-    store(s.sum + r, sum + (even + odd));
+    store(s.sum + r, load(s.sum + r) * alpha);
+    store(s.pivot + r, higher);
+    store(s.base + r, base);
+    moved = true;
   }
   if (moved && !s.empty)
     for (int64_t r = rows.begin; r < least(rows.end, s.block.count); r++)
       if (s.alpha[r] != 1.0f)
         for (int64_t d = 0; d < p.padded_dim; d += kLanes)
           store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
+  return moved;
 }
 
-// scores [n, rows] = k q^T
-static void multiply_keys(const Problem& p, ForwardScratch& s, RowRange rows, const Tile& tile, int64_t n) {
-  gemm<false>(n, rows.end - rows.begin, p.head_dim, tile.k, tile.k_stride, s.q_panel + rows.begin, kBlockM,
-              s.scores + rows.begin, kBlockM, false);
+// Weights of keys i and i + 1, to where `multiply_keys` reads them.
+PEFTKERN_INLINE void store_weights(float* weights, int64_t i, int64_t r, vf first, const vf* second) {
+  store(weights + i * kBlockM + r, first);
+  if (second) store(weights + (i + 1) * kBlockM + r, *second);
 }
-
-// out (+)= weights^T v
-static void multiply_values(const Problem& p, ForwardScratch& s, RowRange rows, const Tile& tile, int64_t n) {
-  gemm<true>(least(rows.end, s.block.count) - rows.begin, p.padded_dim, n, s.scores + rows.begin, kBlockM, tile.v,
-             tile.v_stride, s.out + rows.begin * p.padded_dim, p.padded_dim, !s.empty);
-}
-
 #if PEFTKERN_HAS_PAIRS
-static void multiply_keys(const Problem& p, ForwardScratch& s, RowRange rows, const PairTile& tile, int64_t n) {
-  gemm<false>(n, rows.end - rows.begin, p.head_dim / 2, tile.k, tile.k_stride, s.q_pairs + rows.begin, kBlockM,
-              s.scores + rows.begin, kBlockM, false);
-}
-
-static void multiply_values(const Problem& p, ForwardScratch& s, RowRange rows, const PairTile& tile, int64_t n) {
-  pair_weights(s.scores, n, rows, s.weight_pairs);
-  gemm<true>(least(rows.end, s.block.count) - rows.begin, p.padded_dim, (n + 1) / 2, s.weight_pairs + rows.begin, kBlockM,
-             tile.v, tile.v_stride, s.out + rows.begin * p.padded_dim, p.padded_dim, !s.empty);
+PEFTKERN_INLINE void store_weights(uint32_t* weights, int64_t i, int64_t r, vf first, const vf* second) {
+  const vu pairs = bf16_pairs(first, second ? *second : zero());
+  __builtin_memcpy(weights + i / 2 * kBlockM + r, &pairs, sizeof pairs);
 }
 #endif
 
-template <typename AnyTile>
-static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const AnyTile& tile,
+// Products to weights while they are in registers, relative to the pivots as they are; `top` tells whether that will do.
+template <typename T, bool kSomeHidden>
+struct Weigh {
+  const float* base;
+  float *top, *sum;
+  T* weights;
+  float factor;
+  Hidden hidden;
+  int64_t key, row;  // of the first product
+
+  template <int kRows, int kVectors>
+  PEFTKERN_INLINE_MEMBER void operator()(int64_t i, int64_t j, vf (&c)[kRows][kVectors]) const {
+    i += key;
+    j += row;
+    if (kSomeHidden) hidden.apply(i, j, c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t r = j + v * kLanes;
+      const vf origin = load(base + r);
+      vf best[2] = {load(top + r), c[0][v]}, total[2] = {load(sum + r), zero()};
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; n++) {
+        best[n % 2] = max(best[n % 2], c[n][v]);
+        c[n][v] = exp2(c[n][v] * factor - origin);
+        total[n % 2] += c[n][v];
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; n += 2) store_weights(weights, i + n, r, c[n][v], n + 1 < kRows ? &c[n + 1][v] : nullptr);
+      store(top + r, max(best[0], best[1]));
+      store(sum + r, total[0] + total[1]);
+    }
+  }
+};
+
+// Weights of a tile whose scores are plain and whose rows have pivots.
+template <typename T, bool kSomeHidden>
+static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
+                           int64_t begin, int64_t n, RowRange rows) {
+  T* weights = reinterpret_cast<T*>(s.weights);
+  Weigh<T, kSomeHidden> weigh{s.base, s.top, s.tile_sum, weights, p.log2_scale,
+                              hidden_of(p, seq, s.block, part, begin), 0, 0};
+  do {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      store(s.top + r, set1(-kInf));
+      store(s.tile_sum + r, zero());
+    }
+    for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
+      for (int64_t r = rows.begin; r < first; r += kLanes)
+        for (int64_t j = key; j < key + count; j += 2) {
+          const vf none = zero();
+          store_weights(weights, j, r, none, j + 1 < key + count ? &none : nullptr);
+        }
+      weigh.key = key;
+      weigh.row = first;
+      multiply_rows(p, tile.k, key, count, s.panel + first, rows.end - first, weigh);
+    });
+  } while (move_pivots(p, s, rows, p.log2_scale));
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(s.sum + r, load(s.sum + r) + load(s.tile_sum + r));
+}
+
+// Weights of any tile, by way of its scores.
+static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
+                         int64_t begin, int64_t n, RowRange rows) {
+  multiply_rows(p, tile.k, 0, n, s.panel + rows.begin, rows.end - rows.begin,
+                Store{s.scores + rows.begin, kBlockM, false});
+  const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+    const float* scores = s.scores + r;
+    vf top[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, for the latency of a maximum
+    int64_t k = 1;
+    for (; k + 4 <= n; k += 4)
+      for (int64_t i = 0; i < 4; i++) top[i] = max(top[i], load(scores + (k + i) * kBlockM));
+    for (; k < n; k++) top[0] = max(top[0], load(scores + k * kBlockM));
+    store(s.top + r, max(max(top[0], top[1]), max(top[2], top[3])));
+  }
+  move_pivots(p, s, rows, factor);
+  const bool dropout = p.args->dropout_p > 0.0;
+  if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
+  for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+    const vf base = load(s.base + r);
+    vf total[2] = {zero(), zero()};
+    for (int64_t j = 0; j < n; j += 2) {
+      vf w[2];
+      for (int64_t i = 0; i < least(2, n - j); i++) {
+        w[i] = exp2(load(s.scores + (j + i) * kBlockM + r) * factor - base);
+        total[i] += w[i];
+        if (dropout) w[i] *= load(s.factors + (j + i) * kBlockM + r);
+      }
+      const vf* second = j + 1 < n ? &w[1] : nullptr;
+#if PEFTKERN_HAS_PAIRS
+      if (p.pairs) {
+        store_weights(words(s.weights), j, r, w[0], second);
+        continue;
+      }
+#endif
+      store_weights(s.weights, j, r, w[0], second);
+    }
+    store(s.sum + r, load(s.sum + r) + (total[0] + total[1]));
+  }
+}
+
+template <bool kSomeHidden>
+static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
+                           int64_t begin, int64_t n, RowRange rows) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs) return weigh_products<uint32_t, kSomeHidden>(p, seq, s, part, tile, begin, n, rows);
+#endif
+  weigh_products<float, kSomeHidden>(p, seq, s, part, tile, begin, n, rows);
+}
+
+static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                      int64_t begin, int64_t n) {
   const RowRange rows = rows_of(s.block, part, begin, n);
   const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
-  multiply_keys(p, s, rows, tile, n);
-  const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
-  online_softmax(p, s, n, rows, factor);
-  if (p.args->dropout_p > 0.0) {
-    dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
-    for (int64_t i = 0; i < n * kBlockM; i += kBlockM)
-      for (int64_t r = rows.begin; r < rows.end; r += kLanes)
-        store(s.scores + i + r, load(s.scores + i + r) * load(s.factors + i + r));
-  }
+  if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0)
+    weigh_scores(p, seq, s, part, tile, begin, n, rows);
+  else if (some_hidden(p, s.block, part, begin, n))
+    weigh_products<true>(p, seq, s, part, tile, begin, n, rows);
+  else
+    weigh_products<false>(p, seq, s, part, tile, begin, n, rows);
   if (s.empty && count < s.block.count) {
     memset(s.out, 0, sizeof(float) * s.block.count * dim);
     s.empty = false;
   }
-  multiply_values(p, s, rows, tile, n);
+  const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin, p.pairs};
+  multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key,
+                Store{s.out + rows.begin * dim, dim, !s.empty});
   s.empty = false;
 }
 
@@ -148,37 +228,29 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
   const TileRange range = tiles_of(seq, s.block, part);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin);
-    const int64_t all = least(kBlockN, seq.kv_len - begin);
-#if PEFTKERN_HAS_PAIRS
-    if (p.pairs) {
-      const PairTile tile =
-          part == kPrefix ? prefix_pairs(p, seq, kv_head, begin) : get_pairs(p, s.tiles, begin, all);
-      add_tile(p, seq, s, part, tile, begin, n);
-      continue;
-    }
-#endif
-    add_tile(p, seq, s, part, part == kPrefix ? prefix_tile(p, seq, kv_head, begin) : s.tiles.get(p, begin, all), begin,
-             n);
+    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
+                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    add_tile(p, seq, s, part, tile, begin, n);
   }
 }
 
 static void load_queries(const Problem& p, ForwardScratch& s) {
-  gather_rows(p, s.block, p.args->q, p.args->q_stride, s.q);
-  transpose_rows(p, s.block, s.q, s.q_panel);
-#if PEFTKERN_HAS_PAIRS
-  if (p.pairs) pair_panel(p, s.block, s.q_panel, s.q_pairs);
-#endif
+  load_panel(p, s.block, p.args->q, p.args->q_stride, s.rows, s.panel);
 }
 
-static void store_row(const Problem& p, const Block& block, int64_t r, const float* row, float factor, float pivot,
-                      float sum) {
+// lse[r] = ln(sum) + ln(2) pivot of the rows of a block.
+static void log_sums(const Block& block, const float* pivot, const float* sum, float* lse) {
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+    const vf logarithm = log(load(sum + r)), shift = load(pivot + r) * (float)kLn2;
+    store(lse + r, select(load(sum + r) == 0.0f, set1(-kInf), logarithm + shift));
+  }
+}
+
+static void store_row(const Problem& p, const Block& block, int64_t r, const float* row, float factor, float lse) {
   const peftkern_attention& a = *p.args;
-  const int64_t sample = block.sample[r], head = block.head[r], at = block.row[r];
-  void* out = const_cast<char*>(
-      offset(a.out, a.dtype, sample * a.out_stride[0] + head * a.out_stride[1] + at * a.out_stride[2]));
+  void* out = const_cast<char*>(row_address(p, block, r, a.out, a.out_stride));
   narrow_row(row, factor, p.head_dim, a.dtype, out);
-  a.lse[(sample * a.num_heads + head) * a.q_len + at] =
-      sum == 0.0f ? -kInf : (float)((pivot + std::log2((double)sum)) * kLn2);
+  a.lse[(block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]] = lse;
 }
 
 static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
@@ -199,6 +271,8 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
   }
   walk(p, seq, kv_head, s, kSequence);
   if (s.empty) memset(s.out, 0, sizeof(float) * s.block.count * dim);
+  float lse[kBlockM];
+  log_sums(s.block, s.pivot, s.sum, lse);
   for (int64_t r = 0; r < s.block.count; r++) {
     float* row = s.out + r * dim;
     float factor = reciprocal(s.sum[r]);
@@ -207,7 +281,7 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
         store(row + d, load(row + d) * factor + load(s.prefix_out + r * dim + d));
       factor = 1.0f;
     }
-    store_row(p, s.block, r, row, factor, s.pivot[r], s.sum[r]);
+    store_row(p, s.block, r, row, factor, lse[r]);
   }
 }
 
@@ -215,12 +289,15 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {
-    const int64_t at = i * p.args->prefix_len * p.padded_dim;
-    widen_prefix(p, i / p.args->num_kv_heads, i % p.args->num_kv_heads, 0, p.args->prefix_len, packed_k + at,
-                 packed_v + at);
+    const int64_t prefix = i / p.args->num_kv_heads, kv_head = i % p.args->num_kv_heads;
+    float *k = packed_k + i * p.packed_len * p.padded_dim, *v = packed_v + i * p.packed_len * p.padded_dim;
 #if PEFTKERN_HAS_PAIRS
-    if (p.pairs) pair_rows(p, p.args->prefix_len, packed_k + at, packed_v + at);
+    if (p.pairs) {
+      pair_prefix(p, prefix, kv_head, k, v);
+      continue;
+    }
 #endif
+    widen_prefix(p, prefix, kv_head, 0, p.args->prefix_len, k, v);
   }
 }
 
@@ -228,13 +305,13 @@ int attention_decode(const peftkern_attention& args, const Plan& plan);
 
 int attention_forward(const peftkern_attention& args, const Plan& plan) {
   if (plan.decode) return attention_decode(args, plan);
-  Problem problem = make_problem(args, plan);
+  Problem problem = make_problem(args, plan, false);
 #if PEFTKERN_HAS_PAIRS
   use_pairs(problem);
 #endif
   const int64_t num_tasks = plan.num_units * args.num_kv_heads;
   const int num_threads = (int)most(1, least(args.num_threads, num_tasks));
-  const int64_t packed_size = args.bank_size * args.num_kv_heads * args.prefix_len * problem.padded_dim;
+  const int64_t packed_size = args.bank_size * args.num_kv_heads * problem.packed_len * problem.padded_dim;
 
   float *packed_k = nullptr, *packed_v = nullptr;
   ForwardScratch unused;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// C (+)= A B on small matrices that lie in cache. Elements of A are broadcast, so A may lie in either order; rows of B and C
-// are vectors. C is fp32. The elements T of A and B are floats, or pairs of bf16 that follow each other along the summed
-// dimension, in one word (K then counts pairs).
+// C = A B on small matrices that lie in cache. Elements of A are broadcast, so A may lie in either order; rows of B and C
+// are vectors. C is fp32 and is handed to a functor while it is in registers. The elements T of A and B are floats, or
+// pairs of bf16 that follow each other along the summed dimension, in one word (K then counts pairs).
 #ifndef PEFTKERN_CPU_GEMM_H_
 #define PEFTKERN_CPU_GEMM_H_
 
@@ -27,7 +27,7 @@ PEFTKERN_INLINE vf multiply_add(uint32_t a, vu b, vf c) {
 #endif
 
 // Registers: rows x vectors of accumulators, one vector row of B, one broadcast. At least eight accumulators hide the
-// latency of a multiply-add.
+// latency of a multiply-add. All counts of rows are even, so that rows can be paired while they are in registers.
 #if PEFTKERN_LANES == 16
 constexpr int kMaxVectors = 4;
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
@@ -35,77 +35,97 @@ constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8
 constexpr int kMaxVectors = 2;
 constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
+constexpr int64_t kRowsStep = 24;  // a multiple of every rows_for
 
-// a(i, k) = kTransA ? A[k lda + i] : A[i lda + k]
-template <typename T, int kRows, int kVectors, bool kTransA>
-PEFTKERN_INLINE void micro_kernel(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
-                                  int64_t ldc, bool accumulate) {
+struct Range {
+  int64_t begin, end;
+};
+
+// Every row of C sums the same k.
+struct All {
+  int64_t K;
+  Range operator()(int64_t, int64_t) const { return {0, K}; }
+};
+
+// C (+)= the products. Added last and not first: long sums are sums of block sums, which round less.
+struct Store {
+  float* C;
+  int64_t ldc;
+  bool accumulate;
+
+  template <int kRows, int kVectors>
+  PEFTKERN_INLINE_MEMBER void operator()(int64_t i, int64_t j, vf (&c)[kRows][kVectors]) const {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; row++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        float* at = C + (i + row) * ldc + j + v * kLanes;
+        store(at, accumulate ? load(at) + c[row][v] : c[row][v]);
+      }
+  }
+};
+
+// Rows i, i + 1, ... and columns j, j + 1, ... of C; a(i, k) = kTransA ? A[k lda + i] : A[i lda + k].
+template <typename T, int kRows, int kVectors, bool kTransA, typename Finish>
+PEFTKERN_INLINE void micro_kernel(Range sum, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t i, int64_t j,
+                                  const Finish& finish) {
   vf c[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++)
+  for (int row = 0; row < kRows; row++)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) c[i][j] = zero();
-  for (int64_t k = 0; k < K; k++) {
+    for (int v = 0; v < kVectors; v++) c[row][v] = zero();
+  A += kTransA ? i : i * lda;
+  for (int64_t k = sum.begin; k < sum.end; k++) {
     typename VectorOf<T>::type b[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) b[j] = load_as<typename VectorOf<T>::type>(B + k * ldb + j * kLanes);
+    for (int v = 0; v < kVectors; v++) b[v] = load_as<typename VectorOf<T>::type>(B + k * ldb + j + v * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-      const T a = kTransA ? A[k * lda + i] : A[i * lda + k];
+    for (int row = 0; row < kRows; row++) {
+      const T a = kTransA ? A[k * lda + row] : A[row * lda + k];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; j++) c[i][j] = multiply_add(a, b[j], c[i][j]);
+      for (int v = 0; v < kVectors; v++) c[row][v] = multiply_add(a, b[v], c[row][v]);
     }
   }
-  // Added last and not first: long sums are sums of block sums, which round less.
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j++) {
-      float* at = C + i * ldc + j * kLanes;
-      store(at, accumulate ? load(at) + c[i][j] : c[i][j]);
-    }
+  finish(i, j, c);
 }
 
-// The last `rows` < kRows rows.
-template <typename T, int kRows, int kVectors, bool kTransA>
-struct Tail {
-  static void run(int64_t rows, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
-                  int64_t ldc, bool accumulate) {
-    if (rows == kRows)
-      micro_kernel<T, kRows, kVectors, kTransA>(K, A, lda, B, ldb, C, ldc, accumulate);
-    else
-      Tail<T, kRows - 1, kVectors, kTransA>::run(rows, K, A, lda, B, ldb, C, ldc, accumulate);
-  }
-};
-template <typename T, int kVectors, bool kTransA>
-struct Tail<T, 0, kVectors, kTransA> {
-  static void run(int64_t, int64_t, const T*, int64_t, const T*, int64_t, float*, int64_t, bool) {}
-};
-
-template <typename T, int kVectors, bool kTransA>
-static void gemm_columns(int64_t M, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
-                         int64_t ldc, bool accumulate) {
+// All rows of a few vectors' columns.
+template <typename T, int kVectors, bool kTransA, typename Sums, typename Finish>
+static void gemm_columns(int64_t M, const Sums& sums, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t j,
+                         const Finish& finish) {
   constexpr int kRows = rows_for(kVectors);
-  const int64_t step = kTransA ? 1 : lda;
   int64_t i = 0;
   for (; i + kRows <= M; i += kRows)
-    micro_kernel<T, kRows, kVectors, kTransA>(K, A + i * step, lda, B, ldb, C + i * ldc, ldc, accumulate);
-  Tail<T, kRows - 1, kVectors, kTransA>::run(M - i, K, A + i * step, lda, B, ldb, C + i * ldc, ldc, accumulate);
+    micro_kernel<T, kRows, kVectors, kTransA>(sums(i, kRows), A, lda, B, ldb, i, j, finish);
+  if (kRows > 8 && M - i >= 8) {
+    micro_kernel<T, 8, kVectors, kTransA>(sums(i, 8), A, lda, B, ldb, i, j, finish);
+    i += 8;
+  }
+  if (M - i >= 4) {
+    micro_kernel<T, 4, kVectors, kTransA>(sums(i, 4), A, lda, B, ldb, i, j, finish);
+    i += 4;
+  }
+  if (M - i >= 2) {
+    micro_kernel<T, 2, kVectors, kTransA>(sums(i, 2), A, lda, B, ldb, i, j, finish);
+    i += 2;
+  }
+  if (M > i) micro_kernel<T, 1, kVectors, kTransA>(sums(i, 1), A, lda, B, ldb, i, j, finish);
 }
 
-// C [M, N] (+)= A [M, K] B [K, N]; N is a multiple of kLanes.
-template <bool kTransA, typename T>
-static void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C,
-                 int64_t ldc, bool accumulate) {
+// C [M, N] = A [M, K] B [K, N], N a multiple of kLanes. `sums(i, rows)` is the range of k that rows i, i + 1, ... sum;
+// `finish(i, j, c)` receives the block of C at row i and column j.
+template <bool kTransA, typename T, typename Sums, typename Finish>
+static void gemm(int64_t M, int64_t N, const Sums& sums, const T* A, int64_t lda, const T* B, int64_t ldb,
+                 const Finish& finish) {
   int64_t j = 0;
   for (; j + kMaxVectors * kLanes <= N; j += kMaxVectors * kLanes)
-    gemm_columns<T, kMaxVectors, kTransA>(M, K, A, lda, B + j, ldb, C + j, ldc, accumulate);
+    gemm_columns<T, kMaxVectors, kTransA>(M, sums, A, lda, B, ldb, j, finish);
   switch ((N - j) / kLanes) {
 #if PEFTKERN_LANES == 16
-    case 3: return gemm_columns<T, 3, kTransA>(M, K, A, lda, B + j, ldb, C + j, ldc, accumulate);
-    case 2: return gemm_columns<T, 2, kTransA>(M, K, A, lda, B + j, ldb, C + j, ldc, accumulate);
+    case 3: return gemm_columns<T, 3, kTransA>(M, sums, A, lda, B, ldb, j, finish);
+    case 2: return gemm_columns<T, 2, kTransA>(M, sums, A, lda, B, ldb, j, finish);
 #endif
-    case 1: return gemm_columns<T, 1, kTransA>(M, K, A, lda, B + j, ldb, C + j, ldc, accumulate);
+    case 1: return gemm_columns<T, 1, kTransA>(M, sums, A, lda, B, ldb, j, finish);
   }
 }
 

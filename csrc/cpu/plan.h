@@ -14,7 +14,8 @@
 namespace peftkern {
 
 constexpr int kBlockM = 64;  // query rows of a block: positions x heads that share a kv head
-constexpr int kBlockN = 48;  // keys of a tile
+constexpr int kBlockN = 96;  // keys of a tile
+constexpr int64_t kDiagonalKeys = 12;  // keys that are looked at together on the causal diagonal
 constexpr int64_t kMaxHeadDim = 256;
 
 // One sample, or one packed sequence. Queries are rows [start, start + q_len) of sample `batch`; so are the keys.
@@ -24,7 +25,7 @@ struct Sequence {
 };
 
 // Keys that one task of a decode reads, a multiple of kBlockN.
-constexpr int64_t kDecodeKeys = 1008;
+constexpr int64_t kDecodeKeys = 960;
 
 // The row blocks part, part + parts, part + 2 parts, ... of a sequence.
 struct Unit {

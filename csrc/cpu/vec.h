@@ -20,7 +20,8 @@
 #define PEFTKERN_HAS_PAIRS 0
 #endif
 
-#define PEFTKERN_INLINE static inline __attribute__((always_inline))
+#define PEFTKERN_INLINE_MEMBER inline __attribute__((always_inline))
+#define PEFTKERN_INLINE static PEFTKERN_INLINE_MEMBER
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -136,6 +137,24 @@ PEFTKERN_INLINE vf exp2(vf x) {
   return p * (vf)(bits(shifted) << 23);
 }
 
+// ln x for normal x > 0, relative error 1e-7 (the polynomial is Cephes' logf); -inf for 0, NaN stays NaN.
+PEFTKERN_INLINE vf log(vf x) {
+  const vi offset = bits(x) - 0x3f3504f3;  // of the mantissa's range [sqrt 1/2, sqrt 2)
+  const vf exponent = __builtin_convertvector(offset >> 23, vf);
+  const vf f = (vf)((offset & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  vf p = f * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf square = f * f;
+  const vf y = exponent * 0.693147180f + (f + (p * f * square - square * 0.5f));
+  return select(x == 0.0f, set1(-kInf), select((x < kInf), y, x));
+}
+
 // tanh x, a rational function on |x| < 7.9 (the coefficients that Eigen uses); NaN stays NaN.
 PEFTKERN_INLINE vf tanh(vf x) {
   const float kEnd = 7.90531110763549805f;
@@ -165,10 +184,17 @@ PEFTKERN_INLINE vh to_bf16(vf x) {
   return __builtin_convertvector((vu)(is_nan ? (vi)((u >> 16) | 0x40) : (vi)rounded), vh);
 }
 
-// Words of (low, high), both rounded to bf16; NaN stays NaN.
+#if PEFTKERN_HAS_PAIRS
+// Both vectors rounded to bf16, one after the other.
+PEFTKERN_INLINE vu bf16_both(vf first, vf second) { return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+
+// Words of (low, high), both rounded to bf16.
 PEFTKERN_INLINE vu bf16_pairs(vf low, vf high) {
-  return __builtin_convertvector(to_bf16(low), vu) | (__builtin_convertvector(to_bf16(high), vu) << 16);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(order, (__m512i)bf16_both(low, high));
 }
+#endif
 
 PEFTKERN_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
