@@ -112,14 +112,19 @@ static void use_pairs(Problem& p) {
   p.v_pairs_in_place = in_place(a.v, a.v_stride);
 }
 
-// out[d] = (first[d], second[d]) of bf16 rows; second may be null (0).
+// out[d] = (first[d], second[d]) of bf16 rows, padded with zeros to whole vectors; second may be null (0).
 static void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
-  for (int64_t d = 0; d < n; d += kLanes) {
-    const int64_t lanes = least(kLanes, n - d);
-    const vf low = load_lanes<PEFTKERN_BFLOAT16>(offset(first, PEFTKERN_BFLOAT16, d), lanes);
-    const vf high = second ? load_lanes<PEFTKERN_BFLOAT16>(offset(second, PEFTKERN_BFLOAT16, d), lanes) : zero();
-    const vu pairs = ((vu)low >> 16) | (vu)high;
-    __builtin_memcpy(out + d, &pairs, sizeof pairs);
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i sixteen = _mm512_set1_epi16(16);
+  for (int64_t d = 0; d < n; d += 2 * kLanes) {
+    const __mmask32 valid = n - d >= 32 ? ~0u : (1u << (n - d)) - 1;
+    const uint16_t *low = static_cast<const uint16_t*>(first) + d, *high = static_cast<const uint16_t*>(second) + d;
+    const __m512i a = _mm512_maskz_loadu_epi16(valid, low);
+    const __m512i b = second ? _mm512_maskz_loadu_epi16(valid, high) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, order, b));
+    if (n - d > kLanes)
+      _mm512_storeu_si512(out + d + kLanes, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, sixteen), b));
   }
 }
 #endif
@@ -248,16 +253,19 @@ static void transpose_rows(const Problem& p, const Block& block, const float* ro
 static void gather_pair_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride,
                               float* panel) {
   const int64_t count = p.head_dim / 2;
-  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+    const char* row[kLanes];
+    for (int64_t i = 0; i < kLanes; i++) row[i] = row_address(p, block, r + i, data, stride);
     for (int64_t d = 0; d < count; d += kLanes) {
+      const __mmask16 valid = count - d >= kLanes ? 0xffff : (1u << (count - d)) - 1;
       vf square[kLanes];
-      for (int64_t i = 0; i < kLanes; i++)
-        square[i] = r + i < block.count
-                        ? load_lanes<PEFTKERN_FLOAT32>(row_address(p, block, r + i, data, stride) + 4 * d, count - d)
-                        : zero();
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; i++) square[i] = (vf)_mm512_maskz_loadu_ps(valid, row[i] + 4 * d);
       transpose(square);
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
     }
+  }
 }
 
 // by_row[r / 2][d] = (x[r][d], x[r + 1][d])
@@ -363,16 +371,19 @@ static Hidden hidden_of(const Problem& p, const Sequence& s, const Block& block,
   return {block.low, block.high, mask, a.key_mask_stride[1], begin};
 }
 
-// Calls f(key, count, row) for groups of a tile's keys and the first row that may see them; the whole tile is one group but
-// on the causal diagonal.
+// Calls f(key, count, row, hidden) for groups of a tile's keys: the first row that may see them, and whether something
+// hides any of them from any row of the rest. On the causal diagonal groups are small.
 template <typename F>
-PEFTKERN_INLINE void for_key_groups(const Block& block, Part part, int64_t begin, int64_t n, RowRange rows, const F& f) {
+PEFTKERN_INLINE void for_key_groups(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n,
+                                    RowRange rows, const F& f) {
   const bool diagonal = on_diagonal(block, part, begin, n);
-  const int64_t step = diagonal ? kDiagonalKeys : n;
-  for (int64_t key = 0; key < n; key += step) {
+  if (!diagonal) return f(0, n, rows.begin, some_hidden(p, block, part, begin, n));
+  const int64_t below = most(0, block.high_min - begin) / kDiagonalKeys * kDiagonalKeys;
+  if (below) f(0, below, rows.begin, some_hidden(p, block, part, begin, below));
+  for (int64_t key = below; key < n; key += kDiagonalKeys) {
     int64_t first = rows.begin;
-    while (diagonal && first + kLanes < rows.end && block.high[first + kLanes - 1] <= begin + key) first += kLanes;
-    f(key, least(step, n - key), first);
+    while (first + kLanes < rows.end && block.high[first + kLanes - 1] <= begin + key) first += kLanes;
+    f(key, least(kDiagonalKeys, n - key), first, true);
   }
 }
 

@@ -121,6 +121,11 @@ static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head
   for (int64_t r = 0; r < kBlockM; r++) s.prefix_lse[r] = sum[r] == 0.0f ? kInf : pivot[r] + std::log2(sum[r]);
 }
 
+static void clear_keys(float* x, int64_t key, int64_t count, RowRange rows) {
+  for (int64_t j = key; j < key + count; j++)
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(x + j * kBlockM + r, zero());
+}
+
 // Products to weights relative to lse while they are in registers.
 template <bool kSomeHidden>
 struct Relate {
@@ -151,16 +156,18 @@ struct Relate {
   }
 };
 
-template <bool kSomeHidden>
 static void relate_products(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part, const Tile& tile,
                             int64_t begin, int64_t n, RowRange rows, float* weights) {
-  Relate<kSomeHidden> relate{s.lse, s.total, weights, p.log2_scale, hidden_of(p, seq, s.block, part, begin), 0, 0};
-  for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
-    for (int64_t j = key; j < key + count; j++)
-      for (int64_t r = rows.begin; r < first; r += kLanes) store(weights + j * kBlockM + r, zero());
-    relate.key = key;
-    relate.row = first;
-    multiply_rows(p, tile.k, key, count, s.q_panel + first, rows.end - first, relate);
+  const Hidden hidden = hidden_of(p, seq, s.block, part, begin);
+  for_key_groups(p, s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first, bool some_hidden) {
+    clear_keys(weights, key, count, RowRange{rows.begin, first});
+    const float* panel = s.q_panel + first;
+    if (some_hidden)
+      multiply_rows(p, tile.k, key, count, panel, rows.end - first,
+                    Relate<true>{s.lse, s.total, weights, p.log2_scale, hidden, key, first});
+    else
+      multiply_rows(p, tile.k, key, count, panel, rows.end - first,
+                    Relate<false>{s.lse, s.total, weights, p.log2_scale, hidden, key, first});
   });
 }
 
@@ -198,15 +205,12 @@ static void walk_products(const Problem& p, const Needs& needs, const Sequence& 
       const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, weights,
                                          find(a.softcap != 0.0 ? s.slopes : nullptr, at));
       relate_scores(s.lse, s.total, weights, n, rows, factor);
-    } else if (some_hidden(p, s.block, part, begin, n)) {
-      relate_products<true>(p, seq, s, part, tile, begin, n, rows, weights);
     } else {
-      relate_products<false>(p, seq, s, part, tile, begin, n, rows, weights);
+      relate_products(p, seq, s, part, tile, begin, n, rows, weights);
     }
     if (needs.scores())
-      for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
-        for (int64_t j = key; j < key + count; j++)
-          for (int64_t r = rows.begin; r < first; r += kLanes) store(grad + j * kBlockM + r, zero());
+      for_key_groups(p, s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first, bool) {
+        clear_keys(grad, key, count, RowRange{rows.begin, first});
         multiply_rows(p, tile.v, key, count, s.dout_panel + first, rows.end - first,
                       Store{grad + key * kBlockM + first, kBlockM, false});
       });

@@ -129,26 +129,30 @@ struct Weigh {
 };
 
 // Weights of a tile whose scores are plain and whose rows have pivots.
-template <typename T, bool kSomeHidden>
+template <typename T>
 static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                            int64_t begin, int64_t n, RowRange rows) {
   T* weights = reinterpret_cast<T*>(s.weights);
-  Weigh<T, kSomeHidden> weigh{s.base, s.top, s.tile_sum, weights, p.log2_scale,
-                              hidden_of(p, seq, s.block, part, begin), 0, 0};
+  const Hidden hidden = hidden_of(p, seq, s.block, part, begin);
   do {
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       store(s.top + r, set1(-kInf));
       store(s.tile_sum + r, zero());
     }
-    for_key_groups(s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first) {
+    for_key_groups(p, s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first, bool some_hidden) {
       for (int64_t r = rows.begin; r < first; r += kLanes)
         for (int64_t j = key; j < key + count; j += 2) {
           const vf none = zero();
           store_weights(weights, j, r, none, j + 1 < key + count ? &none : nullptr);
         }
-      weigh.key = key;
-      weigh.row = first;
-      multiply_rows(p, tile.k, key, count, s.panel + first, rows.end - first, weigh);
+      const float* panel = s.panel + first;
+      const int64_t columns = rows.end - first;
+      if (some_hidden)
+        multiply_rows(p, tile.k, key, count, panel, columns,
+                      Weigh<T, true>{s.base, s.top, s.tile_sum, weights, p.log2_scale, hidden, key, first});
+      else
+        multiply_rows(p, tile.k, key, count, panel, columns,
+                      Weigh<T, false>{s.base, s.top, s.tile_sum, weights, p.log2_scale, hidden, key, first});
     });
   } while (move_pivots(p, s, rows, p.log2_scale));
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(s.sum + r, load(s.sum + r) + load(s.tile_sum + r));
@@ -195,25 +199,18 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
   }
 }
 
-template <bool kSomeHidden>
-static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
-                           int64_t begin, int64_t n, RowRange rows) {
-#if PEFTKERN_HAS_PAIRS
-  if (p.pairs) return weigh_products<uint32_t, kSomeHidden>(p, seq, s, part, tile, begin, n, rows);
-#endif
-  weigh_products<float, kSomeHidden>(p, seq, s, part, tile, begin, n, rows);
-}
-
 static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                      int64_t begin, int64_t n) {
   const RowRange rows = rows_of(s.block, part, begin, n);
   const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
   if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0)
     weigh_scores(p, seq, s, part, tile, begin, n, rows);
-  else if (some_hidden(p, s.block, part, begin, n))
-    weigh_products<true>(p, seq, s, part, tile, begin, n, rows);
+#if PEFTKERN_HAS_PAIRS
+  else if (p.pairs)
+    weigh_products<uint32_t>(p, seq, s, part, tile, begin, n, rows);
+#endif
   else
-    weigh_products<false>(p, seq, s, part, tile, begin, n, rows);
+    weigh_products<float>(p, seq, s, part, tile, begin, n, rows);
   if (s.empty && count < s.block.count) {
     memset(s.out, 0, sizeof(float) * s.block.count * dim);
     s.empty = false;
