@@ -136,8 +136,20 @@ static int64_t num_position_blocks(const Plan& plan, const Sequence& s) {
 static void start_block(Block& block, int64_t count) {
   block.count = count;
   block.vectors = round_up(count, kLanes) / kLanes;
+}
+
+// The bounds over all rows, once these are set.
+static void finish_block(Block& block) {
   block.low_min = block.high_min = block.prefix_low_min = INT32_MAX;
   block.low_max = block.high_max = block.prefix_low_max = 0;
+  for (int64_t r = 0; r < block.vectors * kLanes; r++) {
+    block.low_min = block.low[r] < block.low_min ? block.low[r] : block.low_min;
+    block.low_max = block.low[r] > block.low_max ? block.low[r] : block.low_max;
+    block.high_min = block.high[r] < block.high_min ? block.high[r] : block.high_min;
+    block.high_max = block.high[r] > block.high_max ? block.high[r] : block.high_max;
+    block.prefix_low_min = block.prefix_low[r] < block.prefix_low_min ? block.prefix_low[r] : block.prefix_low_min;
+    block.prefix_low_max = block.prefix_low[r] > block.prefix_low_max ? block.prefix_low[r] : block.prefix_low_max;
+  }
 }
 
 // Lane r is query `position` of sequence s and of `head`.
@@ -155,12 +167,6 @@ static void set_row(const Problem& p, const Sequence& s, int64_t position, int64
   block.high[r] = (int32_t)high;
   block.low[r] = (int32_t)low;
   block.prefix_low[r] = (int32_t)prefix_low;
-  block.low_min = (int32_t)least(block.low_min, low);
-  block.low_max = (int32_t)most(block.low_max, low);
-  block.high_min = (int32_t)least(block.high_min, high);
-  block.high_max = (int32_t)most(block.high_max, high);
-  block.prefix_low_min = (int32_t)least(block.prefix_low_min, prefix_low);
-  block.prefix_low_max = (int32_t)most(block.prefix_low_max, prefix_low);
 }
 
 static void copy_row(Block& block, int64_t from, int64_t to, int64_t head) {
@@ -185,6 +191,7 @@ static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int
     for (int64_t h = 1; h < heads; h++) copy_row(block, r, r + h, head + h);
   }
   for (int64_t r = block.count; r < block.vectors * kLanes; r++) copy_row(block, r - 1, r, block.head[r - 1]);
+  finish_block(block);
 }
 
 // Asks for the rows of a block that will be worked on next.

@@ -230,8 +230,54 @@ struct SeeingRows {
   }
 };
 
+// Two vectors of rows r, r + 1, ... of key j, as pairs of neighbouring rows: what `add_over_rows` multiplies.
+PEFTKERN_INLINE void store_row_pairs([[maybe_unused]] float* pairs, [[maybe_unused]] int64_t j,
+                                     [[maybe_unused]] int64_t r, [[maybe_unused]] vf first, [[maybe_unused]] vf second) {
+#if PEFTKERN_HAS_PAIRS
+  const vu both = bf16_both(first, second);
+  __builtin_memcpy(words(pairs) + (j * kBlockM + r) / 2, &both, sizeof both);
+#endif
+}
+
+#if PEFTKERN_HAS_PAIRS
+// A tile x [n][kBlockM] in pairs of neighbouring rows.
+static void pair_rows(const float* x, int64_t n, RowRange rows, float* pairs) {
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes)
+      store_row_pairs(pairs, j, r, load(x + j * kBlockM + r),
+                      r + kLanes < rows.end ? load(x + j * kBlockM + r + kLanes) : zero());
+}
+
+// Pairs of neighbouring keys, as `add_over_keys` multiplies them.
+static void pair_keys(const float* x, int64_t n, RowRange rows, float* pairs) {
+  for (int64_t j = 0; j < n; j += 2)
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      const vf second = j + 1 < n ? load(x + (j + 1) * kBlockM + r) : zero();
+      store_weights(words(pairs), j, r, load(x + j * kBlockM + r), &second);
+    }
+}
+
+// ds = w (g + shift) factor of a tile, straight to pairs of rows and of keys.
+static void pair_score_gradients(const BackwardScratch& s, const float* weights, const float* grad, int64_t n,
+                                 RowRange rows, const float* shift, const float* factor) {
+  for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
+    const int vectors = r + kLanes < rows.end ? 2 : 1;
+    for (int64_t j = 0; j < n; j += 2) {
+      vf ds[2][2] = {{zero(), zero()}, {zero(), zero()}};
+      for (int v = 0; v < vectors; v++)
+        for (int64_t i = 0; i < least(2, n - j); i++) {
+          const int64_t at = (j + i) * kBlockM + r + v * kLanes, row = r + v * kLanes;
+          ds[i][v] = load(weights + at) * (load(grad + at) + load(shift + row)) * load(factor + row);
+        }
+      for (int64_t i = 0; i < least(2, n - j); i++) store_row_pairs(s.row_pairs, j + i, r, ds[i][0], ds[i][1]);
+      for (int v = 0; v < vectors; v++) store_weights(words(s.key_pairs), j, r + v * kLanes, ds[0][v], &ds[1][v]);
+    }
+  }
+}
+#endif
+
 // sums [n keys, dim] += x times a block's rows, over the rows; x is [n][kBlockM]. In pairs, which round x to bf16, for the
-// sequence; in fp32 for the prefix, whose gradients are what is trained.
+// sequence (x null: `row_pairs` holds them); in fp32 for the prefix, whose gradients are what is trained.
 static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64_t begin, int64_t n, RowRange rows,
                           const float* x, const float* floats, [[maybe_unused]] const float* pairs, float* sums) {
   const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
@@ -241,32 +287,22 @@ static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64
   const Store add{sums, dim, true};
 #if PEFTKERN_HAS_PAIRS
   if (paired) {
-    uint32_t* packed = words(s.row_pairs);
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
-        const vf second = r + kLanes < rows.end ? load(x + j * kBlockM + r + kLanes) : zero();
-        const vu both = bf16_both(load(x + j * kBlockM + r), second);
-        __builtin_memcpy(packed + (j * kBlockM + r) / 2, &both, sizeof both);
-      }
-    return gemm<false>(n, dim, seeing, packed + rows.begin / 2, kBlockM / 2, words(pairs) + rows.begin / 2 * dim, dim, add);
+    if (x) pair_rows(x, n, rows, s.row_pairs);
+    return gemm<false>(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
+                       words(pairs) + rows.begin / 2 * dim, dim, add);
   }
 #endif
   gemm<false>(n, dim, seeing, x + rows.begin, kBlockM, floats + rows.begin * dim, dim, add);
 }
 
-// dq [rows, dim] += grad^T keys
+// dq [rows, dim] += grad^T keys (grad null: `key_pairs` holds it)
 static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const Tile& tile, int64_t begin, int64_t n,
                           RowRange rows, const float* grad) {
   const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
   const int32_t* high = on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr;
 #if PEFTKERN_HAS_PAIRS
   if (p.pairs) {
-    for (int64_t j = 0; j < n; j += 2)
-      for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-        const vf second = j + 1 < n ? load(grad + (j + 1) * kBlockM + r) : zero();
-        const vu pair = bf16_pairs(load(grad + j * kBlockM + r), second);
-        __builtin_memcpy(words(s.key_pairs) + j / 2 * kBlockM + r, &pair, sizeof pair);
-      }
+    if (grad) pair_keys(grad, n, rows, s.key_pairs);
     grad = s.key_pairs;
   }
 #endif
@@ -287,32 +323,45 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
     const RowRange rows = rows_of(s.block, part, begin, n);
     const bool dropout = a.dropout_p > 0.0;
     if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
-    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-      const vf sum = load(total + r), inverse = select(sum == 0.0f, zero(), 1.0f / sum);
-      const vf gate = load(s.part_scale[part] + r);
-      vf delta[2] = {zero(), zero()};
-      for (int64_t j = 0; j < n; j++) {
-        const int64_t i = j * kBlockM + r;
-        vf w = load(weights + i);
-        if (normalize) {
-          const vf quotient = w * inverse;
-          w = quotient + (w - quotient * sum) * inverse;  // as good as a division, and exactly 1 for a lone key
-          store(weights + i, w);
-        }
-        vf g = load(grad + i), applied = w;
-        if (dropout) {
-          const vf keep = load(s.factors + i);
-          g *= keep;
-          applied *= keep;
-          store(grad + i, g);
-        }
-        delta[j % 2] += w * g;
-        if (dropout || gated) store(s.applied + i, applied * gate);
+    // Two vectors of rows at a time: that is what a vector of pairs of rows holds.
+    const bool paired = p.pairs && part == kSequence && !dropout && dv;
+    for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
+      const int vectors = r + kLanes < rows.end ? 2 : 1;
+      vf sum[2], inverse[2], gate[2], delta[2] = {zero(), zero()}, applied[2] = {zero(), zero()};
+      for (int u = 0; u < vectors; u++) {
+        sum[u] = load(total + r + u * kLanes);
+        inverse[u] = select(sum[u] == 0.0f, zero(), 1.0f / sum[u]);
+        gate[u] = load(s.part_scale[part] + r + u * kLanes);
       }
-      if (sum_delta) store(s.delta[part] + r, load(s.delta[part] + r) + (delta[0] + delta[1]));
+      for (int64_t j = 0; j < n; j++) {
+        for (int u = 0; u < vectors; u++) {
+          const int64_t i = j * kBlockM + r + u * kLanes;
+          vf w = load(weights + i);
+          if (normalize) {
+            const vf quotient = w * inverse[u];
+            w = quotient + (w - quotient * sum[u]) * inverse[u];  // as good as a division, exactly 1 for a lone key
+            store(weights + i, w);
+          }
+          vf g = load(grad + i);
+          applied[u] = w;
+          if (dropout) {
+            const vf keep = load(s.factors + i);
+            g *= keep;
+            applied[u] *= keep;
+            store(grad + i, g);
+          }
+          delta[u] += w * g;
+          if (dropout || gated) store(s.applied + i, applied[u] * gate[u]);
+        }
+        if (paired) store_row_pairs(s.row_pairs, j, r, applied[0], applied[1]);
+      }
+      for (int u = 0; u < vectors && sum_delta; u++) {
+        float* at_row = s.delta[part] + r + u * kLanes;
+        store(at_row, load(at_row) + delta[u]);
+      }
     }
     if (dv)
-      add_over_rows(p, s, part, begin, n, rows, dropout || gated ? s.applied : weights, s.dout, s.dout_pairs,
+      add_over_rows(p, s, part, begin, n, rows, paired ? nullptr : dropout || gated ? s.applied : weights, s.dout, s.dout_pairs,
                     dv + begin * p.padded_dim);
   }
 }
@@ -325,14 +374,27 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
   const TileRange range = tiles_of(seq, s.block, part);
   const float scale = (float)a.scale;
   const bool through_scores = (part == kPrefix && sums.dprefix_bias) || (part == kSequence && dbias);
+  alignas(64) float shifts[kBlockM], factors[kBlockM];
+  for (int64_t r = 0; r < kBlockM; r++) {
+    shifts[r] = s.dlse[part][r] - s.delta[part][r];
+    factors[r] = s.part_scale[part][r] * (through_scores ? 1.0f : scale);
+  }
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = least(kBlockN, range.end - begin), at = tile_offset(first_tile, range, begin);
     const RowRange rows = rows_of(s.block, part, begin, n);
     const int64_t last = least(rows.end, s.block.count);
     float *weights = s.weights + at, *grad = s.grads + at;
+#if PEFTKERN_HAS_PAIRS
+    if (p.pairs && part == kSequence && !through_scores && a.softcap == 0.0) {
+      pair_score_gradients(s, weights, grad, n, rows, shifts, factors);
+      if (dk) add_over_rows(p, s, part, begin, n, rows, nullptr, s.q, s.q_pairs, dk + begin * p.padded_dim);
+      if (needs.dq)
+        add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, nullptr);
+      continue;
+    }
+#endif
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-      const vf shift = load(s.dlse[part] + r) - load(s.delta[part] + r);
-      const vf factor = load(s.part_scale[part] + r) * (through_scores ? 1.0f : scale);
+      const vf shift = load(shifts + r), factor = load(factors + r);
       for (int64_t j = 0; j < n; j++) {
         const int64_t i = j * kBlockM + r;
         store(grad + i, load(weights + i) * (load(grad + i) + shift) * factor);

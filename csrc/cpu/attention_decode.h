@@ -54,6 +54,7 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
     const Sequence& seq = p.plan->sequences[p.plan->units[group.first + row / rows_each].sequence];
     set_row(p, seq, i / G, kv_head * G + i % G, r, s.block);
   }
+  finish_block(s.block);
   load_queries(p, s);
   reset_softmax(p, s, false);
   const int64_t end = least(some.prefix_len, (chunk + 1) * kDecodeKeys);
@@ -76,6 +77,7 @@ static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_he
     const int64_t row = least(r, s.block.count - 1);
     set_row(p, seq, row / G, kv_head * G + row % G, r, s.block);
   }
+  finish_block(s.block);
   load_queries(p, s);
   reset_softmax(p, s, false);
   s.tiles.open(seq, kv_head, false);

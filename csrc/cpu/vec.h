@@ -122,19 +122,29 @@ PEFTKERN_INLINE float reduce_add(vf x) {
   return lane[0];
 }
 
-// 2^x for x <= 127, relative error 2e-7; 0 below 2^-126; NaN stays NaN. Rounds by adding 1.5 2^23 + 127, whose low bits
-// then hold the biased exponent; 2^f for |f| <= 1/2 is a minimax polynomial.
-PEFTKERN_INLINE vf exp2(vf x) {
-  const float kMagic = 12582912.0f + 127.0f;
-  x = max(set1(-127.0f), x);
-  vf shifted = x + kMagic;
-  vf f = x - (shifted - kMagic);
+// 2^f for |f| <= 1/2, a minimax polynomial.
+PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
   vf p = f * 1.326472708e-03f + 9.671512862e-03f;
   p = p * f + 5.550733746e-02f;
   p = p * f + 2.402224208e-01f;
   p = p * f + 6.931469776e-01f;
-  p = p * f + 1.0f;
-  return p * (vf)(bits(shifted) << 23);
+  return p * f + 1.0f;
+}
+
+// 2^x for x <= 127, relative error 2e-7; 0 below 2^-150, or below 2^-126 where it rounds by adding 1.5 2^23 + 127, whose low
+// bits then hold the biased exponent; NaN stays NaN.
+PEFTKERN_INLINE vf exp2(vf x) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  const vf least = max(set1(-150.0f), x);
+  const vf whole = (vf)_mm512_roundscale_ps((__m512)least, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vf)_mm512_scalef_ps((__m512)exp2_of_fraction(least - whole), (__m512)whole);
+#else
+  const float kMagic = 12582912.0f + 127.0f;
+  x = max(set1(-127.0f), x);
+  vf shifted = x + kMagic;
+  vf f = x - (shifted - kMagic);
+  return exp2_of_fraction(f) * (vf)(bits(shifted) << 23);
+#endif
 }
 
 // ln x for normal x > 0, relative error 1e-7 (the polynomial is Cephes' logf); -inf for 0, NaN stays NaN.
