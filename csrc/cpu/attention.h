@@ -10,6 +10,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "gemm.h"
 #include "philox.h"
 #include "plan.h"
@@ -27,7 +31,15 @@ struct Arena {
   template <typename T>
   T* take(int64_t count) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (size_t)round_up(count * (int64_t)sizeof(T), 64);
+    const size_t end = used + (size_t)count * sizeof(T);
+    used = (size_t)round_up((int64_t)end, 64);
+#if defined(__SANITIZE_ADDRESS__)
+    used += 64;  // a gap that nobody may touch
+    if (base) {
+      ASAN_UNPOISON_MEMORY_REGION(piece, end - (size_t)(reinterpret_cast<char*>(piece) - base));
+      ASAN_POISON_MEMORY_REGION(base + end, used - end);
+    }
+#endif
     return piece;
   }
 };
