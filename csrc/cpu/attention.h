@@ -387,17 +387,18 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
   float factor = p.log2_scale;
   if (!p.is_plain(part)) {
     factor = 1.0f;
-    const float cap = (float)a.softcap;
-    const float scale = (float)a.scale;
+    const bool capped = a.softcap != 0.0;
+    const float scale = (float)(capped ? a.scale / a.softcap : a.scale * kLog2e);
+    const float cap = (float)(a.softcap * kLog2e);
     for (int64_t j = 0; j < n; j++)
       for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
         vf x = load(scores + j * kBlockM + r) * scale;
-        if (cap != 0.0f) {
-          const vf t = tanh(x / cap);
-          x = t * cap;
-          if (slope) store(slope + j * kBlockM + r, 1.0f - t * t);
+        if (capped) {
+          const Tanh t = tanh(x);
+          x = t.value * cap;
+          if (slope) store(slope + j * kBlockM + r, t.slope);
         }
-        store(scores + j * kBlockM + r, x * (float)kLog2e);
+        store(scores + j * kBlockM + r, x);
       }
     if (part == kPrefix && a.prefix_bias)
       for (int64_t r = rows.begin; r < least(rows.end, block.count); r++)
