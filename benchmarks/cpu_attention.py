@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention kernels on the CPU: this package, PEFT's way, and torch's attention without a prefix.
 
-    python benchmarks/cpu_attention.py --threads 1 2 --dtypes bf16 fp32
+    python benchmarks/cpu_attention.py                 training shapes, bf16 and fp32, one thread and all
+    python benchmarks/cpu_attention.py --decode        a few queries against many keys
 
-All providers run in one process and take turns, so that a slow moment of the machine hits all of them. Each row is
-checked against fp64 before it is timed. Medians; the spread is (third - first quartile) / median of ours. Writes
-results/cpu_attention.csv, with `--decode` results/cpu_decode.csv.
+The providers run in one process and take turns, so that a slow moment of the machine hits all of them. Each row is
+checked before it is timed: out, or every gradient, against fp64; ours may err twice (gradients: three times) as much
+as PEFT's way. Medians; a spread is (third - first quartile) / median. `no prefix` computes less than the others and
+is a yardstick. Writes results/cpu_attention.csv or results/cpu_decode.csv, and says how the figures stand to the bars
+that the project has set itself (`python benchmarks/report.py` says it again, `python benchmarks/plot.py` draws it).
 
 On a machine that others use, `--cpu-time` counts the processor time of one thread in place of the wall clock.
 """
@@ -13,167 +16,186 @@ On a machine that others use, `--cpu-time` counts the processor time of one thre
 from __future__ import annotations
 
 import argparse
-import csv
-import math
-import platform
-import statistics
+import functools
+import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import report
 import torch
+from measuring import DTYPES, add_options, progress, show, stamp, take_turns, write
 from providers import PROVIDERS
-from rich.console import Console
-from rich.table import Table
-from shapes import DECODE, TRAINING, Shape
+from shapes import DECODE, QUICK, QUICK_DECODE, TRAINING, Shape
 from torch import Tensor
 
-import peftkern
 from peftkern import reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "shape", "model", "dtype", "threads", "direction", "peftkern_ms", "peft_ms", "no_prefix_ms", "spread",
-    "gflops", "matmul_gflops", "speedup_over_peft", "speedup_over_no_prefix", "error", "error_peft",
-)  # fmt: skip
+DIRECTIONS = ("forward", "backward", "forward+backward")
+KEYS = {"peftkern": "peftkern", "PEFT": "peft", "no prefix": "no_prefix"}  # a provider's name in columns
+GRADIENTS = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v as a model has them ([B, S, H, D] in memory), and an fp32 prefix."""
+    """q, k, v as a model has them ([B, S, H, D] in memory), and a prefix."""
     g = torch.Generator().manual_seed(0)
     sizes = [(shape.B, shape.S, shape.Hq), (shape.B, shape.T, shape.Hkv), (shape.B, shape.T, shape.Hkv)]
     qkv = [torch.randn(*size, shape.D, generator=g).to(dtype).transpose(1, 2) for size in sizes]
     return qkv + [torch.randn(shape.Hkv, shape.P, shape.D, generator=g).to(dtype) for _ in range(2)]
 
 
-clock = time.perf_counter
+def _first_group(x: Tensor, heads: int) -> Tensor:
+    """What belongs to the first kv head: ``heads`` heads of a [B, H, ...] tensor, one of a prefix [H, P, D]."""
+    return x[:, :heads] if x.dim() == 4 else x[:1]
 
 
-def take_turns(calls: dict[str, Callable[[], object]], seconds: float, at_least: int = 7) -> dict[str, list[float]]:
-    """Seconds per call, the calls alternating until ``seconds`` have passed."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < at_least:
-        for name, call in calls.items():
-            start = clock()
-            call()
-            times[name].append(clock() - start)
-    return times
+def _outputs(attention: Callable, inputs: list[Tensor], dout: Tensor | None) -> list[Tensor]:
+    """[out], or the five gradients."""
+    if dout is None:
+        with torch.no_grad():
+            return [attention(*inputs)]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return list(torch.autograd.grad(attention(*leaves), leaves, dout))
 
 
-def relative_errors(shape: Shape, inputs: list[Tensor]) -> tuple[float, float]:
-    """Of out, ours and PEFT's, by the Frobenius norm against fp64 on a few samples and heads."""
-    samples, group = min(shape.B, 2), shape.Hq // shape.Hkv
-    q, k, v = (x[:samples] for x in inputs[:3])
-    prefix_k, prefix_v = inputs[3:]
-    doubles = (q[:, :group].double(), *(x[:, :1].double() for x in (k, v)), *(x[:1].double() for x in inputs[3:]))
-    true, _ = reference.prefix_attention(*doubles)
-    errors = []
-    for name in ("peftkern", "PEFT"):
-        out = PROVIDERS[name](q, k, v, prefix_k, prefix_v)[:, :group].double()
-        errors.append(((out - true).norm() / true.norm()).item())
-    return errors[0], errors[1]
+def check(shape: Shape, inputs: list[Tensor], direction: str) -> tuple[float, float]:
+    """Errors of the worst output, ours and PEFT's, by the Frobenius norm against fp64, on the first kv head.
+
+    Raises:
+        AssertionError: if ours is much the larger one.
+    """
+    group, dtype = shape.Hq // shape.Hkv, inputs[0].dtype
+    dout = None if direction == "forward" else torch.randn(inputs[0].shape).to(dtype)
+    heads = (group, 1, 1, 1, 1)
+    doubles = [_first_group(x, n).double() for x, n in zip(inputs, heads, strict=True)]
+    true = _outputs(
+        lambda *x: reference.prefix_attention(*x)[0], doubles, None if dout is None else dout[:, :group].double()
+    )
+    names, heads = (("out",), (group,)) if dout is None else (GRADIENTS, heads)
+    ours, peft = (
+        [
+            ((_first_group(x, n).double() - y).norm() / y.norm()).item()
+            for x, y, n in zip(_outputs(PROVIDERS[provider], inputs, dout), true, heads, strict=True)
+        ]
+        for provider in ("peftkern", "PEFT")
+    )
+    factor, floor = 2 if dout is None else 3, torch.finfo(dtype).eps
+    for name, error, error_peft in zip(names, ours, peft, strict=True):
+        assert error <= factor * error_peft + floor, f"{shape}: {name} errs by {error:.1e}, PEFT by {error_peft:.1e}"
+    return max(ours), max(peft)
 
 
-def backward_calls(inputs: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """A backward pass per provider, for q, k, v and the prefix, of a graph that is kept."""
-    calls = {}
+def calls_of(inputs: list[Tensor], direction: str) -> dict[str, Callable[[], object]]:
+    """A call per provider. Gradients are those of q, k, v and the prefix; ``backward`` is of a graph that is kept."""
+    if direction == "forward":
+        return {name: functools.partial(provider, *inputs) for name, provider in PROVIDERS.items()}
+    calls: dict[str, Callable[[], object]] = {}
     dout = torch.randn_like(inputs[0])
     for name, provider in PROVIDERS.items():
         leaves = [x.detach().requires_grad_() for x in inputs]
         wanted = leaves[:3] if name == "no prefix" else leaves
-        out = provider(*leaves)
-        calls[name] = lambda out=out, wanted=wanted: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+        if direction == "backward":
+            out = provider(*leaves)
+            calls[name] = functools.partial(torch.autograd.grad, out, wanted, dout, retain_graph=True)
+        else:
+            calls[name] = lambda p=provider, x=leaves, w=wanted: torch.autograd.grad(p(*x), w, dout)
     return calls
 
 
-def matmul_gflops(dtype: torch.dtype, n: int = 2048) -> float:
+def matmul_gflops(dtype: torch.dtype, size: int, seconds: float, clock: Callable[[], float]) -> float:
     """torch.matmul's rate, the yardstick of the rates below."""
-    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
-    times = take_turns({"matmul": lambda: a @ b}, 0.5)["matmul"]
-    return 2 * n**3 / statistics.median(times) / 1e9
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return 2 * size**3 / take_turns({"matmul": lambda: a @ b}, seconds, clock=clock)["matmul"].median / 1e9
 
 
 def measure(
-    shape: Shape, dtype_name: str, threads: int, directions: list[str], seconds: float, matmul: float
-) -> list:
-    """One row of the table per direction."""
-    dtype = DTYPES[dtype_name]
-    inputs = make_inputs(shape, dtype)
-    error, error_peft = relative_errors(shape, inputs)
-    assert error <= 2 * error_peft + torch.finfo(dtype).eps, f"{shape}: error {error:.1e}, PEFT's {error_peft:.1e}"
+    shape: Shape,
+    dtype: str,
+    threads: int,
+    directions: list[str],
+    seconds: float,
+    matmul: dict[tuple[str, int], float],
+    clock: Callable[[], float],
+) -> list[dict[str, object]]:
+    """A row per direction; ``matmul`` holds the yardstick by (dtype, threads)."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    inputs = make_inputs(shape, DTYPES[dtype])
     rows = []
     for direction in directions:
-        if direction == "forward":
-            with torch.no_grad():
-                calls = {name: lambda p=p: p(*inputs) for name, p in PROVIDERS.items()}
-                times = take_turns(calls, seconds)
-        else:
-            times = take_turns(backward_calls(inputs), seconds)
-        ours, peft, bare = (statistics.median(times[name]) for name in ("peftkern", "PEFT", "no prefix"))
-        quartiles = statistics.quantiles(times["peftkern"], n=4)
-        rows.append(
-            (str(shape), shape.model, dtype_name, threads, direction, ours * 1e3, peft * 1e3, bare * 1e3,
-             (quartiles[2] - quartiles[0]) / ours, shape.flops(direction) / ours / 1e9, matmul, peft / ours,
-             bare / ours, error, error_peft)
-        )  # fmt: skip
+        error, error_peft = check(shape, inputs, direction)
+        with torch.set_grad_enabled(direction != "forward"):
+            times = take_turns(calls_of(inputs, direction), seconds, clock=clock)
+        ours, rate = times["peftkern"].median, matmul[dtype, threads]
+        gflops = shape.flops(direction) / ours / 1e9
+        row = {"shape": str(shape), "model": shape.model, "dtype": dtype, "threads": threads, "direction": direction}
+        for provider, key in KEYS.items():
+            row |= {f"{key}_ms": times[provider].median * 1e3, f"{key}_spread": times[provider].spread}
+        row |= {
+            "gflops": gflops, "matmul_gflops": rate, "over_matmul": gflops / rate,
+            "speedup_over_peft": times["PEFT"].median / ours,
+            "speedup_over_no_prefix": times["no prefix"].median / ours, "error": error, "error_peft": error_peft,
+        }  # fmt: skip
+        rows.append(row | {"S": shape.S, "P": shape.P} | stamp())
+        gc.collect()
     return rows
 
 
-def show(rows: list[tuple], console: Console) -> None:
-    """The table, and the figures that summarise it."""
-    table = Table(title="prefix attention on the CPU", caption=f"{platform.processor()} torch {torch.__version__}")
-    for name in ("B,Hq,Hkv,S,D,P", "dtype", "thr", "direction", "ours ms", "PEFT ms", "no prefix ms", "spread",
-                 "GFLOP/s", "of matmul", "x PEFT", "x no prefix", "error", "PEFT's"):  # fmt: skip
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        shape, _, dtype, threads, direction, ours, peft, bare, spread, rate, matmul, x, y, error, error_peft = row
-        table.add_row(
-            shape, dtype, str(threads), direction[:3], f"{ours:.2f}", f"{peft:.2f}", f"{bare:.2f}", f"{spread:.0%}",
-            f"{rate:.0f}", f"{rate / matmul:.2f}", f"{x:.2f}", f"{y:.2f}", f"{error:.1e}", f"{error_peft:.1e}",
-        )  # fmt: skip
-    console.print(table)
-    for key in sorted({(row[2], row[3], row[4]) for row in rows}):
-        speedups = [row[11] for row in rows if (row[2], row[3], row[4]) == key]
-        mean = math.exp(statistics.fmean(map(math.log, speedups)))
-        console.print(f"{' '.join(map(str, key))}: over PEFT geometric mean {mean:.2f}, worst {min(speedups):.2f}")
+def show_rows(rows: list[dict]) -> None:
+    columns = ("B,Hq,Hkv,S,D,P", "dtype", "thr", "direction", "ours ms", "PEFT ms", "no prefix ms", "GFLOP/s",
+               "of matmul", "x PEFT", "x no prefix", "error", "PEFT's")  # fmt: skip
+
+    def line(r: dict) -> list[str]:
+        timings = [f"{r[f'{key}_ms']:.2f} ±{r[f'{key}_spread']:.0%}" for key in KEYS.values()]
+        return [
+            r["shape"], r["dtype"], str(r["threads"]), r["direction"], *timings, f"{r['gflops']:.0f}",
+            f"{r['over_matmul']:.2f}", f"{r['speedup_over_peft']:.2f}", f"{r['speedup_over_no_prefix']:.2f}",
+            f"{r['error']:.1e}", f"{r['error_peft']:.1e}",
+        ]  # fmt: skip
+
+    show("prefix attention on the CPU, medians ± spreads", columns, map(line, rows))
 
 
-def main() -> None:
-    """Measure, print, save."""
+def main(arguments: list[str] | None = None) -> None:
+    """Check, measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--directions", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
+    add_options(parser, seconds=1.0)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--decode", action="store_true", help="decode shapes, forward only")
     parser.add_argument("--only", type=int, nargs="+", help="indices of the shapes to run")
-    parser.add_argument("--seconds", type=float, default=1.0, help="per row")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, of one thread")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    if options.cpu_time:
-        global clock
-        clock, options.threads = time.process_time, [1]
-    print(f"peftkern {peftkern.__version__}, torch {torch.__version__}")
-    shapes, directions = (DECODE, ["forward"]) if options.decode else (TRAINING, options.directions)
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for dtype in options.dtypes:
-            matmul = matmul_gflops(DTYPES[dtype])
-            for index, shape in enumerate(shapes):
-                if options.only is None or index in options.only:
-                    rows += measure(shape, dtype, threads, directions, options.seconds, matmul)
-    show(rows, Console(width=180))
-    output = options.output or RESULTS / ("cpu_decode.csv" if options.decode else "cpu_attention.csv")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
+    options = parser.parse_args(arguments)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    threads, dtypes = [1] if options.cpu_time else options.threads, options.dtypes or ["bf16", "fp32"]
+    directions = ["forward"] if options.decode else options.directions
+    shapes: tuple[Shape, ...] = DECODE if options.decode else TRAINING
+    name, seconds, size = "cpu_decode.csv" if options.decode else "cpu_attention.csv", options.seconds, 2048
+    if options.quick:
+        shapes, seconds, size = QUICK_DECODE if options.decode else QUICK, 0.0, 128
+
+    matmul: dict[tuple[str, int], float] = {}
+
+    def yardstick(dtype: str, count: int) -> list:
+        torch.set_num_threads(count)
+        matmul[dtype, count] = matmul_gflops(DTYPES[dtype], size, min(seconds, 1.0), clock)
+        return []
+
+    tasks: list[tuple[str, Callable[[], list]]] = []
+    for count in threads:
+        for dtype in dtypes:
+            about = f"{dtype}, threads={count}"
+            tasks.append((f"torch.matmul {size}^3, {about}", functools.partial(yardstick, dtype, count)))
+            tasks += [
+                (f"{shape}, {about}",
+                 functools.partial(measure, shape, dtype, count, directions, seconds, matmul, clock))
+                for index, shape in enumerate(shapes) if options.only is None or index in options.only
+            ]  # fmt: skip
+    rows = list(progress(tasks))
+    show_rows(rows)
+    output = options.output or (None if options.quick else report.RESULTS / name)
+    if output:
+        write(rows, output)
+        if not options.decode:
+            report.show(attention=output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Shape:
 
     def flops(self, direction: str) -> float:
         """Useful floating-point operations: 4 D per visible pair forward, 10 D backward (five products)."""
-        per_pair = {"forward": 4, "backward": 10, "both": 14}[direction]
+        per_pair = {"forward": 4, "backward": 10, "forward+backward": 14}[direction]
         return float(per_pair * self.D * self.B * self.Hq * self.pairs)
 
     def __str__(self) -> str:
@@ -54,8 +54,19 @@ TRAINING = (
 
 DECODE = (
     Shape(1, 9, 3, 1, 64, 20, cached=1023, model="SmolLM2-135M"),
+    Shape(128, 9, 3, 1, 64, 2048, cached=127, model="SmolLM2-135M, cartridge, large batch"),
     Shape(32, 32, 8, 1, 128, 2048, cached=127, model="Llama-3-8B, cartridge"),
     Shape(8, 32, 8, 1, 128, 512, cached=511, model="Llama-3-8B"),
-    Shape(1, 32, 8, 1, 128, 64, cached=16383, model="Llama-3-8B, long"),
+    Shape(8, 32, 8, 4, 128, 512, cached=508, model="Llama-3-8B, 4 at once"),
     Shape(4, 32, 8, 16, 128, 256, cached=1008, model="Llama-3-8B, 16 at once"),
+    Shape(1, 32, 8, 1, 128, 64, cached=16383, model="Llama-3-8B, long"),
+    Shape(1, 32, 8, 1, 128, 64, cached=65535, model="Llama-3-8B, 64k"),
+    Shape(1, 9, 3, 16, 64, 100, cached=65520, model="SmolLM2-135M, 64k, 16 at once"),
+)
+
+# For a run that shows that a script works.
+QUICK = (Shape(2, 4, 2, 33, 16, 5, model="quick"), Shape(1, 2, 2, 1025, 8, 3, model="quick"))
+QUICK_DECODE = (
+    Shape(2, 4, 2, 1, 16, 8, cached=15, model="quick"),
+    Shape(1, 4, 2, 3, 16, 8, cached=60, model="quick"),
 )

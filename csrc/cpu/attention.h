@@ -10,6 +10,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "gemm.h"
 #include "philox.h"
 #include "plan.h"
@@ -27,7 +31,15 @@ struct Arena {
   template <typename T>
   T* take(int64_t count) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (size_t)round_up(count * (int64_t)sizeof(T), 64);
+    const size_t end = used + (size_t)count * sizeof(T);
+    used = (size_t)round_up((int64_t)end, 64);
+#if defined(__SANITIZE_ADDRESS__)
+    used += 64;  // a gap that nobody may touch
+    if (base) {
+      ASAN_UNPOISON_MEMORY_REGION(piece, end - (size_t)(reinterpret_cast<char*>(piece) - base));
+      ASAN_POISON_MEMORY_REGION(base + end, used - end);
+    }
+#endif
     return piece;
   }
 };
@@ -541,17 +553,18 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
   float factor = p.log2_scale;
   if (!p.is_plain(part)) {
     factor = 1.0f;
-    const float cap = (float)a.softcap;
-    const float scale = (float)a.scale;
+    const bool capped = a.softcap != 0.0;
+    const float scale = (float)(capped ? a.scale / a.softcap : a.scale * kLog2e);
+    const float cap = (float)(a.softcap * kLog2e);
     for (int64_t j = 0; j < n; j++)
       for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
         vf x = load(scores + j * kBlockM + r) * scale;
-        if (cap != 0.0f) {
-          const vf t = tanh(x / cap);
-          x = t * cap;
-          if (slope) store(slope + j * kBlockM + r, 1.0f - t * t);
+        if (capped) {
+          const Tanh t = tanh(x);
+          x = t.value * cap;
+          if (slope) store(slope + j * kBlockM + r, t.slope);
         }
-        store(scores + j * kBlockM + r, x * (float)kLog2e);
+        store(scores + j * kBlockM + r, x);
       }
     if (part == kPrefix && a.prefix_bias)
       for (int64_t r = rows.begin; r < least(rows.end, block.count); r++)

@@ -489,7 +489,7 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
     if (sums.dgate)
       sums.dgate[head] += (1.0 - (double)s.part_scale[kPrefix][r] * s.part_scale[kPrefix][r]) * prefix_delta;
     if (sums.dsinks && s.lse[r] != kInf)
-      sums.dsinks[head] += std::exp2((double)a.sinks[block.head[r]] * kLog2e - s.lse[r]) *
+      sums.dsinks[head] += std::exp2((double)a.sinks[block.head[r]] * kLog2e - s.lse[r]) / (exact ? s.total[r] : 1.0f) *
                            (double)(s.dlse[kSequence][r] - delta);
   }
 

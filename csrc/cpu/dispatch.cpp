@@ -11,7 +11,7 @@
 #include "philox.h"
 #include "plan.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PEFTKERN_PORTABLE_ONLY)
 #define PEFTKERN_X86 1
 #else
 #define PEFTKERN_X86 0
@@ -226,8 +226,13 @@ int choose_isa(int64_t requested, int64_t dtype) {
   return requested <= PEFTKERN_ISA_AVX512_BF16 && has_isa(int(requested)) ? int(requested) : -1;
 }
 
+// A nested type is not deduced: null is a kernel too.
 template <typename Args>
-using Kernel = int (*)(const Args&, const Plan&);
+struct KernelOf {
+  typedef int (*type)(const Args&, const Plan&);
+};
+template <typename Args>
+using Kernel = typename KernelOf<Args>::type;
 
 template <typename Args>
 int run(const Args& args, int isa, const Plan& plan, Kernel<Args> portable_kernel, Kernel<Args> avx2_kernel,

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU library under the address, undefined-behaviour and thread sanitizers: every feature, both directions."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from ..cases import Shape
+from .calls import Recorder, write_calls
+from .program import attempt, build, mutated, run
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("cmake") and shutil.which("ninja")), reason="needs g++, cmake and ninja"
+)
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calls") / "small"
+    write_calls(path)
+    return path
+
+
+def test_address_and_undefined_behaviour(small_set, tmp_path):
+    """On every instruction set that this processor has."""
+    program = build(tmp_path, "-DPEFTKERN_SANITIZE=address")
+    assert " passed, 0 failed" in run(program, small_set, "all", "2", "3")
+
+
+def test_threads(small_set, tmp_path):
+    program = build(tmp_path, "-DPEFTKERN_SANITIZE=thread", "-DPEFTKERN_PORTABLE_ONLY=ON")
+    assert " passed, 0 failed" in run(program, small_set, "all", "2", "3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_everything(sanitizer, tmp_path):
+    calls = tmp_path / "everything"
+    write_calls(calls, everything=True)
+    program = build(tmp_path, f"-DPEFTKERN_SANITIZE={sanitizer}")
+    assert " passed, 0 failed" in run(program, calls, "all", "1", "2", "3")
+
+
+def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
+    """Behind a tensor's last element, and behind a piece of the scratch memory, which is one allocation."""
+    source = mutated(
+        tmp_path / "source",
+        ("embedding.cpp", "memcpy(out, row, a.dim * size);", "memcpy(out, row, a.dim * size + 1);"),
+        ("attention.h", "int64_t r = 0; r < block.count; r++) {\n    const int64_t at = block.sample[r] * stride[0]",
+         "int64_t r = 0; r < block.count; r++) {\n    rows[kBlockM * p.padded_dim] = 0.0f;\n"
+         "    const int64_t at = block.sample[r] * stride[0]"),
+    )  # fmt: skip
+    program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
+    embedding, attention = Recorder(), Recorder()
+    embedding.embedding(torch.float32, bank=False)
+    attention.attention("planted", Shape(S=70), torch.float32, {})
+    for recorder, report in ((embedding, "heap-buffer-overflow"), (attention, "use-after-poison")):
+        recorder.write(tmp_path / "calls")
+        done = attempt(program, tmp_path / "calls", "all", "2")
+        assert done.returncode != 0, f"the planted {report} went unseen"
+        assert report in done.stdout, done.stdout
+
+
+RACES = {
+    "the prefix is read before it is packed": (
+        "attention_forward.h", "#pragma omp for schedule(static)", "\n  for (int64_t i = 0; i < p.args->bank_size",
+    ),
+    "partial sums are read before they are written": (
+        "attention_backward.h", "#pragma omp for schedule(dynamic, 1)",
+        "\n    for (int64_t task = 0; task < num_tasks; task++)\n      backward_group",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("race", [next(iter(RACES)), pytest.param(list(RACES)[1], marks=pytest.mark.slow)])
+def test_a_planted_race_is_caught(race, tmp_path):
+    """A barrier that is not there. Results are often right all the same."""
+    name, loop, body = RACES[race]
+    source = mutated(tmp_path / "source", (name, loop + body, f"{loop} nowait{body}"))
+    program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=thread", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
+    recorder = Recorder()
+    recorder.attention("planted", Shape(B=3, Hq=4, Hkv=2, S=37, P=50, D=20), torch.float32, {})
+    recorder.write(tmp_path / "calls")
+    done = attempt(program, tmp_path / "calls", "all", "2")
+    assert "ThreadSanitizer: data race" in done.stdout, f"unseen: {race}"
+    assert done.returncode != 0

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark scripts run, check what they time, and read their own results. How fast they say it is: not here."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STAMP = {"cpu", "cores", "threads", "torch", "peftkern", "git", "date"}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of the folder by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_cpu_attention(script, tmp_path, capsys, decode):
+    path = tmp_path / "rows.csv"
+    threads = ["1", "2"] if decode else ["1"]
+    arguments = ["--quick", "--threads", *threads, "--dtypes", "fp32", "--output", str(path), *["--decode"] * decode]
+    script("cpu_attention").main(arguments)
+    rows = pd.read_csv(path)
+    assert set(rows) >= STAMP
+    assert len(rows) == (1 if decode else 3) * 2 * len(threads), "a row per direction, shape and number of threads"
+    for name in ("peftkern_ms", "peft_ms", "no_prefix_ms", "peftkern_spread", "over_matmul", "error", "error_peft"):
+        assert (rows[name] > 0).all(), name
+    printed = capsys.readouterr().out
+    assert "medians ± spreads" in printed
+    assert decode or "fp32 forward over PEFT" in printed, "no table of the bars"
+
+
+def test_a_row_that_is_wrong_is_not_timed(script, monkeypatch):
+    module = script("cpu_attention")
+    right = module.PROVIDERS["peftkern"]
+    monkeypatch.setitem(module.PROVIDERS, "peftkern", lambda *inputs: right(*inputs) * 1.01)
+    inputs = module.make_inputs(module.QUICK[0], torch.float32)
+    for direction in module.DIRECTIONS:
+        with pytest.raises(AssertionError, match="errs by"):
+            module.check(module.QUICK[0], inputs, direction)
+
+
+@pytest.mark.slow
+def test_training_step(script, tmp_path):
+    path = tmp_path / "rows.csv"
+    script("training_step").main(["--quick", "--threads", "1", "--output", str(path)])
+    rows = pd.read_csv(path)
+    assert set(rows) >= STAMP
+    assert (rows[["peft_s", "peftkern_s", "no_prefix_s", "over_peft", "over_no_prefix"]] > 0).all(axis=None)
+
+
+def test_calls_take_turns(script):
+    calls = []
+    script("measuring").take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, at_least=4)
+    assert "".join(calls) == "ab" + "abbaabba", "once to warm up, then each round from another call on"
+
+
+def test_bars_are_judged_by_mean_and_by_worst(script):
+    report = script("report")
+    figure = report.Figure("a", "attention", "", "x", mean=2.0, worst=1.5)
+    for ratios, reached in (([2.0, 2.0], True), ([1.0, 8.0], False), ([1.6, 1.6], False)):
+        mean, worst, verdict = report.judge(figure, pd.DataFrame({"x": ratios}))
+        assert mean == pytest.approx(math.prod(ratios) ** 0.5)
+        assert worst == min(ratios)
+        assert verdict == reached
+
+
+def _step_rows(**columns) -> pd.DataFrame:
+    row = {"dtype": "bf16", "threads": 1, "B": 1, "S": 512, "P": 20, "over_peft": 1.29, "over_no_prefix": 1.2}
+    return pd.DataFrame([row | columns])
+
+
+def test_a_bar_that_is_missed_or_not_measured_is_said_so(script, tmp_path, capsys):
+    _step_rows().to_csv(tmp_path / "rows.csv", index=False)
+    script("report").show(step=tmp_path / "rows.csv")
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "bf16" in line}
+    assert "1.29 / 1.29 │ " in lines["bf16 training step over PEFT, S=512, P=20"]
+    assert "missed" in lines["bf16 training step over PEFT, S=512, P=20"]
+    assert "not measured" in lines["bf16 training step over PEFT, S=1024, P=20"]
+    assert "reached" in lines["bf16 training step over the frozen model without a prefix, S >= 512"]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plots_are_made_from_results(script, tmp_path, suffix):
+    kernel = pd.DataFrame(
+        {"shape": ["1,2,2,3,4,5"] * 2, "model": "tiny", "dtype": "bf16", "threads": [1, 2], "direction": "forward",
+         "speedup_over_peft": [2.0, 3.0], "cpu": "a cpu", "torch": "2", "git": "0"}
+    )  # fmt: skip
+    paths = [tmp_path / "kernel.csv", tmp_path / "step.csv"]
+    kernel.to_csv(paths[0], index=False)
+    _step_rows().to_csv(paths[1], index=False)
+    script("plot").main([*map(str, paths), "--format", suffix])
+    for path in paths:
+        assert path.with_suffix(f".{suffix}").stat().st_size > 1000
