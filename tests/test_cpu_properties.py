@@ -58,7 +58,8 @@ def calls(draw):
         return st.tuples(*(st.sampled_from((1, n)) for n in sizes)).map(lambda shape: laid_out(shape, torch.float32))
 
     options = {
-        "causal": draw(st.booleans()), "scale": maybe(st.sampled_from([x * size["D"] ** -0.5 for x in (0.3, 1.5, -1.0)])),
+        "causal": draw(st.booleans()),
+        "scale": maybe(st.sampled_from([x * size["D"] ** -0.5 for x in (0.3, 1.5, -1.0)])),
         "window": maybe(st.integers(1, 140)), "prefix_in_window": draw(st.booleans()),
         "softcap": maybe(st.sampled_from((0.5, 5.0, 50.0))), "bias": maybe(floats(batch, heads, q_len, kv_len)),
         "prefix_bias": maybe(floats(heads, prefix_len)),

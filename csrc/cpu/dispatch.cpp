@@ -195,6 +195,9 @@ bool valid_indices(const peftkern_attention& a) {
   return true;
 }
 
+// AMX-BF16 is left out. Its tiles are configured per thread, and the threads are torch's: oneDNN configures them there too,
+// and its micro-kernels keep their configuration from call to call until they release it. Kernels that share this state
+// would have to be shown right beside oneDNN on a processor that has it; no machine of this project's tests has.
 bool has_isa(int isa) {
 #if PEFTKERN_X86
   __builtin_cpu_init();

@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from peft import PrefixTuningConfig, get_peft_model
 
 import peftkern
 
-B, S, P, LAYERS = 2, 96, 16, 3
+B, S, P = 2, 96, 16
+HEADS, HEAD_DIM = 4, 16
 
 
-def _model():
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).train()  # fmt: skip
+def _model(layers: int, kv_heads: int, dtype: torch.dtype):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=HEADS * HEAD_DIM, intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype).train()
 
 
 def _saved_bytes(model) -> int:
@@ -37,14 +38,27 @@ def _saved_bytes(model) -> int:
     return sum(x.untyped_storage().nbytes() for x in saved.values())
 
 
-def test_a_prefix_keeps_no_more_than_lse_and_itself():
-    """Beside the frozen model without a prefix, whose embeddings have a gradient and whose kernel is stock SDPA."""
-    bare = _model().requires_grad_(False)
-    bare.enable_input_require_grads()
-    model = get_peft_model(_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
-    heads, kv_heads, head_dim = 4, 2, 16
-    allowed = LAYERS * 4 * (B * heads * S + 2 * kv_heads * P * head_dim)
-    with peftkern.patched(model):
-        extra = _saved_bytes(model) - _saved_bytes(bare)
-    assert extra <= allowed, f"{extra} bytes more than without a prefix; lse and prefix are {allowed}"
-    assert _saved_bytes(model) - _saved_bytes(bare) > allowed, "stock PEFT keeps as little: the test measures nothing"
+def _saved_bytes_per_layer(make) -> int:
+    """``make(layers)`` gives a model. What the ends of it keep does not count, whatever the prefix does there."""
+    return (_saved_bytes(make(4)) - _saved_bytes(make(2))) // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_prefix_keeps_no_more_than_lse_and_itself(kv_heads, dtype):
+    """Per layer, beside the frozen model without a prefix, whose embeddings have a gradient; its kernel is SDPA."""
+
+    def bare(layers):
+        model = _model(layers, kv_heads, dtype).requires_grad_(False)
+        model.enable_input_require_grads()
+        return model
+
+    def stock(layers):
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+        return get_peft_model(_model(layers, kv_heads, dtype), config)
+
+    without = _saved_bytes_per_layer(bare)
+    extra = _saved_bytes_per_layer(lambda layers: peftkern.patch(stock(layers))) - without
+    allowed = 4 * (B * HEADS * S + 2 * kv_heads * P * HEAD_DIM)
+    assert extra <= allowed, f"{extra} bytes more per layer than without a prefix; lse and prefix are {allowed}"
+    assert _saved_bytes_per_layer(stock) - without > allowed, "stock PEFT keeps as little: the test measures nothing"
