@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the attention kernels share: tiles, scores, visibility, packed sequences, dropout.
 
-Scores are in units of log2, so that ``exp2`` serves the softmax. ``rows`` (queries) and ``keys`` are index tensors of
-two dims that broadcast against each other, [M, 1] and [1, N] or, transposed, [1, M] and [N, 1].
+Scores times their unit are logarithms to base 2, so that ``exp2`` serves the softmax. ``rows`` (queries) and ``keys``
+are index tensors of two dims that broadcast against each other, [M, 1] and [1, N] or, transposed, [1, M] and [N, 1].
 """
 
 import triton
@@ -76,14 +76,24 @@ def tanh(x):
 
 
 @triton.jit
-def softcapped(products, scale, softcap):
-    """(scores without bias, d score / d (scale * product)) of products q k."""
-    if softcap is None:
-        scores, slope = products * (scale * LOG2E), 1.0
+def softcapped(products, scale, options, ADDS: tl.constexpr):
+    """(scores, unit, slope): ``scores * unit`` are the scores before bias, slope is d score / d (scale * product).
+
+    Where nothing is done to the products but to scale them, they are the scores and the scale is their unit: what
+    follows then multiplies where it subtracts, in one instruction. ADDS: a bias will be added.
+    """
+    slope = 1.0
+    unit = 1.0
+    if options.softcap is not None:
+        capped = tanh(products * (scale / options.softcap))
+        scores = capped * (options.softcap * LOG2E)
+        slope = 1.0 - capped * capped
+    elif ADDS or options.ordered is None:
+        scores = products * (scale * LOG2E)
     else:
-        capped = tanh(products * (scale / softcap))
-        scores, slope = capped * (softcap * LOG2E), 1.0 - capped * capped
-    return scores, slope
+        scores = products
+        unit = scale * LOG2E
+    return scores, unit, slope
 
 
 @triton.jit
@@ -113,56 +123,92 @@ def segment(index, options, sizes):
 
 
 @triton.jit
-def seq_scores(
-    products, scale, rows, keys, inner, first, end, batch, head, options, sizes, IS_CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """(scores, slope) for sequence keys. ``inner`` (rows or keys) must lie in [first, end), the other's segment.
+def keys_seen(rows, options, sizes, IS_CAUSAL: tl.constexpr):
+    """(lower, upper): each row sees sequence keys lower <= key < upper.
 
-    MASKED is false where every row of the block sees every key.
+    For rows within [0, S); those beyond see what is not there, and are not stored.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
-    inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
+    offset = sizes.kv_len - sizes.q_len
+    lower, upper = segment(tl.minimum(rows, sizes.q_len - 1), options, sizes)
+    if IS_CAUSAL:
+        upper = rows + (offset + 1)
+    if options.window is not None:
+        lower = tl.maximum(lower, rows + (offset + 1 - options.window))
+    return lower, upper
+
+
+@triton.jit
+def rows_that_see(keys, options, sizes, IS_CAUSAL: tl.constexpr):
+    """(lower, upper): each sequence key is seen by rows lower <= row < upper.
+
+    The rows' statistics, and not this, take out those beyond S.
+    """
+    offset = sizes.kv_len - sizes.q_len
+    lower, upper = segment(tl.minimum(keys, sizes.kv_len - 1), options, sizes)
+    if IS_CAUSAL:
+        lower = keys - offset
+    if options.window is not None:
+        farthest = keys + (options.window - offset)
+        upper = farthest if options.cu_seqlens is None else tl.minimum(upper, farthest)
+    return lower, upper
+
+
+@triton.jit
+def seq_scores(
+    products, scale, rows, keys, lower, upper, batch, head, options, sizes, IS_CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(scores, unit, slope) for sequence keys.
+
+    lower and upper are :func:`keys_seen` of the rows or, BY_KEY, :func:`rows_that_see` of the keys. MASKED is false
+    where every row of the block sees every key.
+    """
+    scores, unit, slope = softcapped(products, scale, options, options.bias is not None)
     if options.bias is not None:
         bias = options.bias
         ptrs = matrix(bias, batch, head) + rows.to(tl.int64) * bias.stride_m + keys.to(tl.int64) * bias.stride_n
+        inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
         scores += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = inside
-        distance = rows + (sizes.kv_len - sizes.q_len) - keys
-        if IS_CAUSAL:
-            visible = visible & (distance >= 0)
-        if options.window is not None:
-            visible = visible & (distance < options.window)
-        if options.cu_seqlens is not None:
-            visible = visible & (inner >= first) & (inner < end)
+        CUT: tl.constexpr = options.window is not None or options.cu_seqlens is not None
+        if not BY_KEY:
+            scores = tl.where(keys < upper, scores, -float("inf"))
+            if CUT:
+                scores = tl.where(keys >= lower, scores, -float("inf"))
+        else:
+            if IS_CAUSAL or options.cu_seqlens is not None:
+                scores = tl.where(rows >= lower, scores, -float("inf"))
+            if CUT:
+                scores = tl.where(rows < upper, scores, -float("inf"))
         if options.key_mask is not None:
             ptrs = options.key_mask.ptr + tl.cast(batch, tl.int64) * options.key_mask.stride_b
             mask = tl.load(ptrs + keys * options.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
-            visible = visible & (mask != 0)
-        scores = tl.where(visible, scores, -float("inf"))
-    return scores, slope
+            scores = tl.where(mask != 0, scores, -float("inf"))
+    return scores, unit, slope
 
 
 @triton.jit
 def prefix_scores(
     products, scale, positions, slots, sees, length, head, options, sizes, MASKED: tl.constexpr
 ):  # fmt: skip
-    """(scores, slope) for the first ``length`` tokens of a prefix.
+    """(scores, unit, slope) for the first ``length`` tokens of a prefix.
 
-    ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix.
+    ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix, None
+    for all.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
+    scores, unit, slope = softcapped(products, scale, options, options.prefix_bias is not None)
     if options.prefix_bias is not None:
         bias = options.prefix_bias
         ptrs = bias.ptr + head * bias.stride_h + slots * bias.stride_n
         scores += tl.load(ptrs, mask=slots < sizes.prefix_len, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = (slots < length) & sees
+        visible = slots < length
+        if sees is not None:
+            visible = visible & sees
         if options.prefix_window is not None:
             visible = visible & (length + positions - slots < options.prefix_window)
         scores = tl.where(visible, scores, -float("inf"))
-    return scores, slope
+    return scores, unit, slope
 
 
 @triton.jit

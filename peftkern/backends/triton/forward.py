@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused forward: one online softmax over [prefix blocks | sequence blocks] (FlashAttention, Dao et al. 2022)."""
+"""The fused forward: one online softmax over [prefix blocks | sequence blocks] (FlashAttention, Dao et al. 2022).
+
+:func:`visit_prefix` and :func:`visit_sequence` walk a block of rows over the keys that it sees; what is done at each
+block of keys is a function ``STEP(state, context, scores, unit, slope, k, v, keep, options)`` that returns the state.
+"""
 
 import triton
 import triton.language as tl
@@ -10,6 +14,7 @@ from .blocks import (
     dropout_keep,
     find_sequence,
     key_range,
+    keys_seen,
     load_tile,
     locate,
     matrix,
@@ -24,85 +29,65 @@ from .blocks import (
 
 
 @triton.jit
-def _softmax_step(m, denom, acc, scores, v, dout, keep, HAS_DROPOUT: tl.constexpr):
-    """One block on: running maximum m [M], denominator [M], and weighted values acc [M, D], or with dout [M, D]
-    their products with it, acc [M]."""
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(scores - pivot[:, None])
-    decay = tl.exp2(m - pivot)
-    denom = denom * decay + tl.sum(p, 1)
-    if HAS_DROPOUT:
-        p = tl.where(keep, p, 0.0)
-    if dout is None:
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    else:
-        acc = acc * decay + tl.sum(p * tl.dot(dout, tl.trans(v), input_precision="ieee"), 1)
-    return m_new, denom, acc
-
-
-@triton.jit
-def _attend_prefix_blocks(
-    m, denom, acc, q, dout, k_ptr, stride_k, v_ptr, stride_v, low, high, length, first_row, positions, sees,
-    batch_head, head, options, sizes, scale,
+def _visit_prefix_blocks(
+    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, prefix, low, high, length, first_row, positions, sees,
+    batch, head, options, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Tokens low to high of one prefix."""
+    kv_head = head // sizes.group
+    k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
     for first_slot in range(low, high, BLOCK_N):
-        k = load_tile(k_ptr, stride_k, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
+        k = load_tile(k_ptr, prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
+        k = k.to(q.dtype)
         slots = first_slot + tl.arange(0, BLOCK_N)[None, :]
-        products = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        scores, _ = prefix_scores(products, scale, positions, slots, sees, length, head, options, sizes, MASKED)
-        v = load_tile(v_ptr, stride_v, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores, unit, slope = prefix_scores(
+            products, scale, positions, slots, sees, length, head, options, sizes, MASKED
+        )
+        v = load_tile(v_ptr, prefix_v.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         keep = None
         if DROPOUT_THRESHOLD > 0:
+            batch_head = batch * sizes.num_heads + head
             keep = dropout_keep(options, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-        m, denom, acc = _softmax_step(m, denom, acc, scores, v.to(q.dtype), dout, keep, DROPOUT_THRESHOLD > 0)
-    return m, denom, acc
+        state = STEP(state, context, scores, unit, slope, k, v.to(q.dtype), keep, options)
+    return state
 
 
 @triton.jit
-def _attend_one_prefix(
-    m, denom, acc, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sees, batch_head, head, options, sizes,
-    scale,
+def _visit_one_prefix(
+    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, prefix, first_row, positions, sees, batch, head,
+    options, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SOME_SEE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of prefix number ``prefix`` (-1: none). SOME_SEE: not every row sees it, but those in ``sees``."""
+    """All blocks of prefix number ``prefix`` (-1: none), full ones first; ``sees`` as in :func:`prefix_scores`."""
     length = prefix_length(prefix, options, sizes)
-    kv_head = head // sizes.group
-    k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
     low = length * 0
     if options.prefix_window is not None:
         nearest = tl.min(tl.min(positions, 1), 0)
         low = tl.maximum(0, length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N
-    full_high = low
-    if not (SOME_SEE or options.prefix_window is not None):
-        full_high = length // BLOCK_N * BLOCK_N
-        m, denom, acc = _attend_prefix_blocks(
-            m, denom, acc, q, dout, k_ptr, prefix_k.stride_n, v_ptr, prefix_v.stride_n, low, full_high, length,
-            first_row, positions, sees, batch_head, head, options, sizes, scale,
-            DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+    FULL: tl.constexpr = sees is None and options.prefix_window is None
+    bounds = (low, length // BLOCK_N * BLOCK_N if FULL else low, length)
+    for part in tl.static_range(0 if FULL else 1, 2):
+        state = _visit_prefix_blocks(
+            STEP, state, context, q, prefix_k, prefix_v, prefix, bounds[part], bounds[part + 1], length, first_row,
+            positions, sees, batch, head, options, sizes, scale,
+            DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, part == 1,
         )  # fmt: skip
-    return _attend_prefix_blocks(
-        m, denom, acc, q, dout, k_ptr, prefix_k.stride_n, v_ptr, prefix_v.stride_n, full_high, length, length,
-        first_row, positions, sees, batch_head, head, options, sizes, scale,
-        DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
-    )  # fmt: skip
+    return state
 
 
 @triton.jit
-def _attend_prefix(
-    m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+def visit_prefix(
+    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The prefixes that a block of rows sees: one, or with packed input and a bank one per sequence in the block."""
     rows = first_row + tl.arange(0, BLOCK_M)
     positions = (rows + (sizes.kv_len - sizes.q_len))[:, None]
-    sees = rows[:, None] < sizes.q_len
-    batch_head = batch * sizes.num_heads + head
     packed = tl.minimum(rows, sizes.q_len - 1)
     if options.cu_seqlens is not None and options.prefix_window is not None:
         start, _ = segment(packed, options, sizes)
@@ -111,21 +96,22 @@ def _attend_prefix(
         sequence = find_sequence(packed, options, sizes)
         for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
             prefix = tl.load(options.prefix_ids + s).to(tl.int32)
-            m, denom, acc = _attend_one_prefix(
-                m, denom, acc, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sequence[:, None] == s,
-                batch_head, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+            state = _visit_one_prefix(
+                STEP, state, context, q, prefix_k, prefix_v, prefix, first_row, positions, sequence[:, None] == s,
+                batch, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
-        m, denom, acc = _attend_one_prefix(
-            m, denom, acc, q, dout, prefix_k, prefix_v, prefix_of(batch, options), first_row, positions, sees,
-            batch_head, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+        state = _visit_one_prefix(
+            STEP, state, context, q, prefix_k, prefix_v, prefix_of(batch, options), first_row, positions, None,
+            batch, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    return m, denom, acc
+    return state
 
 
 @triton.jit
-def _attend_sequence(
-    m, denom, acc, q, dout, k, v, low, high, first_row, first, end, batch, head, options, sizes, scale,
+def _visit_sequence_blocks(
+    STEP: tl.constexpr, state, context, q, k, v, low, high, first_row, lower, upper, batch, head, options, sizes,
+    scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -137,16 +123,54 @@ def _attend_sequence(
         keys = first_key + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_tile(k_ptr, k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
-        scores, _ = seq_scores(
-            products, scale, rows, keys, keys, first, end, batch, head, options, sizes, IS_CAUSAL, MASKED
+        scores, unit, slope = seq_scores(
+            products, scale, rows, keys, lower, upper, batch, head, options, sizes, IS_CAUSAL, False, MASKED
         )
         v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         keep = None
         if DROPOUT_THRESHOLD > 0:
             batch_head = batch * sizes.num_heads + head
             keep = dropout_keep(options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-        m, denom, acc = _softmax_step(m, denom, acc, scores, v_tile, dout, keep, DROPOUT_THRESHOLD > 0)
-    return m, denom, acc
+        state = STEP(state, context, scores, unit, slope, k_tile, v_tile, keep, options)
+    return state
+
+
+@triton.jit
+def visit_sequence(
+    STEP: tl.constexpr, state, context, q, k, v, first_row, batch, head, options, sizes, scale,
+    IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sequence's keys: those cut by the window, those that all rows see, those cut by the diagonal or the end."""
+    lower, upper = keys_seen(first_row + tl.arange(0, BLOCK_M)[:, None], options, sizes, IS_CAUSAL)
+    bounds = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
+    FIRST: tl.constexpr = 2 if not FULL else (1 if options.window is None else 0)
+    for part in tl.static_range(FIRST, 3):
+        state = _visit_sequence_blocks(
+            STEP, state, context, q, k, v, bounds[part], bounds[part + 1], first_row, lower, upper, batch, head,
+            options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, part != 1,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
+def _softmax_step(state, dout, scores, unit, slope, k, v, keep, options):
+    """One block on: running maximum m [M], denominator [M], and weighted values acc [M, D], or with dout [M, D]
+    their products with it, acc [M]."""
+    m, denom, acc = state
+    m_new = tl.maximum(m, tl.max(scores, 1) * unit)
+    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(scores * unit - pivot[:, None])
+    decay = tl.exp2(m - pivot)
+    denom = denom * decay + tl.sum(p, 1)
+    if keep is not None:
+        p = tl.where(keep, p, 0.0)
+    if dout is None:
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    else:
+        acc = acc * decay + tl.sum(p * tl.dot(dout, tl.trans(v), input_precision="ieee"), 1)
+    return m_new, denom, acc
 
 
 @triton.jit
@@ -167,33 +191,15 @@ def attend(
 
     acc is the sum of weighted values [M, D], or where dout [M, D] is not None, of its products with them [M].
     """
-    m, denom, acc = _empty_softmax(dout, BLOCK_M, BLOCK_D)
-    m, denom, acc = _attend_prefix(
-        m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
-        DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+    prefix_state = visit_prefix(
+        _softmax_step, _empty_softmax(dout, BLOCK_M, BLOCK_D), dout, q, prefix_k, prefix_v, first_row, batch, head,
+        options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    prefix_m, prefix_denom, prefix_acc = m, denom, acc
-    if options.gate is not None:
-        m, denom, acc = _empty_softmax(dout, BLOCK_M, BLOCK_D)
-
-    first, end = segment(tl.minimum(first_row + tl.arange(0, BLOCK_M)[:, None], sizes.q_len - 1), options, sizes)
-    FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
-    low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    if FULL and options.window is not None:
-        m, denom, acc = _attend_sequence(
-            m, denom, acc, q, dout, k, v, low, tl.minimum(full_low, high), first_row, first, end, batch, head,
-            options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
-    if FULL:
-        m, denom, acc = _attend_sequence(
-            m, denom, acc, q, dout, k, v, full_low, full_high, first_row, first, end, batch, head, options, sizes,
-            scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
-    m, denom, acc = _attend_sequence(
-        m, denom, acc, q, dout, k, v, full_high, high, first_row, first, end, batch, head, options, sizes, scale,
-        IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+    state = prefix_state if options.gate is None else _empty_softmax(dout, BLOCK_M, BLOCK_D)
+    m, denom, acc = visit_sequence(
+        _softmax_step, state, dout, q, k, v, first_row, batch, head, options, sizes, scale,
+        IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-
     if options.sinks is not None:
         sink = tl.load(options.sinks + head) * LOG2E
         m_new = tl.maximum(m, sink)
@@ -202,7 +208,7 @@ def attend(
         denom = denom * decay + tl.exp2(sink - pivot)
         acc = acc * (decay[:, None] if dout is None else decay)
         m = m_new
-    return prefix_m, prefix_denom, prefix_acc, m, denom, acc
+    return prefix_state, (m, denom, acc)
 
 
 @triton.jit
@@ -229,12 +235,13 @@ def _prefix_attention_fwd_kernel(
     block, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     first_row = block * BLOCK_M
     q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    _, prefix_denom, prefix_acc, m, denom, acc = attend(
+    prefix_state, (m, denom, acc) = attend(
         q_tile, None, k, v, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
         IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     result = acc * inverse(denom, options)[:, None]
     if options.gate is not None:
+        _, prefix_denom, prefix_acc = prefix_state
         result += prefix_acc * (inverse(prefix_denom, options) * tanh(tl.load(options.gate + head)))[:, None]
     store_tile(matrix(out, batch, head), out.stride_n, first_row, sizes.q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
     rows = first_row + tl.arange(0, BLOCK_M)
