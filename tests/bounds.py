@@ -10,8 +10,8 @@ prefix, sinks, gate and biases) are compared by root mean square, which a lucky 
 eager adds up in fp32 too, with the factor 3.
 
 The floor is one rounding of the largest value in the dtype and, for a gradient, what one fp32 rounding of delta makes
-of it. delta_i = sum_d out_id dout_id is taken from all gradients of row i's scores, ds_ij = p_ij (dp_ij - delta_i), and
-where a row sees one key nothing else is left of them: eager's softmax, which sums p_ij dp_ij, gets the true 0, while
+of it. delta_i = sum_d out_id dout_id is taken from all gradients of row i's scores, ds_ij = p_ij (dp_ij - delta_i).
+Where a row sees one key nothing else is left of them: eager's softmax, which sums p_ij dp_ij, gets the true 0, while
 FlashAttention and all that take delta from out get its rounding. To change delta_i is to change -dlse_i, so the
 reference's own gradient says how much that is.
 """
