@@ -20,6 +20,7 @@ from .blocks import (
     LOG2E,
     dropout_keep,
     find_sequence,
+    key_range,
     keys_seen,
     load_tile,
     locate,
@@ -33,7 +34,7 @@ from .blocks import (
     store_tile,
     tanh,
 )
-from .forward import attend, inverse, visit_prefix, visit_sequence
+from .forward import attend, inverse, visit_prefixes, visit_sequence
 
 
 @triton.jit
@@ -145,14 +146,16 @@ def _prefix_attention_bwd_dq_kernel(
     q_tile, dout_tile, lse, shift, gain = _load_rows(
         q, dout, stats, first_row, batch, head, options, sizes, 1, HEAD_DIM, BLOCK_D, BLOCK_M
     )
-    acc = visit_prefix(
+    acc = visit_prefixes(
         _dq_step, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (dout_tile, lse, shift, gain), q_tile, prefix_k, prefix_v,
         first_row, batch, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if options.gate is not None:
         lse, shift, gain = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
     acc = visit_sequence(
-        _dq_step, acc, (dout_tile, lse, shift, 1.0), q_tile, k, v, first_row, batch, head, options, sizes, scale,
+        _dq_step, acc, (dout_tile, lse, shift, 1.0), q_tile, k, v,
+        key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N), first_row,
+        first_row + tl.arange(0, BLOCK_M)[:, None], batch, head // sizes.group, head, options, sizes, scale,
         IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     store_tile(matrix(dq, batch, head), dq.stride_n, first_row, sizes.q_len, acc * scale, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused forward: one online softmax over [prefix blocks | sequence blocks] (FlashAttention, Dao et al. 2022).
 
-:func:`visit_prefix` and :func:`visit_sequence` walk a block of rows over the keys that it sees; what is done at each
-block of keys is a function ``STEP(state, context, scores, unit, slope, k, v, keep, options)`` that returns the state.
+:func:`visit_prefixes` and :func:`visit_sequence` walk a block of rows over the keys that it sees. What is done at
+each block of keys is ``STEP(state, context, scores, unit, slope, k, v, keep, options)``, which returns the state.
 """
 
 import triton
@@ -29,58 +29,46 @@ from .blocks import (
 
 
 @triton.jit
-def _visit_prefix_blocks(
-    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, prefix, low, high, length, first_row, positions, sees,
-    batch, head, options, sizes, scale,
-    DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Tokens low to high of one prefix."""
-    kv_head = head // sizes.group
-    k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
-    for first_slot in range(low, high, BLOCK_N):
-        k = load_tile(k_ptr, prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
-        k = k.to(q.dtype)
-        slots = first_slot + tl.arange(0, BLOCK_N)[None, :]
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores, unit, slope = prefix_scores(
-            products, scale, positions, slots, sees, length, head, options, sizes, MASKED
-        )
-        v = load_tile(v_ptr, prefix_v.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
-        keep = None
-        if DROPOUT_THRESHOLD > 0:
-            batch_head = batch * sizes.num_heads + head
-            keep = dropout_keep(options, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-        state = STEP(state, context, scores, unit, slope, k, v.to(q.dtype), keep, options)
-    return state
-
-
-@triton.jit
-def _visit_one_prefix(
-    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, prefix, first_row, positions, sees, batch, head,
-    options, sizes, scale,
+def visit_prefix(
+    STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, prefix, start, end, first_row, positions, sees, batch,
+    kv_head, head, options, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of prefix number ``prefix`` (-1: none), full ones first; ``sees`` as in :func:`prefix_scores`."""
+    """Tokens start (a multiple of BLOCK_N) to end of prefix number ``prefix`` (-1: none), full blocks first.
+
+    ``positions`` and ``sees`` as in :func:`prefix_scores`; ``head`` may be a tensor [BLOCK_M, 1].
+    """
     length = prefix_length(prefix, options, sizes)
-    low = length * 0
+    k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
+    low, high = start, tl.minimum(length, end)
     if options.prefix_window is not None:
         nearest = tl.min(tl.min(positions, 1), 0)
-        low = tl.maximum(0, length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N
+        low = tl.maximum(low, (length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N)
     FULL: tl.constexpr = sees is None and options.prefix_window is None
-    bounds = (low, length // BLOCK_N * BLOCK_N if FULL else low, length)
+    bounds = (low, high // BLOCK_N * BLOCK_N if FULL else low, high)
     for part in tl.static_range(0 if FULL else 1, 2):
-        state = _visit_prefix_blocks(
-            STEP, state, context, q, prefix_k, prefix_v, prefix, bounds[part], bounds[part + 1], length, first_row,
-            positions, sees, batch, head, options, sizes, scale,
-            DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, part == 1,
-        )  # fmt: skip
+        for first_slot in range(bounds[part], bounds[part + 1], BLOCK_N):
+            k = load_tile(k_ptr, prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, part == 0)
+            k = k.to(q.dtype)
+            slots = first_slot + tl.arange(0, BLOCK_N)[None, :]
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores, unit, slope = prefix_scores(
+                products, scale, positions, slots, sees, length, head, options, sizes, part == 1
+            )
+            v = load_tile(v_ptr, prefix_v.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, part == 0)
+            keep = None
+            if DROPOUT_THRESHOLD > 0:
+                keep = dropout_keep(
+                    options, first_row, first_slot, batch * sizes.num_heads + head, 1, DROPOUT_THRESHOLD, BLOCK_M,
+                    BLOCK_N,
+                )  # fmt: skip
+            state = STEP(state, context, scores, unit, slope, k, v.to(q.dtype), keep, options)
     return state
 
 
 @triton.jit
-def visit_prefix(
+def visit_prefixes(
     STEP: tl.constexpr, state, context, q, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,6 +77,7 @@ def visit_prefix(
     rows = first_row + tl.arange(0, BLOCK_M)
     positions = (rows + (sizes.kv_len - sizes.q_len))[:, None]
     packed = tl.minimum(rows, sizes.q_len - 1)
+    kv_head = head // sizes.group
     if options.cu_seqlens is not None and options.prefix_window is not None:
         start, _ = segment(packed, options, sizes)
         positions = positions - start[:, None]
@@ -96,66 +85,55 @@ def visit_prefix(
         sequence = find_sequence(packed, options, sizes)
         for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
             prefix = tl.load(options.prefix_ids + s).to(tl.int32)
-            state = _visit_one_prefix(
-                STEP, state, context, q, prefix_k, prefix_v, prefix, first_row, positions, sequence[:, None] == s,
-                batch, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            state = visit_prefix(
+                STEP, state, context, q, prefix_k, prefix_v, prefix, 0, sizes.prefix_len, first_row, positions,
+                sequence[:, None] == s, batch, kv_head, head, options, sizes, scale,
+                DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
-        state = _visit_one_prefix(
-            STEP, state, context, q, prefix_k, prefix_v, prefix_of(batch, options), first_row, positions, None,
-            batch, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        state = visit_prefix(
+            STEP, state, context, q, prefix_k, prefix_v, prefix_of(batch, options), 0, sizes.prefix_len, first_row,
+            positions, None, batch, kv_head, head, options, sizes, scale,
+            DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    return state
-
-
-@triton.jit
-def _visit_sequence_blocks(
-    STEP: tl.constexpr, state, context, q, k, v, low, high, first_row, lower, upper, batch, head, options, sizes,
-    scale,
-    IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Sequence keys low to high."""
-    kv_head = head // sizes.group
-    k_ptr, v_ptr = matrix(k, batch, kv_head), matrix(v, batch, kv_head)
-    rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-    for first_key in range(low, high, BLOCK_N):
-        keys = first_key + tl.arange(0, BLOCK_N)[None, :]
-        k_tile = load_tile(k_ptr, k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
-        products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
-        scores, unit, slope = seq_scores(
-            products, scale, rows, keys, lower, upper, batch, head, options, sizes, IS_CAUSAL, False, MASKED
-        )
-        v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
-        keep = None
-        if DROPOUT_THRESHOLD > 0:
-            batch_head = batch * sizes.num_heads + head
-            keep = dropout_keep(options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-        state = STEP(state, context, scores, unit, slope, k_tile, v_tile, keep, options)
     return state
 
 
 @triton.jit
 def visit_sequence(
-    STEP: tl.constexpr, state, context, q, k, v, first_row, batch, head, options, sizes, scale,
+    STEP: tl.constexpr, state, context, q, k, v, bounds, first_row, rows, batch, kv_head, head, options, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The sequence's keys: those cut by the window, those that all rows see, those cut by the diagonal or the end."""
-    lower, upper = keys_seen(first_row + tl.arange(0, BLOCK_M)[:, None], options, sizes, IS_CAUSAL)
-    bounds = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    """Sequence keys within ``bounds``, which are those of :func:`key_range`, for ``rows`` [BLOCK_M, 1].
+
+    First those cut by the window, then those that all rows see, then those cut by the diagonal or the end.
+    """
+    k_ptr, v_ptr = matrix(k, batch, kv_head), matrix(v, batch, kv_head)
+    lower, upper = keys_seen(rows, options, sizes, IS_CAUSAL)
     FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
     FIRST: tl.constexpr = 2 if not FULL else (1 if options.window is None else 0)
     for part in tl.static_range(FIRST, 3):
-        state = _visit_sequence_blocks(
-            STEP, state, context, q, k, v, bounds[part], bounds[part + 1], first_row, lower, upper, batch, head,
-            options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, part != 1,
-        )  # fmt: skip
+        for first_key in range(bounds[part], bounds[part + 1], BLOCK_N):
+            keys = first_key + tl.arange(0, BLOCK_N)[None, :]
+            k_tile = load_tile(k_ptr, k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, part == 1)
+            products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
+            scores, unit, slope = seq_scores(
+                products, scale, rows, keys, lower, upper, batch, head, options, sizes, IS_CAUSAL, False, part != 1
+            )
+            v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, part == 1)
+            keep = None
+            if DROPOUT_THRESHOLD > 0:
+                keep = dropout_keep(
+                    options, first_row, first_key, batch * sizes.num_heads + head, 0, DROPOUT_THRESHOLD, BLOCK_M,
+                    BLOCK_N,
+                )  # fmt: skip
+            state = STEP(state, context, scores, unit, slope, k_tile, v_tile, keep, options)
     return state
 
 
 @triton.jit
-def _softmax_step(state, dout, scores, unit, slope, k, v, keep, options):
+def softmax_step(state, dout, scores, unit, slope, k, v, keep, options):
     """One block on: running maximum m [M], denominator [M], and weighted values acc [M, D], or with dout [M, D]
     their products with it, acc [M]."""
     m, denom, acc = state
@@ -174,7 +152,7 @@ def _softmax_step(state, dout, scores, unit, slope, k, v, keep, options):
 
 
 @triton.jit
-def _empty_softmax(dout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def empty_softmax(dout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """(m, denom, acc) over no keys."""
     zeros = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if dout is None else zeros
@@ -191,14 +169,15 @@ def attend(
 
     acc is the sum of weighted values [M, D], or where dout [M, D] is not None, of its products with them [M].
     """
-    prefix_state = visit_prefix(
-        _softmax_step, _empty_softmax(dout, BLOCK_M, BLOCK_D), dout, q, prefix_k, prefix_v, first_row, batch, head,
+    prefix_state = visit_prefixes(
+        softmax_step, empty_softmax(dout, BLOCK_M, BLOCK_D), dout, q, prefix_k, prefix_v, first_row, batch, head,
         options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    state = prefix_state if options.gate is None else _empty_softmax(dout, BLOCK_M, BLOCK_D)
+    state = prefix_state if options.gate is None else empty_softmax(dout, BLOCK_M, BLOCK_D)
     m, denom, acc = visit_sequence(
-        _softmax_step, state, dout, q, k, v, first_row, batch, head, options, sizes, scale,
-        IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        softmax_step, state, dout, q, k, v, key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N),
+        first_row, first_row + tl.arange(0, BLOCK_M)[:, None], batch, head // sizes.group, head, options, sizes,
+        scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if options.sinks is not None:
         sink = tl.load(options.sinks + head) * LOG2E
