@@ -113,6 +113,17 @@ def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtyp
     return launches
 
 
+def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
+    """The launches of one decoding step, two queries over a cache."""
+    shapes = ((16, 8, 2, head_dim), *[(16, 2, 2048, head_dim)] * 2)
+    with recorded_launches(arch) as launches:
+        functional.prefix_attention(
+            *(torch.empty(shape, dtype=dtype) for shape in shapes),
+            *(torch.empty(2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
+        )  # fmt: skip
+    return launches
+
+
 def embedding_launches(arch: str):
     """The launches of the soft prompt's embedding, forward and backward."""
     weight, prompt = torch.empty(96, 64, dtype=torch.bfloat16), torch.empty(16, 64, requires_grad=True)

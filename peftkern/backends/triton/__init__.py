@@ -49,6 +49,8 @@ def _lacks(device: torch.device) -> list[str]:
     if not torch.cuda.is_available():
         return ["torch sees no GPU"]
     if (arch := architecture(device)) not in ARCHITECTURES:
+        if arch.startswith("sm_"):
+            return [f"{arch} is older than sm_80, the first that Triton compiles for: use backend='reference'"]
         return [f"no tiles for {arch}, only for {', '.join(ARCHITECTURES)} and what is compatible with them"]
     return []
 
@@ -99,9 +101,18 @@ class _Attention:
         """One per block of rows, head and batch entry."""
         return _blocks(self.sizes.q_len, self.tile(direction).BLOCK_M) * self.sizes.num_heads * self.sizes.batch
 
-    def launch(self, kernel: Any, direction: Direction, programs: int, *arguments: Any) -> None:
+    def decodes(self) -> bool:
+        """Whether the kernels for few queries take this call."""
+        queries, keys = self.sizes.q_len, self.sizes.prefix_len + self.sizes.kv_len
+        return (
+            1 <= queries <= _DECODE_QUERIES and keys >= _DECODE_KEYS
+            and self.options.cu_seqlens is None and self.options.seed is None
+        )  # fmt: skip
+
+    def launch(self, kernel: Any, block: Direction | Tile, programs: int, *arguments: Any) -> None:
         flags = {name: value for name, value in self.flags._asdict().items() if name in kernel.arg_names}
-        _launch(kernel, (programs,), self.device, *arguments, **flags, **self.tile(direction)._asdict())
+        block = block if isinstance(block, Tile) else self.tile(block)
+        _launch(kernel, (programs,), self.device, *arguments, **flags, **block._asdict())
 
 
 def _blocks(length: int, block: int) -> int:
@@ -113,11 +124,50 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
     out, lse = allocate_outputs(args)
     call = _Attention(args)
+    if call.decodes():
+        _decode(call, out, lse)
+        return out, lse
     call.launch(
         _prefix_attention_fwd_kernel, "forward", call.row_programs("forward"),
         call.q, call.k, call.v, *call.prefix, Matrices.of(out), lse, call.options, call.sizes, call.scale,
     )  # fmt: skip
     return out, lse
+
+
+def _decode(call: _Attention, out: Tensor, lse: Tensor) -> None:
+    """Partial softmaxes over splits of the prefix and of each sample's keys, then all joined in order."""
+    from . import decode
+
+    sizes, options, flags = call.sizes, call.options, call.flags
+    key_heads, rows = sizes.num_heads // sizes.group, sizes.group * sizes.q_len
+
+    def part(tokens: int, rows: int, samples: int) -> tuple[Tile, int, int, int]:
+        """(tile, programs per split, splits, tokens of a split)."""
+        block = call.tile("decode")
+        block = block._replace(BLOCK_M=min(block.BLOCK_M, max(16, 1 << (rows - 1).bit_length())))
+        programs = _blocks(rows, block.BLOCK_M) * key_heads * samples
+        wanted = _blocks(2 * _processors(call.device), max(1, programs))
+        blocks = max(_blocks(_blocks(tokens, block.BLOCK_N), wanted), _SPLIT_BLOCKS)
+        return block, programs, _blocks(tokens, blocks * block.BLOCK_N), blocks * block.BLOCK_N
+
+    prefix_tile, prefix_programs, prefix_splits, prefix_size = part(sizes.prefix_len, rows * sizes.batch, 1)
+    seq_tile, seq_programs, seq_splits, seq_size = part(sizes.kv_len, rows, sizes.batch)
+    splits = prefix_splits + seq_splits
+    partial = lse.new_empty(splits, *lse.shape, flags.HEAD_DIM)
+    partial_lse = lse.new_empty(splits, *lse.shape)
+    call.launch(
+        decode._prefix_attention_decode_prefix_kernel, prefix_tile, prefix_programs * prefix_splits,
+        call.q, *call.prefix, partial, partial_lse, options, sizes, call.scale, prefix_splits, prefix_size,
+    )  # fmt: skip
+    call.launch(
+        decode._prefix_attention_decode_sequence_kernel, seq_tile, seq_programs * seq_splits,
+        call.q, call.k, call.v, partial, partial_lse, options, sizes, call.scale, prefix_splits, seq_splits, seq_size,
+    )  # fmt: skip
+    _launch(
+        decode._prefix_attention_decode_combine_kernel, (lse.numel(),), call.device,
+        partial, partial_lse, Matrices.of(out), lse, options, sizes, prefix_splits, splits,
+        HEAD_DIM=flags.HEAD_DIM, BLOCK_D=flags.BLOCK_D, BLOCK_N=16,
+    )  # fmt: skip
 
 
 def prefix_attention_backward(
@@ -201,6 +251,9 @@ def _prefix_gradients(call: _Attention, dout: Matrices, stats: Stats, gradients:
         gradients.dprefix_bias.copy_(dbias.sum((0, 1)).sum_to_size(gradients.dprefix_bias.shape))
 
 
+# What decoding is for: few queries, and so many keys that cutting them into splits pays two more launches.
+_DECODE_QUERIES, _DECODE_KEYS = 16, 1024
+_SPLIT_BLOCKS = 2  # blocks of keys in a split, at least
 _LOG2E = 1.4426950408889634
 _WIDTH = 1024  # elements that a program of an elementwise kernel handles
 

@@ -251,7 +251,8 @@ def dropout_keep(
 def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(low, full_low, full_high, high): the sequence keys that rows first_row to first_row + BLOCK_M - 1 see.
 
-    All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N.
+    All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N, in rising order
+    but for the last, which may lie below full_high.
     """
     last_row = tl.minimum(first_row + BLOCK_M, sizes.q_len) - 1
     offset = sizes.kv_len - sizes.q_len
@@ -268,7 +269,7 @@ def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
         _, end = segment(last_row, options, sizes)
         low, high = tl.maximum(low, first), tl.minimum(high, end)
     low = low // BLOCK_N * BLOCK_N
-    full_low = tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N)
+    full_low = tl.minimum(tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N), tl.cdiv(high, BLOCK_N) * BLOCK_N)
     full_high = high
     if IS_CAUSAL:
         full_high = tl.minimum(high, first_row + offset + 1)

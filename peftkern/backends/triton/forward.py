@@ -46,7 +46,7 @@ def visit_prefix(
         nearest = tl.min(tl.min(positions, 1), 0)
         low = tl.maximum(low, (length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N)
     FULL: tl.constexpr = sees is None and options.prefix_window is None
-    bounds = (low, high // BLOCK_N * BLOCK_N if FULL else low, high)
+    bounds = (low, tl.maximum(low, high // BLOCK_N * BLOCK_N) if FULL else low, high)
     for part in tl.static_range(0 if FULL else 1, 2):
         for first_slot in range(bounds[part], bounds[part + 1], BLOCK_N):
             k = load_tile(k_ptr, prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, part == 0)
