@@ -7,8 +7,10 @@ by name only (``backend="triton"``).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from . import autotune
 from .arguments import Matrices, Stats, dense, flags_of, options_of, sizes_of
 from .tiles import ARCHITECTURES, INTERPRETER, MAX_HEAD_DIM, Direction, Tile, cuda_architecture, tile
 
@@ -93,9 +96,30 @@ class _Attention:
         self.bank = args.prefix_k.shape[0] if args.prefix_k.dim() == 4 else 1
         self.sizes, self.options, self.flags = sizes_of(args), options_of(args), flags_of(args)
         self.scale, self.arch = args.scale, architecture(args.q.device)
+        self._tiles: dict[Direction, Tile] = {}
 
     def tile(self, direction: Direction) -> Tile:
+        """The table's, or the tuned one; the same at each use in one call."""
+        if direction not in self._tiles:
+            self._tiles[direction] = autotune.chosen(direction, self._kind(direction), self._table_tile(direction))
+        return self._tiles[direction]
+
+    def _table_tile(self, direction: Direction) -> Tile:
         return tile(self.arch, direction, self.flags.HEAD_DIM, self.dtype)
+
+    def _kind(self, direction: Direction) -> str:
+        """What calls share a tuned tile."""
+        sizes = self.sizes
+        tokens = {"D": self.flags.HEAD_DIM, "S": sizes.q_len, "T": sizes.kv_len, "P": sizes.prefix_len}
+        options = [name for name, value in self.options._asdict().items() if value is not None]
+        options += ["causal"] * self.flags.IS_CAUSAL + ["fp32_prefix"] * (self.prefix[0].ptr.dtype != self.dtype)
+        tokens["H"] = sizes.batch * sizes.num_heads
+        return autotune.key(self.arch, direction, self.dtype, tokens, tuple(options))
+
+    def tune(self, direction: Direction, run: Callable[[], object]) -> None:
+        """With PEFTKERN_AUTOTUNE=1 and a kind of call that is not known yet, time ``run`` with several tiles."""
+        if autotune.enabled() and all(self.q.ptr.shape):
+            autotune.tune(direction, self._kind(direction), self._table_tile(direction), run)
 
     def row_programs(self, direction: Direction) -> int:
         """One per block of rows, head and batch entry."""
@@ -124,6 +148,7 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
     out, lse = allocate_outputs(args)
     call = _Attention(args)
+    call.tune("decode" if call.decodes() else "forward", lambda: prefix_attention(args))
     if call.decodes():
         _decode(call, out, lse)
         return out, lse
@@ -178,6 +203,10 @@ def prefix_attention_backward(
     gradients = allocate_gradients(args, needs)
     needed = dict(zip(AttentionGradients._fields, needs, strict=True))
     call = _Attention(args)
+    for direction, names in _BACKWARD.items():
+        only = [need and name in names for name, need in needed.items()]
+        if any(only):
+            call.tune(direction, functools.partial(prefix_attention_backward, dout, dlse, out, lse, args, only))
     douts = Matrices.of(dout)
     gated = args.gate is not None
     exact = gated or any(needed[name] for name in ("dsinks", "dbias", "dprefix_bias"))
@@ -254,6 +283,10 @@ def _prefix_gradients(call: _Attention, dout: Matrices, stats: Stats, gradients:
 # What decoding is for: few queries, and so many keys that cutting them into splits pays two more launches.
 _DECODE_QUERIES, _DECODE_KEYS = 16, 1024
 _SPLIT_BLOCKS = 2  # blocks of keys in a split, at least
+# the gradients that each kernel of the backward is for
+_BACKWARD: dict[Direction, tuple[str, ...]] = {
+    "dq": ("dq",), "dkv": ("dk", "dv"), "prefix": ("dprefix_k", "dprefix_v", "dprefix_bias"), "bias": ("dbias",),
+}  # fmt: skip
 _LOG2E = 1.4426950408889634
 _WIDTH = 1024  # elements that a program of an elementwise kernel handles
 

@@ -87,7 +87,7 @@ def candidates(start: Tile) -> list[Tile]:
     m, n, warps, stages = start
     blocks = [(m // 2, n), (2 * m, n), (m, n // 2), (m, 2 * n)]
     steps = [Tile(*block, warps, stages) for block in blocks if min(block) >= 16 and max(block) <= 128]
-    steps.append(start._replace(num_warps=12 - warps))  # 4 or 8
+    steps.append(start._replace(num_warps=8 if warps == 4 else 4))
     return [start, *steps, *(start._replace(num_stages=s) for s in (stages - 1, stages + 1) if 1 <= s <= 4)]
 
 
