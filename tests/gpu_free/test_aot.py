@@ -11,7 +11,14 @@ import torch
 from peftkern.backends import triton as backend
 from peftkern.backends.triton import tiles
 
-from .aot import SHARED_MEMORY, attention_launches, compile_launch, decode_launches, embedding_launches
+from .aot import (
+    SHARED_MEMORY,
+    attention_launches,
+    compile_launch,
+    decode_launches,
+    embedding_launches,
+    table_launches,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
@@ -26,14 +33,6 @@ def _table(head_dims, fast, dtype):
         for arch in tiles.ARCHITECTURES
         for head_dim in head_dims
     ]
-
-
-def _launches(arch, head_dim, dtype):
-    """Every kernel of the table: forward, backward, the bias's gradient, decoding."""
-    launches = attention_launches(arch, head_dim, dtype)
-    bias = torch.zeros(1, 4, 64, 64, requires_grad=True)
-    launches += [x for x in attention_launches(arch, head_dim, dtype, bias=bias) if "bwd_bias" in x[0].__name__]
-    return launches + decode_launches(arch, head_dim, dtype)
 
 
 def _check_budgets(compiled, head_dim=None):
@@ -51,7 +50,9 @@ def _check_budgets(compiled, head_dim=None):
     ids=str,
 )
 def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim, dtype):
-    compiled = {c.kernel: c for c in (compile_launch(arch, launch) for launch in _launches(arch, head_dim, dtype))}
+    compiled = {
+        c.kernel: c for c in (compile_launch(arch, launch) for launch in table_launches(arch, head_dim, dtype))
+    }
     assert set(compiled) == {*DOTS, "prepare", "sum_partials", "decode_combine"}
     for c in compiled.values():
         _check_budgets(c, head_dim)
