@@ -28,7 +28,7 @@ def test_resident_warps(arch, registers, shared, num_warps, expected):
 
 
 def test_minimum_bytes_of_the_forward():
-    """q and out [1, 4, 256, 64], k and v [1, 2, 256, 64], a prefix [2, 64, 64] twice in bf16, lse [1, 4, 256] fp32."""
+    """q, out [1, 4, 256, 64], k, v [1, 2, 256, 64] and the prefix [2, 64, 64] in bf16, lse [1, 4, 256] in fp32."""
     assert minimum_bytes("fwd", 64) == 2 * 64 * (2 * 4 * 256 + 2 * 2 * 256 + 2 * 2 * 64) + 4 * 4 * 256
 
 
