@@ -221,7 +221,8 @@ def prefix_attention_backward(
     if needed["dq"]:
         call.launch(
             backward._prefix_attention_bwd_dq_kernel, "dq", call.row_programs("dq"),
-            call.q, call.k, call.v, *call.prefix, douts, Matrices.of(gradients.dq), stats, options, sizes, scale,
+            call.q, call.k, call.v, *call.prefix, douts, None, Matrices.of(gradients.dq), stats, options, sizes,
+            scale,
         )  # fmt: skip
     if needed["dk"] or needed["dv"]:
         targets = (Matrices.of(x) if x.numel() else None for x in (gradients.dk, gradients.dv))

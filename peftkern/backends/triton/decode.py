@@ -32,7 +32,7 @@ def _load_rows(
 
 @triton.jit
 def _store_rows(
-    partial_ptr, lse_ptr, split, first, end, sample, head, query, state, options, sizes,
+    partial_ptr, lse_ptr, split, first, end, sample, head, query, state, opts, sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The average [splits, B, Hq, S, D] of the split's values and its lse [splits, B, Hq, S] in log2, fp32."""
@@ -41,7 +41,7 @@ def _store_rows(
     index = index * sizes.q_len + query
     inside = first + tl.arange(0, BLOCK_M) < end
     columns = tl.arange(0, BLOCK_D)[None, :]
-    values = acc * inverse(denom, options)[:, None]
+    values = acc * inverse(denom, opts)[:, None]
     mask = inside[:, None] & (columns < HEAD_DIM)
     tl.store(partial_ptr + index[:, None] * HEAD_DIM + columns, values, mask=mask)
     tl.store(lse_ptr + index, m + tl.log2(denom), mask=inside)
@@ -49,7 +49,7 @@ def _store_rows(
 
 @triton.jit
 def _prefix_attention_decode_prefix_kernel(
-    q, prefix_k, prefix_v, partial_ptr, lse_ptr, options, sizes, scale, num_splits, split_size,
+    q, prefix_k, prefix_v, partial_ptr, lse_ptr, opts, sizes, scale, num_splits, split_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Splits 0 to num_splits - 1; a program per BLOCK_M rows of one key head over split_size tokens of the prefix."""
@@ -61,23 +61,23 @@ def _prefix_attention_decode_prefix_kernel(
     positions = (query + (sizes.kv_len - sizes.q_len))[:, None]
     state = empty_softmax(None, BLOCK_M, BLOCK_D)
     low = split * split_size
-    if options.prefix_ids is None:
+    if opts.prefix_ids is None:
         state = visit_prefix(
             softmax_step, state, None, q_tile, prefix_k, prefix_v, 0, low, low + split_size, 0, positions, None, 0,
-            kv_head, head[:, None], options, sizes, scale, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            kv_head, head[:, None], opts, sizes, scale, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
-        ids = tl.load(options.prefix_ids + sample).to(tl.int32)
+        ids = tl.load(opts.prefix_ids + sample).to(tl.int32)
         for prefix in range(tl.maximum(tl.min(ids, 0), 0), tl.max(ids, 0) + 1):
             sees = ids == prefix
             if tl.max(sees.to(tl.int32), 0) > 0:
                 state = visit_prefix(
                     softmax_step, state, None, q_tile, prefix_k, prefix_v, prefix, low, low + split_size, 0,
-                    positions, sees[:, None], 0, kv_head, head[:, None], options, sizes, scale,
+                    positions, sees[:, None], 0, kv_head, head[:, None], opts, sizes, scale,
                     0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
     _store_rows(
-        partial_ptr, lse_ptr, split, first, end, sample, head, query, state, options, sizes,
+        partial_ptr, lse_ptr, split, first, end, sample, head, query, state, opts, sizes,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _within(bound, low, high):
 
 @triton.jit
 def _prefix_attention_decode_sequence_kernel(
-    q, k, v, partial_ptr, lse_ptr, options, sizes, scale, first_split, num_splits, split_size,
+    q, k, v, partial_ptr, lse_ptr, opts, sizes, scale, first_split, num_splits, split_size,
     IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,17 +103,17 @@ def _prefix_attention_decode_sequence_kernel(
     sample, head, query, q_tile = _load_rows(q, first, end, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_M)
     low, high = split * split_size, (split + 1) * split_size
     # of all queries: BLOCK_M is at least their number
-    seen_low, full_low, full_high, seen_high = key_range(kv_head * 0, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    seen_low, full_low, full_high, seen_high = key_range(kv_head * 0, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
     bounds = (
         _within(seen_low, low, high), _within(full_low, low, high), _within(full_high, low, high),
         _within(seen_high, low, high),
     )  # fmt: skip
     state = visit_sequence(
         softmax_step, empty_softmax(None, BLOCK_M, BLOCK_D), None, q_tile, k, v, bounds, 0, query[:, None], batch,
-        kv_head, head[:, None], options, sizes, scale, IS_CAUSAL, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        kv_head, head[:, None], opts, sizes, scale, IS_CAUSAL, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     _store_rows(
-        partial_ptr, lse_ptr, first_split + split, first, end, sample, head, query, state, options, sizes,
+        partial_ptr, lse_ptr, first_split + split, first, end, sample, head, query, state, opts, sizes,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def _join(
 
 @triton.jit
 def _prefix_attention_decode_combine_kernel(
-    partial_ptr, lse_ptr, out, out_lse_ptr, options, sizes, prefix_splits, num_splits,
+    partial_ptr, lse_ptr, out, out_lse_ptr, opts, sizes, prefix_splits, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, S, D] and lse [B, Hq, S] from all splits, the prefix's first, and the sink; a program per row."""
@@ -157,14 +157,14 @@ def _prefix_attention_decode_combine_kernel(
         nothing, zero, zeros, partial_ptr, lse_ptr, row, num_rows, 0, prefix_splits, HEAD_DIM, BLOCK_D, BLOCK_N
     )
     gated = zeros
-    if options.gate is not None:
-        gated = acc / tl.where(denom == 0.0, 1.0, denom) * tanh(tl.load(options.gate + head))
+    if opts.gate is not None:
+        gated = acc / tl.where(denom == 0.0, 1.0, denom) * tanh(tl.load(opts.gate + head))
         m, denom, acc = nothing, zero, zeros
     m, denom, acc = _join(
         m, denom, acc, partial_ptr, lse_ptr, row, num_rows, prefix_splits, num_splits, HEAD_DIM, BLOCK_D, BLOCK_N
     )
-    if options.sinks is not None:
-        sink = tl.load(options.sinks + head) * LOG2E
+    if opts.sinks is not None:
+        sink = tl.load(opts.sinks + head) * LOG2E
         m_new = tl.maximum(m, sink)
         pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
         decay = tl.exp2(m - pivot)
