@@ -101,7 +101,10 @@ class _Attention:
     def tile(self, direction: Direction) -> Tile:
         """The table's, or the tuned one; the same at each use in one call."""
         if direction not in self._tiles:
-            self._tiles[direction] = autotune.chosen(direction, self._kind(direction), self._table_tile(direction))
+            block = self._table_tile(direction)
+            if autotune.requested():
+                block = autotune.chosen(direction, self._kind(direction), block)
+            self._tiles[direction] = block
         return self._tiles[direction]
 
     def _table_tile(self, direction: Direction) -> Tile:

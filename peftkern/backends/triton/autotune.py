@@ -28,9 +28,14 @@ _read: Path | None = None  # the file that _tiles come from
 _trial: ContextVar[tuple[Direction, Tile] | None] = ContextVar("trial", default=None)
 
 
+def requested() -> bool:
+    """Whether the user asked for tuning."""
+    return os.environ.get("PEFTKERN_AUTOTUNE", "0") == "1"
+
+
 def enabled() -> bool:
     """Whether the user asked for tuning, and this thread is not at it."""
-    return os.environ.get("PEFTKERN_AUTOTUNE", "0") == "1" and _trial.get() is None
+    return requested() and _trial.get() is None
 
 
 def cache_file() -> Path:
