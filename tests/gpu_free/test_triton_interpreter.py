@@ -121,6 +121,12 @@ def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-40])
+def test_scales_that_do_not_keep_the_order_of_the_products(scale):
+    """Negative, or 0 for a GPU: the products' maximum is then not that of the scores."""
+    _check(SHAPE, {"scale": scale}, torch.float32)
+
+
 def test_nan_propagates():
     inputs = tensors(Shape(S=5, P=2), torch.float32)
     inputs["prefix_v"][0, 0, 0] = torch.nan
