@@ -100,29 +100,30 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
         yield launches
 
 
-def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
-    """The launches of forward and backward of one call, all gradients needed."""
+def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, batch=2, bank=(), **options):
+    """The launches of forward and backward of one call, all gradients needed; ``bank``: (A,) for one."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    prefix = (2, 32, head_dim)
+    prefix = (*bank, 2, 32, head_dim)
     with recorded_launches(arch) as launches:
         out = functional.prefix_attention(
-            empty(2, 4, 64, head_dim), *(empty(2, 2, 64, head_dim) for _ in "kv"),
+            empty(batch, 4, 64, head_dim), *(empty(batch, 2, 64, head_dim) for _ in "kv"),
             *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     return launches
 
 
-def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
+def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, bank=(), **options):
     """The launches of one decoding step, two queries over a cache."""
     shapes = ((16, 8, 2, head_dim), *[(16, 2, 2048, head_dim)] * 2)
     with recorded_launches(arch) as launches:
         functional.prefix_attention(
             *(torch.empty(shape, dtype=dtype) for shape in shapes),
-            *(torch.empty(2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
+            *(torch.empty(*bank, 2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton",
+            **options,
         )  # fmt: skip
     return launches
 

@@ -83,6 +83,13 @@ OPTIONS = {
     "gate": {"gate": torch.zeros(4, requires_grad=True), "sinks": torch.zeros(4, requires_grad=True)},
     "dropout": {"dropout_p": 0.1, "dropout_seed": 1},
     "negative scale": {"scale": -0.125},
+    "ragged bank": {
+        "bank": (3,), "prefix_ids": torch.zeros(2, dtype=torch.int64), "prefix_lens": torch.ones(3, dtype=torch.int64)
+    },
+    "packed bank": {
+        "batch": 1, "bank": (3,), "prefix_ids": torch.zeros(2, dtype=torch.int32), "window": 32,
+        "cu_seqlens": torch.tensor([0, 20, 64], dtype=torch.int32),
+    },
 }  # fmt: skip
 
 
@@ -98,8 +105,11 @@ def test_options_compile(name):
 DECODE_OPTIONS = {
     "key_mask": {"key_mask": torch.ones(16, 2048, dtype=torch.bool)},
     "window": {"window": 512, "softcap": 30.0, "sinks": torch.zeros(8)},
+    "ragged bank": {
+        "bank": (3,), "prefix_ids": torch.zeros(16, dtype=torch.int64), "prefix_lens": torch.ones(3, dtype=torch.int64)
+    },
     "gate": {"gate": torch.zeros(8), "bias": torch.zeros(1, 1, 1, 2048), "prefix_bias": torch.zeros(8, 1)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 
 :func:`visit_prefixes` and :func:`visit_sequence` walk a block of rows over the keys that it sees. What is done at
 each block of keys is ``STEP(state, context, scores, unit, slope, k, v, keep, opts)``, which returns the state.
+
+Loads are by pointer on every GPU. Tensor descriptors (TMA) were compiled for comparison: at D = 128 they save 26
+registers on sm_90 and 51 on sm_100, but no more blocks fit a multiprocessor, and sm_90 gets 15 % more instructions.
 """
 
 import triton
