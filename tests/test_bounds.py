@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -50,3 +52,19 @@ def test_a_wrong_output_is_caught(dtype, monkeypatch):
     monkeypatch.setattr(reference, "prefix_attention", last_query_sees_one_key_less)
     with pytest.raises(AssertionError, match="out: error"):
         check_backend("reference", tensors(Shape(), dtype), {}, backward=False)
+
+
+@pytest.mark.parametrize(("roundings", "caught"), [(0.9, False), (3.0, True)])
+def test_where_gradients_cancel_a_rounding_of_delta_passes_and_three_do_not(roundings, caught, monkeypatch):
+    """Every query sees one key: dq is 0, and a backward that is wrong in delta = rowsum(out * dout) shows it."""
+    backward = reference.prefix_attention_backward
+
+    def rounded(dout, dlse, out, lse, args, needs):
+        gradients = backward(dout, dlse, out, lse, args, needs)
+        delta = torch.finfo(torch.float32).eps * (out * dout).abs().sum(-1, keepdim=True)
+        keys = args.k.repeat_interleave(args.q.shape[1] // args.k.shape[1], 1)
+        return gradients._replace(dq=gradients.dq - roundings * delta * args.scale * keys)
+
+    monkeypatch.setattr(reference, "prefix_attention_backward", rounded)
+    with pytest.raises(AssertionError, match="dq: error") if caught else contextlib.nullcontext():
+        check_backend("reference", tensors(Shape(S=1, P=0), torch.float32), {})

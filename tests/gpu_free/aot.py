@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles, without a GPU, exactly what a call would launch on one: ``python -m tests.gpu_free.aot --help``.
+"""Compiles, without a GPU, exactly what a call would launch on one; ``python -m tests.gpu_free.report`` shows it.
 
 A call with CPU tensors goes through the backend with launching replaced by compiling, so that the launcher's own
 arguments, tiles and constants are what is compiled. The figures are static counts over the whole kernel: they say
@@ -8,7 +8,6 @@ whether it fits and uses tensor cores, not how fast it runs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -45,6 +44,10 @@ SHARED_MEMORY = {
     "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
 
+#: Instructions of the tensor cores and asynchronous copies, as regular expressions, by the name that people use.
+MATRIX_UNITS = {"HMMA": "HMMA", "HGMMA": "HGMMA", "UTC.*MMA": "tcgen05", "v_mfma": "MFMA"}
+ASYNC_COPIES = {"LDGSTS": "LDGSTS", "UTMALDG": "UTMALDG", "(global|buffer)_load.*lds": "to LDS"}
+
 
 @dataclass
 class Compiled:
@@ -65,11 +68,11 @@ class Compiled:
 
     @property
     def tensor_cores(self) -> int:
-        return self.count("HMMA|HGMMA|UTC.*MMA|v_mfma")
+        return sum(map(self.count, MATRIX_UNITS))
 
     @property
     def async_copies(self) -> int:
-        return self.count("LDGSTS|UTMALDG|(global|buffer)_load_lds")
+        return sum(map(self.count, ASYNC_COPIES))
 
     def __str__(self) -> str:
         tile = "x".join(map(str, self.tile[:2])) + f" w{self.tile[2]} s{self.tile[3]}"
@@ -97,20 +100,48 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
         yield launches
 
 
-def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
-    """The launches of forward and backward of one call, all gradients needed."""
+def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, batch=2, bank=(), **options):
+    """The launches of forward and backward of one call, all gradients needed; ``bank``: (A,) for one."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    prefix = (2, 32, head_dim)
+    prefix = (*bank, 2, 32, head_dim)
     with recorded_launches(arch) as launches:
         out = functional.prefix_attention(
-            empty(2, 4, 64, head_dim), *(empty(2, 2, 64, head_dim) for _ in "kv"),
+            empty(batch, 4, 64, head_dim), *(empty(batch, 2, 64, head_dim) for _ in "kv"),
             *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     return launches
+
+
+def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, bank=(), **options):
+    """The launches of one decoding step, two queries over a cache."""
+    shapes = ((16, 8, 2, head_dim), *[(16, 2, 2048, head_dim)] * 2)
+    with recorded_launches(arch) as launches:
+        functional.prefix_attention(
+            *(torch.empty(shape, dtype=dtype) for shape in shapes),
+            *(torch.empty(*bank, 2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton",
+            **options,
+        )  # fmt: skip
+    return launches
+
+
+def table_launches(arch: str, head_dim: int, dtype: torch.dtype):
+    """Every kernel of the tile table, once: forward, backward, the bias's gradient, decoding."""
+    bias = torch.zeros(1, 4, 64, 64, requires_grad=True)
+    launches = [
+        *attention_launches(arch, head_dim, dtype),
+        *(x for x in attention_launches(arch, head_dim, dtype, bias=bias) if "bwd_bias" in x[0].__name__),
+        *decode_launches(arch, head_dim, dtype),
+    ]
+    return list({launch[0].__name__: launch for launch in launches}.values())
+
+
+def kernel_name(kernel: JITFunction) -> str:
+    """Short, as in tables: ``_prefix_attention_bwd_dq_kernel`` is dq."""
+    return re.sub("_?prefix_attention_|_kernel|^_", "", kernel.__name__).removeprefix("bwd_")
 
 
 def embedding_launches(arch: str):
@@ -152,10 +183,9 @@ def compile_launch(arch: str, launch: tuple[JITFunction, tuple, dict]) -> Compil
     source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=_target(arch), options=options)
     seconds = time.perf_counter() - start
-    name = re.sub("_?prefix_attention_|_kernel|^_", "", kernel.__name__).removeprefix("bwd_")
     tile = tuple({**constants, **options}.get(field, 0) for field in tiles.Tile._fields)
     measure = _amd if arch.startswith("gfx") else _nvidia
-    return Compiled(name, arch, tile, *measure(compiled), seconds)
+    return Compiled(kernel_name(kernel), arch, tile, *measure(compiled), seconds)
 
 
 def _target(arch: str) -> GPUTarget:
@@ -180,20 +210,3 @@ def _amd(compiled) -> tuple[int, int, int, Counter[str]]:
     assembly = compiled.asm["amdgcn"]
     registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", assembly)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
     return registers, spills, compiled.metadata.shared, Counter(re.findall(r"^\s+([vsbdg]\w*_\w+)", assembly, re.M))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--archs", nargs="*", default=tiles.ARCHITECTURES)
-    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--kernels", nargs="*")
-    parser.add_argument("--tile", nargs=4, type=int, help="in place of the table's")
-    chosen = parser.parse_args()
-    table = tiles.tile
-    backend.tile = lambda *key: tiles.Tile(*chosen.tile) if chosen.tile else table(*key)
-    for arch in chosen.archs:
-        for head_dim in chosen.head_dims:
-            for launch in attention_launches(arch, head_dim, getattr(torch, chosen.dtype)):
-                if not chosen.kernels or any(name in launch[0].__name__ for name in chosen.kernels):
-                    print(f"D {head_dim:3} {compile_launch(arch, launch)}", flush=True)

@@ -11,44 +11,67 @@ import torch
 from peftkern.backends import triton as backend
 from peftkern.backends.triton import tiles
 
-from .aot import SHARED_MEMORY, attention_launches, compile_launch, embedding_launches
+from .aot import (
+    SHARED_MEMORY,
+    attention_launches,
+    compile_launch,
+    decode_launches,
+    embedding_launches,
+    table_launches,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
-FAST = {("sm_80", 64), ("sm_90", 128)}
-CASES = [
-    pytest.param(arch, head_dim, marks=() if (arch, head_dim) in FAST else pytest.mark.slow)
-    for arch in tiles.ARCHITECTURES
-    for head_dim in (64, 128)
-]
-DOTS = ("fwd", "dq", "dkv", "prefix")
+DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
+#: Kernels that spill, with the bytes; all others spill nothing. None has a head dim of 64 or 128.
+SPILLS: dict[tuple[str, int, str], int] = {}
+MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
 
-def _within_the_device(compiled):
+def _table(head_dims, fast, dtype):
+    return [
+        pytest.param(arch, head_dim, dtype, marks=() if (arch, head_dim) in fast else pytest.mark.slow)
+        for arch in tiles.ARCHITECTURES
+        for head_dim in head_dims
+    ]
+
+
+def _check_budgets(compiled, head_dim=None):
     assert compiled.shared <= SHARED_MEMORY[compiled.arch], f"more shared memory than a block can have: {compiled}"
-    assert compiled.spills == 0, f"registers spill: {compiled}"
+    allowed = SPILLS.get((compiled.arch, head_dim, compiled.kernel), 0)
+    assert compiled.spills <= allowed, f"registers spill: {compiled}"
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), CASES)
-def test_half_precision_kernels_fit_and_use_the_tensor_cores(arch, head_dim):
-    compiled = [compile_launch(arch, launch) for launch in attention_launches(arch, head_dim, torch.bfloat16)]
-    assert {c.kernel for c in compiled} == {*DOTS, "prepare", "sum_partials"}
-    for c in compiled:
-        _within_the_device(c)
-        if c.kernel in DOTS:
-            assert c.tensor_cores > 0, f"no tensor core instructions: {c}"
-            assert c.async_copies > 0 or arch.startswith("gfx"), f"no asynchronous copies: {c}"
-    matrix_unit = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA"}.get(arch, "HMMA|v_mfma")
-    assert next(c for c in compiled if c.kernel == "fwd").count(matrix_unit) > 0
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"),
+    [
+        *_table((32, 64, 80, 96, 128, 192, 256), {("sm_80", 64), ("sm_90", 128)}, torch.bfloat16),
+        *_table((32, 64, 128, 256), set(), torch.float32),
+    ],
+    ids=str,
+)
+def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim, dtype):
+    compiled = {
+        c.kernel: c for c in (compile_launch(arch, launch) for launch in table_launches(arch, head_dim, dtype))
+    }
+    assert set(compiled) == {*DOTS, "prepare", "sum_partials", "decode_combine"}
+    for c in compiled.values():
+        _check_budgets(c, head_dim)
+    if dtype == torch.float32:
+        return
+    for kernel in DOTS:
+        c = compiled[kernel]
+        assert c.tensor_cores > 0, f"no tensor core instructions: {c}"
+        pipelined = c.tile[3] > 1 and not arch.startswith("gfx")
+        assert c.async_copies > 0 or not pipelined, f"no asynchronous copies: {c}"
+    assert compiled["fwd"].count(MATRIX_UNIT.get(arch, "HMMA")) > 0, str(compiled["fwd"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
-@pytest.mark.parametrize(("head_dim", "dtype"), [(256, torch.bfloat16), (64, torch.float32), (128, torch.float32),
-                                                 (256, torch.float32)], ids=str)  # fmt: skip
-def test_wide_heads_and_fp32_fit(arch, head_dim, dtype):
-    for launch in attention_launches(arch, head_dim, dtype):
-        compiled = compile_launch(arch, launch)
-        assert compiled.shared <= SHARED_MEMORY[arch], str(compiled)
+def test_instructions_per_tensor_core_instruction():
+    """FlashAttention-2's forward for head dim 64 on sm_80 has 9.0, counted in torch's own library."""
+    launch = attention_launches("sm_80", 64, torch.bfloat16)[0]
+    compiled = compile_launch("sm_80", launch)
+    assert compiled.kernel == "fwd"
+    assert compiled.instructions.total() <= 9.0 * compiled.count("HMMA"), str(compiled)
 
 
 OPTIONS = {
@@ -59,6 +82,14 @@ OPTIONS = {
     },
     "gate": {"gate": torch.zeros(4, requires_grad=True), "sinks": torch.zeros(4, requires_grad=True)},
     "dropout": {"dropout_p": 0.1, "dropout_seed": 1},
+    "negative scale": {"scale": -0.125},
+    "ragged bank": {
+        "bank": (3,), "prefix_ids": torch.zeros(2, dtype=torch.int64), "prefix_lens": torch.ones(3, dtype=torch.int64)
+    },
+    "packed bank": {
+        "batch": 1, "bank": (3,), "prefix_ids": torch.zeros(2, dtype=torch.int32), "window": 32,
+        "cu_seqlens": torch.tensor([0, 20, 64], dtype=torch.int32),
+    },
 }  # fmt: skip
 
 
@@ -71,21 +102,29 @@ def test_options_compile(name):
         assert compile_launch(arch, launch).shared <= SHARED_MEMORY[arch]
 
 
+DECODE_OPTIONS = {
+    "key_mask": {"key_mask": torch.ones(16, 2048, dtype=torch.bool)},
+    "window": {"window": 512, "softcap": 30.0, "sinks": torch.zeros(8)},
+    "ragged bank": {
+        "bank": (3,), "prefix_ids": torch.zeros(16, dtype=torch.int64), "prefix_lens": torch.ones(3, dtype=torch.int64)
+    },
+    "gate": {"gate": torch.zeros(8), "bias": torch.zeros(1, 1, 1, 2048), "prefix_bias": torch.zeros(8, 1)},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODE_OPTIONS)
+def test_decoding_options_compile(name):
+    for launch in decode_launches("sm_80", 64, torch.bfloat16, torch.float32, **DECODE_OPTIONS[name]):
+        assert compile_launch("sm_80", launch).shared <= SHARED_MEMORY["sm_80"]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_embedding_compiles(arch):
     launches = embedding_launches(arch)
     assert len(launches) == 2
     for launch in launches:
-        _within_the_device(compile_launch(arch, launch))
-
-
-@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_table_covers_every_head_dim(arch, dtype):
-    for direction in ("forward", "dq", "dkv", "prefix", "bias"):
-        for head_dim in range(1, tiles.MAX_HEAD_DIM + 1):
-            block = tiles.tile(arch, direction, head_dim, dtype)
-            assert all(n >= 16 and n & (n - 1) == 0 for n in block[:2]), f"{arch} {direction} {head_dim}: {block}"
+        _check_budgets(compile_launch(arch, launch))
 
 
 def test_a_tile_too_large_for_the_registers_is_noticed(monkeypatch):
@@ -93,4 +132,4 @@ def test_a_tile_too_large_for_the_registers_is_noticed(monkeypatch):
     monkeypatch.setattr(backend, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
     launch = next(x for x in attention_launches("sm_80", 128, torch.bfloat16) if "prefix_kernel" in x[0].__name__)
     with pytest.raises(AssertionError, match="registers spill"):
-        _within_the_device(compile_launch("sm_80", launch))
+        _check_budgets(compile_launch("sm_80", launch))

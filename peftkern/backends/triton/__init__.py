@@ -7,8 +7,10 @@ by name only (``backend="triton"``).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from . import autotune
 from .arguments import Matrices, Stats, dense, flags_of, options_of, sizes_of
 from .tiles import ARCHITECTURES, INTERPRETER, MAX_HEAD_DIM, Direction, Tile, cuda_architecture, tile
 
@@ -49,6 +52,8 @@ def _lacks(device: torch.device) -> list[str]:
     if not torch.cuda.is_available():
         return ["torch sees no GPU"]
     if (arch := architecture(device)) not in ARCHITECTURES:
+        if arch.startswith("sm_"):
+            return [f"{arch} is older than sm_80, the first that Triton compiles for: use backend='reference'"]
         return [f"no tiles for {arch}, only for {', '.join(ARCHITECTURES)} and what is compatible with them"]
     return []
 
@@ -91,17 +96,50 @@ class _Attention:
         self.bank = args.prefix_k.shape[0] if args.prefix_k.dim() == 4 else 1
         self.sizes, self.options, self.flags = sizes_of(args), options_of(args), flags_of(args)
         self.scale, self.arch = args.scale, architecture(args.q.device)
+        self._tiles: dict[Direction, Tile] = {}
 
     def tile(self, direction: Direction) -> Tile:
+        """The table's, or the tuned one; the same at each use in one call."""
+        if direction not in self._tiles:
+            block = self._table_tile(direction)
+            if autotune.requested():
+                block = autotune.chosen(direction, self._kind(direction), block)
+            self._tiles[direction] = block
+        return self._tiles[direction]
+
+    def _table_tile(self, direction: Direction) -> Tile:
         return tile(self.arch, direction, self.flags.HEAD_DIM, self.dtype)
+
+    def _kind(self, direction: Direction) -> str:
+        """What calls share a tuned tile."""
+        sizes = self.sizes
+        tokens = {"D": self.flags.HEAD_DIM, "S": sizes.q_len, "T": sizes.kv_len, "P": sizes.prefix_len}
+        options = [name for name, value in self.options._asdict().items() if value is not None]
+        options += ["causal"] * self.flags.IS_CAUSAL + ["fp32_prefix"] * (self.prefix[0].ptr.dtype != self.dtype)
+        tokens["H"] = sizes.batch * sizes.num_heads
+        return autotune.key(self.arch, direction, self.dtype, tokens, tuple(options))
+
+    def tune(self, direction: Direction, run: Callable[[], object]) -> None:
+        """With PEFTKERN_AUTOTUNE=1 and a kind of call that is not known yet, time ``run`` with several tiles."""
+        if autotune.enabled() and all(self.q.ptr.shape):
+            autotune.tune(direction, self._kind(direction), self._table_tile(direction), run)
 
     def row_programs(self, direction: Direction) -> int:
         """One per block of rows, head and batch entry."""
         return _blocks(self.sizes.q_len, self.tile(direction).BLOCK_M) * self.sizes.num_heads * self.sizes.batch
 
-    def launch(self, kernel: Any, direction: Direction, programs: int, *arguments: Any) -> None:
+    def decodes(self) -> bool:
+        """Whether the kernels for few queries take this call."""
+        queries, keys = self.sizes.q_len, self.sizes.prefix_len + self.sizes.kv_len
+        return (
+            1 <= queries <= _DECODE_QUERIES and keys >= _DECODE_KEYS
+            and self.options.cu_seqlens is None and self.options.seed is None
+        )  # fmt: skip
+
+    def launch(self, kernel: Any, block: Direction | Tile, programs: int, *arguments: Any) -> None:
         flags = {name: value for name, value in self.flags._asdict().items() if name in kernel.arg_names}
-        _launch(kernel, (programs,), self.device, *arguments, **flags, **self.tile(direction)._asdict())
+        block = block if isinstance(block, Tile) else self.tile(block)
+        _launch(kernel, (programs,), self.device, *arguments, **flags, **block._asdict())
 
 
 def _blocks(length: int, block: int) -> int:
@@ -113,11 +151,51 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
     out, lse = allocate_outputs(args)
     call = _Attention(args)
+    call.tune("decode" if call.decodes() else "forward", lambda: prefix_attention(args))
+    if call.decodes():
+        _decode(call, out, lse)
+        return out, lse
     call.launch(
         _prefix_attention_fwd_kernel, "forward", call.row_programs("forward"),
         call.q, call.k, call.v, *call.prefix, Matrices.of(out), lse, call.options, call.sizes, call.scale,
     )  # fmt: skip
     return out, lse
+
+
+def _decode(call: _Attention, out: Tensor, lse: Tensor) -> None:
+    """Partial softmaxes over splits of the prefix and of each sample's keys, then all joined in order."""
+    from . import decode
+
+    sizes, options, flags = call.sizes, call.options, call.flags
+    key_heads, rows = sizes.num_heads // sizes.group, sizes.group * sizes.q_len
+
+    def part(tokens: int, rows: int, samples: int) -> tuple[Tile, int, int, int]:
+        """(tile, programs per split, splits, tokens of a split)."""
+        block = call.tile("decode")
+        block = block._replace(BLOCK_M=min(block.BLOCK_M, max(16, 1 << (rows - 1).bit_length())))
+        programs = _blocks(rows, block.BLOCK_M) * key_heads * samples
+        wanted = _blocks(2 * _processors(call.device), max(1, programs))
+        blocks = max(_blocks(_blocks(tokens, block.BLOCK_N), wanted), _SPLIT_BLOCKS)
+        return block, programs, _blocks(tokens, blocks * block.BLOCK_N), blocks * block.BLOCK_N
+
+    prefix_tile, prefix_programs, prefix_splits, prefix_size = part(sizes.prefix_len, rows * sizes.batch, 1)
+    seq_tile, seq_programs, seq_splits, seq_size = part(sizes.kv_len, rows, sizes.batch)
+    splits = prefix_splits + seq_splits
+    partial = lse.new_empty(splits, *lse.shape, flags.HEAD_DIM)
+    partial_lse = lse.new_empty(splits, *lse.shape)
+    call.launch(
+        decode._prefix_attention_decode_prefix_kernel, prefix_tile, prefix_programs * prefix_splits,
+        call.q, *call.prefix, partial, partial_lse, options, sizes, call.scale, prefix_splits, prefix_size,
+    )  # fmt: skip
+    call.launch(
+        decode._prefix_attention_decode_sequence_kernel, seq_tile, seq_programs * seq_splits,
+        call.q, call.k, call.v, partial, partial_lse, options, sizes, call.scale, prefix_splits, seq_splits, seq_size,
+    )  # fmt: skip
+    _launch(
+        decode._prefix_attention_decode_combine_kernel, (lse.numel(),), call.device,
+        partial, partial_lse, Matrices.of(out), lse, options, sizes, prefix_splits, splits,
+        HEAD_DIM=flags.HEAD_DIM, BLOCK_D=flags.BLOCK_D, BLOCK_N=16,
+    )  # fmt: skip
 
 
 def prefix_attention_backward(
@@ -128,6 +206,10 @@ def prefix_attention_backward(
     gradients = allocate_gradients(args, needs)
     needed = dict(zip(AttentionGradients._fields, needs, strict=True))
     call = _Attention(args)
+    for direction, names in _BACKWARD.items():
+        only = [need and name in names for name, need in needed.items()]
+        if any(only):
+            call.tune(direction, functools.partial(prefix_attention_backward, dout, dlse, out, lse, args, only))
     douts = Matrices.of(dout)
     gated = args.gate is not None
     exact = gated or any(needed[name] for name in ("dsinks", "dbias", "dprefix_bias"))
@@ -142,7 +224,8 @@ def prefix_attention_backward(
     if needed["dq"]:
         call.launch(
             backward._prefix_attention_bwd_dq_kernel, "dq", call.row_programs("dq"),
-            call.q, call.k, call.v, *call.prefix, douts, Matrices.of(gradients.dq), stats, options, sizes, scale,
+            call.q, call.k, call.v, *call.prefix, douts, None, Matrices.of(gradients.dq), stats, options, sizes,
+            scale,
         )  # fmt: skip
     if needed["dk"] or needed["dv"]:
         targets = (Matrices.of(x) if x.numel() else None for x in (gradients.dk, gradients.dv))
@@ -201,6 +284,13 @@ def _prefix_gradients(call: _Attention, dout: Matrices, stats: Stats, gradients:
         gradients.dprefix_bias.copy_(dbias.sum((0, 1)).sum_to_size(gradients.dprefix_bias.shape))
 
 
+# What decoding is for: few queries, and so many keys that cutting them into splits pays two more launches.
+_DECODE_QUERIES, _DECODE_KEYS = 16, 1024
+_SPLIT_BLOCKS = 2  # blocks of keys in a split, at least
+# the gradients that each kernel of the backward is for
+_BACKWARD: dict[Direction, tuple[str, ...]] = {
+    "dq": ("dq",), "dkv": ("dk", "dv"), "prefix": ("dprefix_k", "dprefix_v", "dprefix_bias"), "bias": ("dbias",),
+}  # fmt: skip
 _LOG2E = 1.4426950408889634
 _WIDTH = 1024  # elements that a program of an elementwise kernel handles
 

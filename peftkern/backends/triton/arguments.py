@@ -75,7 +75,10 @@ class KeyMask(NamedTuple):
 
 
 class Options(NamedTuple):
-    """``prefix_window`` is the window where it counts the prefix; ``dropout_scale`` is 1 / (1 - dropout_p)."""
+    """``prefix_window`` is the window where it counts the prefix; ``dropout_scale`` is 1 / (1 - dropout_p).
+
+    ``ordered`` is 1 where a larger product q k has the larger score for sure, as a scale above 0 makes it; else None.
+    """
 
     key_mask: KeyMask | None
     cu_seqlens: Tensor | None
@@ -90,6 +93,7 @@ class Options(NamedTuple):
     gate: Tensor | None
     seed: Tensor | None
     dropout_scale: float | None
+    ordered: int | None
 
 
 class Stats(NamedTuple):
@@ -139,7 +143,11 @@ def options_of(args: AttentionArgs) -> Options:
         gate=dense(args.gate),
         seed=args.dropout_seed,
         dropout_scale=None if args.dropout_seed is None else 1.0 / (1.0 - args.dropout_p),
+        ordered=1 if args.scale > _SMALLEST_SCALE else None,
     )
+
+
+_SMALLEST_SCALE = 2.0**-100  # a score of -inf times a scale that a GPU flushes to 0 would be NaN
 
 
 def flags_of(args: AttentionArgs) -> Flags:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the attention kernels share: tiles, scores, visibility, packed sequences, dropout.
 
-Scores are in units of log2, so that ``exp2`` serves the softmax. ``rows`` (queries) and ``keys`` are index tensors of
-two dims that broadcast against each other, [M, 1] and [1, N] or, transposed, [1, M] and [N, 1].
+Scores times their unit are logarithms to base 2, so that ``exp2`` serves the softmax. ``rows`` (queries) and ``keys``
+are index tensors of two dims that broadcast against each other, [M, 1] and [1, N] or, transposed, [1, M] and [N, 1].
 """
 
 import triton
@@ -76,24 +76,34 @@ def tanh(x):
 
 
 @triton.jit
-def softcapped(products, scale, softcap):
-    """(scores without bias, d score / d (scale * product)) of products q k."""
-    if softcap is None:
-        scores, slope = products * (scale * LOG2E), 1.0
+def softcapped(products, scale, opts, ADDS: tl.constexpr):
+    """(scores, unit, slope): ``scores * unit`` are the scores before bias, slope is d score / d (scale * product).
+
+    Where nothing is done to the products but to scale them, they are the scores and the scale is their unit: what
+    follows then multiplies where it subtracts, in one instruction. ADDS: a bias will be added.
+    """
+    slope = 1.0
+    unit = 1.0
+    if opts.softcap is not None:
+        capped = tanh(products * (scale / opts.softcap))
+        scores = capped * (opts.softcap * LOG2E)
+        slope = 1.0 - capped * capped
+    elif ADDS or opts.ordered is None:
+        scores = products * (scale * LOG2E)
     else:
-        capped = tanh(products * (scale / softcap))
-        scores, slope = capped * (softcap * LOG2E), 1.0 - capped * capped
-    return scores, slope
+        scores = products
+        unit = scale * LOG2E
+    return scores, unit, slope
 
 
 @triton.jit
-def find_sequence(index, options, sizes):
+def find_sequence(index, opts, sizes):
     """The packed sequence that holds each token of ``index``: the last one that starts at or before it."""
     low = index * 0
     high = low + sizes.num_sequences
     for _ in range(sizes.search_steps):
         middle = (low + high) // 2
-        starts_before = tl.load(options.cu_seqlens + middle) <= index
+        starts_before = tl.load(opts.cu_seqlens + middle) <= index
         narrow = high - low > 1
         high = tl.where(starts_before | (narrow == 0), high, middle)
         low = tl.where(starts_before & narrow, middle, low)
@@ -101,92 +111,128 @@ def find_sequence(index, options, sizes):
 
 
 @triton.jit
-def segment(index, options, sizes):
+def segment(index, opts, sizes):
     """(first, end) of the packed sequence of each token, [0, T) where nothing is packed."""
-    if options.cu_seqlens is None:
+    if opts.cu_seqlens is None:
         first = index * 0
         end = first + sizes.kv_len
     else:
-        start = options.cu_seqlens + find_sequence(index, options, sizes)
+        start = opts.cu_seqlens + find_sequence(index, opts, sizes)
         first, end = tl.load(start).to(tl.int32), tl.load(start + 1).to(tl.int32)
     return first, end
 
 
 @triton.jit
-def seq_scores(
-    products, scale, rows, keys, inner, first, end, batch, head, options, sizes, IS_CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """(scores, slope) for sequence keys. ``inner`` (rows or keys) must lie in [first, end), the other's segment.
+def keys_seen(rows, opts, sizes, IS_CAUSAL: tl.constexpr):
+    """(lower, upper): each row sees sequence keys lower <= key < upper.
 
-    MASKED is false where every row of the block sees every key.
+    For rows within [0, S); those beyond see what is not there, and are not stored.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
-    inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
-    if options.bias is not None:
-        bias = options.bias
+    offset = sizes.kv_len - sizes.q_len
+    lower, upper = segment(tl.minimum(rows, sizes.q_len - 1), opts, sizes)
+    if IS_CAUSAL:
+        upper = rows + (offset + 1)
+    if opts.window is not None:
+        lower = tl.maximum(lower, rows + (offset + 1 - opts.window))
+    return lower, upper
+
+
+@triton.jit
+def rows_that_see(keys, opts, sizes, IS_CAUSAL: tl.constexpr):
+    """(lower, upper): each sequence key is seen by rows lower <= row < upper.
+
+    The rows' statistics, and not this, take out those beyond S.
+    """
+    offset = sizes.kv_len - sizes.q_len
+    lower, upper = segment(tl.minimum(keys, sizes.kv_len - 1), opts, sizes)
+    if IS_CAUSAL:
+        lower = keys - offset
+    if opts.window is not None:
+        farthest = keys + (opts.window - offset)
+        upper = farthest if opts.cu_seqlens is None else tl.minimum(upper, farthest)
+    return lower, upper
+
+
+@triton.jit
+def seq_scores(
+    products, scale, rows, keys, lower, upper, batch, head, opts, sizes, IS_CAUSAL: tl.constexpr,
+    BY_KEY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(scores, unit, slope) for sequence keys.
+
+    lower and upper are :func:`keys_seen` of the rows or, BY_KEY, :func:`rows_that_see` of the keys. MASKED is false
+    where every row of the block sees every key.
+    """
+    scores, unit, slope = softcapped(products, scale, opts, opts.bias is not None)
+    if opts.bias is not None:
+        bias = opts.bias
         ptrs = matrix(bias, batch, head) + rows.to(tl.int64) * bias.stride_m + keys.to(tl.int64) * bias.stride_n
+        inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
         scores += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = inside
-        distance = rows + (sizes.kv_len - sizes.q_len) - keys
-        if IS_CAUSAL:
-            visible = visible & (distance >= 0)
-        if options.window is not None:
-            visible = visible & (distance < options.window)
-        if options.cu_seqlens is not None:
-            visible = visible & (inner >= first) & (inner < end)
-        if options.key_mask is not None:
-            ptrs = options.key_mask.ptr + tl.cast(batch, tl.int64) * options.key_mask.stride_b
-            mask = tl.load(ptrs + keys * options.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
-            visible = visible & (mask != 0)
-        scores = tl.where(visible, scores, -float("inf"))
-    return scores, slope
+        CUT: tl.constexpr = opts.window is not None or opts.cu_seqlens is not None
+        if not BY_KEY:
+            scores = tl.where(keys < upper, scores, -float("inf"))
+            if CUT:
+                scores = tl.where(keys >= lower, scores, -float("inf"))
+        else:
+            if IS_CAUSAL or opts.cu_seqlens is not None:
+                scores = tl.where(rows >= lower, scores, -float("inf"))
+            if CUT:
+                scores = tl.where(rows < upper, scores, -float("inf"))
+        if opts.key_mask is not None:
+            ptrs = opts.key_mask.ptr + tl.cast(batch, tl.int64) * opts.key_mask.stride_b
+            mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
+            scores = tl.where(mask != 0, scores, -float("inf"))
+    return scores, unit, slope
 
 
 @triton.jit
 def prefix_scores(
-    products, scale, positions, slots, sees, length, head, options, sizes, MASKED: tl.constexpr
+    products, scale, positions, slots, sees, length, head, opts, sizes, MASKED: tl.constexpr
 ):  # fmt: skip
-    """(scores, slope) for the first ``length`` tokens of a prefix.
+    """(scores, unit, slope) for the first ``length`` tokens of a prefix.
 
-    ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix.
+    ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix, None
+    for all.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
-    if options.prefix_bias is not None:
-        bias = options.prefix_bias
+    scores, unit, slope = softcapped(products, scale, opts, opts.prefix_bias is not None)
+    if opts.prefix_bias is not None:
+        bias = opts.prefix_bias
         ptrs = bias.ptr + head * bias.stride_h + slots * bias.stride_n
         scores += tl.load(ptrs, mask=slots < sizes.prefix_len, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = (slots < length) & sees
-        if options.prefix_window is not None:
-            visible = visible & (length + positions - slots < options.prefix_window)
+        visible = slots < length
+        if sees is not None:
+            visible = visible & sees
+        if opts.prefix_window is not None:
+            visible = visible & (length + positions - slots < opts.prefix_window)
         scores = tl.where(visible, scores, -float("inf"))
-    return scores, slope
+    return scores, unit, slope
 
 
 @triton.jit
-def prefix_of(sequence, options):
+def prefix_of(sequence, opts):
     """The prefix that a sequence sees, -1 for none."""
     prefix = sequence * 0
-    if options.prefix_ids is not None:
-        prefix = tl.load(options.prefix_ids + sequence).to(tl.int32)
+    if opts.prefix_ids is not None:
+        prefix = tl.load(opts.prefix_ids + sequence).to(tl.int32)
     return prefix
 
 
 @triton.jit
-def prefix_length(prefix, options, sizes):
+def prefix_length(prefix, opts, sizes):
     """Used tokens of a prefix, 0 for prefix -1."""
-    if options.prefix_lens is None:
+    if opts.prefix_lens is None:
         length = tl.where(prefix < 0, 0, sizes.prefix_len)
     else:
-        length = tl.load(options.prefix_lens + prefix, mask=prefix >= 0, other=0).to(tl.int32)
+        length = tl.load(opts.prefix_lens + prefix, mask=prefix >= 0, other=0).to(tl.int32)
     return length
 
 
 @triton.jit
 def dropout_keep(
-    options, row, key, batch_head, PART: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr,
+    opts, row, key, batch_head, PART: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] bool: the weights kept of rows ``row`` and keys ``key`` (a multiple of 4) and on.
@@ -196,16 +242,17 @@ def dropout_keep(
     rows = row + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 4], tl.int32)
     quads = key // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     zero = tl.zeros_like(rows)
-    w0, w1, w2, w3 = tl.philox(tl.load(options.seed), quads, rows, zero + batch_head, zero + PART)
+    w0, w1, w2, w3 = tl.philox(tl.load(opts.seed), quads, rows, zero + batch_head, zero + PART)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.full([], THRESHOLD, tl.uint32)
 
 
 @triton.jit
-def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(low, full_low, full_high, high): the sequence keys that rows first_row to first_row + BLOCK_M - 1 see.
 
-    All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N.
+    All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N, in rising order
+    but for the last, which may lie below full_high.
     """
     last_row = tl.minimum(first_row + BLOCK_M, sizes.q_len) - 1
     offset = sizes.kv_len - sizes.q_len
@@ -214,26 +261,26 @@ def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
     full_low = low
     if IS_CAUSAL:
         high = tl.minimum(high, last_row + offset + 1)
-    if options.window is not None:
-        low = tl.maximum(low, first_row + offset - options.window + 1)
-        full_low = tl.maximum(low, last_row + offset - options.window + 1)
-    if options.cu_seqlens is not None:
-        first, _ = segment(first_row, options, sizes)
-        _, end = segment(last_row, options, sizes)
+    if opts.window is not None:
+        low = tl.maximum(low, first_row + offset - opts.window + 1)
+        full_low = tl.maximum(low, last_row + offset - opts.window + 1)
+    if opts.cu_seqlens is not None:
+        first, _ = segment(first_row, opts, sizes)
+        _, end = segment(last_row, opts, sizes)
         low, high = tl.maximum(low, first), tl.minimum(high, end)
     low = low // BLOCK_N * BLOCK_N
-    full_low = tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N)
+    full_low = tl.minimum(tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N), tl.cdiv(high, BLOCK_N) * BLOCK_N)
     full_high = high
     if IS_CAUSAL:
         full_high = tl.minimum(high, first_row + offset + 1)
     full_high = tl.maximum(full_low, full_high // BLOCK_N * BLOCK_N)
-    if (options.cu_seqlens is not None) or (options.key_mask is not None):
+    if (opts.cu_seqlens is not None) or (opts.key_mask is not None):
         full_low, full_high = low, low
     return low, full_low, full_high, high
 
 
 @triton.jit
-def row_range(first_key, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_range(first_key, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first row, a multiple of BLOCK_M, and number of blocks) of the rows that see a block of keys."""
     last_key = tl.minimum(first_key + BLOCK_N, sizes.kv_len) - 1
     offset = sizes.kv_len - sizes.q_len
@@ -241,11 +288,11 @@ def row_range(first_key, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
     high = low + sizes.q_len
     if IS_CAUSAL:
         low = tl.maximum(low, first_key - offset)
-    if options.window is not None:
-        high = tl.minimum(high, last_key + options.window - offset)
-    if options.cu_seqlens is not None:
-        first, _ = segment(first_key, options, sizes)
-        _, end = segment(last_key, options, sizes)
+    if opts.window is not None:
+        high = tl.minimum(high, last_key + opts.window - offset)
+    if opts.cu_seqlens is not None:
+        first, _ = segment(first_key, opts, sizes)
+        _, end = segment(last_key, opts, sizes)
         low, high = tl.maximum(low, first), tl.minimum(high, end)
     low = low // BLOCK_M * BLOCK_M
     return low, tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large a block each kernel takes on each GPU: a fixed table, no tuning when it runs.
 
-The entries compile without spills, with the tensor cores' instructions and, on NVIDIA, with asynchronous copies
-(``python -m tests.gpu_free.aot`` prints the figures). They were chosen from that, not from measurements.
+The entries compile without spills, with the tensor cores' instructions and, on NVIDIA, with asynchronous copies where
+num_stages > 1 (``python -m tests.gpu_free.report`` prints the figures). They were chosen from that, not from
+measurements; :mod:`.autotune` measures, for those who ask for it.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Direction = Literal["forward", "dq", "dkv", "prefix", "bias"]
+Direction = Literal["forward", "dq", "dkv", "prefix", "bias", "decode"]
 
 
 class Tile(NamedTuple):
@@ -27,34 +28,34 @@ INTERPRETER = "interpreter"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 MAX_HEAD_DIM = 256
 
-_DIRECTIONS: tuple[Direction, ...] = ("forward", "dq", "dkv", "prefix", "bias")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
-# family -> largest head dim of the row -> tiles in the order of _DIRECTIONS, for fp16 and bf16
+# family -> largest head dim of the row -> tiles in the order of DIRECTIONS, for fp16 and bf16
 _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
-        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-        256: ((64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 3)),
+        256: ((64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
     "99 KB": {  # of shared memory for a block, with the instructions of sm_80
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1)),
-        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-        256: ((64, 32, 8, 2), (64, 16, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 2)),
+        256: ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
     "sm_90": {
-        64: ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1)),
+        64: ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 3)),
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
     "sm_100": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
-        256: ((64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 4, 3)),
+        256: ((64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
     "gfx94": {
-        64: ((128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-        128: ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 1)),
-        256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        64: ((128, 64, 4, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1), (64, 64, 4, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (64, 64, 8, 1), (64, 32, 4, 2)),
+        256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     },
 }  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
@@ -64,7 +65,7 @@ _FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 
 
 
 def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The block of one kernel, a function of its arguments alone.
+    """The block of one kernel, a function of its arguments alone; for decoding BLOCK_M is the most it may be.
 
     >>> tile("sm_90", "forward", 80, torch.bfloat16)
     Tile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
@@ -74,7 +75,20 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
         return _FLOAT[row]
-    return Tile(*_HALF[_FAMILIES.get(arch, arch)][row][_DIRECTIONS.index(direction)])
+    return Tile(*_HALF[_FAMILIES.get(arch, arch)][row][DIRECTIONS.index(direction)])
+
+
+def candidates(start: Tile) -> list[Tile]:
+    """``start`` and what is one step away from it: half or twice a block, other warps, a stage more or less.
+
+    >>> [tuple(c) for c in candidates(Tile(16, 128, 4, 1))]
+    [(16, 128, 4, 1), (32, 128, 4, 1), (16, 64, 4, 1), (16, 128, 8, 1), (16, 128, 4, 2)]
+    """
+    m, n, warps, stages = start
+    blocks = [(m // 2, n), (2 * m, n), (m, n // 2), (m, 2 * n)]
+    steps = [Tile(*block, warps, stages) for block in blocks if min(block) >= 16 and max(block) <= 128]
+    steps.append(start._replace(num_warps=8 if warps == 4 else 4))
+    return [start, *steps, *(start._replace(num_stages=s) for s in (stages - 1, stages + 1) if 1 <= s <= 4)]
 
 
 def cuda_architecture(major: int, minor: int) -> str:

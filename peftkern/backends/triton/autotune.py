@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opt-in tuning: ``PEFTKERN_AUTOTUNE=1`` times the neighbours of the table's tile and remembers the fastest.
+
+The first call of a kind is timed before it runs, many times over and into outputs of the timing's own. What is found
+is written to a JSON file, which later processes with the variable set read. Nothing is tuned while a CUDA graph is
+captured. Tuned tiles may differ between machines, and with them the last bits of a result; the table's do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tiles import Direction, Tile, candidates
+
+_tiles: dict[str, Tile] = {}  # found here or in the file
+_read: Path | None = None  # the file that _tiles come from
+#: In place of any other while it is timed, in the thread that does so.
+_trial: ContextVar[tuple[Direction, Tile] | None] = ContextVar("trial", default=None)
+
+
+def requested() -> bool:
+    """Whether the user asked for tuning."""
+    return os.environ.get("PEFTKERN_AUTOTUNE", "0") == "1"
+
+
+def enabled() -> bool:
+    """Whether the user asked for tuning, and this thread is not at it."""
+    return requested() and _trial.get() is None
+
+
+def cache_file() -> Path:
+    """Where the results are: in TRITON_CACHE_DIR, else in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(folder) / "peftkern_tiles.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern" / "tiles.json"
+
+
+def key(arch: str, direction: Direction, dtype: torch.dtype, sizes: dict[str, int], options: tuple[str, ...]) -> str:
+    """What shares a tile: sizes of tokens count by their power of two.
+
+    >>> key("sm_90", "dq", torch.bfloat16, {"D": 64, "S": 1000, "T": 1000, "P": 5}, ("window",))
+    'sm_90 dq bfloat16 D64 S1024 T1024 P8 window'
+    """
+    rounded = {n: size if n == "D" else 1 << max(0, size - 1).bit_length() for n, size in sizes.items()}
+    parts = [arch, direction, str(dtype).removeprefix("torch."), *(f"{n}{x}" for n, x in rounded.items()), *options]
+    return " ".join(parts)
+
+
+def chosen(direction: Direction, kind: str, default: Tile) -> Tile:
+    """The tile of a kind of call: the one on trial, else the tuned one where tuning is enabled, else ``default``."""
+    if (trial := _trial.get()) and trial[0] == direction:
+        return trial[1]
+    if not enabled():
+        return default
+    _read_file()
+    return _tiles.get(kind, default)
+
+
+def tune(direction: Direction, kind: str, default: Tile, run: Callable[[], Any]) -> None:
+    """Time ``run``, which must leave nothing behind, with each candidate, unless the kind is known."""
+    _read_file()
+    if kind in _tiles or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    times = {}
+    for tile in candidates(default):
+        token = _trial.set((direction, tile))
+        try:
+            times[tile] = _time(run)
+        finally:
+            _trial.reset(token)
+    best = min(times, key=lambda tile: times[tile])
+    if math.isfinite(times[best]):
+        _tiles[kind] = best
+        _write({kind: {"tile": list(best), "ms": times[best], "table": list(default), "table_ms": times[default]}})
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Median milliseconds, infinity for a tile that does not fit the device."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
+    except (OutOfResources, PTXASError, CompilationError):
+        return math.inf
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The file's entries; none, with a warning, where it is no such file."""
+    try:
+        entries = json.loads(file.read_text())
+        if all(len(e["tile"]) == 4 and all(type(n) is int and n > 0 for n in e["tile"]) for e in entries.values()):
+            return dict(entries)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    warnings.warn(
+        f"{file} holds no tiles that can be read: it is ignored, and replaced by what is tuned", stacklevel=2
+    )
+    return {}
+
+
+def _read_file() -> None:
+    global _read
+    file = cache_file()
+    if file != _read:
+        _tiles.clear()
+        _tiles.update({kind: Tile(*entry["tile"]) for kind, entry in _load(file).items()})
+        _read = file
+
+
+def _write(found: dict[str, Any]) -> None:
+    """Add to the file, whole or not at all: other processes may read and write it too."""
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        entries = {**_load(file), **found}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as target:
+            json.dump(dict(sorted(entries.items())), target, indent=1)
+        os.replace(target.name, file)
+    except OSError as error:
+        warnings.warn(f"what was tuned is not kept: {error}", stacklevel=2)
