@@ -7,7 +7,8 @@
 
 Errors are against the reference in fp64. Forward and backward errors are maxima. Sums over rows (the gradients of the
 prefix, sinks, gate and biases) are compared by root mean square, which a lucky element does not move; in fp32, where
-eager adds up in fp32 too, with the factor 3.
+eager adds up in fp32 too, with the factor 3. In fp32 the error of large scores is the luck of the order in which a
+product is summed, and libraries sum differently on different processors: eager's error is the worst of three orders.
 
 The floor is one rounding of the largest value in the dtype and, for a gradient, what one fp32 rounding of delta makes
 of it. delta_i = sum_d out_id dout_id is taken from all gradients of row i's scores, ds_ij = p_ij (dp_ij - delta_i).
@@ -142,20 +143,24 @@ def check_backend(
     got = run(kernel, tensors, options, dout, lse_grad)
     true = run(exact, _double(rounded), _double(options), dout, lse_grad)
     exact_sums = {n: x.double() if n.startswith("prefix") else x for n, x in rounded.items()}
-    eager = run(eager_attention, exact_sums, _double(options), dout, lse_grad)
+    eager = [
+        _in_order(order, eager_attention, exact_sums, _double(options), dout, lse_grad)
+        for order in _orders(q.shape[-1] if q.dtype == torch.float32 else 0)
+    ]
     floors = {}
     if dout is not None:
         delta_rounding = torch.finfo(torch.float32).eps * (true.out * dout.double()).abs().sum(-1)
         zeros = torch.zeros_like(dout)
         floors = run(exact, _double(rounded), _double(options), zeros, delta_rounding).gradients
 
-    assert_bound("out", got.out, true.out, eager.out, factor=2, dtype=q.dtype)
+    assert_bound("out", got.out, true.out, _worst(true.out, [e.out for e in eager]), factor=2, dtype=q.dtype)
     finite = torch.isfinite(true.lse)
     assert torch.equal(torch.isfinite(got.lse), finite), "lse: -inf in other rows than the reference"
-    assert_bound("lse", got.lse[finite], true.lse[finite], eager.lse[finite], factor=2, dtype=torch.float32)
+    eager_lse = _worst(true.lse[finite], [e.lse[finite] for e in eager])
+    assert_bound("lse", got.lse[finite], true.lse[finite], eager_lse, factor=2, dtype=torch.float32)
     for name, value in got.gradients.items():
         reference_value = true.gradients[name]
-        allowed = eager.gradients[name]
+        allowed = _worst(reference_value, [e.gradients[name] for e in eager])
         if name in FP32_SUMS:
             factor = 3 if q.dtype == torch.float32 else 1
             assert_fp32_sum(f"d{name}", value, reference_value, allowed, factor=factor, floor=_rms(floors[name]))
@@ -163,6 +168,28 @@ def check_backend(
             floor = _largest(floors[name])
             assert_bound(f"d{name}", value, reference_value, allowed, factor=3, dtype=q.dtype, floor=floor)
     return got
+
+
+def _orders(head_dim: int) -> list[Tensor]:
+    """Orders in which to sum over the head's dimension; of none, the one there is."""
+    order = torch.arange(head_dim)
+    return [order, order.flip(0), order.roll(head_dim // 2)] if head_dim else [order]
+
+
+def _in_order(order: Tensor, attention, tensors: dict[str, Tensor], options: dict, *gradients) -> Results:
+    """:func:`run` with the head's dimension of queries and keys in another order."""
+    keys = ("q", "k", "prefix_k")
+    if order.numel() == 0:
+        return run(attention, tensors, options, *gradients)
+    results = run(attention, {n: x[..., order] if n in keys else x for n, x in tensors.items()}, options, *gradients)
+    for name in keys:
+        if name in results.gradients:
+            results.gradients[name] = results.gradients[name][..., order.argsort()]
+    return results
+
+
+def _worst(true: Tensor, candidates: list[Tensor]) -> Tensor:
+    return max(candidates, key=lambda x: _largest(x.double() - true.double()))
 
 
 def _largest(x: Tensor) -> float:

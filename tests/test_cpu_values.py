@@ -97,8 +97,8 @@ def test_a_bias_of_1e4():
 def test_infinite_scores(name, factor, dtype):
     """+inf is NaN for whoever sees it, as in the reference; -inf hides. In gradients as in outputs.
 
-    The reference multiplies dense matrices, where a hidden key's weight of 0 times an infinite key is NaN. A row that does
-    not see the key may have its value instead.
+    The reference multiplies dense matrices, where a hidden key's weight of 0 times an infinite key is NaN. A row that
+    does not see the key may have its value instead.
     """
     inputs, options = {n: x.clone() for n, x in tensors(SHAPE, dtype).items()}, {}
     if name == "bias":
@@ -111,7 +111,9 @@ def test_infinite_scores(name, factor, dtype):
     got, expected = (_results(backend, inputs, options) for backend in ("cpu", "reference"))
     for name, value in expected.items():
         nan, rows = value.isnan(), slice(first if name == "dq" else 0, None)
-        assert torch.equal(got[name][:, :, rows].isnan(), nan[:, :, rows]), f"{name}: NaN elsewhere than the reference"
+        assert torch.equal(got[name][:, :, rows].isnan(), nan[:, :, rows]), (
+            f"{name}: NaN elsewhere than the reference"
+        )
         tolerance = 8 * torch.finfo(value.dtype).eps if value.dtype in HALF else 1e-3
         torch.testing.assert_close(
             got[name][~nan], value[~nan], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
