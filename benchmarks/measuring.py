@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -69,6 +70,7 @@ def stamp() -> dict[str, object]:
     }  # fmt: skip
 
 
+@functools.cache
 def cpu_name() -> str:
     """As the kernel names it, with what decides which kernels run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -77,6 +79,7 @@ def cpu_name() -> str:
     return f"{names[0] if names else 'unknown'} ({isa})"
 
 
+@functools.cache
 def git_sha() -> str:
     """Of the commit, with ``+`` where files differ from it."""
     folder = Path(__file__).parent

@@ -49,9 +49,8 @@ def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
     source = mutated(
         tmp_path / "source",
         ("embedding.cpp", "memcpy(out, row, a.dim * size);", "memcpy(out, row, a.dim * size + 1);"),
-        ("attention.h", "int64_t r = 0; r < block.count; r++) {\n    const int64_t at = block.sample[r] * stride[0]",
-         "int64_t r = 0; r < block.count; r++) {\n    rows[kBlockM * p.padded_dim] = 0.0f;\n"
-         "    const int64_t at = block.sample[r] * stride[0]"),
+        ("attention.h", "(block.vectors * kLanes - block.count) * p.padded_dim);",
+         "(kBlockM - block.count) * p.padded_dim + 1);"),
     )  # fmt: skip
     program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
     embedding, attention = Recorder(), Recorder()
