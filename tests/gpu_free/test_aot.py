@@ -22,8 +22,8 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
-#: The one kernel that spills, with its bytes: exact fp32 products of 256 wide rows in the smallest tile there is.
-SPILLS = {("dq", 256, torch.float32): 176}
+#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile there is.
+SPILLS = {("dq", 256, torch.float32): 192}
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
 
