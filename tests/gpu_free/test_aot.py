@@ -22,8 +22,8 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
-#: Kernels that spill, with the bytes; all others spill nothing. None has a head dim of 64 or 128.
-SPILLS: dict[tuple[str, int, str], int] = {}
+#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile there is.
+SPILLS = {("dq", 256, torch.float32): 192}
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
 
@@ -35,9 +35,9 @@ def _table(head_dims, fast, dtype):
     ]
 
 
-def _check_budgets(compiled, head_dim=None):
+def _check_budgets(compiled, head_dim=None, dtype=None):
     assert compiled.shared <= SHARED_MEMORY[compiled.arch], f"more shared memory than a block can have: {compiled}"
-    allowed = SPILLS.get((compiled.arch, head_dim, compiled.kernel), 0)
+    allowed = SPILLS.get((compiled.kernel, head_dim, dtype), 0)
     assert compiled.spills <= allowed, f"registers spill: {compiled}"
 
 
@@ -55,7 +55,7 @@ def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim,
     }
     assert set(compiled) == {*DOTS, "prepare", "sum_partials", "decode_combine"}
     for c in compiled.values():
-        _check_budgets(c, head_dim)
+        _check_budgets(c, head_dim, dtype)
     if dtype == torch.float32:
         return
     for kernel in DOTS:
@@ -106,7 +106,7 @@ DECODE_OPTIONS = {
     "key_mask": {"key_mask": torch.ones(16, 2048, dtype=torch.bool)},
     "window": {"window": 512, "softcap": 30.0, "sinks": torch.zeros(8)},
     "ragged bank": {
-        "bank": (3,), "prefix_ids": torch.zeros(16, dtype=torch.int64), "prefix_lens": torch.ones(3, dtype=torch.int64)
+        "bank": (3,), "prefix_ids": torch.zeros(16, dtype=torch.int32), "prefix_lens": torch.full((3,), 9)
     },
     "gate": {"gate": torch.zeros(8), "bias": torch.zeros(1, 1, 1, 2048), "prefix_bias": torch.zeros(8, 1)},
 }  # fmt: skip
