@@ -99,9 +99,11 @@ class _Attention:
         """One per block of rows, head and batch entry."""
         return _blocks(self.sizes.q_len, self.tile(direction).BLOCK_M) * self.sizes.num_heads * self.sizes.batch
 
-    def launch(self, kernel: Any, direction: Direction, programs: int, *arguments: Any) -> None:
+    def launch(
+        self, kernel: Any, direction: Direction, programs: int, *arguments: Any, **constants: Any
+    ) -> None:
         flags = {name: value for name, value in self.flags._asdict().items() if name in kernel.arg_names}
-        _launch(kernel, (programs,), self.device, *arguments, **flags, **self.tile(direction)._asdict())
+        _launch(kernel, (programs,), self.device, *arguments, **constants, **flags, **self.tile(direction)._asdict())
 
 
 def _blocks(length: int, block: int) -> int:
@@ -142,7 +144,8 @@ def prefix_attention_backward(
     if needed["dq"]:
         call.launch(
             backward._prefix_attention_bwd_dq_kernel, "dq", call.row_programs("dq"),
-            call.q, call.k, call.v, *call.prefix, douts, Matrices.of(gradients.dq), stats, options, sizes, scale,
+            call.q, call.k, call.v, *call.prefix, douts, None, Matrices.of(gradients.dq), stats, options, sizes,
+            scale,
         )  # fmt: skip
     if needed["dk"] or needed["dv"]:
         targets = (Matrices.of(x) if x.numel() else None for x in (gradients.dk, gradients.dv))

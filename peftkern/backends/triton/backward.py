@@ -170,11 +170,14 @@ def _dq_sequence(
 
 @triton.jit
 def _prefix_attention_bwd_dq_kernel(
-    q, k, v, prefix_k, prefix_v, dout, dq, stats, options, sizes, scale,
+    q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, options, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Hq, S, D]; a program per BLOCK_M rows of one head, over the same blocks of keys as the forward."""
+    """dq [B, Hq, S, D]; a program per BLOCK_M rows of one head, over the same blocks of keys as the forward.
+
+    k and v None: the prefix's part alone, added to ``part_dq``, which may be dq itself.
+    """
     block, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     first_row = block * BLOCK_M
     q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -201,26 +204,31 @@ def _prefix_attention_bwd_dq_kernel(
             DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
-    lse, shift, _ = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
-    FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
-    low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    if FULL and options.window is not None:
+    if k is not None:
+        lse, shift, _ = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
+        FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
+        low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+        if FULL and options.window is not None:
+            acc = _dq_sequence(
+                acc, q_tile, dout_tile, k, v, low, tl.minimum(full_low, high), first_row, first[:, None], end[:, None],
+                batch, head, lse, shift, options, sizes, scale,
+                IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        if FULL:
+            acc = _dq_sequence(
+                acc, q_tile, dout_tile, k, v, full_low, full_high, first_row, first[:, None], end[:, None], batch, head,
+                lse, shift, options, sizes, scale,
+                IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
         acc = _dq_sequence(
-            acc, q_tile, dout_tile, k, v, low, tl.minimum(full_low, high), first_row, first[:, None], end[:, None],
-            batch, head, lse, shift, options, sizes, scale,
-            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+            acc, q_tile, dout_tile, k, v, full_high, high, first_row, first[:, None], end[:, None], batch, head, lse,
+            shift, options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
-    if FULL:
-        acc = _dq_sequence(
-            acc, q_tile, dout_tile, k, v, full_low, full_high, first_row, first[:, None], end[:, None], batch, head,
-            lse, shift, options, sizes, scale,
-            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
-        )  # fmt: skip
-    acc = _dq_sequence(
-        acc, q_tile, dout_tile, k, v, full_high, high, first_row, first[:, None], end[:, None], batch, head, lse,
-        shift, options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
-    )  # fmt: skip
-    store_tile(matrix(dq, batch, head), dq.stride_n, first_row, sizes.q_len, acc * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+    acc = acc * scale
+    if part_dq is not None:
+        part_ptr = matrix(part_dq, batch, head)
+        acc += load_tile(part_ptr, part_dq.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(matrix(dq, batch, head), dq.stride_n, first_row, sizes.q_len, acc, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
