@@ -80,7 +80,7 @@ class Vendor:
     masks: bool = False
     lse_unit: float = 1.0
     lse_layout: Callable[[Tensor], Tensor] = Tensor.contiguous
-    usable: Callable[[], bool] = lambda: True
+    usable: bool = True
 
     def why_not(self, call: Call, features: tuple[str, ...]) -> list[str]:
         """Reasons why the op cannot run the part of ``call`` with these ``features``."""
@@ -91,7 +91,7 @@ class Vendor:
             reasons.append(f"head dim {call.q_shape[-1]} is above {self.max_head_dim}")
         if not self.masks:
             reasons += [f"no {name}" for name in features if name not in self.native]
-        if not self.usable():
+        if not self.usable:
             reasons.append("not in this build of torch")
         return reasons
 
@@ -308,12 +308,12 @@ VENDORS = [
     Vendor(
         "flash", "cuda", _HALF, 256, _flash_forward, _flash_backward, head_dim_multiple=8,
         native=frozenset({"non-causal", "window", "cu_seqlens"}),
-        usable=torch.backends.cuda.is_flash_attention_available,
+        usable=torch.backends.cuda.is_flash_attention_available(),
     ),
     Vendor(
         "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, top_left=True,
         native=frozenset({"non-causal"}), masks=True, lse_layout=_cudnn_lse,
-        usable=lambda: torch.version.hip is None and torch.backends.cudnn.is_available(),
+        usable=torch.version.hip is None and torch.backends.cudnn.is_available(),
     ),
     Vendor(
         "efficient", "cuda", (torch.float32, *_HALF), 256, _efficient_forward, _efficient_backward,

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern import functional
-from peftkern.backends import triton as backend
+from peftkern.backends import triton as fused
 from peftkern.backends.triton import tiles
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -90,24 +90,26 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(backend, "architecture", return_value=arch),
-        mock.patch.object(backend, "_processors", return_value=128),
-        mock.patch.object(backend, "_lacks", return_value=[]),
+        mock.patch.object(fused, "architecture", return_value=arch),
+        mock.patch.object(fused, "_processors", return_value=128),
+        mock.patch.object(fused, "_lacks", return_value=[]),
     ):
         yield launches
 
 
-def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, **options):
+def attention_launches(
+    arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, backend="triton", **options
+):
     """The launches of forward and backward of one call, all gradients needed."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    prefix = (2, 32, head_dim)
+    prefix = (2, prefix_len, head_dim)
     with recorded_launches(arch) as launches:
         out = functional.prefix_attention(
             empty(2, 4, 64, head_dim), *(empty(2, 2, 64, head_dim) for _ in "kv"),
-            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
+            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend=backend, **options,
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     return launches
@@ -188,12 +190,15 @@ if __name__ == "__main__":
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kernels", nargs="*")
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--prefix-len", type=int, default=32)
     parser.add_argument("--tile", nargs=4, type=int, help="in place of the table's")
     chosen = parser.parse_args()
     table = tiles.tile
-    backend.tile = lambda *key: tiles.Tile(*chosen.tile) if chosen.tile else table(*key)
+    fused.tile = lambda *key: tiles.Tile(*chosen.tile) if chosen.tile else table(*key)
     for arch in chosen.archs:
         for head_dim in chosen.head_dims:
-            for launch in attention_launches(arch, head_dim, getattr(torch, chosen.dtype)):
+            dtype, prefix_len = getattr(torch, chosen.dtype), chosen.prefix_len
+            for launch in attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend=chosen.backend):
                 if not chosen.kernels or any(name in launch[0].__name__ for name in chosen.kernels):
                     print(f"D {head_dim:3} {compile_launch(arch, launch)}", flush=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..protocol import AttentionArgs, AttentionGradients, allocate_outputs
 from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients, _processors
 from .arguments import Matrices, Rows, Stats
+from .tiles import Direction
 
 _LOG2E = 1.4426950408889634
 _SLOT_BLOCK = 64  # keys that a program lays
@@ -29,18 +30,25 @@ def merge_prefix(
     if part_lse is not None and part_lse.stride() == lse.stride():
         lse = part_lse
     call = _Attention(args)
-    block = call.tile("merge")
+    resident = _fits(call, "merge")
+    direction: Direction = "merge" if resident else "merge_long"
     kv_heads = args.k.shape[1]
-    tiles = _blocks(call.sizes.q_len, block.BLOCK_M) * call.sizes.group * call.sizes.batch
-    resident = call.options.prefix_ids is None and call.options.prefix_window is None
+    tiles = _blocks(call.sizes.q_len, call.tile(direction).BLOCK_M) * call.sizes.group * call.sizes.batch
     workers = min(tiles, _blocks(2 * _processors(call.device), kv_heads))
     call.launch(
-        _prefix_merge_fwd_kernel, "merge", workers * kv_heads,
+        _prefix_merge_fwd_kernel, direction, workers * kv_heads,
         call.q, *call.prefix, None if part_out is None else Matrices.of(part_out),
         None if part_lse is None else Rows.of(part_lse), Matrices.of(out), lse, call.options, call.sizes, call.scale,
-        _LOG2E * lse_unit, workers, RESIDENT=resident and call.sizes.prefix_len <= block.BLOCK_N,
+        _LOG2E * lse_unit, workers, RESIDENT=resident,
     )  # fmt: skip
     return out, lse
+
+
+def _fits(call: _Attention, direction: Direction) -> bool:
+    """Whether all rows see one and the same prefix, and it fits a block of keys."""
+    options = call.options
+    shared = options.prefix_ids is None and options.prefix_window is None
+    return shared and call.sizes.prefix_len <= call.tile(direction).BLOCK_N
 
 
 def merge_prefix_backward(
@@ -61,11 +69,9 @@ def merge_prefix_backward(
     dq = Matrices.of(gradients.dq) if gradients.dq.numel() else None
     part = None if part_dq is None or dq is None else Matrices.of(part_dq)
     needs_prefix = gradients.dprefix_k.numel() or gradients.dprefix_v.numel()
-    block = call.tile("merge_bwd")
-    resident = options.prefix_ids is None and options.prefix_window is None and sizes.prefix_len <= block.BLOCK_N
-    if resident and needs_prefix:
+    if needs_prefix and _fits(call, "merge_bwd"):
         kv_heads, inner = args.k.shape[1], sizes.prefix_len * call.flags.HEAD_DIM
-        tiles = _blocks(sizes.q_len, block.BLOCK_M) * sizes.group * sizes.batch
+        tiles = _blocks(sizes.q_len, call.tile("merge_bwd").BLOCK_M) * sizes.group * sizes.batch
         splits = max(1, min(tiles, _blocks(_processors(call.device), kv_heads)))
         partial_k, partial_v = lse.new_empty(2, splits, kv_heads, inner)
         call.launch(

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Direction = Literal["forward", "dq", "dkv", "prefix", "bias", "merge", "merge_bwd"]
+Direction = Literal["forward", "dq", "dkv", "prefix", "bias", "merge", "merge_long", "merge_bwd"]
 
 
 class Tile(NamedTuple):
@@ -58,19 +58,34 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     },
 }  # fmt: skip
 
-# the same for the kernels of the prefix part alone, "merge" and "merge_bwd"; a prefix of BLOCK_N tokens stays on chip
-_MERGE_DIRECTIONS: tuple[Direction, ...] = ("merge", "merge_bwd")
+# the same for the kernels of the prefix part alone: a prefix of up to BLOCK_N tokens stays on chip, except in "merge_long"
+_MERGE_DIRECTIONS: tuple[Direction, ...] = ("merge", "merge_long", "merge_bwd")
 _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    "sm_80": {64: ((64, 128, 4, 2), (32, 128, 8, 1)), 128: ((128, 128, 8, 1), (64, 64, 8, 1)),
-              256: ((64, 32, 8, 1), (32, 32, 8, 1))},
-    "99 KB": {64: ((64, 128, 4, 2), (32, 128, 8, 1)), 128: ((64, 64, 4, 2), (64, 64, 8, 1)),
-              256: ((64, 32, 8, 1), (32, 32, 8, 1))},
-    "sm_90": {64: ((128, 128, 8, 2), (64, 128, 8, 1)), 128: ((128, 128, 8, 1), (64, 64, 8, 1)),
-              256: ((64, 64, 8, 1), (32, 32, 8, 1))},
-    "sm_100": {64: ((128, 128, 8, 2), (64, 128, 8, 1)), 128: ((128, 128, 8, 1), (64, 128, 8, 1)),
-               256: ((64, 64, 8, 1), (32, 32, 8, 1))},
-    "gfx94": {64: ((64, 64, 4, 2), (32, 64, 4, 1)), 128: ((64, 64, 4, 2), (64, 32, 4, 1)),
-              256: ((32, 32, 4, 1), (32, 32, 4, 1))},
+    "sm_80": {
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "99 KB": {
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "sm_90": {
+        64: ((128, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)),
+        256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "sm_100": {
+        64: ((128, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "gfx94": {
+        64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 1)),
+        128: ((64, 64, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
+        256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
 }  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
@@ -84,13 +99,14 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
     >>> tile("sm_90", "forward", 80, torch.bfloat16)
     Tile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
     """
-    merge = direction in _MERGE_DIRECTIONS
     if arch == INTERPRETER:
-        return Tile(32, 128 if merge else 16, 1, 1)
+        return Tile(32, 128 if direction in ("merge", "merge_bwd") else 16, 1, 1)
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
         return _FLOAT[row]
-    table, directions = (_MERGE_HALF, _MERGE_DIRECTIONS) if merge else (_HALF, _DIRECTIONS)
+    table, directions = _HALF, _DIRECTIONS
+    if direction in _MERGE_DIRECTIONS:
+        table, directions = _MERGE_HALF, _MERGE_DIRECTIONS
     return Tile(*table[_FAMILIES.get(arch, arch)][row][directions.index(direction)])
 
 
