@@ -259,7 +259,7 @@ def _cudnn_lse(lse: Tensor) -> Tensor:
 @functools.cache
 def _cudnn_lse_dims() -> int:
     x = torch.empty(1, 1, 8, 8, dtype=torch.float16, device="meta")
-    return int(_aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim())
+    return int(torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim())
 
 
 def _efficient_forward(problem: Problem) -> tuple[Tensor, Tensor]:

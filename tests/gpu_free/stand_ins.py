@@ -118,8 +118,10 @@ def flash_attention_backward(
 
 
 def cudnn_attention(
-    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale
-):
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+    scale=None,
+):  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     _check_dense(query, key, value, dtypes=(torch.float16, torch.bfloat16), multiple=8)
     assert compute_log_sumexp
     assert attn_bias is None or attn_bias.dtype == query.dtype
@@ -148,9 +150,7 @@ def _check_efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> No
         assert all(s % 8 == 0 for s in bias.stride()[:3]), "bias is not correctly aligned"
 
 
-def efficient_attention(
-    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale
-):
+def efficient_attention(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale):
     _check_efficient(query, key, value, attn_bias)
     visible = _visible(query.shape[2], key.shape[2], is_causal, True, None, None)
     out, lse = _forward(query, key, value, scale, visible, attn_bias)
