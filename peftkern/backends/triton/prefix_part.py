@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import triton as fused
 from ..protocol import AttentionArgs, AttentionGradients, allocate_outputs
-from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients, _processors
+from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients
 from .arguments import Matrices, Rows, Stats
 from .tiles import Direction
 
@@ -34,7 +35,7 @@ def merge_prefix(
     direction: Direction = "merge" if resident else "merge_long"
     kv_heads = args.k.shape[1]
     tiles = _blocks(call.sizes.q_len, call.tile(direction).BLOCK_M) * call.sizes.group * call.sizes.batch
-    workers = min(tiles, _blocks(2 * _processors(call.device), kv_heads))
+    workers = min(tiles, _blocks(2 * fused._processors(call.device), kv_heads))
     call.launch(
         _prefix_merge_fwd_kernel, direction, workers * kv_heads,
         call.q, *call.prefix, None if part_out is None else Matrices.of(part_out),
@@ -72,7 +73,7 @@ def merge_prefix_backward(
     if needs_prefix and _fits(call, "merge_bwd"):
         kv_heads, inner = args.k.shape[1], sizes.prefix_len * call.flags.HEAD_DIM
         tiles = _blocks(sizes.q_len, call.tile("merge_bwd").BLOCK_M) * sizes.group * sizes.batch
-        splits = max(1, min(tiles, _blocks(_processors(call.device), kv_heads)))
+        splits = max(1, min(tiles, _blocks(fused._processors(call.device), kv_heads)))
         partial_k, partial_v = lse.new_empty(2, splits, kv_heads, inner)
         call.launch(
             _prefix_merge_bwd_kernel, "merge_bwd", splits * kv_heads,
