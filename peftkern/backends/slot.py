@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """[prefix | keys] laid out once by a Triton kernel and read by another library's attention kernel.
 
-The vendor's kernel sees P + T keys, aligned bottom-right, so that the prefix is nothing special to it. Its dk and dv are
-taken apart again, the prefix's gradients summed over the batch in fp32 in a fixed order. The slot is laid again in
-backward and not kept. Sinks join afterwards, gradients of lse, sinks and biases as in ``two_part``.
+The vendor's kernel sees P + T keys, aligned bottom-right, so that the prefix is nothing special to it. Its dk and dv
+are taken apart again, the prefix's gradients summed over the batch in fp32 in a fixed order; what is summed has been
+rounded to the vendor's dtype per sample. The slot is laid again in backward and not kept. Sinks join afterwards,
+gradients of lse, sinks and biases are computed as in ``two_part``.
 """
 
 from __future__ import annotations

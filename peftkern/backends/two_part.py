@@ -3,7 +3,8 @@
 
 Forward: the vendor's (out, lse) over the sequence is one state of the softmax, the prefix another; one pass over the
 rows merges them where the vendor left them. Backward: the vendor's kernel, given the merged out and lse, computes the
-joint gradient of the sequence; one pass over the rows adds the prefix's part to its dq and sums the prefix's gradients.
+joint gradient of the sequence; one pass over the rows adds the prefix's part to its dq and sums the prefix's own
+gradients.
 
 Gradients of lse, sinks, biases and the gate are those of the ``triton`` backend, for the vendors' ops have none.
 The prefix's gradients are bitwise repeatable; dq, dk and dv are as repeatable as the vendor's op, on CUDA under
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -91,9 +91,7 @@ def needs_exact_softmax(dlse: Tensor | None, args: AttentionArgs, needs: list[bo
     """Whether a gradient is wanted that takes more of the softmax than the rounded out and lse."""
     sums = dict(zip(AttentionGradients._fields, needs, strict=True))
     return (
-        dlse is not None
-        or args.gate is not None
-        or any(sums[name] for name in ("dsinks", "dbias", "dprefix_bias"))
+        dlse is not None or args.gate is not None or any(sums[name] for name in ("dsinks", "dbias", "dprefix_bias"))
     )
 
 

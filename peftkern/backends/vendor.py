@@ -120,13 +120,13 @@ def choose(call: Call, features: tuple[str, ...]) -> tuple[Vendor | None, list[s
 
 
 def attention(vendor: Vendor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, S, D], lse [B, Hq, S]) as the op lays them out, lse in its own unit, both infinities for no keys.
+    """(out [B, Hq, S, D], lse [B, Hq, S]) as the op lays them out, lse in its own unit.
 
-    What a row that sees no keys has in out is undefined.
+    A row that sees no keys has lse -inf, and anything in out.
     """
     out, lse = vendor.forward(_adapted(vendor, problem))
     out, lse = out[..., : problem.q.shape[3]], _rows(lse, problem.q.shape[2])
-    if problem.empty is not None:  # some ops' lse of such rows is finite
+    if problem.empty is not None:  # the ops disagree: 0, +inf or NaN
         lse.masked_fill_(problem.empty, -torch.inf)
     return out, lse
 
@@ -136,8 +136,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the problem's part of a softmax whose out and lse [B, Hq, S] (natural) are given.
 
-    They may be those of a softmax over more keys: the ops compute p = exp(score - lse) and rowsum(out * dout) from what
-    they are given, so the gradient is that of the larger softmax restricted to these keys.
+    They may be those of a softmax over more keys: the ops compute p = exp(score - lse) and rowsum(out * dout) from
+    what they are given, so the gradient is that of the larger softmax restricted to these keys.
     """
     adapted = _adapted(vendor, problem)
     # p = exp(score - inf) = 0 in every op; -inf would give NaN

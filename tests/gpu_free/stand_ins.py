@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU stand-ins for the ops of torch that only a GPU has, with the conventions that set them apart.
 
-Each has the signature of the op whose name it bears, refuses what the op refuses, and computes in fp64, so that what is
-left of the error is the rounding of its outputs. ``ROWS`` are the vendor table's rows on top of them.
+Each has the signature of the op whose name it bears, refuses what the op refuses, and computes in fp64, so that what
+is left of the error is the rounding of its outputs. ``ROWS`` are the vendor table's rows on top of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ def _sequences(q: Tensor, k: Tensor, cum_q: Tensor | None) -> list[tuple[slice, 
         return [(slice(None), slice(None), slice(None))]
     assert cum_q.dtype == torch.int32
     ends = cum_q.tolist()
-    return [(slice(None), slice(a, b), slice(a, b)) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+    return [(slice(None), slice(a, b), slice(a, b)) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def flash_attention_forward(

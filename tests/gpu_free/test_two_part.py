@@ -33,7 +33,7 @@ UNMASKED = {
     "two_part": {"key_mask", "bias", "bias_row"},
     "slot": {"key_mask", "bias", "bias_row", "prefix_bias", "bank", "ragged_bank", "packed", "window_after_prefix"},
 }
-#: The slot's prefix gradients are fp32 sums of what the vendor has rounded to half precision per sample, as eager has.
+#: The slot sums prefix gradients in fp32, but of terms that the vendor has rounded per sample, as eager has.
 ROUNDED_TERMS = {"two_part": 1, "slot": 2}
 
 
@@ -71,9 +71,7 @@ OF_A_ROW = {
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    "name", [n if n in OF_A_ROW else pytest.param(n, marks=pytest.mark.slow) for n in FEATURES]
-)
+@pytest.mark.parametrize("name", [n if n in OF_A_ROW else pytest.param(n, marks=pytest.mark.slow) for n in FEATURES])
 @pytest.mark.parametrize("row", ["flash", "cudnn", "efficient", "base 2"])
 @pytest.mark.parametrize("backend", BOTH)
 def test_every_feature_on_every_row(backend, row, name, monkeypatch):
@@ -88,9 +86,10 @@ def test_every_feature_on_every_row(backend, row, name, monkeypatch):
 
 
 ODD = [
-    Shape(S=1, P=130, D=40, T=70), Shape(S=63, P=7, D=64, B=1, Hq=1, Hkv=1), Shape(S=17, P=130, D=80, B=1, Hq=2, Hkv=1),
-    Shape(S=17, P=1, D=16), Shape(S=63, P=0, D=40, B=1, Hq=1, Hkv=1), Shape(S=5, P=3, D=1),
-    Shape(S=5, P=128, D=129, B=1), Shape(S=0, T=9), Shape(S=3, T=0), Shape(B=0), Shape(S=0, P=0), Shape(S=2, T=0, P=0),
+    Shape(S=1, P=130, D=40, T=70), Shape(S=63, P=7, D=64, B=1, Hq=1, Hkv=1),
+    Shape(S=17, P=130, D=80, B=1, Hq=2, Hkv=1), Shape(S=17, P=1, D=16), Shape(S=63, P=0, D=40, B=1, Hq=1, Hkv=1),
+    Shape(S=5, P=3, D=1), Shape(S=5, P=128, D=129, B=1), Shape(S=0, T=9), Shape(S=3, T=0), Shape(B=0),
+    Shape(S=0, P=0), Shape(S=2, T=0, P=0),
     pytest.param(Shape(S=333, P=7, D=8, B=1, Hq=2, Hkv=1), marks=pytest.mark.slow),
 ]  # fmt: skip
 
@@ -117,7 +116,7 @@ def test_random_combinations(seed, monkeypatch):
     _check("two_part", shape, options, (torch.float32, torch.bfloat16)[seed % 2], dlse=seed % 4 == 0)
 
 
-SHARED = ["plain", "non_causal", "kv_cache", "key_mask", "window", "sinks", "bias_row", "bank", "ragged_bank", "packed"]
+SHARED = sorted(OF_A_ROW - {"window_after_prefix"})
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -204,7 +203,8 @@ def test_gradients_nobody_needs_are_not_computed(monkeypatch):
 @pytest.mark.parametrize("backend", BOTH)
 def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(backend, monkeypatch):
     """The number of programs depends on the device; each gives the sum over all rows."""
-    inputs = {n: x.requires_grad_() for n, x in tensors(Shape(B=2, Hq=4, Hkv=2, S=65, P=9, D=16), torch.float32).items()}
+    shape = Shape(B=2, Hq=4, Hkv=2, S=65, P=9, D=16)
+    inputs = {n: x.requires_grad_() for n, x in tensors(shape, torch.float32).items()}
 
     def results():
         out = peftkern.prefix_attention(**inputs, backend=backend)
@@ -293,6 +293,7 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     inputs = tensors(Shape(), torch.float16)
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="two_part"))
     assert "two_part: no kernel of torch's can (flash: no key_mask): use backend='triton'" in text
-    assert "slot: no kernel of torch's has softcap: use backend='triton'" in str(peftkern.explain(**inputs, softcap=1.0))
+    text = str(peftkern.explain(**inputs, softcap=1.0))
+    assert "slot: no kernel of torch's has softcap: use backend='triton'" in text
     monkeypatch.setattr(vendor, "VENDORS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))

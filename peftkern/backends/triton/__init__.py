@@ -99,9 +99,7 @@ class _Attention:
         """One per block of rows, head and batch entry."""
         return _blocks(self.sizes.q_len, self.tile(direction).BLOCK_M) * self.sizes.num_heads * self.sizes.batch
 
-    def launch(
-        self, kernel: Any, direction: Direction, programs: int, *arguments: Any, **constants: Any
-    ) -> None:
+    def launch(self, kernel: Any, direction: Direction, programs: int, *arguments: Any, **constants: Any) -> None:
         flags = {name: value for name, value in self.flags._asdict().items() if name in kernel.arg_names}
         _launch(kernel, (programs,), self.device, *arguments, **constants, **flags, **self.tile(direction)._asdict())
 

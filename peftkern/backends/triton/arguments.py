@@ -45,6 +45,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
+        """x [B, H, S]."""
         return cls(x, *x.stride())
 
 

@@ -210,14 +210,14 @@ def _prefix_attention_bwd_dq_kernel(
         low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
         if FULL and options.window is not None:
             acc = _dq_sequence(
-                acc, q_tile, dout_tile, k, v, low, tl.minimum(full_low, high), first_row, first[:, None], end[:, None],
-                batch, head, lse, shift, options, sizes, scale,
+                acc, q_tile, dout_tile, k, v, low, tl.minimum(full_low, high), first_row, first[:, None],
+                end[:, None], batch, head, lse, shift, options, sizes, scale,
                 IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         if FULL:
             acc = _dq_sequence(
-                acc, q_tile, dout_tile, k, v, full_low, full_high, first_row, first[:, None], end[:, None], batch, head,
-                lse, shift, options, sizes, scale,
+                acc, q_tile, dout_tile, k, v, full_low, full_high, first_row, first[:, None], end[:, None], batch,
+                head, lse, shift, options, sizes, scale,
                 IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
         acc = _dq_sequence(

@@ -18,10 +18,10 @@ def _prefix_merge_bwd_kernel(
     tiles_per_split,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Hq, S, D] = part_dq + the prefix's part, and partial sums of dprefix_k, dprefix_v [splits, Hkv, P, D] fp32.
+    """dq [B, Hq, S, D] = part_dq + the prefix's part; fp32 partial sums of dprefix_k, dprefix_v [splits, Hkv, P, D].
 
-    A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows. ``part_dq``
-    is the sequence's part, None for none, and may be dq itself. dq None: nobody needs it.
+    A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows.
+    ``part_dq`` is the sequence's part, None for none, and may be dq itself. dq None: nobody needs it.
     """
     split, kv_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     dtype = q.ptr.dtype.element_ty
@@ -64,7 +64,8 @@ def _prefix_merge_bwd_kernel(
             if part_dq is not None:
                 part_ptr = matrix(part_dq, batch, head)
                 total += load_tile(part_ptr, part_dq.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-            store_tile(matrix(dq, batch, head), dq.stride_n, first_row, sizes.q_len, total, HEAD_DIM, BLOCK_M, BLOCK_D)
+            dq_ptr = matrix(dq, batch, head)
+            store_tile(dq_ptr, dq.stride_n, first_row, sizes.q_len, total, HEAD_DIM, BLOCK_M, BLOCK_D)
 
     offset = (tl.cast(split, tl.int64) * (sizes.num_heads // sizes.group) + kv_head) * sizes.prefix_len * HEAD_DIM
     store_tile(dk_ptr + offset, HEAD_DIM, 0, sizes.prefix_len, dk * scale, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -8,8 +8,8 @@
     out      = (weight_s * out_s + weight_p * sum_j exp2(s_j - m) v_j) / denom      lse = pivot + log2(denom)
 
 with m the largest prefix score of a row and pivot the largest of lse_s, m and the sink. Softmax states merge in any
-order and number (Milakov & Gimelshein 2018; Juravsky et al., Hydragen, 2024): (out_s, lse_s) is one, the prefix another,
-the sink, which has no value, a third.
+order and number (Milakov & Gimelshein 2018; Juravsky et al., Hydragen, 2024): (out_s, lse_s) is one, the prefix
+another, the sink, which has no value, a third.
 """
 
 import triton
@@ -41,12 +41,12 @@ def _prefix_merge_fwd_kernel(
 ):  # fmt: skip
     """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, ``part_out`` and ``part_lse``, and the prefix.
 
-    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: a tile of rows has one owner, which
-    reads it before it writes. ``part_out`` None: no sequence. ``part_lse * part_lse_scale`` is in log2; both infinities
-    stand for a row that sees no key. ``workers`` programs share the tiles of a key head.
+    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: a tile of rows has one owner,
+    which reads it before it writes. ``part_out`` None: no sequence. ``part_lse * part_lse_scale`` is in log2, -inf
+    for a row that sees no key. ``workers`` programs share the tiles of a key head.
 
-    RESIDENT: a program loads the prefix, which fits BLOCK_N, once and walks over its tiles of rows. Else (a long prefix,
-    a bank, a window over the prefix) each tile walks over the blocks of its prefix.
+    RESIDENT: a program loads the prefix, which fits BLOCK_N, once and walks over its tiles of rows. Else (a long
+    prefix, a bank, a window over the prefix) each tile walks over the blocks of its prefix.
     """
     worker, kv_head = tl.program_id(0) % workers, tl.program_id(0) // workers
     dtype = q.ptr.dtype.element_ty
@@ -86,7 +86,6 @@ def _prefix_merge_fwd_kernel(
             part_ptr = matrix(part_out, batch, head)
             part = load_tile(part_ptr, part_out.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
             part_m = load_rows(part_lse, batch, head, rows, inside, -float("inf")) * part_lse_scale
-            part_m = tl.where(part_m == float("inf"), -float("inf"), part_m)
             m_new = tl.maximum(m, part_m)
             pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
             decay, weight = tl.exp2(m - pivot), tl.exp2(part_m - pivot)

@@ -58,8 +58,8 @@ def merge_prefix_backward(
 ) -> None:  # fmt: skip
     """Fill in dq = ``part_dq`` + the prefix's part, dprefix_k and dprefix_v; what is empty nobody needs.
 
-    In one pass where the prefix fits one block of keys and all sequences share it; else by the fused backward's kernels
-    for rows and for prefix tokens.
+    In one pass where the prefix fits one block of keys and all sequences share it; else by the fused backward's
+    kernels for rows and for prefix tokens.
     """
     from . import backward
     from .prefix_backward import _prefix_merge_bwd_kernel
@@ -117,7 +117,7 @@ def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
-    """total, shaped like a prefix, = the sum over the batch in order of dslot [B, Hkv, P + T, D] before the sequence."""
+    """total, shaped like the prefix, = sum over the batch, in order, of its part of dslot [B, Hkv, P + T, D]."""
     from .slot import _slot_bwd_kernel
 
     call = _Attention(args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix and sequence laid one behind the other for a kernel that knows of no prefix, and its gradients taken apart."""
+"""Prefix and sequence laid one behind the other, for a kernel that knows no prefix; gradients taken apart."""
 
 import triton
 import triton.language as tl

@@ -58,7 +58,7 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     },
 }  # fmt: skip
 
-# the same for the kernels of the prefix part alone: a prefix of up to BLOCK_N tokens stays on chip, except in "merge_long"
+# the same for the kernels of the prefix part alone: up to BLOCK_N tokens stay on chip, except in "merge_long"
 _MERGE_DIRECTIONS: tuple[Direction, ...] = ("merge", "merge_long", "merge_bwd")
 _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
