@@ -51,7 +51,7 @@ def limits(call: Call) -> list[str]:
         if {"cu_seqlens", "bank"} <= set(call.features):
             reasons.append("a slot holds one prefix per batch entry, not per packed sequence: use backend='two_part'")
         if not reasons:
-            reasons += choose(call, _features(call.features))[1]
+            reasons += choose(call, _features(call.features), call.kv_shape[2] + call.prefix_shape[-2])[1]
     return reasons
 
 
@@ -113,8 +113,9 @@ def _joined(args: AttentionArgs) -> tuple[Vendor, Problem]:
     """Attention over the slot, and the kernel for it."""
     from .triton.prefix_part import lay_slot
 
-    vendor = chosen(args, _features)
-    problem = Problem(args.q, *lay_slot(args), args.scale, args.causal, args.window, None, mask=None, empty=None)
+    slot_k, slot_v = lay_slot(args)
+    vendor = chosen(args, _features, slot_k.shape[2])
+    problem = Problem(args.q, slot_k, slot_v, args.scale, args.causal, args.window, None, mask=None, empty=None)
     masked = (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias)
     window_skips_prefix = args.window is not None and not args.prefix_in_window
     if all(x is None for x in masked) and not window_skips_prefix and not vendor.needs_mask(problem):

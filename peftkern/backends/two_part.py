@@ -47,7 +47,7 @@ def limits(call: Call) -> list[str]:
             if feature in call.features
         ]
         if not reasons:
-            reasons += choose(call, _sequence_features(call.features))[1]
+            reasons += choose(call, _sequence_features(call.features), call.kv_shape[2])[1]
     return reasons
 
 
@@ -109,7 +109,7 @@ def _nothing_to_see(args: AttentionArgs) -> bool:
 
 def _sequence(args: AttentionArgs) -> tuple[Vendor, Problem]:
     """The part of a call that concerns the sequence, and the kernel for it."""
-    vendor = chosen(args, _sequence_features)
+    vendor = chosen(args, _sequence_features, args.k.shape[2])
     problem = Problem(
         args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, mask=None, empty=None
     )
@@ -125,10 +125,10 @@ def _sequence(args: AttentionArgs) -> tuple[Vendor, Problem]:
     return vendor, problem._replace(causal=False, window=None, cu_seqlens=None, mask=mask, empty=empty)
 
 
-def chosen(args: AttentionArgs, needed: Callable[[tuple[str, ...]], tuple[str, ...]]) -> Vendor:
+def chosen(args: AttentionArgs, needed: Callable[[tuple[str, ...]], tuple[str, ...]], kv_len: int) -> Vendor:
     """The kernel that :func:`limits` promised for a call; ``needed`` are the features that it must have."""
     call = call_of(args)
-    vendor, reasons = choose(call, needed(call.features))
+    vendor, reasons = choose(call, needed(call.features), kv_len)
     if vendor is None:
         raise RuntimeError(f"{call}: {reasons[0]}")
     return vendor

@@ -5,6 +5,7 @@ What differs between them, and the row's field for it:
 
 ==================  =====================================================================================
 devices, dtypes     where the op has a kernel
+min_queries         cuDNN's kernels for one query are switched off in some versions
 head_dim_multiple   q, k, v are padded with zeros to it (the scale stays that of the true head dim)
 grouped             reads [B, Hkv, T, D]; otherwise keys are repeated and their gradients summed
 top_left            what ``is_causal`` means where T > S: query i sees keys up to i, and not up to i + T - S
@@ -33,13 +34,14 @@ from .protocol import Call
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+_HIP = torch.version.hip is not None  # its flash attention aligns and packs otherwise, depending on the build
 
 
 class Problem(NamedTuple):
     """Attention over one set of keys: q [B, Hq, S, D], k and v [B, Hkv, T, D], causal aligned bottom-right.
 
-    ``mask`` is additive, [B, Hq, S, T] by strides, and says everything about visibility: then causal is false, and
-    window and cu_seqlens are None. ``empty`` [B, Hq, S] bool by strides: rows that the mask lets see nothing.
+    ``mask`` is additive, [B or 1, Hq or 1, S, T], and says everything about visibility: then causal is false, and
+    window and cu_seqlens are None. ``empty`` [B or 1, Hq or 1, S] bool: rows that the mask lets see nothing.
     """
 
     q: Tensor
@@ -74,6 +76,7 @@ class Vendor:
     forward: Forward
     backward: Backward
     head_dim_multiple: int = 1
+    min_queries: int = 0
     grouped: bool = True
     top_left: bool = False
     native: frozenset[str] = frozenset()
@@ -82,13 +85,17 @@ class Vendor:
     lse_layout: Callable[[Tensor], Tensor] = Tensor.contiguous
     usable: bool = True
 
-    def why_not(self, call: Call, features: tuple[str, ...]) -> list[str]:
-        """Reasons why the op cannot run the part of ``call`` with these ``features``."""
+    def why_not(self, call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
+        """Reasons why the op cannot run attention over ``kv_len`` keys with these of ``call``'s ``features``."""
         reasons = []
         if call.dtype not in self.dtypes:
             reasons.append(f"no {str(call.dtype).removeprefix('torch.')}")
         if call.q_shape[-1] > self.max_head_dim:
             reasons.append(f"head dim {call.q_shape[-1]} is above {self.max_head_dim}")
+        if call.q_shape[2] < self.min_queries:
+            reasons.append(f"fewer than {self.min_queries} queries")
+        if self.top_left and not self.masks and "non-causal" not in features and call.q_shape[2] not in (1, kv_len):
+            reasons.append("not causal with more keys than queries")
         if not self.masks:
             reasons += [f"no {name}" for name in features if name not in self.native]
         if not self.usable:
@@ -105,12 +112,12 @@ class Vendor:
         )
 
 
-def choose(call: Call, features: tuple[str, ...]) -> tuple[Vendor | None, list[str]]:
-    """The first row that can run the part of ``call`` with these ``features``; else one line of reasons."""
+def choose(call: Call, features: tuple[str, ...], kv_len: int) -> tuple[Vendor | None, list[str]]:
+    """The first row that can run attention over ``kv_len`` keys with these ``features``; else a line of reasons."""
     reasons = []
     for vendor in VENDORS:
         if vendor.device == call.device.type:
-            lacks = vendor.why_not(call, features)
+            lacks = vendor.why_not(call, features, kv_len)
             if not lacks:
                 return vendor, []
             reasons.append(f"{vendor.name}: {', '.join(lacks)}")
@@ -155,14 +162,12 @@ def additive_mask(visible: Tensor, bias: Tensor | None, q: Tensor, kv_len: int) 
 
     The mask has the dtype of q, and rows of a multiple of 16 elements in memory, as the CUDA ops ask.
     """
-    batch, num_heads, q_len, _ = q.shape
-    shape = torch.broadcast_shapes(visible.shape, () if bias is None else bias.shape, (q_len, kv_len))
+    shape = torch.broadcast_shapes(visible.shape, () if bias is None else bias.shape, (q.shape[2], kv_len))
     mask = q.new_zeros(*shape[:-1], -(-kv_len // 16) * 16)[..., :kv_len]
     if bias is not None:
         mask += bias
     mask.masked_fill_(~visible, -torch.inf)
-    full = (batch, num_heads, q_len, kv_len)
-    return mask.expand(full), (mask == -torch.inf).all(-1).expand(full[:3])
+    return mask, (mask == -torch.inf).all(-1)
 
 
 def _adapted(vendor: Vendor, problem: Problem) -> Problem:
@@ -227,7 +232,7 @@ def _flash_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: Problem) ->
 
 def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
     """Seed and offset of a call without dropout, of the types that the op returns them in."""
-    if torch.version.hip is not None:
+    if _HIP:
         return torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
 
@@ -265,7 +270,7 @@ def _cudnn_lse_dims() -> int:
 def _efficient_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, v = problem.q, problem.k, problem.v
     out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-        q, k, v, problem.mask, True, 0.0, problem.causal, scale=problem.scale
+        q, k, v, _full_mask(problem), True, 0.0, problem.causal, scale=problem.scale
     )
     return out, lse
 
@@ -274,15 +279,21 @@ def _efficient_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: Problem
     q, k, v = problem.q, problem.k, problem.v
     seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, problem.mask, out, lse, seed, offset, 0.0, [True, True, True, False], problem.causal,
+        dout, q, k, v, _full_mask(problem), out, lse, seed, offset, 0.0, [True, True, True, False], problem.causal,
         scale=problem.scale,
     )  # fmt: skip
     return dq, dk, dv
 
 
+def _full_mask(problem: Problem) -> Tensor | None:
+    if problem.mask is None:
+        return None
+    return problem.mask.expand(*problem.q.shape[:3], problem.k.shape[2])
+
+
 def _efficient_lse(lse: Tensor) -> Tensor:
     """Rows rounded up to 32 on NVIDIA (the kernel loads them in whole vectors), +inf where there is no row."""
-    if torch.version.hip is not None:
+    if _HIP:
         return lse.contiguous()
     return functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
 
@@ -307,13 +318,13 @@ def _cpu_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: Problem) -> t
 VENDORS = [
     Vendor(
         "flash", "cuda", _HALF, 256, _flash_forward, _flash_backward, head_dim_multiple=8,
-        native=frozenset({"non-causal", "window", "cu_seqlens"}),
+        top_left=_HIP, native=frozenset({"non-causal", "window"} | (set() if _HIP else {"cu_seqlens"})),
         usable=torch.backends.cuda.is_flash_attention_available(),
     ),
     Vendor(
-        "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, top_left=True,
-        native=frozenset({"non-causal"}), masks=True, lse_layout=_cudnn_lse,
-        usable=torch.version.hip is None and torch.backends.cudnn.is_available(),
+        "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
+        top_left=True, native=frozenset({"non-causal"}), masks=True, lse_layout=_cudnn_lse,
+        usable=torch.backends.cudnn.is_available() and not _HIP,
     ),
     Vendor(
         "efficient", "cuda", (torch.float32, *_HALF), 256, _efficient_forward, _efficient_backward,

@@ -125,7 +125,9 @@ def cudnn_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     _check_dense(query, key, value, dtypes=(torch.float16, torch.bfloat16), multiple=8)
     assert compute_log_sumexp
-    assert attn_bias is None or attn_bias.dtype == query.dtype
+    if attn_bias is not None:
+        assert attn_bias.dtype == query.dtype
+        assert attn_bias.shape[1] == 1 or attn_bias.stride(1) > 0, "heads are broadcast by size"
     visible = _visible(query.shape[2], key.shape[2], is_causal, True, None, None)
     out, lse = _forward(query, key, value, scale, visible, attn_bias)
     return _as(out, query), lse.float()[..., None], None, None, *query.shape[2:3], *key.shape[2:3], None, None, None

@@ -107,7 +107,7 @@ FAULTS_OF_PARTS = [
     (prefix_backward, _BACKWARD, "(dp + shift[:, None])", "dp", "plain", "two_part"),
     (prefix_backward, _BACKWARD, "total += load_tile(part_ptr", "load_tile(part_ptr", "plain", "two_part"),
     (prefix_backward, _BACKWARD, "dk * scale", "dk", "plain", "two_part"),
-    (prefix_backward, _BACKWARD, "head), dq.stride_n", "head), q.stride_n", "plain", "two_part"),
+    (prefix_backward, _BACKWARD, "dq_ptr, dq.stride_n", "dq_ptr, q.stride_n", "plain", "two_part"),
     (backward, "_prefix_attention_bwd_dq_kernel", "acc += load_tile(part_ptr", "load_tile(part_ptr", "bank",
      "two_part"),
     (slot, "_slot_half", "first - sizes.prefix_len + tl", "first - sizes.prefix_len + 1 + tl", "plain", "slot"),
