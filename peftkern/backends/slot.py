@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import reference
 from . import triton
-from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients
 from .triton import soft_prompt_embedding, soft_prompt_embedding_backward
-from .two_part import NO_VENDOR_HAS, chosen, keep, needs_exact_softmax
+from .two_part import NO_VENDOR_HAS, chosen, laid_out, needs_exact_softmax, with_sequence
 from .vendor import Problem, Vendor, additive_mask, attention, attention_backward, choose
 
 __all__ = [
@@ -69,8 +69,7 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     out, lse = attention(vendor, problem)
     if args.sinks is not None or problem.empty is not None or vendor.lse_unit != 1.0:
         return merge_prefix(_without_prefix(args), out, lse, vendor.lse_unit)
-    targets = allocate_outputs(args)
-    return keep(out, targets[0]), keep(lse, targets[1])
+    return laid_out(out, args.q.dtype), lse.contiguous()
 
 
 def prefix_attention_backward(
@@ -80,20 +79,20 @@ def prefix_attention_backward(
 
     if needs_exact_softmax(dlse, args, needs):
         return triton.prefix_attention_backward(dout, dlse, out, lse, args, needs)
-    gradients = allocate_gradients(args, needs)
     if _nothing_to_see(args):
+        gradients = allocate_gradients(args, needs)
         for x in gradients:
             x.zero_()
         return gradients
     vendor, problem = _joined(args)
     dq, dk, dv = attention_backward(vendor, dout, out, lse, problem)
-    prefix_len = args.prefix_k.shape[-2]
+    gradients = allocate_gradients(args, [False, False, False, *needs[3:]])
     for dslot, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
-        sum_slot(args, dslot, total)
-    return gradients._replace(
-        dq=keep(dq, gradients.dq), dk=keep(dk[:, :, prefix_len:], gradients.dk),
-        dv=keep(dv[:, :, prefix_len:], gradients.dv),
-    )  # fmt: skip
+        if total.numel():
+            sum_slot(args, dslot, total)
+    prefix_len = args.prefix_k.shape[-2]
+    parts = (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:])
+    return with_sequence(gradients, parts, needs)
 
 
 def _nothing_to_see(args: AttentionArgs) -> bool:

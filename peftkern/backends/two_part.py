@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -71,19 +72,16 @@ def prefix_attention_backward(
 
     if needs_exact_softmax(dlse, args, needs):
         return triton.prefix_attention_backward(dout, dlse, out, lse, args, needs)
-    gradients = allocate_gradients(args, needs)
-    part_dq = None
-    if not _nothing_to_see(args) and any(needs[:3]):
-        vendor, problem = _sequence(args)
-        part_dq, dk, dv = attention_backward(vendor, dout, out, lse, problem)
-        gradients = gradients._replace(
-            dk=keep(dk, gradients.dk), dv=keep(dv, gradients.dv),
-            dq=part_dq if needs[0] and part_dq.stride() == gradients.dq.stride() else gradients.dq,
-        )  # fmt: skip
-    else:
+    if _nothing_to_see(args) or not any(needs[:3]):
+        gradients = allocate_gradients(args, needs)
         gradients.dk.zero_()
         gradients.dv.zero_()
-    merge_prefix_backward(dout, out, lse, args, part_dq, gradients)
+        merge_prefix_backward(dout, out, lse, args, None, gradients)
+        return gradients
+    vendor, problem = _sequence(args)
+    parts = attention_backward(vendor, dout, out, lse, problem)
+    gradients = with_sequence(allocate_gradients(args, [False, False, False, *needs[3:]]), parts, needs)
+    merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
     return gradients
 
 
@@ -95,11 +93,20 @@ def needs_exact_softmax(dlse: Tensor | None, args: AttentionArgs, needs: list[bo
     )
 
 
-def keep(value: Tensor, target: Tensor) -> Tensor:
-    """``value`` in ``target``'s dtype and layout, itself if it has them; target if nobody needs it."""
-    if target.numel() == 0 or (value.dtype == target.dtype and value.stride() == target.stride()):
-        return value if target.numel() else target
-    return target.copy_(value)
+def laid_out(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [B, H, N, D] in ``dtype`` with the memory order [B, N, H, D]; x itself if it is."""
+    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_sequence(
+    gradients: AttentionGradients, parts: tuple[Tensor, Tensor, Tensor], needs: list[bool]
+) -> AttentionGradients:
+    """``gradients`` with a vendor's dq, dk, dv where they are needed, in the layout of the op's outputs."""
+    kept = [
+        laid_out(part, empty.dtype) if need else empty
+        for part, need, empty in zip(parts, needs[:3], gradients[:3], strict=True)
+    ]
+    return gradients._replace(dq=kept[0], dk=kept[1], dv=kept[2])
 
 
 def _nothing_to_see(args: AttentionArgs) -> bool:

@@ -206,6 +206,20 @@ def test_gradients_nobody_needs_are_not_computed(monkeypatch):
     assert inputs["prefix_k"].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("needed", ["q", "k", "prefix_k", "prefix_v"])
+@pytest.mark.parametrize("backend", BOTH)
+def test_one_gradient_alone_is_the_one_among_all(backend, needed):
+    inputs = tensors(Shape(S=5, P=3), torch.float32)
+
+    def gradient(*names: str):
+        leaves = {n: x.clone().requires_grad_(n in names) for n, x in inputs.items()}
+        with guard():
+            peftkern.prefix_attention(**leaves, backend=backend).square().sum().backward()
+        return leaves[needed].grad
+
+    torch.testing.assert_close(gradient(needed), gradient(*inputs), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BOTH)
 def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(backend, monkeypatch):
     """The number of programs depends on the device; each gives the sum over all rows."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import triton as fused
-from ..protocol import AttentionArgs, AttentionGradients, allocate_outputs
+from ..protocol import AttentionArgs, AttentionGradients, allocate_outputs, lse_dtype
 from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients
 from .arguments import Matrices, Rows, Stats
 from .tiles import Direction
@@ -25,11 +25,11 @@ def merge_prefix(
     """
     from .prefix_forward import _prefix_merge_fwd_kernel
 
-    out, lse = allocate_outputs(args)
-    if part_out is not None and part_out.stride() == out.stride():
-        out = part_out
-    if part_lse is not None and part_lse.stride() == lse.stride():
-        lse = part_lse
+    out, lse = part_out, part_lse
+    if out is None or not out.transpose(1, 2).is_contiguous():
+        out, _ = allocate_outputs(args)
+    if lse is None or not lse.is_contiguous():
+        lse = out.new_empty(out.shape[:3], dtype=lse_dtype(out.dtype))
     call = _Attention(args)
     resident = _fits(call, "merge")
     direction: Direction = "merge" if resident else "merge_long"
