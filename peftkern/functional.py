@@ -121,7 +121,7 @@ def prefix_attention(  # type: ignore[misc]
         prefix_in_window, softcap, sinks, bias, prefix_bias, gate, dropout_p, dropout_seed,
     )  # fmt: skip
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args.differentiable)
-    name = backends.resolve(_attention_call(args, needs_grad), backend)
+    name = backends.resolve(backends.call_of(args, needs_grad), backend)
     out, lse = _PrefixAttention.apply(name, *args) if needs_grad else ops.prefix_attention(*args, name)
     return (out, lse) if return_lse else out
 
@@ -235,32 +235,7 @@ def explain(*tensors: Tensor | Call, **options: Any) -> Explanation:
     del given.arguments["return_lse"]
     args = _attention_args(**given.arguments)
     needs_grad = any(x is not None and x.requires_grad for x in args.differentiable)
-    return backends.explain(_attention_call(args, needs_grad), backend)
-
-
-def _attention_call(args: AttentionArgs, needs_grad: bool) -> Call:
-    features = [
-        name
-        for name, used in (
-            ("non-causal", not args.causal),
-            ("key_mask", args.key_mask is not None),
-            ("cu_seqlens", args.cu_seqlens is not None),
-            ("bank", args.prefix_ids is not None),
-            ("prefix_lens", args.prefix_lens is not None),
-            ("window", args.window is not None),
-            ("softcap", args.softcap != 0.0),
-            ("sinks", args.sinks is not None),
-            ("bias", args.bias is not None),
-            ("prefix_bias", args.prefix_bias is not None),
-            ("gate", args.gate is not None),
-            ("dropout", args.dropout_p > 0.0),
-        )
-        if used
-    ]
-    return Call(
-        "prefix_attention", args.q.device, args.q.dtype, args.prefix_k.dtype, tuple(args.q.shape),
-        tuple(args.k.shape), tuple(args.prefix_k.shape), tuple(features), needs_grad,
-    )  # fmt: skip
+    return backends.explain(backends.call_of(args, needs_grad), backend)
 
 
 def _error(argument: str, expected: str, got: object) -> ValueError:

@@ -25,10 +25,11 @@ from .protocol import (
     Call,
     allocate_gradients,
     allocate_outputs,
+    call_of,
     lse_dtype,
 )
 
-from . import cpu, reference, triton  # isort: skip  (they import the names above)
+from . import cpu, reference, slot, triton, two_part  # isort: skip  (they import the names above)
 
 __all__ = [
     "AttentionArgs",
@@ -40,6 +41,7 @@ __all__ = [
     "allocate_gradients",
     "allocate_outputs",
     "available_backends",
+    "call_of",
     "explain",
     "get_backend",
     "lse_dtype",
@@ -50,14 +52,18 @@ __all__ = [
 #: Every backend, in the order in which ``"auto"`` tries them: a table, since the compiler cannot trace an import.
 BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
+    "two_part": cast(Backend, two_part),
+    "slot": cast(Backend, slot),
     "cpu": cast(Backend, cpu),
     "reference": cast(Backend, reference),
 }
 
+_ON_TRITON = ("triton", "two_part", "slot")
+
 
 def _order(device: torch.device) -> tuple[str, ...]:
     """Names in the order for ``device``: CPU tensors go to Triton's interpreter only where it is named."""
-    return tuple(sorted(BACKENDS, key=lambda name: name == "triton" and device.type == "cpu"))
+    return tuple(sorted(BACKENDS, key=lambda name: device.type == "cpu" and name in _ON_TRITON))
 
 
 class BackendUnavailable(RuntimeError):

@@ -128,6 +128,33 @@ class Call:
         return " · ".join([*parts, "forward and backward" if self.needs_grad else "forward"])
 
 
+def call_of(args: AttentionArgs, needs_grad: bool = False) -> Call:
+    """What a backend may refuse of a prefix attention."""
+    features = [
+        name
+        for name, used in (
+            ("non-causal", not args.causal),
+            ("key_mask", args.key_mask is not None),
+            ("cu_seqlens", args.cu_seqlens is not None),
+            ("bank", args.prefix_ids is not None),
+            ("prefix_lens", args.prefix_lens is not None),
+            ("window", args.window is not None),
+            ("prefix outside window", args.window is not None and not args.prefix_in_window),
+            ("softcap", args.softcap != 0.0),
+            ("sinks", args.sinks is not None),
+            ("bias", args.bias is not None),
+            ("prefix_bias", args.prefix_bias is not None),
+            ("gate", args.gate is not None),
+            ("dropout", args.dropout_p > 0.0),
+        )
+        if used
+    ]
+    return Call(
+        "prefix_attention", args.q.device, args.q.dtype, args.prefix_k.dtype, tuple(args.q.shape),
+        tuple(args.k.shape), tuple(args.prefix_k.shape), tuple(features), needs_grad,
+    )  # fmt: skip
+
+
 class Backend(Protocol):
     """What a backend module provides. ``needs`` in a backward says, per output, whether anybody wants it."""
 

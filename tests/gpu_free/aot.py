@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern import functional
-from peftkern.backends import triton as backend
+from peftkern.backends import triton as fused
 from peftkern.backends.triton import tiles
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -93,24 +93,27 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(backend, "architecture", return_value=arch),
-        mock.patch.object(backend, "_processors", return_value=128),
-        mock.patch.object(backend, "_lacks", return_value=[]),
+        mock.patch.object(fused, "architecture", return_value=arch),
+        mock.patch.object(fused, "_processors", return_value=128),
+        mock.patch.object(fused, "_lacks", return_value=[]),
     ):
         yield launches
 
 
-def attention_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, batch=2, bank=(), **options):
+def attention_launches(
+    arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, batch=2, bank=(), backend="triton",
+    **options,
+):  # fmt: skip
     """The launches of forward and backward of one call, all gradients needed; ``bank``: (A,) for one."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    prefix = (*bank, 2, 32, head_dim)
+    prefix = (*bank, 2, prefix_len, head_dim)
     with recorded_launches(arch) as launches:
         out = functional.prefix_attention(
             empty(batch, 4, 64, head_dim), *(empty(batch, 2, 64, head_dim) for _ in "kv"),
-            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton", **options,
+            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend=backend, **options,
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     return launches

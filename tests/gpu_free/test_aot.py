@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from peftkern.backends import triton as backend
+from peftkern.backends import triton as fused
 from peftkern.backends.triton import tiles
 
 from .aot import (
@@ -22,7 +22,7 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
-#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile there is.
+#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile.
 SPILLS = {("dq", 256, torch.float32): 192}
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
@@ -72,6 +72,32 @@ def test_instructions_per_tensor_core_instruction():
     compiled = compile_launch("sm_80", launch)
     assert compiled.kernel == "fwd"
     assert compiled.instructions.total() <= 9.0 * compiled.count("HMMA"), str(compiled)
+
+
+MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), _table((64, 128), {("sm_80", 64), ("sm_90", 128)}, torch.bfloat16), ids=str
+)
+def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dtype):
+    """A short prefix in one pass each way, a long one in blocks."""
+    for prefix_len, backward in ((32, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
+        launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="two_part")
+        compiled = [compile_launch(arch, launch) for launch in launches]
+        assert {c.kernel for c in compiled} == {"prefix_merge_fwd", "sum_partials", *backward}
+        for c in compiled:
+            _check_budgets(c)
+            assert c.tensor_cores > 0 or c.kernel not in {*MERGE_DOTS, *DOTS}, f"no tensor core instructions: {c}"
+        assert all(c.count(MATRIX_UNIT.get(arch, "HMMA")) > 0 for c in compiled if c.kernel in MERGE_DOTS)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_the_slots_kernels_compile(arch):
+    compiled = [compile_launch(arch, x) for x in attention_launches(arch, 64, torch.bfloat16, backend="slot")]
+    assert {"slot_fwd", "slot_bwd"} <= {c.kernel for c in compiled}
+    for c in compiled:
+        _check_budgets(c)
 
 
 OPTIONS = {
@@ -129,7 +155,7 @@ def test_embedding_compiles(arch):
 
 def test_a_tile_too_large_for_the_registers_is_noticed(monkeypatch):
     """The budgets can fail."""
-    monkeypatch.setattr(backend, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
+    monkeypatch.setattr(fused, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
     launch = next(x for x in attention_launches("sm_80", 128, torch.bfloat16) if "prefix_kernel" in x[0].__name__)
     with pytest.raises(AssertionError, match="registers spill"):
         _check_budgets(compile_launch("sm_80", launch))

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from peftkern.backends.triton import backward, blocks, forward
+from peftkern.backends.triton import backward, blocks, forward, prefix_backward, prefix_forward, slot
 
 from ..bounds import check_backend
 from ..cases import Shape, feature, tensors
+from . import stand_ins
 from .guard import guard
 
 pytestmark = pytest.mark.interpreter
@@ -83,19 +84,83 @@ FAULTS = [
     (backward, "_prefix_attention_bwd_prefix_kernel", "minimum(num_units,", "minimum(num_units - 1,", "plain"),
 ]
 
+_FORWARD, _BACKWARD = "_prefix_merge_fwd_kernel", "_prefix_merge_bwd_kernel"
+# the same for the kernels that stand beside another library's, with the backend that runs them
+FAULTS_OF_PARTS = [
+    (prefix_forward, "locate_tile", "% sizes.group", "% (sizes.group + 1)", "plain", "two_part"),
+    (prefix_forward, "locate_tile", "index % row_blocks", "index % (row_blocks + 1)", "plain", "two_part"),
+    (prefix_forward, "load_rows", "rows * x.stride_m", "rows", "lse_by_strides", "two_part"),
+    (prefix_forward, "load_rows", "x.stride_h", "x.stride_b", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "row_blocks * sizes.group * sizes.batch, workers",
+     "row_blocks * sizes.group * sizes.batch - 1, workers", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "range(worker, row_blocks", "range(0, row_blocks", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "sizes.prefix_len, head, options, sizes, True",
+     "sizes.prefix_len, head, options, sizes, False", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "denom = denom * decay + weight", "denom = denom + weight", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "part.to(tl.float32) * weight[:, None]", "part.to(tl.float32)", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "-float(\"inf\")) * part_lse_scale", "-float(\"inf\")) * LN2", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "denom = denom * decay + tl.exp2(sink - pivot)", "denom = denom * decay", "sinks",
+     "two_part"),
+    (prefix_forward, _FORWARD, "mask=inside)\n", "mask=inside & (rows > 0))\n", "plain", "two_part"),
+    (prefix_forward, _FORWARD, "tl.where(weight[:, None] > 0.0, part", "tl.where(weight[:, None] > -1.0, part",
+     "nothing_visible", "two_part"),
+    (prefix_backward, _BACKWARD, "tl.minimum(tiles,", "tl.minimum(tiles - 1,", "plain", "two_part"),
+    (prefix_backward, _BACKWARD, "split * tiles_per_split, tl", "split * tiles_per_split + 1, tl", "plain",
+     "two_part"),
+    (prefix_backward, _BACKWARD, "(dp + shift[:, None])", "dp", "plain", "two_part"),
+    (prefix_backward, _BACKWARD, "total += load_tile(part_ptr", "load_tile(part_ptr", "plain", "two_part"),
+    (prefix_backward, _BACKWARD, "dk * scale", "dk", "plain", "two_part"),
+    (prefix_backward, _BACKWARD, "dq_ptr, dq.stride_n", "dq_ptr, q.stride_n", "plain", "two_part"),
+    (backward, "_prefix_attention_bwd_dq_kernel", "acc += load_tile(part_ptr", "load_tile(part_ptr", "bank",
+     "two_part"),
+    (slot, "_slot_half", "first - sizes.prefix_len + tl", "first - sizes.prefix_len + 1 + tl", "plain", "slot"),
+    (slot, "_slot_half", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "slot"),
+    (slot, "_slot_half", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain", "slot"),
+    (slot, "_slot_bwd_kernel", "range(sizes.batch)", "range(1, sizes.batch)", "plain", "slot"),
+    (slot, "_slot_bwd_kernel", "== prefix:", "<= prefix:", "bank", "slot"),
+    (slot, "_slot_bwd_kernel", "tl.cast(prefix, tl.int64) * num_kv_heads + kv_head",
+     "tl.cast(prefix, tl.int64) * num_kv_heads", "heads", "slot"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("module", "name", "text", "slip", "feature_name"), FAULTS, ids=lambda x: str(x)[:24])
 def test_a_slip_in_a_kernel_is_caught(module, name, text, slip, feature_name, monkeypatch):
     """Values out of bound, an address out of bounds, or a double store: any of them will do."""
-    function = getattr(module, name)
-    rewritten = function.rewriter
-    source = rewritten._prepare_source(_lines(function))
-    assert text in source, f"{name} has no {text!r}"
-    monkeypatch.setattr(rewritten, "_prepare_source", lambda lines: source.replace(text, slip, 1))
-    monkeypatch.setattr(function, "rewritten_fn", {})
+    _plant(monkeypatch, getattr(module, name), text, slip)
     shape, options = feature(feature_name, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20))
     with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows")):
         check_backend("triton", tensors(shape, torch.float32), options)
+
+
+def _case(name: str) -> tuple[Shape, dict]:
+    shape = Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20)
+    if name == "heads":
+        return Shape(B=2, Hq=2, Hkv=2, S=33, P=19, D=20), {}
+    if name == "nothing_visible":
+        return shape, {"key_mask": torch.arange(shape.S)[None].expand(2, -1) > shape.S // 2}
+    return feature(name, shape)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("module", "name", "text", "slip", "case", "backend"), FAULTS_OF_PARTS, ids=lambda x: str(x)[:24]
+)
+def test_a_slip_beside_another_librarys_kernel_is_caught(module, name, text, slip, case, backend, monkeypatch):
+    # torch's CPU kernel has an lse whose rows lie apart
+    stand_ins.install(monkeypatch, "cpu flash" if case == "lse_by_strides" else "efficient")
+    shape, options = _case("plain" if case == "lse_by_strides" else case)
+    _plant(monkeypatch, getattr(module, name), text, slip)
+    with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows|nan")):
+        check_backend(backend, tensors(shape, torch.float32), options)
+
+
+def _plant(monkeypatch, function, text: str, slip: str) -> None:
+    """Replace the first ``text`` in a kernel's source."""
+    rewritten = function.rewriter
+    source = rewritten._prepare_source(_lines(function))
+    assert text in source, f"{function.fn.__name__} has no {text!r}"
+    monkeypatch.setattr(rewritten, "_prepare_source", lambda lines: source.replace(text, slip, 1))
+    monkeypatch.setattr(function, "rewritten_fn", {})
 
 
 def _lines(function) -> list[str]:

@@ -136,10 +136,10 @@ class _Attention:
             and self.options.cu_seqlens is None and self.options.seed is None
         )  # fmt: skip
 
-    def launch(self, kernel: Any, block: Direction | Tile, programs: int, *arguments: Any) -> None:
+    def launch(self, kernel: Any, block: Direction | Tile, programs: int, *arguments: Any, **constants: Any) -> None:
         flags = {name: value for name, value in self.flags._asdict().items() if name in kernel.arg_names}
         block = block if isinstance(block, Tile) else self.tile(block)
-        _launch(kernel, (programs,), self.device, *arguments, **flags, **block._asdict())
+        _launch(kernel, (programs,), self.device, *arguments, **constants, **flags, **block._asdict())
 
 
 def _blocks(length: int, block: int) -> int:

@@ -35,6 +35,20 @@ class Matrices(NamedTuple):
 _LARGEST_BLOCK = 256
 
 
+class Rows(NamedTuple):
+    """A [B, H, S] tensor by strides: statistics of rows as another library lays them out."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_m: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """x [B, H, S]."""
+        return cls(x, *x.stride())
+
+
 class Sizes(NamedTuple):
     """``group`` query heads share a key head; ``num_sequences`` > 0 and ``search_steps`` belong to packed input."""
 

@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Direction = Literal["forward", "dq", "dkv", "prefix", "bias", "decode"]
+Direction = Literal[
+    "forward", "dq", "dkv", "prefix", "bias", "decode", "merge", "merge_long", "merge_bwd"
+]  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -29,8 +31,9 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 MAX_HEAD_DIM = 256
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+_FUSED_DIRECTIONS, _MERGE_DIRECTIONS = DIRECTIONS[:6], DIRECTIONS[6:]
 
-# family -> largest head dim of the row -> tiles in the order of DIRECTIONS, for fp16 and bf16
+# family -> largest head dim of the row -> tiles in the order of _FUSED_DIRECTIONS, for fp16 and bf16
 _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
         64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1), (64, 64, 4, 3)),
@@ -58,6 +61,35 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
         256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     },
 }  # fmt: skip
+
+# the same for the kernels of the prefix part alone: up to BLOCK_N tokens stay on chip, except in "merge_long"
+_MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "sm_80": {
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "99 KB": {
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "sm_90": {
+        64: ((128, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 32, 4, 2), (64, 64, 8, 1)),
+        256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "sm_100": {
+        64: ((128, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 1)),
+        256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "gfx94": {
+        64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 1)),
+        128: ((64, 64, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
+        256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+}  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
 # fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that the accumulators fit registers
@@ -72,11 +104,14 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
     Tile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
     """
     if arch == INTERPRETER:
-        return Tile(32, 16, 1, 1)
+        return Tile(32, 128 if direction in ("merge", "merge_bwd") else 16, 1, 1)
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
         return _FLOAT_DQ if (row, direction) == (256, "dq") and arch.startswith("sm_") else _FLOAT[row]
-    return Tile(*_HALF[_FAMILIES.get(arch, arch)][row][DIRECTIONS.index(direction)])
+    table, directions = _HALF, _FUSED_DIRECTIONS
+    if direction in _MERGE_DIRECTIONS:
+        table, directions = _MERGE_HALF, _MERGE_DIRECTIONS
+    return Tile(*table[_FAMILIES.get(arch, arch)][row][directions.index(direction)])
 
 
 def candidates(start: Tile) -> list[Tile]:
