@@ -6,7 +6,8 @@
 
 #include <omp.h>
 
-#include "attention.h"
+#include "products.h"
+#include "tiles.h"
 
 namespace peftkern {
 namespace PEFTKERN_ISA {

@@ -35,7 +35,6 @@ constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8
 constexpr int kMaxVectors = 2;
 constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
-constexpr int64_t kRowsStep = 24;  // a multiple of every rows_for
 
 struct Range {
   int64_t begin, end;

@@ -49,7 +49,7 @@ def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
     source = mutated(
         tmp_path / "source",
         ("embedding.cpp", "memcpy(out, row, a.dim * size);", "memcpy(out, row, a.dim * size + 1);"),
-        ("attention.h", "(block.vectors * kLanes - block.count) * p.padded_dim);",
+        ("products.h", "(block.vectors * kLanes - block.count) * p.padded_dim);",
          "(kBlockM - block.count) * p.padded_dim + 1);"),
     )  # fmt: skip
     program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)

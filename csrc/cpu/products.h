@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block's rows as factors of products, the products themselves, and what hides some of them.
+#ifndef PEFTKERN_CPU_PRODUCTS_H_
+#define PEFTKERN_CPU_PRODUCTS_H_
+
+#include "attention.h"
+
+namespace peftkern {
+namespace PEFTKERN_ISA {
+
+PEFTKERN_INLINE const char* row_address(const Problem& p, const Block& block, int64_t r, const void* data,
+                                        const int64_t* stride) {
+  return offset(data, p.args->dtype,
+                block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2]);
+}
+
+// Row r of the block: rows[r][padded_dim], floats.
+static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows) {
+  const int64_t dtype = p.args->dtype;
+  for (int64_t r = 0; r < block.count; r++)
+    widen_row(row_address(p, block, r, data, stride), dtype, p.head_dim, rows + r * p.padded_dim);
+  memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
+}
+
+// panel[d][r] = rows[r][d]
+static void transpose_rows(const Problem& p, const Block& block, const float* rows, float* panel) {
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
+    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+      vf square[kLanes];
+      for (int i = 0; i < kLanes; i++) square[i] = load(rows + (r + i) * p.padded_dim + d);
+      transpose(square);
+      for (int i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
+    }
+}
+
+#if PEFTKERN_HAS_PAIRS
+// panel[d / 2][r] = (x[r][d], x[r][d + 1]) of a block's rows x.
+static void gather_pair_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+                              float* panel) {
+  const int64_t count = p.head_dim / 2;
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
+    const char* row[kLanes];
+    for (int64_t i = 0; i < kLanes; i++) row[i] = row_address(p, block, r + i, data, stride);
+    for (int64_t d = 0; d < count; d += kLanes) {
+      const __mmask16 valid = count - d >= kLanes ? 0xffff : (1u << (count - d)) - 1;
+      vf square[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; i++) square[i] = (vf)_mm512_maskz_loadu_ps(valid, row[i] + 4 * d);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
+    }
+  }
+}
+
+// by_row[r / 2][d] = (x[r][d], x[r + 1][d])
+static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+                             float* by_row) {
+  for (int64_t r = 0; r < block.count; r += 2)
+    interleave_rows(row_address(p, block, r, data, stride),
+                    r + 1 < block.count ? row_address(p, block, r + 1, data, stride) : nullptr, p.head_dim,
+                    words(by_row) + r / 2 * p.padded_dim);
+}
+#endif
+
+// A block's rows as the second factor of products with keys: panel[d][r], or pairs of d. `rows` is left with the rows
+// themselves, floats, where they are not pairs.
+static void load_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows,
+                       float* panel) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs) return gather_pair_panel(p, block, data, stride, panel);
+#endif
+  gather_rows(p, block, data, stride, rows);
+  transpose_rows(p, block, rows, panel);
+}
+
+// C [n keys, count rows] = keys times a panel, over the head's dimension.
+template <typename Finish>
+PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t first_key, int64_t n, const float* panel,
+                                   int64_t count, const Finish& finish) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs)
+    return gemm<false>(n, count, All{p.head_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
+                       words(panel), kBlockM, finish);
+#endif
+  gemm<false>(n, count, All{p.head_dim}, keys.data + first_key * keys.stride, keys.stride, panel, kBlockM, finish);
+}
+
+// The keys of a tile that rows i, i + 1, ... (counted from `first`) of a block see: the range that their sums take.
+struct VisibleKeys {
+  const int32_t* high;  // null: all
+  int64_t begin, n, first;
+  bool pairs;
+
+  Range operator()(int64_t i, int64_t rows) const {
+    const int64_t count = high ? most(0, least(n, high[first + i + rows - 1] - begin)) : n;
+    return {0, pairs ? (count + 1) / 2 : count};
+  }
+};
+
+// C [count rows, dim] = weights^T times keys or values, over the keys. `weights` is [n][kBlockM], or pairs of keys.
+template <typename Finish>
+PEFTKERN_INLINE void multiply_keys(const Problem& p, const VisibleKeys& visible, int64_t count, const float* weights,
+                                   const Rows& by_key, const Finish& finish) {
+#if PEFTKERN_HAS_PAIRS
+  if (p.pairs)
+    return gemm<true>(count, p.padded_dim, visible, words(weights), kBlockM, words(by_key.data), by_key.stride, finish);
+#endif
+  gemm<true>(count, p.padded_dim, visible, weights, kBlockM, by_key.data, by_key.stride, finish);
+}
+
+// Whether the causal diagonal crosses a tile: later keys are hidden from earlier rows.
+static bool on_diagonal(const Block& block, Part part, int64_t begin, int64_t n) {
+  return part == kSequence && begin + n > block.high_min;
+}
+
+// Whether some row of the block must not see some key of a tile.
+static bool some_hidden(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n) {
+  if (part == kPrefix) return begin < block.prefix_low_max;
+  return p.args->key_mask || begin < block.low_max || on_diagonal(block, part, begin, n);
+}
+
+// What hides products of a tile while they are in registers.
+struct Hidden {
+  const int32_t *low, *high;  // as in Block; high null: no end
+  const uint8_t* mask;        // of the tile's keys; null: none
+  int64_t mask_stride, begin;
+
+  // Rows i, i + 1, ... of the products are keys of the tile, columns j, j + 1, ... are rows of the block.
+  template <int kRows, int kVectors>
+  PEFTKERN_INLINE_MEMBER void apply(int64_t i, int64_t j, vf (&c)[kRows][kVectors]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t r = j + v * kLanes;
+      const vi from = load_as<vi>(low + r), to = high ? load_as<vi>(high + r) : seti(INT32_MAX);
+#pragma GCC unroll 16
+      for (int n = 0; n < kRows; n++) {
+        const vi t = seti((int32_t)(begin + i + n));
+        c[n][v] = select((t >= from) & (t < to), c[n][v], set1(-kInf));
+      }
+    }
+    if (!mask) return;
+#pragma GCC unroll 16
+    for (int n = 0; n < kRows; n++)
+      if (!mask[(i + n) * mask_stride])
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) c[n][v] = set1(-kInf);
+  }
+};
+
+static Hidden hidden_of(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin) {
+  const peftkern_attention& a = *p.args;
+  if (part == kPrefix) return {block.prefix_low, nullptr, nullptr, 0, begin};
+  if (!a.key_mask) return {block.low, block.high, nullptr, 0, begin};
+  const uint8_t* mask = a.key_mask + s.batch * a.key_mask_stride[0] + (s.start + begin) * a.key_mask_stride[1];
+  return {block.low, block.high, mask, a.key_mask_stride[1], begin};
+}
+
+// Calls f(key, count, row, hidden) for groups of a tile's keys: the first row that may see them, and whether something
+// hides any of them from any row of the rest. On the causal diagonal groups are small.
+template <typename F>
+PEFTKERN_INLINE void for_key_groups(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n,
+                                    RowRange rows, const F& f) {
+  const bool diagonal = on_diagonal(block, part, begin, n);
+  if (!diagonal) return f(0, n, rows.begin, some_hidden(p, block, part, begin, n));
+  const int64_t below = most(0, block.high_min - begin) / kDiagonalKeys * kDiagonalKeys;
+  if (below) f(0, below, rows.begin, some_hidden(p, block, part, begin, below));
+  for (int64_t key = below; key < n; key += kDiagonalKeys) {
+    int64_t first = rows.begin;
+    while (first + kLanes < rows.end && block.high[first + kLanes - 1] <= begin + key) first += kLanes;
+    f(key, least(kDiagonalKeys, n - key), first, true);
+  }
+}
+
+}  // namespace PEFTKERN_ISA
+}  // namespace peftkern
+#endif  // PEFTKERN_CPU_PRODUCTS_H_
