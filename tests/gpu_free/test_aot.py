@@ -22,7 +22,7 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
-#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile there is.
+#: The one kernel that spills, with its bytes, on NVIDIA: exact products of wide fp32 rows in the smallest tile
 SPILLS = {("dq", 256, torch.float32): 192}
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 

@@ -60,7 +60,7 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 }  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
-# fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that the accumulators fit registers
+# fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
 _FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
 _FLOAT_DQ = Tile(16, 16, 8, 1)  # for the widest heads on NVIDIA, where four warps spill kilobytes
 
