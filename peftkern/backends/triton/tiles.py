@@ -62,7 +62,7 @@ _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "g
 
 # fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
 _FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-_FLOAT_DQ = Tile(16, 16, 8, 1)  # for the widest heads on NVIDIA, where four warps spill kilobytes
+_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}  # on NVIDIA
 
 
 def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -75,7 +75,7 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
         return Tile(32, 16, 1, 1)
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
-        return _FLOAT_DQ if (row, direction) == (256, "dq") and arch.startswith("sm_") else _FLOAT[row]
+        return (_FLOAT_DQ if direction == "dq" and arch.startswith("sm_") else _FLOAT)[row]
     return Tile(*_HALF[_FAMILIES.get(arch, arch)][row][DIRECTIONS.index(direction)])
 
 
