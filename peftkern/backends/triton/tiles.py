@@ -38,10 +38,10 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
         64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 1), (64, 64, 4, 3)),
         128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 3)),
-        256: ((64, 32, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1), (32, 32, 4, 2)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
     "99 KB": {  # of shared memory for a block, with the instructions of sm_80
-        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 3)),
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 2)),
         256: ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
@@ -92,9 +92,9 @@ _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 }  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
-# fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that the accumulators fit registers
+# fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
 _FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-_FLOAT_DQ = Tile(16, 16, 8, 1)  # for the widest heads on NVIDIA, where four warps spill kilobytes
+_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}  # on NVIDIA
 
 
 def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -107,7 +107,7 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
         return Tile(32, 128 if direction in ("merge", "merge_bwd") else 16, 1, 1)
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
-        return _FLOAT_DQ if (row, direction) == (256, "dq") and arch.startswith("sm_") else _FLOAT[row]
+        return (_FLOAT_DQ if direction == "dq" and arch.startswith("sm_") else _FLOAT)[row]
     table, directions = _HALF, _FUSED_DIRECTIONS
     if direction in _MERGE_DIRECTIONS:
         table, directions = _MERGE_HALF, _MERGE_DIRECTIONS
