@@ -66,7 +66,7 @@ FAULTS = [
     (blocks, "key_range", "last_row + offset + 1)", "last_row + offset)", "plain"),
     (blocks, "key_range", "first_row + offset + 1)", "first_row + offset + BLOCK_N)", "plain"),
     (blocks, "seq_scores", "(distance >= 0)", "(distance > 0)", "plain"),
-    (blocks, "seq_scores", "distance < options.window", "distance <= options.window", "window_after_prefix"),
+    (blocks, "seq_scores", "distance < opts.window", "distance <= opts.window", "window_after_prefix"),
     (blocks, "prefix_scores", "length + positions - slots <", "positions - slots <", "window"),
     (blocks, "prefix_scores", "(slots < length) & sees", "slots < length + 1", "plain"),
     (blocks, "tile_mask", "< length", "<= length", "plain"),

@@ -44,7 +44,7 @@ def _row_offset(batch, head, sizes):
 
 @triton.jit
 def _prefix_attention_bwd_prepare_kernel(
-    q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats, options, sizes, scale,
+    q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -62,16 +62,16 @@ def _prefix_attention_bwd_prepare_kernel(
     if out is None:
         q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
         prefix_m, prefix_denom, prefix_acc, m, denom, acc = attend(
-            q_tile, dout_tile, k, v, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+            q_tile, dout_tile, k, v, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
             IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         lse = m + tl.log2(denom)
-        shift = -acc * inverse(denom, options)
-        if options.gate is not None:
+        shift = -acc * inverse(denom, opts)
+        if opts.gate is not None:
             prefix_lse = prefix_m + tl.log2(prefix_denom)
             prefix_lse = tl.where(prefix_lse == -float("inf"), float("inf"), prefix_lse)
             tl.store(stats.prefix_lse + offset + rows, prefix_lse, mask=inside)
-            tl.store(stats.prefix_shift + offset + rows, -prefix_acc * inverse(prefix_denom, options), mask=inside)
+            tl.store(stats.prefix_shift + offset + rows, -prefix_acc * inverse(prefix_denom, opts), mask=inside)
     else:
         out_ptr = matrix(out, batch, head)
         out_tile = load_tile(out_ptr, out.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -84,13 +84,13 @@ def _prefix_attention_bwd_prepare_kernel(
 
 
 @triton.jit
-def _load_stats(stats, first_row, batch, head, options, sizes, PART: tl.constexpr, BLOCK_M: tl.constexpr):
+def _load_stats(stats, first_row, batch, head, opts, sizes, PART: tl.constexpr, BLOCK_M: tl.constexpr):
     """(lse, shift) [BLOCK_M] of the softmax that a part of the keys belongs to, and the gain of the part."""
     rows = first_row + tl.arange(0, BLOCK_M)
     offset = _row_offset(batch, head, sizes)
-    if PART == 1 and options.gate is not None:
+    if PART == 1 and opts.gate is not None:
         lse_ptr, shift_ptr = stats.prefix_lse + offset, stats.prefix_shift + offset
-        gain = tanh(tl.load(options.gate + head))
+        gain = tanh(tl.load(opts.gate + head))
     else:
         lse_ptr, shift_ptr = stats.lse + offset, stats.shift + offset
         gain = 1.0
@@ -100,40 +100,40 @@ def _load_stats(stats, first_row, batch, head, options, sizes, PART: tl.constexp
 
 
 @triton.jit
-def _dropped(x, keep, options):
+def _dropped(x, keep, opts):
     """x * keep / (1 - dropout_p)."""
-    if options.dropout_scale is not None:
-        x = tl.where(keep, x * options.dropout_scale, 0.0)
+    if opts.dropout_scale is not None:
+        x = tl.where(keep, x * opts.dropout_scale, 0.0)
     return x
 
 
 @triton.jit
 def _dq_prefix_blocks(
-    dq, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sees, batch, head, stats, options, sizes, scale,
+    dq, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sees, batch, head, stats, opts, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq plus the part of one prefix."""
-    length = prefix_length(prefix, options, sizes)
+    length = prefix_length(prefix, opts, sizes)
     kv_head = head // sizes.group
     k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
-    lse, shift, gain = _load_stats(stats, first_row, batch, head, options, sizes, 1, BLOCK_M)
+    lse, shift, gain = _load_stats(stats, first_row, batch, head, opts, sizes, 1, BLOCK_M)
     low = length * 0
-    if options.prefix_window is not None:
+    if opts.prefix_window is not None:
         nearest = tl.min(tl.min(positions, 1), 0)
-        low = tl.maximum(0, length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N
+        low = tl.maximum(0, length + nearest - opts.prefix_window + 1) // BLOCK_N * BLOCK_N
     for first_slot in range(low, length, BLOCK_N):
         k = load_tile(k_ptr, prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D).to(q.dtype)
         v = load_tile(v_ptr, prefix_v.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D).to(q.dtype)
         slots = first_slot + tl.arange(0, BLOCK_N)[None, :]
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores, slope = prefix_scores(products, scale, positions, slots, sees, length, head, options, sizes, True)
+        scores, slope = prefix_scores(products, scale, positions, slots, sees, length, head, opts, sizes, True)
         p = tl.exp2(scores - lse[:, None]) * gain
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if DROPOUT_THRESHOLD > 0:
             batch_head = batch * sizes.num_heads + head
-            keep = dropout_keep(options, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-            dp = _dropped(dp, keep, options)
+            keep = dropout_keep(opts, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
+            dp = _dropped(dp, keep, opts)
         ds = p * (dp + shift[:, None]) * slope
         dq = tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
     return dq
@@ -141,7 +141,7 @@ def _dq_prefix_blocks(
 
 @triton.jit
 def _dq_sequence(
-    dq, q, dout, k, v, low, high, first_row, first, end, batch, head, lse, shift, options, sizes, scale,
+    dq, q, dout, k, v, low, high, first_row, first, end, batch, head, lse, shift, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -155,14 +155,14 @@ def _dq_sequence(
         v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         scores, slope = seq_scores(
-            products, scale, rows, keys, keys, first, end, batch, head, options, sizes, IS_CAUSAL, MASKED
+            products, scale, rows, keys, keys, first, end, batch, head, opts, sizes, IS_CAUSAL, MASKED
         )
         p = tl.exp2(scores - lse[:, None])
         dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         if DROPOUT_THRESHOLD > 0:
             batch_head = batch * sizes.num_heads + head
-            keep = dropout_keep(options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-            dp = _dropped(dp, keep, options)
+            keep = dropout_keep(opts, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
+            dp = _dropped(dp, keep, opts)
         ds = p * (dp + shift[:, None]) * slope
         dq = tl.dot(ds.to(q.dtype), k_tile, dq, input_precision="ieee")
     return dq
@@ -170,7 +170,7 @@ def _dq_sequence(
 
 @triton.jit
 def _prefix_attention_bwd_dq_kernel(
-    q, k, v, prefix_k, prefix_v, dout, dq, stats, options, sizes, scale,
+    q, k, v, prefix_k, prefix_v, dout, dq, stats, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -184,53 +184,53 @@ def _prefix_attention_bwd_dq_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_M)
     packed = tl.minimum(rows, sizes.q_len - 1)
-    first, end = segment(packed, options, sizes)
-    positions = (rows + (sizes.kv_len - sizes.q_len) - (first if options.cu_seqlens is not None else 0))[:, None]
-    if options.cu_seqlens is not None and options.prefix_ids is not None:
-        sequence = find_sequence(packed, options, sizes)
+    first, end = segment(packed, opts, sizes)
+    positions = (rows + (sizes.kv_len - sizes.q_len) - (first if opts.cu_seqlens is not None else 0))[:, None]
+    if opts.cu_seqlens is not None and opts.prefix_ids is not None:
+        sequence = find_sequence(packed, opts, sizes)
         for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
             acc = _dq_prefix_blocks(
-                acc, q_tile, dout_tile, prefix_k, prefix_v, tl.load(options.prefix_ids + s).to(tl.int32), first_row,
-                positions, sequence[:, None] == s, batch, head, stats, options, sizes, scale,
+                acc, q_tile, dout_tile, prefix_k, prefix_v, tl.load(opts.prefix_ids + s).to(tl.int32), first_row,
+                positions, sequence[:, None] == s, batch, head, stats, opts, sizes, scale,
                 DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     else:
         acc = _dq_prefix_blocks(
-            acc, q_tile, dout_tile, prefix_k, prefix_v, prefix_of(batch, options), first_row, positions,
-            rows[:, None] < sizes.q_len, batch, head, stats, options, sizes, scale,
+            acc, q_tile, dout_tile, prefix_k, prefix_v, prefix_of(batch, opts), first_row, positions,
+            rows[:, None] < sizes.q_len, batch, head, stats, opts, sizes, scale,
             DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
-    lse, shift, _ = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
-    FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
-    low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    if FULL and options.window is not None:
+    lse, shift, _ = _load_stats(stats, first_row, batch, head, opts, sizes, 0, BLOCK_M)
+    FULL: tl.constexpr = (opts.cu_seqlens is None) and (opts.key_mask is None)
+    low, full_low, full_high, high = key_range(first_row, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    if FULL and opts.window is not None:
         acc = _dq_sequence(
             acc, q_tile, dout_tile, k, v, low, tl.minimum(full_low, high), first_row, first[:, None], end[:, None],
-            batch, head, lse, shift, options, sizes, scale,
+            batch, head, lse, shift, opts, sizes, scale,
             IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
     if FULL:
         acc = _dq_sequence(
             acc, q_tile, dout_tile, k, v, full_low, full_high, first_row, first[:, None], end[:, None], batch, head,
-            lse, shift, options, sizes, scale,
+            lse, shift, opts, sizes, scale,
             IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     acc = _dq_sequence(
         acc, q_tile, dout_tile, k, v, full_high, high, first_row, first[:, None], end[:, None], batch, head, lse,
-        shift, options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+        shift, opts, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     store_tile(matrix(dq, batch, head), dq.stride_n, first_row, sizes.q_len, acc * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
-def _dkv_step(dk, dv, q, dout, v, scores_t, slope, lse, shift, gain, keep, options, HAS_DROPOUT: tl.constexpr):
+def _dkv_step(dk, dv, q, dout, v, scores_t, slope, lse, shift, gain, keep, opts, HAS_DROPOUT: tl.constexpr):
     """dk [N, D] without scale, dv [N, D] and ds [N, M] of one block of rows; everything transposed."""
     p = tl.exp2(scores_t - lse[None, :]) * gain
     w = p
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     if HAS_DROPOUT:
-        w, dp = _dropped(p, keep, options), _dropped(dp, keep, options)
+        w, dp = _dropped(p, keep, opts), _dropped(dp, keep, opts)
     dv = tl.dot(w.to(dout.dtype), dout, dv, input_precision="ieee")
     ds = p * (dp + shift[None, :])
     dk = tl.dot((ds * slope).to(q.dtype), q, dk, input_precision="ieee")
@@ -239,7 +239,7 @@ def _dkv_step(dk, dv, q, dout, v, scores_t, slope, lse, shift, gain, keep, optio
 
 @triton.jit
 def _prefix_attention_bwd_dkv_kernel(
-    q, k, v, dout, dk, dv, stats, options, sizes, scale,
+    q, k, v, dout, dk, dv, stats, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -252,8 +252,8 @@ def _prefix_attention_bwd_dkv_kernel(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
     keys = first_key + tl.arange(0, BLOCK_N)[:, None]
-    first, end = segment(tl.minimum(keys, sizes.kv_len - 1), options, sizes)
-    low, row_blocks = row_range(first_key, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    first, end = segment(tl.minimum(keys, sizes.kv_len - 1), opts, sizes)
+    low, row_blocks = row_range(first_key, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
     # one loop over heads and rows, its mask always applied: loops for masked and full blocks apart spill registers
     for unit in range(sizes.group * row_blocks):
         head = kv_head * sizes.group + unit // row_blocks
@@ -263,19 +263,19 @@ def _prefix_attention_bwd_dkv_kernel(
         dout_tile = load_tile(
             matrix(dout, batch, head), dout.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D
         )
-        lse, shift, gain = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
+        lse, shift, gain = _load_stats(stats, first_row, batch, head, opts, sizes, 0, BLOCK_M)
         products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
         scores, slope = seq_scores(
-            products, scale, rows, keys, rows, first, end, batch, head, options, sizes, IS_CAUSAL, True
+            products, scale, rows, keys, rows, first, end, batch, head, opts, sizes, IS_CAUSAL, True
         )
         keep = None
         if DROPOUT_THRESHOLD > 0:
             batch_head = batch * sizes.num_heads + head
             keep = tl.trans(
-                dropout_keep(options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
+                dropout_keep(opts, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
             )
         dk_acc, dv_acc, _ = _dkv_step(
-            dk_acc, dv_acc, q_tile, dout_tile, v_tile, scores, slope, lse, shift, gain, keep, options,
+            dk_acc, dv_acc, q_tile, dout_tile, v_tile, scores, slope, lse, shift, gain, keep, opts,
             DROPOUT_THRESHOLD > 0,
         )  # fmt: skip
     if dk is not None:
@@ -290,7 +290,7 @@ def _prefix_attention_bwd_dkv_kernel(
 @triton.jit
 def _prefix_rows(
     dk, dv, dbias, k_tile, v_tile, q, dout, first_row, positions, sees, first_slot, length, batch, head, stats,
-    options, sizes, scale,
+    opts, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -298,25 +298,23 @@ def _prefix_rows(
     q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout_ptr = matrix(dout, batch, head)
     dout_tile = load_tile(dout_ptr, dout.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    lse, shift, gain = _load_stats(stats, first_row, batch, head, options, sizes, 1, BLOCK_M)
+    lse, shift, gain = _load_stats(stats, first_row, batch, head, opts, sizes, 1, BLOCK_M)
     slots = first_slot + tl.arange(0, BLOCK_N)[:, None]
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-    scores, slope = prefix_scores(products, scale, positions, slots, sees, length, head, options, sizes, MASKED)
+    scores, slope = prefix_scores(products, scale, positions, slots, sees, length, head, opts, sizes, MASKED)
     keep = None
     if DROPOUT_THRESHOLD > 0:
         batch_head = batch * sizes.num_heads + head
-        keep = tl.trans(
-            dropout_keep(options, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
-        )
+        keep = tl.trans(dropout_keep(opts, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N))
     dk, dv, ds = _dkv_step(
-        dk, dv, q_tile, dout_tile, v_tile, scores, slope, lse, shift, gain, keep, options, DROPOUT_THRESHOLD > 0
+        dk, dv, q_tile, dout_tile, v_tile, scores, slope, lse, shift, gain, keep, opts, DROPOUT_THRESHOLD > 0
     )
     return dk, dv, dbias + tl.sum(ds, 1)
 
 
 @triton.jit
 def _prefix_attention_bwd_prefix_kernel(
-    q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, options, sizes, scale, bank, num_units,
+    q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, opts, sizes, scale, bank, num_units,
     units_per_split,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -330,7 +328,7 @@ def _prefix_attention_bwd_prefix_kernel(
     prefix, split = outer % bank, outer // bank
     kv_head = head // sizes.group
     first_slot = block * BLOCK_N
-    length = prefix_length(prefix, options, sizes)
+    length = prefix_length(prefix, opts, sizes)
     dtype = q.ptr.dtype.element_ty
     k_tile = load_tile(
         matrix(prefix_k, prefix, kv_head), prefix_k.stride_n, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D
@@ -342,7 +340,7 @@ def _prefix_attention_bwd_prefix_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_N], tl.float32)
 
-    MASKED: tl.constexpr = options.prefix_window is not None or options.prefix_ids is not None
+    MASKED: tl.constexpr = opts.prefix_window is not None or opts.prefix_ids is not None
     row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
     last_unit = tl.minimum(num_units, (split + 1) * units_per_split)
     for unit in range(split * units_per_split, tl.where(first_slot < length, last_unit, 0)):
@@ -351,17 +349,17 @@ def _prefix_attention_bwd_prefix_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         positions = rows + (sizes.kv_len - sizes.q_len)
         sees = rows < sizes.q_len
-        if options.cu_seqlens is not None:
+        if opts.cu_seqlens is not None:
             packed = tl.minimum(rows, sizes.q_len - 1)
-            sequence = find_sequence(packed, options, sizes)
-            positions -= tl.load(options.cu_seqlens + sequence).to(tl.int32)
-            sees = sees & (prefix_of(sequence, options) == prefix)
+            sequence = find_sequence(packed, opts, sizes)
+            positions -= tl.load(opts.cu_seqlens + sequence).to(tl.int32)
+            sees = sees & (prefix_of(sequence, opts) == prefix)
         else:
-            sees = sees & (prefix_of(rows * 0 + batch, options) == prefix)
-        if options.prefix_ids is None or tl.max(sees.to(tl.int32), 0) > 0:
+            sees = sees & (prefix_of(rows * 0 + batch, opts) == prefix)
+        if opts.prefix_ids is None or tl.max(sees.to(tl.int32), 0) > 0:
             dk, dv, dbias = _prefix_rows(
                 dk, dv, dbias, k_tile, v_tile, q, dout, first_row, positions[None, :], sees[None, :], first_slot,
-                length, batch, head, stats, options, sizes, scale,
+                length, batch, head, stats, opts, sizes, scale,
                 DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MASKED,
             )  # fmt: skip
 
@@ -392,7 +390,7 @@ def _sum_partials_kernel(partial_ptr, total_ptr, num_splits, split_size, group, 
 
 @triton.jit
 def _prefix_attention_bwd_bias_kernel(
-    q, k, v, dout, dbias_ptr, stats, options, sizes, scale, bias_batch, bias_heads, bias_rows, bias_keys,
+    q, k, v, dout, dbias_ptr, stats, opts, sizes, scale, bias_batch, bias_heads, bias_rows, bias_keys,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -415,8 +413,8 @@ def _prefix_attention_bwd_bias_kernel(
                 dout_tile = load_tile(
                     matrix(dout, batch, head), dout.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D
                 )
-                lse, shift, _ = _load_stats(stats, first_row, batch, head, options, sizes, 0, BLOCK_M)
-                first, end = segment(tl.minimum(rows, sizes.q_len - 1), options, sizes)
+                lse, shift, _ = _load_stats(stats, first_row, batch, head, opts, sizes, 0, BLOCK_M)
+                first, end = segment(tl.minimum(rows, sizes.q_len - 1), opts, sizes)
                 for first_key in range(tile_key, tl.where(bias_keys == 1, sizes.kv_len, tile_key + 1), BLOCK_N):
                     keys = first_key + tl.arange(0, BLOCK_N)[None, :]
                     k_tile = load_tile(
@@ -428,15 +426,15 @@ def _prefix_attention_bwd_bias_kernel(
                     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
                     scores, _ = seq_scores(
                         products, scale, rows[:, None], keys, keys, first[:, None], end[:, None], batch, head,
-                        options, sizes, IS_CAUSAL, True,
+                        opts, sizes, IS_CAUSAL, True,
                     )  # fmt: skip
                     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
                     if DROPOUT_THRESHOLD > 0:
                         batch_head = batch * sizes.num_heads + head
                         keep = dropout_keep(
-                            options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N
+                            opts, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N
                         )
-                        dp = _dropped(dp, keep, options)
+                        dp = _dropped(dp, keep, opts)
                     total += tl.exp2(scores - lse[:, None]) * (dp + shift[:, None])
 
     rows, keys = tile_row + tl.arange(0, BLOCK_M)[:, None], tile_key + tl.arange(0, BLOCK_N)[None, :]

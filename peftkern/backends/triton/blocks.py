@@ -87,13 +87,13 @@ def softcapped(products, scale, softcap):
 
 
 @triton.jit
-def find_sequence(index, options, sizes):
+def find_sequence(index, opts, sizes):
     """The packed sequence that holds each token of ``index``: the last one that starts at or before it."""
     low = index * 0
     high = low + sizes.num_sequences
     for _ in range(sizes.search_steps):
         middle = (low + high) // 2
-        starts_before = tl.load(options.cu_seqlens + middle) <= index
+        starts_before = tl.load(opts.cu_seqlens + middle) <= index
         narrow = high - low > 1
         high = tl.where(starts_before | (narrow == 0), high, middle)
         low = tl.where(starts_before & narrow, middle, low)
@@ -101,30 +101,30 @@ def find_sequence(index, options, sizes):
 
 
 @triton.jit
-def segment(index, options, sizes):
+def segment(index, opts, sizes):
     """(first, end) of the packed sequence of each token, [0, T) where nothing is packed."""
-    if options.cu_seqlens is None:
+    if opts.cu_seqlens is None:
         first = index * 0
         end = first + sizes.kv_len
     else:
-        start = options.cu_seqlens + find_sequence(index, options, sizes)
+        start = opts.cu_seqlens + find_sequence(index, opts, sizes)
         first, end = tl.load(start).to(tl.int32), tl.load(start + 1).to(tl.int32)
     return first, end
 
 
 @triton.jit
 def seq_scores(
-    products, scale, rows, keys, inner, first, end, batch, head, options, sizes, IS_CAUSAL: tl.constexpr,
+    products, scale, rows, keys, inner, first, end, batch, head, opts, sizes, IS_CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """(scores, slope) for sequence keys. ``inner`` (rows or keys) must lie in [first, end), the other's segment.
 
     MASKED is false where every row of the block sees every key.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
+    scores, slope = softcapped(products, scale, opts.softcap)
     inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
-    if options.bias is not None:
-        bias = options.bias
+    if opts.bias is not None:
+        bias = opts.bias
         ptrs = matrix(bias, batch, head) + rows.to(tl.int64) * bias.stride_m + keys.to(tl.int64) * bias.stride_n
         scores += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
@@ -132,13 +132,13 @@ def seq_scores(
         distance = rows + (sizes.kv_len - sizes.q_len) - keys
         if IS_CAUSAL:
             visible = visible & (distance >= 0)
-        if options.window is not None:
-            visible = visible & (distance < options.window)
-        if options.cu_seqlens is not None:
+        if opts.window is not None:
+            visible = visible & (distance < opts.window)
+        if opts.cu_seqlens is not None:
             visible = visible & (inner >= first) & (inner < end)
-        if options.key_mask is not None:
-            ptrs = options.key_mask.ptr + tl.cast(batch, tl.int64) * options.key_mask.stride_b
-            mask = tl.load(ptrs + keys * options.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
+        if opts.key_mask is not None:
+            ptrs = opts.key_mask.ptr + tl.cast(batch, tl.int64) * opts.key_mask.stride_b
+            mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
             visible = visible & (mask != 0)
         scores = tl.where(visible, scores, -float("inf"))
     return scores, slope
@@ -146,47 +146,47 @@ def seq_scores(
 
 @triton.jit
 def prefix_scores(
-    products, scale, positions, slots, sees, length, head, options, sizes, MASKED: tl.constexpr
+    products, scale, positions, slots, sees, length, head, opts, sizes, MASKED: tl.constexpr
 ):  # fmt: skip
     """(scores, slope) for the first ``length`` tokens of a prefix.
 
     ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix.
     """
-    scores, slope = softcapped(products, scale, options.softcap)
-    if options.prefix_bias is not None:
-        bias = options.prefix_bias
+    scores, slope = softcapped(products, scale, opts.softcap)
+    if opts.prefix_bias is not None:
+        bias = opts.prefix_bias
         ptrs = bias.ptr + head * bias.stride_h + slots * bias.stride_n
         scores += tl.load(ptrs, mask=slots < sizes.prefix_len, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
         visible = (slots < length) & sees
-        if options.prefix_window is not None:
-            visible = visible & (length + positions - slots < options.prefix_window)
+        if opts.prefix_window is not None:
+            visible = visible & (length + positions - slots < opts.prefix_window)
         scores = tl.where(visible, scores, -float("inf"))
     return scores, slope
 
 
 @triton.jit
-def prefix_of(sequence, options):
+def prefix_of(sequence, opts):
     """The prefix that a sequence sees, -1 for none."""
     prefix = sequence * 0
-    if options.prefix_ids is not None:
-        prefix = tl.load(options.prefix_ids + sequence).to(tl.int32)
+    if opts.prefix_ids is not None:
+        prefix = tl.load(opts.prefix_ids + sequence).to(tl.int32)
     return prefix
 
 
 @triton.jit
-def prefix_length(prefix, options, sizes):
+def prefix_length(prefix, opts, sizes):
     """Used tokens of a prefix, 0 for prefix -1."""
-    if options.prefix_lens is None:
+    if opts.prefix_lens is None:
         length = tl.where(prefix < 0, 0, sizes.prefix_len)
     else:
-        length = tl.load(options.prefix_lens + prefix, mask=prefix >= 0, other=0).to(tl.int32)
+        length = tl.load(opts.prefix_lens + prefix, mask=prefix >= 0, other=0).to(tl.int32)
     return length
 
 
 @triton.jit
 def dropout_keep(
-    options, row, key, batch_head, PART: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr,
+    opts, row, key, batch_head, PART: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] bool: the weights kept of rows ``row`` and keys ``key`` (a multiple of 4) and on.
@@ -196,13 +196,13 @@ def dropout_keep(
     rows = row + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 4], tl.int32)
     quads = key // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     zero = tl.zeros_like(rows)
-    w0, w1, w2, w3 = tl.philox(tl.load(options.seed), quads, rows, zero + batch_head, zero + PART)
+    w0, w1, w2, w3 = tl.philox(tl.load(opts.seed), quads, rows, zero + batch_head, zero + PART)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return words >= tl.full([], THRESHOLD, tl.uint32)
 
 
 @triton.jit
-def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(low, full_low, full_high, high): the sequence keys that rows first_row to first_row + BLOCK_M - 1 see.
 
     All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N.
@@ -214,12 +214,12 @@ def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
     full_low = low
     if IS_CAUSAL:
         high = tl.minimum(high, last_row + offset + 1)
-    if options.window is not None:
-        low = tl.maximum(low, first_row + offset - options.window + 1)
-        full_low = tl.maximum(low, last_row + offset - options.window + 1)
-    if options.cu_seqlens is not None:
-        first, _ = segment(first_row, options, sizes)
-        _, end = segment(last_row, options, sizes)
+    if opts.window is not None:
+        low = tl.maximum(low, first_row + offset - opts.window + 1)
+        full_low = tl.maximum(low, last_row + offset - opts.window + 1)
+    if opts.cu_seqlens is not None:
+        first, _ = segment(first_row, opts, sizes)
+        _, end = segment(last_row, opts, sizes)
         low, high = tl.maximum(low, first), tl.minimum(high, end)
     low = low // BLOCK_N * BLOCK_N
     full_low = tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N)
@@ -227,13 +227,13 @@ def key_range(first_row, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
     if IS_CAUSAL:
         full_high = tl.minimum(high, first_row + offset + 1)
     full_high = tl.maximum(full_low, full_high // BLOCK_N * BLOCK_N)
-    if (options.cu_seqlens is not None) or (options.key_mask is not None):
+    if (opts.cu_seqlens is not None) or (opts.key_mask is not None):
         full_low, full_high = low, low
     return low, full_low, full_high, high
 
 
 @triton.jit
-def row_range(first_key, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_range(first_key, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first row, a multiple of BLOCK_M, and number of blocks) of the rows that see a block of keys."""
     last_key = tl.minimum(first_key + BLOCK_N, sizes.kv_len) - 1
     offset = sizes.kv_len - sizes.q_len
@@ -241,11 +241,11 @@ def row_range(first_key, options, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.co
     high = low + sizes.q_len
     if IS_CAUSAL:
         low = tl.maximum(low, first_key - offset)
-    if options.window is not None:
-        high = tl.minimum(high, last_key + options.window - offset)
-    if options.cu_seqlens is not None:
-        first, _ = segment(first_key, options, sizes)
-        _, end = segment(last_key, options, sizes)
+    if opts.window is not None:
+        high = tl.minimum(high, last_key + opts.window - offset)
+    if opts.cu_seqlens is not None:
+        first, _ = segment(first_key, opts, sizes)
+        _, end = segment(last_key, opts, sizes)
         low, high = tl.maximum(low, first), tl.minimum(high, end)
     low = low // BLOCK_M * BLOCK_M
     return low, tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)

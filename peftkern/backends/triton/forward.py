@@ -44,7 +44,7 @@ def _softmax_step(m, denom, acc, scores, v, dout, keep, HAS_DROPOUT: tl.constexp
 @triton.jit
 def _attend_prefix_blocks(
     m, denom, acc, q, dout, k_ptr, stride_k, v_ptr, stride_v, low, high, length, first_row, positions, sees,
-    batch_head, head, options, sizes, scale,
+    batch_head, head, opts, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -53,48 +53,48 @@ def _attend_prefix_blocks(
         k = load_tile(k_ptr, stride_k, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         slots = first_slot + tl.arange(0, BLOCK_N)[None, :]
         products = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        scores, _ = prefix_scores(products, scale, positions, slots, sees, length, head, options, sizes, MASKED)
+        scores, _ = prefix_scores(products, scale, positions, slots, sees, length, head, opts, sizes, MASKED)
         v = load_tile(v_ptr, stride_v, first_slot, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         keep = None
         if DROPOUT_THRESHOLD > 0:
-            keep = dropout_keep(options, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(opts, first_row, first_slot, batch_head, 1, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
         m, denom, acc = _softmax_step(m, denom, acc, scores, v.to(q.dtype), dout, keep, DROPOUT_THRESHOLD > 0)
     return m, denom, acc
 
 
 @triton.jit
 def _attend_one_prefix(
-    m, denom, acc, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sees, batch_head, head, options, sizes,
+    m, denom, acc, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sees, batch_head, head, opts, sizes,
     scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SOME_SEE: tl.constexpr,
 ):  # fmt: skip
     """All blocks of prefix number ``prefix`` (-1: none). SOME_SEE: not every row sees it, but those in ``sees``."""
-    length = prefix_length(prefix, options, sizes)
+    length = prefix_length(prefix, opts, sizes)
     kv_head = head // sizes.group
     k_ptr, v_ptr = matrix(prefix_k, prefix, kv_head), matrix(prefix_v, prefix, kv_head)
     low = length * 0
-    if options.prefix_window is not None:
+    if opts.prefix_window is not None:
         nearest = tl.min(tl.min(positions, 1), 0)
-        low = tl.maximum(0, length + nearest - options.prefix_window + 1) // BLOCK_N * BLOCK_N
+        low = tl.maximum(0, length + nearest - opts.prefix_window + 1) // BLOCK_N * BLOCK_N
     full_high = low
-    if not (SOME_SEE or options.prefix_window is not None):
+    if not (SOME_SEE or opts.prefix_window is not None):
         full_high = length // BLOCK_N * BLOCK_N
         m, denom, acc = _attend_prefix_blocks(
             m, denom, acc, q, dout, k_ptr, prefix_k.stride_n, v_ptr, prefix_v.stride_n, low, full_high, length,
-            first_row, positions, sees, batch_head, head, options, sizes, scale,
+            first_row, positions, sees, batch_head, head, opts, sizes, scale,
             DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     return _attend_prefix_blocks(
         m, denom, acc, q, dout, k_ptr, prefix_k.stride_n, v_ptr, prefix_v.stride_n, full_high, length, length,
-        first_row, positions, sees, batch_head, head, options, sizes, scale,
+        first_row, positions, sees, batch_head, head, opts, sizes, scale,
         DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
 
 
 @triton.jit
 def _attend_prefix(
-    m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+    m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -104,28 +104,28 @@ def _attend_prefix(
     sees = rows[:, None] < sizes.q_len
     batch_head = batch * sizes.num_heads + head
     packed = tl.minimum(rows, sizes.q_len - 1)
-    if options.cu_seqlens is not None and options.prefix_window is not None:
-        start, _ = segment(packed, options, sizes)
+    if opts.cu_seqlens is not None and opts.prefix_window is not None:
+        start, _ = segment(packed, opts, sizes)
         positions = positions - start[:, None]
-    if options.cu_seqlens is not None and options.prefix_ids is not None:
-        sequence = find_sequence(packed, options, sizes)
+    if opts.cu_seqlens is not None and opts.prefix_ids is not None:
+        sequence = find_sequence(packed, opts, sizes)
         for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
-            prefix = tl.load(options.prefix_ids + s).to(tl.int32)
+            prefix = tl.load(opts.prefix_ids + s).to(tl.int32)
             m, denom, acc = _attend_one_prefix(
                 m, denom, acc, q, dout, prefix_k, prefix_v, prefix, first_row, positions, sequence[:, None] == s,
-                batch_head, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+                batch_head, head, opts, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     else:
         m, denom, acc = _attend_one_prefix(
-            m, denom, acc, q, dout, prefix_k, prefix_v, prefix_of(batch, options), first_row, positions, sees,
-            batch_head, head, options, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+            m, denom, acc, q, dout, prefix_k, prefix_v, prefix_of(batch, opts), first_row, positions, sees,
+            batch_head, head, opts, sizes, scale, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     return m, denom, acc
 
 
 @triton.jit
 def _attend_sequence(
-    m, denom, acc, q, dout, k, v, low, high, first_row, first, end, batch, head, options, sizes, scale,
+    m, denom, acc, q, dout, k, v, low, high, first_row, first, end, batch, head, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -138,13 +138,13 @@ def _attend_sequence(
         k_tile = load_tile(k_ptr, k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         scores, _ = seq_scores(
-            products, scale, rows, keys, keys, first, end, batch, head, options, sizes, IS_CAUSAL, MASKED
+            products, scale, rows, keys, keys, first, end, batch, head, opts, sizes, IS_CAUSAL, MASKED
         )
         v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE=not MASKED)
         keep = None
         if DROPOUT_THRESHOLD > 0:
             batch_head = batch * sizes.num_heads + head
-            keep = dropout_keep(options, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
+            keep = dropout_keep(opts, first_row, first_key, batch_head, 0, DROPOUT_THRESHOLD, BLOCK_M, BLOCK_N)
         m, denom, acc = _softmax_step(m, denom, acc, scores, v_tile, dout, keep, DROPOUT_THRESHOLD > 0)
     return m, denom, acc
 
@@ -159,7 +159,7 @@ def _empty_softmax(dout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def attend(
-    q, dout, k, v, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+    q, dout, k, v, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -169,33 +169,33 @@ def attend(
     """
     m, denom, acc = _empty_softmax(dout, BLOCK_M, BLOCK_D)
     m, denom, acc = _attend_prefix(
-        m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+        m, denom, acc, q, dout, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
         DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     prefix_m, prefix_denom, prefix_acc = m, denom, acc
-    if options.gate is not None:
+    if opts.gate is not None:
         m, denom, acc = _empty_softmax(dout, BLOCK_M, BLOCK_D)
 
-    first, end = segment(tl.minimum(first_row + tl.arange(0, BLOCK_M)[:, None], sizes.q_len - 1), options, sizes)
-    FULL: tl.constexpr = (options.cu_seqlens is None) and (options.key_mask is None)
-    low, full_low, full_high, high = key_range(first_row, options, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
-    if FULL and options.window is not None:
+    first, end = segment(tl.minimum(first_row + tl.arange(0, BLOCK_M)[:, None], sizes.q_len - 1), opts, sizes)
+    FULL: tl.constexpr = (opts.cu_seqlens is None) and (opts.key_mask is None)
+    low, full_low, full_high, high = key_range(first_row, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    if FULL and opts.window is not None:
         m, denom, acc = _attend_sequence(
             m, denom, acc, q, dout, k, v, low, tl.minimum(full_low, high), first_row, first, end, batch, head,
-            options, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+            opts, sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
     if FULL:
         m, denom, acc = _attend_sequence(
-            m, denom, acc, q, dout, k, v, full_low, full_high, first_row, first, end, batch, head, options, sizes,
+            m, denom, acc, q, dout, k, v, full_low, full_high, first_row, first, end, batch, head, opts, sizes,
             scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     m, denom, acc = _attend_sequence(
-        m, denom, acc, q, dout, k, v, full_high, high, first_row, first, end, batch, head, options, sizes, scale,
+        m, denom, acc, q, dout, k, v, full_high, high, first_row, first, end, batch, head, opts, sizes, scale,
         IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
 
-    if options.sinks is not None:
-        sink = tl.load(options.sinks + head) * LOG2E
+    if opts.sinks is not None:
+        sink = tl.load(opts.sinks + head) * LOG2E
         m_new = tl.maximum(m, sink)
         pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
         decay = tl.exp2(m - pivot)
@@ -206,17 +206,17 @@ def attend(
 
 
 @triton.jit
-def inverse(denom, options):
+def inverse(denom, opts):
     """What turns acc into an average: 1 / denom, with dropout's scale; 1 where no key is visible, and acc is 0."""
     factor = 1.0 / tl.where(denom == 0.0, 1.0, denom)
-    if options.dropout_scale is not None:
-        factor *= options.dropout_scale
+    if opts.dropout_scale is not None:
+        factor *= opts.dropout_scale
     return factor
 
 
 @triton.jit
 def _prefix_attention_fwd_kernel(
-    q, k, v, prefix_k, prefix_v, out, lse_ptr, options, sizes, scale,
+    q, k, v, prefix_k, prefix_v, out, lse_ptr, opts, sizes, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -230,12 +230,12 @@ def _prefix_attention_fwd_kernel(
     first_row = block * BLOCK_M
     q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     _, prefix_denom, prefix_acc, m, denom, acc = attend(
-        q_tile, None, k, v, prefix_k, prefix_v, first_row, batch, head, options, sizes, scale,
+        q_tile, None, k, v, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
         IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    result = acc * inverse(denom, options)[:, None]
-    if options.gate is not None:
-        result += prefix_acc * (inverse(prefix_denom, options) * tanh(tl.load(options.gate + head)))[:, None]
+    result = acc * inverse(denom, opts)[:, None]
+    if opts.gate is not None:
+        result += prefix_acc * (inverse(prefix_denom, opts) * tanh(tl.load(opts.gate + head)))[:, None]
     store_tile(matrix(out, batch, head), out.stride_n, first_row, sizes.q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
     rows = first_row + tl.arange(0, BLOCK_M)
     lse_row = lse_ptr + (tl.cast(batch, tl.int64) * sizes.num_heads + head) * sizes.q_len
