@@ -106,7 +106,9 @@ def _gaps(x: Tensor) -> np.ndarray | None:
 class _Driver(DriverBase):
     """What Triton asks of a driver, for a GPU that is not there."""
 
-    def __init__(self, arch: str, watch: Watch, seed: int, rewrite: Callable[[str, str], str], read_only: list[Tensor]):
+    def __init__(
+        self, arch: str, watch: Watch, seed: int, rewrite: Callable[[str, str], str], read_only: list[Tensor]
+    ):
         self.arch, self.watch, self.seed, self.rewrite, self.read_only = arch, watch, seed, rewrite, read_only
         self.utils = SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (object(), binary.decode(), 0, 0, 1024),

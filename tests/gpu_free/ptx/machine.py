@@ -38,7 +38,7 @@ class Buffer:
 
 @dataclass
 class Counts:
-    """Of one launch. ``instructions`` are a warp's; bytes are those of all lanes; ``loaded`` and ``stored`` by buffer."""
+    """Of one launch. ``instructions`` are a warp's, bytes those of all lanes, ``loaded`` and ``stored`` by buffer."""
 
     instructions: int = 0
     mma: int = 0
@@ -125,6 +125,14 @@ def run(
 
 
 def _with_text(finding: str, program: Program) -> str:
-    """The finding with the text of its line."""
+    """The finding with the text of its line and, where the compiler says so, the line of Triton behind it."""
     line = int(re.search(r"line (\d+)\]", finding)[1])
-    return f"{finding}: {program.lines[line - 1].strip()}" if line else finding
+    if not line:
+        return finding
+    finding += f": {program.lines[line - 1].strip()}"
+    for text in reversed(program.lines[:line]):
+        if location := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            file = next((x for x in program.lines if re.match(rf"\s*\.file\s+{location[1]} ", x)), '"?"')
+            path = file.split('"')[1]
+            return f"{finding} ({Path(path).name}:{location[2]})"
+    return finding

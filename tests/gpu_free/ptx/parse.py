@@ -20,7 +20,14 @@ SPECIAL = (
     "%tid.x", "%laneid", "%warpid", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y",
     "%nctaid.z",
 )  # fmt: skip
-_ONE_DIMENSIONAL = {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1, "%cluster_ctarank": 0, "%cluster_ctaid.x": 0}
+_ONE_DIMENSIONAL = {
+    "%tid.y": 0,
+    "%tid.z": 0,
+    "%ntid.y": 1,
+    "%ntid.z": 1,
+    "%cluster_ctarank": 0,
+    "%cluster_ctaid.x": 0,
+}
 
 _IDLE = {"sync", "aligned", "uni", "approx", "full"}
 _MEMORY_HINTS = {
@@ -101,6 +108,7 @@ class _Registers:
         raise NotImplementedError(f"operand {text!r}")
 
 
+@functools.cache
 def canonical(opcode: str) -> str:
     """The opcode without what changes nothing here.
 
@@ -132,6 +140,8 @@ def _results(name: str) -> int:
 
 def _split(text: str) -> list[str]:
     """Operands: at the commas that are not within brackets or braces."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     operands, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "{[(") - (char in "}])")
@@ -193,7 +203,7 @@ def parse(ptx: str, opcode_number: Callable[[str], int]) -> Program:
         raise ValueError("no .entry in this PTX")
     begin, end = _body(ptx, head.end(3))
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[3])
-    shared = {name: 0 for name in re.findall(r"\.extern\s+\.shared\s.*?([\w$]+)\[\]", ptx)}
+    shared = dict.fromkeys(re.findall(r"\.extern\s+\.shared\s.*?([\w$]+)\[\]", ptx), 0)
     registers = _Registers(shared)
     parameters, indices = [], []
     for declaration in filter(str.strip, head[2].split(",")):
@@ -269,8 +279,8 @@ def _operands(name: str, texts: list[str], registers: _Registers) -> tuple[str, 
             return [x for part in _split(text[1:-1]) for x in expand(part)]
         if text.startswith("["):
             inner = _split(text[1:-1])
-            base, sign, offset = re.fullmatch(r"([^+-]+)([+-]?)(.*)", inner[0].replace(" ", "")).groups()
-            offsets.append(int(sign + offset.lstrip("+"), 0) if offset else 0)
+            base, offset = re.fullmatch(r"([^+-]+)\+?(-?\w+)?", inner[0].replace(" ", "")).groups()
+            offsets.append(int(offset or "0", 0))
             return [registers.operand(base), *(x for part in inner[1:] for x in expand(part))]
         if "|" in text:
             return [registers.operand(part.strip()) for part in text.split("|")]

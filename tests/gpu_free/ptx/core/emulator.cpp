@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a launch: blocks one after the other, warps in random order from barrier to barrier, lanes in lockstep. The C
 // functions at the end are what machine.py calls.
-#include "hopper.h"
+#include "bulk.h"
 #include "integers.h"
 #include "transfers.h"
 #include "warp_ops.h"
+#include "wgmma.h"
 
 namespace ptx {
 
 static Machine machine;
 static std::map<std::string, s32> opcode_numbers;
 static std::vector<Handler> handlers;
+static std::vector<bool> are_wgmma, are_copies;
 
 static void define_all() {
   auto define = [](const Definition& definition) {
@@ -21,12 +23,14 @@ static void define_all() {
       from = to + 1;
     }
     handlers.push_back(definition.handler);
+    are_wgmma.push_back(names.starts_with("wgmma.mma_async"));
+    are_copies.push_back(names.starts_with("mov."));
   };
   for (const auto& d : kIntegers) define(d);
   for (const auto& d : kFloats) define(d);
   for (const auto& d : kTransfers) define(d);
   for (const auto& d : kWarpOperations) define(d);
-  for (const auto& d : kHopper) define(d);
+  for (const auto& d : kWgmma) define(d);
 }
 
 // Registers that a block finds set; the order is that of machine.py.
@@ -49,7 +53,7 @@ static void start_warp(Warp& w, int index, const u64* initial, size_t registers,
   w.fenced = w.seen;
   w.seen[index] = 1;
   if (machine.has_wgmma)
-    w.written_at.assign(registers, 0);
+    w.written_at.assign(registers, 0), w.accumulating.assign(registers, 0), w.multiplying.assign(registers, 0);
 }
 
 static void arrive_at_barrier(Warp& w, const Instruction& in, Mask mask) {
@@ -100,7 +104,7 @@ static void run_warp(Warp& w) {
       machine.counters.instructions++;
       if (in.control == kPlain) {
         if (active) {
-          if (machine.has_wgmma)
+          if (machine.has_wgmma && !in.is_wgmma)
             track_registers(w, in);
           in.run(machine, w, in, active);
         }
@@ -233,7 +237,7 @@ const char* ptx_run(const int64_t* table, int64_t rows, const int32_t* operands,
     Instruction& in = machine.program[i];
     in.control = row[0] >= 0 ? kPlain : row[0] == -1 ? kBranch : row[0] == -2 ? kExit : kBarrier;
     if (in.control == kPlain)
-      in.run = handlers[row[0]];
+      in.run = handlers[row[0]], in.is_wgmma = are_wgmma[row[0]], in.is_copy = are_copies[row[0]];
     in.guard = s32(row[1]);
     in.guard_negated = row[2];
     in.dst = &machine.operands[row[3]], in.n_dst = s32(row[4]);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Integer arithmetic, bits, comparisons of integers, selection, and moves (PTX ISA 9.7.1, 9.7.6 to 9.7.9).
 #pragma once
+#include <algorithm>
+
 #include "machine.h"
 
 namespace ptx {
@@ -148,6 +150,8 @@ inline const Definition kIntegers[] = {
   {"not.b64", lanewise<[](u64 a) { return ~a; }>},
   {"neg.s32", lanewise<[](u32 a) { return 0 - a; }>},
   {"neg.s64", lanewise<[](u64 a) { return 0 - a; }>},
+  {"max.relu.s32", lanewise<[](s32 a, s32 b) { return std::max(std::max(a, b), 0); }>},
+  {"min.relu.s32", lanewise<[](s32 a, s32 b) { return std::max(std::min(a, b), 0); }>},
   {"abs.s32", lanewise<[](s32 a) { return a < 0 ? 0 - u32(a) : u32(a); }>},
   SIGNED_UNSIGNED("min", a < b ? a : b),
   SIGNED_UNSIGNED("max", a > b ? a : b),

@@ -38,6 +38,7 @@ enum Control : int { kPlain, kBranch, kExit, kBarrier };
 struct Instruction {
   Handler run = nullptr;
   Control control = kPlain;
+  bool is_wgmma = false, is_copy = false;
   bool guard_negated = false;
   s32 guard = -1;
   const s32* dst = nullptr;
@@ -148,6 +149,11 @@ struct Copy {  // one cp.async of one lane
   u8 data[16];
 };
 
+struct WgmmaGroup {
+  std::vector<s32> accumulators, operands;  // registers
+  u32 step;
+};
+
 enum WarpState { kRunning, kAtBarrier, kExited };
 
 struct Warp {
@@ -165,13 +171,13 @@ struct Warp {
   std::vector<Copy> open_copies;               // issued, not committed
   std::deque<std::vector<Copy>> copy_groups;   // committed, not waited for
 
-  // wgmma: registers of uncommitted and of committed groups cannot be read; see wgmma.h
-  std::vector<s32> open_accumulators;
-  std::deque<std::vector<s32>> accumulator_groups;
-  u32 wgmma_step = 1;               // of this warp's asynchronous agent
-  std::deque<u32> wgmma_group_end;  // its step at the end of each committed group
-  u64 clock = 0, wgmma_fence = 0;   // instructions executed; at the last wgmma.fence
-  std::vector<u64> written_at;      // per register, where the program has wgmma
+  // wgmma, see wgmma.h
+  std::vector<s32> open_accumulators, open_operands;  // of what is not committed
+  std::deque<WgmmaGroup> wgmma_groups;                // committed, not waited for
+  u32 wgmma_step = 1;                                 // of this warp's asynchronous agent
+  u64 clock = 0, wgmma_fence = 0;                     // instructions executed; at the last wgmma.fence
+  std::vector<u64> written_at;                        // per register
+  std::vector<u8> accumulating, multiplying;          // per register: by how many wgmma it is in use
 
   u64* reg(s32 r) { return &registers[size_t(r) * kLanes]; }
 };
