@@ -424,7 +424,7 @@ def _prefix_attention_bwd_bias_kernel(
                         matrix(v, batch, kv_head), v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D
                     )
                     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-                    scores, _ = seq_scores(
+                    scores, _slope = seq_scores(  # not _, which the loop outside gives another type
                         products, scale, rows[:, None], keys, keys, first[:, None], end[:, None], batch, head,
                         opts, sizes, IS_CAUSAL, True,
                     )  # fmt: skip
