@@ -51,9 +51,9 @@ class Launch:
     read_only: list[Tensor]
     counts: Counts = field(default_factory=Counts)
 
-    def run(self, seed: int = 0, ptx: str | None = None) -> Counts:
+    def run(self, seed: int = 0) -> Counts:
         """Raises :class:`Violation`."""
-        program = machine.load(self.ptx if ptx is None else ptx)
+        program = machine.load(self.ptx)
         values = [_bits(value) for _, value in self.arguments]
         values += [0] * (len(program.parameters) - len(values))  # Triton's scratch pointers
         protected = [_extent(x) for x in self.read_only if x.numel()]
@@ -64,9 +64,6 @@ class Launch:
                 inside = any(first <= begin and end <= last for first, last in protected)
                 buffers.append(Buffer(begin, end - begin, name, inside, _gaps(value)))
         return machine.run(program, self.grid, values, buffers, self.shared, seed)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.arguments if isinstance(value, Tensor)}
 
 
 @dataclass
@@ -111,8 +108,7 @@ class _Driver(DriverBase):
     ):
         self.arch, self.watch, self.seed, self.rewrite, self.read_only = arch, watch, seed, rewrite, read_only
         self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (object(), binary.decode(), 0, 0, 1024),
-            unload_module=lambda module: None,
+            load_binary=lambda name, binary, shared, device: (None, binary.decode(), 0, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 4},
         )
 
@@ -161,7 +157,7 @@ def _flatten(name: str, kind: object, value: object) -> Iterator[tuple[str, obje
         for part, inner, x in zip(fields, kind, value, strict=True):
             yield from _flatten(f"{name}.{part}", inner, x)
     elif kind != "constexpr":
-        yield name, value
+        yield name, value.detach() if isinstance(value, Tensor) else value
 
 
 def _ptx_is_the_binary(*arguments):

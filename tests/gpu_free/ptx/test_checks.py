@@ -108,7 +108,6 @@ def test_a_wait_is_the_issuing_warps_own():
             "setp.lt.u32 %p, %tid, 32; @%p bra L; bar.sync 0; bra M;\nL: bar.sync 0;\nM:",
             r"divergent barrier 0: warp \d waits at line 11",
         ),
-        ("div.u32 %v, %tid, 0;", "division by zero"),
     ],
 )
 def test_faults_are_named(body, message):
