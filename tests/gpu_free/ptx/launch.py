@@ -34,7 +34,7 @@ from peftkern.backends import triton as backend
 
 from ..aot import SHARED_MEMORY
 from . import machine
-from .machine import Buffer, Counts, Violation
+from .machine import Buffer, Counts, TensorMap, Violation
 
 __all__ = ["Launch", "Violation", "Watch", "emulated"]
 
@@ -54,16 +54,26 @@ class Launch:
     def run(self, seed: int = 0) -> Counts:
         """Raises :class:`Violation`."""
         program = machine.load(self.ptx)
-        values = [_bits(value) for _, value in self.arguments]
+        maps = [value.map for _, value in self.arguments if isinstance(value, _Tiles)]
+        values = [maps.index(x.map) if isinstance(x, _Tiles) else _bits(x) for _, x in self.arguments]
         values += [0] * (len(program.parameters) - len(values))  # Triton's scratch pointers
         protected = [_extent(x) for x in self.read_only if x.numel()]
         buffers = []
         for name, value in self.arguments:
+            value = value.tensor if isinstance(value, _Tiles) else value
             if isinstance(value, Tensor) and value.numel():
                 begin, end = _extent(value)
                 inside = any(first <= begin and end <= last for first, last in protected)
                 buffers.append(Buffer(begin, end - begin, name, inside, _gaps(value)))
-        return machine.run(program, self.grid, values, buffers, self.shared, seed)
+        return machine.run(program, self.grid, values, buffers, self.shared, seed, maps)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """A tensor descriptor made by the host."""
+
+    tensor: Tensor
+    map: TensorMap
 
 
 @dataclass
@@ -139,7 +149,10 @@ class _Driver(DriverBase):
 
         def launch(x, y, z, stream, ptx, packed, launch_metadata, enter_hook, exit_hook, *values):
             drv = active_driver.active
-            arguments = [a for n, t, v in zip(names, types, values, strict=True) for a in _flatten(n, t, v)]
+            described = iter(metadata.tensordesc_meta or ())
+            arguments = [
+                a for n, t, v in zip(names, types, values, strict=True) for a in _flatten(n, t, v, described)
+            ]
             kernel = source.fn.__name__
             record = Launch(
                 kernel, drv.rewrite(kernel, ptx), (x, y, z), arguments, metadata.shared, drv.read_only
@@ -150,12 +163,21 @@ class _Driver(DriverBase):
         return launch
 
 
-def _flatten(name: str, kind: object, value: object) -> Iterator[tuple[str, object]]:
-    """(name, value) of each parameter of the compiled kernel, in order."""
+def _flatten(name: str, kind: object, value: object, described: Iterator[dict]) -> Iterator[tuple[str, object]]:
+    """(name, value) of each parameter of the compiled kernel, in order; ``described`` has the layouts of tiles."""
     if isinstance(kind, tuple):
         fields = getattr(value, "_fields", range(len(value)))
         for part, inner, x in zip(fields, kind, value, strict=True):
-            yield from _flatten(f"{name}.{part}", inner, x)
+            yield from _flatten(f"{name}.{part}", inner, x, described)
+    elif isinstance(kind, str) and kind.startswith("tensordesc"):
+        layout, tensor = next(described), value.base.detach()
+        strides = tuple(s * tensor.element_size() for s in value.strides)
+        box = tuple(layout["block_size"])
+        yield name, _Tiles(tensor, TensorMap(
+            tensor.data_ptr(), tensor.element_size(), layout["swizzle"], tuple(value.shape), strides, box
+        ))  # fmt: skip
+        for part, numbers in (("shape", value.shape), ("strides", value.strides)):
+            yield from ((f"{name}.{part}{i}", x) for i, x in enumerate(numbers))
     elif kind != "constexpr":
         yield name, value.detach() if isinstance(value, Tensor) else value
 

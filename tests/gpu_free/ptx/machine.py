@@ -36,6 +36,27 @@ class Buffer:
     allowed: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class TensorMap:
+    """What a tensor memory accelerator is told of a tensor and its tiles.
+
+    ``strides`` are bytes, the last dim is contiguous; ``swizzle`` is 0 or, for 32, 64, 128 bytes, 1 to 3.
+    """
+
+    address: int
+    element: int
+    swizzle: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def row(self) -> list[int]:
+        """As ptx_set_tensor_maps takes it, the contiguous dim first."""
+        padding = [1] * (5 - len(self.shape))
+        dims = [x for sizes in (self.shape, self.strides, self.box) for x in (*reversed(sizes), *padding)]
+        return [self.address, len(self.shape), self.element, self.swizzle, *dims]
+
+
 @dataclass
 class Counts:
     """Of one launch. ``instructions`` are a warp's, bytes those of all lanes, ``loaded`` and ``stored`` by buffer."""
@@ -90,10 +111,11 @@ def run(
     buffers: list[Buffer],
     shared: int = 0,
     seed: int = 0,
+    tensor_maps: list[TensorMap] = (),
 ) -> Counts:
     """Run a grid of blocks; ``parameters`` are the bits of each parameter, ``seed`` sets the order of the warps.
 
-    Raises :class:`Violation` with the first finding.
+    The parameter of a tensor map is its index. Raises :class:`Violation` with the first finding.
     """
     library, pointer, i64 = core(), ctypes.c_void_p, ctypes.c_int64
     initial = program.initial.copy()
@@ -105,6 +127,8 @@ def run(
         library.ptx_add_buffer(
             ctypes.c_uint64(b.address), ctypes.c_uint64(b.size), allowed, int(b.read_only), b.name.encode()
         )
+    maps = np.array([m.row() for m in tensor_maps], np.int64)
+    library.ptx_set_tensor_maps(pointer(maps.ctypes.data), len(tensor_maps))
     dims = np.array([*grid, 1, 1][:3], np.int64)
     counters = np.zeros(6, np.uint64)
     found = library.ptx_run(

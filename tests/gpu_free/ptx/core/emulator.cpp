@@ -31,6 +31,7 @@ static void define_all() {
   for (const auto& d : kTransfers) define(d);
   for (const auto& d : kWarpOperations) define(d);
   for (const auto& d : kWgmma) define(d);
+  for (const auto& d : kBulk) define(d);
 }
 
 // Registers that a block finds set; the order is that of machine.py.
@@ -169,7 +170,8 @@ static bool release_barrier() {
 }
 
 static void run_block() {
-  int idle = 0;  // turns in which every warp polled in vain
+  int idle = 0;  // turns in a row in which the warp polled in vain
+  const u32 patience = 1u << machine.random() % 7;  // in how many turns, on average, a bulk copy lands
   while (true) {
     std::vector<Warp*> ready;
     bool waiting = false;
@@ -178,12 +180,15 @@ static void run_block() {
         ready.push_back(&w);
       waiting |= w.state == kAtBarrier;
     }
-    if (machine.random() % 4 == 0 || ready.empty())
+    if (machine.random() % patience == 0 || idle > 4 * int(ready.size()))
       if (complete_bulk_copy(machine))
         idle = 0;
     if (ready.empty()) {
-      if (!waiting)
+      if (!waiting) {
+        if (!machine.bulk_copies.empty())
+          throw Violation{"the block ends while a bulk copy is in flight"};
         return;
+      }
       if (!release_barrier())
         throw Violation{"divergent barrier: some warps wait at a barrier that the others never reach"};
       continue;
@@ -218,6 +223,18 @@ void ptx_clear_buffers() { machine.global.buffers.clear(); }
 
 void ptx_add_buffer(uint64_t address, uint64_t size, const uint8_t* allowed, int32_t read_only, const char* name) {
   machine.global.buffers.push_back({address, address + size, allowed, bool(read_only), name});
+}
+
+// Rows of 19 numbers: base, rank, element size, swizzle, five sizes, strides and box sizes. A map's handle is its row.
+void ptx_set_tensor_maps(const int64_t* rows, int32_t count) {
+  machine.tensor_maps.clear();
+  for (const int64_t* row = rows; row < rows + 19 * count; row += 19) {
+    TensorMap map{u64(row[0]), row[1], row[2], row[3], {}, {}, {}};
+    std::copy(row + 4, row + 9, map.size);
+    std::copy(row + 9, row + 14, map.stride);
+    std::copy(row + 14, row + 19, map.box);
+    machine.tensor_maps.push_back(map);
+  }
 }
 
 void ptx_buffer_traffic(int32_t index, uint64_t* loaded_stored) {
@@ -264,6 +281,7 @@ const char* ptx_run(const int64_t* table, int64_t rows, const int32_t* operands,
           machine.shared.reset(shared_size, machine.agents());
           machine.mbarriers.clear();
           machine.bulk_copies.clear();
+          machine.bulk_step = 1;
           for (int i = 0; i < warps; i++)
             start_warp(machine.warps[i], i, initial, registers, special);
           current = nullptr;

@@ -179,6 +179,9 @@ struct Warp {
   std::vector<u64> written_at;                        // per register
   std::vector<u8> accumulating, multiplying;          // per register: by how many wgmma it is in use
 
+  u32 open_bulk_step = 0;  // of bulk stores, see bulk.h
+  std::deque<u32> bulk_groups;
+
   u64* reg(s32 r) { return &registers[size_t(r) * kLanes]; }
 };
 
@@ -189,14 +192,25 @@ struct Counters {
 struct MBarrier {
   u32 expected = 0, pending = 0, phase = 0;
   s64 transactions = 0;
-  Clock released;          // of this phase's arrivals
-  Clock acquired, fenced;  // by who waits for the completed phase
+  Clock released, released_fenced;  // of the arrivals so far
+  Clock acquired, acquired_fenced;  // by who waits for the last completed phase
 };
 
 // A bulk copy by the tensor memory accelerator, somewhere between its issue and its completion.
+struct BulkPiece {
+  u32 address, size;
+  u8 data[16];
+};
 struct BulkCopy {
-  u32 address = 0, barrier = 0, step = 0;
-  std::vector<u8> data;
+  u32 barrier = 0, step = 0, bytes = 0;
+  std::vector<BulkPiece> pieces;
+};
+
+// What the host writes into a tensor map; dim 0 is the contiguous one. Strides are bytes.
+struct TensorMap {
+  u64 base;
+  s64 rank, element, swizzle;  // swizzle: 0 none, 1 to 3 for 32, 64, 128 bytes
+  s64 size[5], stride[5], box[5];
 };
 
 struct Machine {
@@ -208,6 +222,7 @@ struct Machine {
   Counters counters;
   std::map<u32, MBarrier> mbarriers;
   std::vector<BulkCopy> bulk_copies;
+  std::vector<TensorMap> tensor_maps;
   u32 bulk_step = 1;
   std::mt19937 random;
   bool has_wgmma = false;
