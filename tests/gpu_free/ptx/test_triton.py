@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend's own host code on CPU tensors, each launch compiled for sm_80 and executed as PTX with all checks on.
 
-Compiling is what takes time (0.7 s a kernel), so by default each feature is compiled once, in bf16, and the shapes
-share what is compiled for the plain case; ``-m slow`` runs all features in all dtypes, larger grids, and sm_90.
+Compiling is what takes time (0.7 s a kernel), so by default most features are compiled once, in bf16, and the
+shapes share what is compiled for the plain case; ``-m slow`` runs all features in all dtypes, larger grids, and sm_90.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from peftkern import functional
 from ...bounds import check_backend
 from ...cases import FEATURES, Shape, combination, feature, tensors
 from .launch import emulated
+from .traffic import minimum, moved, ratio
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 SHAPE = Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20)  # all ragged
@@ -38,8 +39,11 @@ def _feature(name: str, shape: Shape = SHAPE):
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
 
 
+SECOND = {"non_causal", "window_after_prefix", "bias_row", "prefix_bias", "bank", "packed_bank"}  # like another one
+
+
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SECOND else ()) for n in FEATURES])
 def test_every_feature_in_bf16(name):
     """With the fp32 prefix that PEFT keeps."""
     check(*_feature(name), BF16, FP32, dlse=True)
@@ -173,3 +177,13 @@ def test_results_do_not_depend_on_the_order_of_warps_or_runs():
     for seed in (0, 1, 2):
         for a, b in zip(first, results(seed), strict=True):
             assert torch.equal(a, b)
+
+
+def test_bytes_moved():
+    """One block of rows: each tensor is read once and written once. More blocks of rows read the keys again."""
+    once = check(Shape(B=1, Hq=2, Hkv=2, S=64, P=32, D=64), {}, BF16, backward=False).launches
+    assert moved(once) == minimum(once) == 2 * (2 * (4 * 64 + 2 * 32) * 64) + 4 * 2 * 64  # q k v out, prefix; lse
+    again = check(Shape(B=1, Hq=2, Hkv=2, S=256, P=32, D=64), {"causal": False}, BF16, backward=False).launches
+    rows, prefix, keys = 2 * 256 * 64 * 2, 2 * 32 * 64 * 2, 2 * 256 * 64 * 2
+    assert moved(again) == 2 * rows + 2 * 256 * 4 + 2 * (2 * prefix + 2 * keys)
+    assert ratio(again) == pytest.approx(moved(again) / (moved(again) - 2 * prefix - 2 * keys))
