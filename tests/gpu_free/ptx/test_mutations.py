@@ -23,8 +23,8 @@ from .launch import Violation, emulated
 from .mutate import Replay, line_of, places, planted, superfluous, without
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
-# the first enters no loop over full blocks, and its only block of rows, as the second's last, has two rows: every mask
-# hides something; the second makes several trips through each pipelined loop
+# the first enters no loop over full blocks, and its only block of rows, as the second's last, has two rows: every
+# mask hides something; the second makes several trips through each pipelined loop
 SHAPES = [Shape(B=B, Hq=2, Hkv=1, S=S, P=P, D=64) for B, S, P in ((8, 2, 2), (2, 258, 66))]
 KERNELS = ("fwd", "prepare", "dq", "dkv", "prefix", "sum_partials")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend's own host code on CPU tensors, each launch compiled for sm_80 and executed as PTX with all checks on.
 
-Compiling is what takes time (0.7 s a kernel), so by default most features are compiled once, in bf16, and the
-shapes share what is compiled for the plain case; ``-m slow`` runs all features in all dtypes, larger grids, and sm_90.
+Compiling is what takes time (0.7 s a kernel), so by default most features are compiled once, in bf16, and the shapes
+share what is compiled for the plain case; ``-m slow`` runs all features in all dtypes, larger grids, and sm_90.
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ SECOND = {"non_causal", "window_after_prefix", "bias_row", "prefix_bias", "bank"
 def test_every_feature_in_bf16(name):
     """With the fp32 prefix that PEFT keeps."""
     check(*_feature(name), BF16, FP32, dlse=True)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_bias_beside_a_softcap():
+    """The slope of the one meets the loops of the other in one kernel."""
+    shape, options = feature("bias", SHAPE)
+    check(shape, {**options, "softcap": 1.5}, BF16, FP32)
 
 
 @pytest.mark.slow
