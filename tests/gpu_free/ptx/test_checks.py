@@ -115,7 +115,7 @@ def test_faults_are_named(body, message):
         run(body, OUT, warps=2, shared=128)
 
 
-def test_read_only_buffers_and_gaps():
+def test_read_only_buffers():
     body = "mad.wide.u32 %g, %tid, 4, %x0; ld.global.b32 %v, [%g]; st.global.b32 [%g], %v;"
     run(body, OUT)
     with pytest.raises(Violation, match="store to read-only a0"):

@@ -8,12 +8,16 @@ share what is compiled for the plain case; ``-m slow`` runs all features in all 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import pkgutil
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from peftkern import functional
+from peftkern.backends import triton as backend
 
 from ...bounds import check_backend
 from ...cases import FEATURES, Shape, combination, feature, tensors
@@ -73,6 +77,15 @@ def test_every_feature_on_sm_90(name):
     forward = watch.of("fwd")[0]
     assert "wgmma" in forward.ptx
     assert forward.counts.mma > 0
+
+
+def test_no_parameter_is_named_as_the_launchers_own():
+    """Triton binds a kernel's arguments by a function that it writes, with ``**options`` behind them."""
+    for module in pkgutil.iter_modules(backend.__path__):
+        for name, function in vars(importlib.import_module(f"{backend.__name__}.{module.name}")).items():
+            if isinstance(function, JITFunction) and name.endswith("_kernel"):
+                with emulated("sm_80"):
+                    function.create_binder()
 
 
 # S and T are 2 modulo 4 and P is no multiple of 4: the sizes and strides differ in nothing that Triton specialises on
