@@ -334,7 +334,7 @@ def _prefix_attention_bwd_bias_kernel(
             kv_head = head // sizes.group
             for first_row in range(tile_row, tl.where(bias_rows == 1, sizes.q_len, tile_row + 1), BLOCK_M):
                 rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-                q_tile, dout_tile, lse, shift, _ = _load_rows(
+                q_tile, dout_tile, lse, shift, _gain = _load_rows(
                     q, dout, stats, first_row, batch, head, opts, sizes, 0, HEAD_DIM, BLOCK_D, BLOCK_M
                 )
                 lower, upper = keys_seen(rows, opts, sizes, IS_CAUSAL)
@@ -347,7 +347,7 @@ def _prefix_attention_bwd_bias_kernel(
                         matrix(v, batch, kv_head), v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D
                     )
                     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-                    scores, unit, _ = seq_scores(
+                    scores, unit, _slope = seq_scores(
                         products, scale, rows, keys, lower, upper, batch, head, opts, sizes, IS_CAUSAL,
                         False, True,
                     )  # fmt: skip
