@@ -122,6 +122,8 @@ class GlobalMemory {
   std::vector<Buffer> buffers;
 
   void begin_launch() { pages_.clear(), last_page_ = nullptr; }
+  // Lanes of one instruction that load from the same address share a transaction, which is counted once.
+  void begin_load() { loaded_by_instruction_.clear(); }
   void load(void* into, u64 address, u32 size, u32 block);
   void store(const void* from, u64 address, u32 size, u32 block);
   // For atomic operations: any block may come.
@@ -136,6 +138,7 @@ class GlobalMemory {
   Buffer& find(u64 address, u32 size, const char* what);
   Page& page(u64 address);
 
+  std::vector<u64> loaded_by_instruction_;
   std::map<u64, Page> pages_;
   Page* last_page_ = nullptr;
   u64 last_key_ = 0;

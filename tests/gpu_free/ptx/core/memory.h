@@ -175,7 +175,11 @@ inline void check_aligned(u64 address, u32 size, const char* what) {
 
 inline void GlobalMemory::load(void* into, u64 address, u32 size, u32 block) {
   Buffer& buffer = find(address, size, "load");
-  buffer.loaded += size;
+  auto& others = loaded_by_instruction_;
+  if (std::find(others.begin(), others.end(), address) == others.end()) {
+    others.push_back(address);
+    buffer.loaded += size;
+  }
   if (!buffer.read_only)
     for (u64 a = address; a < address + size; a++) {
       Page& p = page(a);

@@ -13,6 +13,7 @@ inline u64 address_of(Warp& w, const Instruction& in, int lane, int source, int 
 
 template <class T>
 void load_global(Machine& m, Warp& w, const Instruction& in, Mask mask) {
+  m.global.begin_load();
   for_lanes(mask, [&](int lane) {
     T values[16];
     const u64 address = address_of(w, in, lane, 0, 0);

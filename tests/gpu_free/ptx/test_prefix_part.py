@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``two_part`` and ``slot`` beside torch's CPU attention, their own kernels executed as PTX; the bytes these move."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from peftkern.backends import AttentionArgs, allocate_gradients, allocate_outputs
+from peftkern.backends.triton import prefix_part
+
+from ...bounds import check_backend
+from ...cases import Shape, feature, tensors
+from .launch import emulated
+from .traffic import moved
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
+ARCHS = ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)]
+#: A slot's prefix gradients are fp32 sums of what the vendor has rounded.
+ROUNDED_TERMS = {"two_part": 1, "slot": 2}
+SHORT, LONG = Shape(B=2, Hq=4, Hkv=2, S=66, P=13, D=64), Shape(B=2, Hq=4, Hkv=2, S=66, P=150, D=64)
+
+
+def _check(backend, arch, shape, options=None, prefix_dtype=None):
+    with emulated(arch) as watch:
+        inputs = tensors(shape, torch.bfloat16, prefix_dtype)
+        check_backend(backend, inputs, options or {}, sum_factor=ROUNDED_TERMS[backend])
+    return watch
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize(
+    "shape", [SHORT, pytest.param(LONG, marks=pytest.mark.slow), Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)], ids=str
+)
+def test_beside_torchs_kernel(backend, arch, shape):
+    watch = _check(backend, arch, shape, prefix_dtype=torch.float32)
+    assert watch.of("prefix_merge" if backend == "two_part" else "slot"), "no kernel of its own ran"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["sinks", "bank", "ragged_bank", pytest.param("packed", marks=pytest.mark.slow)])
+def test_features_of_the_merge(name):
+    shape, options = feature(name, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=64))
+    _check("two_part", "sm_80", shape, options)
+
+
+# as many rows for each program as make its own reading of the prefix less than a twentieth
+SHORT_ROWS, LONG_ROWS = (Shape(B=1, Hq=1, Hkv=1, S=16384, P=P, D=D) for P, D in ((128, 64), (64, 128)))
+
+
+def _call(shape):
+    q, k, v, prefix_k, prefix_v = tensors(shape, torch.bfloat16).values()
+    absent = dict.fromkeys(AttentionArgs._fields)
+    return AttentionArgs(**{
+        **absent, "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, "scale": shape.D**-0.5,
+        "causal": True, "prefix_in_window": True, "softcap": 0.0, "dropout_p": 0.0,
+    })  # fmt: skip
+
+
+def _sizes(call) -> tuple[int, int, int]:
+    """Bytes of q, of lse and of the prefix."""
+    return 2 * call.q.numel(), 4 * call.q.numel() // call.q.shape[-1], 2 * 2 * call.prefix_k.numel()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("shape", [SHORT_ROWS, LONG_ROWS], ids=str)
+def test_bytes_of_the_merge(shape, arch):
+    """At most 5 % beyond q and out read, out written, lse read and written, the prefix read."""
+    call = _call(shape)
+    out, lse = allocate_outputs(call)
+    out.normal_()
+    lse.normal_()
+    with emulated(arch, processors=2) as watch:
+        prefix_part.merge_prefix(call, out, lse)
+    q, statistics, prefix = _sizes(call)
+    least, total = 3 * q + 2 * statistics + prefix, moved(watch.of("prefix_merge_fwd"))
+    assert least <= total <= 1.05 * least, f"{total / least:.3f} times the least"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("shape", "bar"), [(SHORT_ROWS, 1.06), (LONG_ROWS, 1.05)], ids=str)
+def test_bytes_of_the_backward(shape, bar, arch):
+    """Beyond q, out, dout and dq read, dq written, lse and the prefix read, its gradients written.
+
+    Each of the eight warps reads lse for itself, which the first-level cache serves: 4 % of the bytes at D = 64.
+    """
+    call = _call(shape)
+    out, lse = allocate_outputs(call)
+    out.normal_()
+    lse.fill_(5.0)
+    gradients = allocate_gradients(call, [True] * 5 + [False] * 4)
+    gradients.dq.normal_()
+    with emulated(arch, processors=2) as watch:
+        prefix_part.merge_prefix_backward(torch.randn_like(out), out, lse, call, gradients.dq, gradients)
+    q, statistics, prefix = _sizes(call)
+    least, total = 5 * q + statistics + 3 * prefix, moved(watch.of("prefix_merge_bwd"))
+    assert least <= total <= bar * least, f"{total / least:.3f} times the least"
