@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
-from .cache import KeyValue, PrefixCache, PrefixOptions
+from .cache import SITE, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive
 
 __all__ = ["Implementation", "attention_forward", "register"]
@@ -75,10 +75,10 @@ def attention_forward(
     Returns:
         ([B, S, Hq, D] contiguous, None).
     """
-    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key)
+    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
     if peftkern_prefix is None or prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
-    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix.options, **kwargs), None
+    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
 
 
 def _attend(
@@ -88,7 +88,7 @@ def _attend(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     prefix: KeyValue,
-    options: PrefixOptions,
+    cache: PrefixCache,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -102,9 +102,12 @@ def _attend(
     for name in ("output_attentions", "cu_seq_lens_q"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: a model with a peftkern prefix has no {_UNSUPPORTED[name]}")
-    num_keys, prefix_len = key.shape[2], prefix[0].shape[1]
+    options, stream = cache.options, cache.stream
+    num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     mask_bias = None
-    if isinstance(attention_mask, LazyMask):
+    if stream is not None:
+        mask = CompactMask(True, getattr(module, SITE).pattern[1], stream.key_mask)
+    elif isinstance(attention_mask, LazyMask):
         mask = attention_mask.compact(num_keys)
         # A bias that depends on prefix and query, and a window that hides prefix keys: only the dense form has both.
         if mask is None or (mask.window is not None and position_bias is not None):
@@ -130,12 +133,19 @@ def _attend(
         "key_mask": None if mask.key_mask is None else mask.key_mask.to(query.device),
         "sinks": s_aux,
         "bias": bias,
+        "cu_seqlens": None if stream is None else stream.cu_seqlens,
+        "prefix_ids": cache.ids,
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     prefix_k, prefix_v = prefix
     out: Tensor
     if prefix_bias is None:
         out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
+    elif cache.ids is not None:
+        raise ValueError(
+            "attention_mask: expected a causal mask with at most a window, as each sample has a prompt of its own, got "
+            "another pattern; under torch.compile, generate without it"
+        )
     else:
         out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
     return out.transpose(1, 2)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from .attention import Implementation, register
-from .cache import SITE, KeyValue, PrefixCache, PrefixOptions
+from .cache import SITE, KeyValue, PrefixCache, PrefixOptions, StreamCache
+from .packing import Head, Layout, Stream, next_labels
 from .positions import PositionTable, watch_tables
 from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
 
-__all__ = ["PATCH", "ModelPatch", "self_attention_cache"]
+__all__ = ["PATCH", "ModelPatch", "check_replaceable", "place_behind", "self_attention_cache"]
 
 #: Attribute of a patched model: its :class:`ModelPatch`.
 PATCH = "_peftkern_patch"
@@ -33,22 +34,37 @@ class ModelPatch:
     The prefix travels as a keyword argument: the hook on the backbone adds it, ``transformers`` hands it down to the
     attention function. That way also leads through activation checkpointing, which takes the cache away from layers.
 
+    A batch may run as one stream of rows (:mod:`.packing`): the hook on the base model decides that and says which rows
+    the output layer sees, the hook on the backbone packs what goes in and unpacks what comes out.
+
     Args:
         model: what the user patches.
         base: the Hugging Face model in it.
         options: for the attention function.
+        packing: run batches as streams where that saves rows.
+        logits: ``"all"``, or ``"labelled"`` for those rows alone that predict a label.
     """
 
-    def __init__(self, model: nn.Module, base: PreTrainedModel, options: PrefixOptions) -> None:
+    #: Whether a sequence begins at its first token, with padding before it counting for nothing.
+    from_first = False
+
+    def __init__(
+        self, model: nn.Module, base: PreTrainedModel, options: PrefixOptions, *, packing: bool, logits: str
+    ) -> None:
         self.model = model
         self.base = base
         self.options = options
+        self.packing = packing
+        self.logits = logits
+        #: Why batches are not packed; empty if they are.
+        self.unpacked_because: list[str] = []
         self.backbone = find_backbone(base)
         self.arguments = tuple(inspect.signature(self.backbone.forward).parameters)
         self.sites: dict[nn.Module, Site] = {}
         self._handles: list[RemovableHandle] = []
         self._biases: list[SpanningBias] = []
         self._tables: list[PositionTable] = []
+        self.base_arguments = tuple(inspect.signature(base.forward).parameters)
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
     def check_prefix(self) -> None:
@@ -66,6 +82,10 @@ class ModelPatch:
         """The backbone's output as the caller expects it."""
         return output
 
+    def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
+        """The stream for a call of the base model; None to run it as it is."""
+        raise NotImplementedError
+
     def install(self) -> None:
         """Change the model. If that fails, the model is as it was."""
         register()
@@ -77,14 +97,17 @@ class ModelPatch:
                 self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
             for module, site in self.sites.items():
                 setattr(module, SITE, site)
+            self.unpacked_because = why_not_packed(self) if self.packing else ["packing=False"]
             self.check_prefix()
             for module in self.sites:
                 if hasattr(module, "compute_bias"):
                     self._biases.append(SpanningBias(module))
+            self._handles.append(self.base.register_forward_pre_hook(self.before_call, with_kwargs=True))
             self._handles.append(self.backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True))
             self._handles.append(
                 self.backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True)
             )
+            self._handles.append(self.base.register_forward_hook(self.after_call, with_kwargs=True))
         except BaseException:
             self.remove()
             raise
@@ -141,17 +164,148 @@ class ModelPatch:
         advice = 'gradient_checkpointing_enable({"use_reentrant": False})'
         raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
 
+    @property
+    def head_is_packed(self) -> bool:
+        """Whether the output layer runs on rows of the stream: a causal language model's does."""
+        return self.base is not self.backbone and getattr(self.base, "loss_type", None) == "ForCausalLM"
+
+    @property
+    def windows(self) -> list[int]:
+        """The sliding windows of the model."""
+        patterns = [site.pattern for site in self.sites.values()]
+        return [pattern[1] for pattern in patterns if pattern is not None and pattern[1] is not None]
+
+    def lay_out(
+        self,
+        kwargs: dict[str, Any],
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        from_first: bool = False,
+    ) -> Layout:
+        """How the batch of a call of the base model is packed."""
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
+        needed, keep_padding = None, tokens.shape[1] == 0
+        if self.base is self.backbone or loss_type not in _LOSSES_OF_ROWS:
+            keep_padding = True
+        elif loss_type == "ForSequenceClassification":  # which may pool any token that is no padding by its number
+            ids, pad = kwargs.get("input_ids"), self.base.config.get_text_config().pad_token_id
+            keep_padding = ids is None or pad is None
+            needed = None if keep_padding else ids != pad
+        elif labels is not None:
+            labels = labels[:, labels.shape[1] - tokens.shape[1] :]
+            needed = (next_labels(labels) if loss_type == "ForCausalLM" else labels) != -100
+        return Layout.of(
+            tuple(tokens.shape[:2]), tokens.device, mask=mask, position_ids=position_ids, needed=needed,
+            keep_padding=keep_padding, keep_gaps=bool(self.windows), from_first=from_first,
+            count_mask=any(table.reads_mask for table in self._tables),
+        )  # fmt: skip
+
+    def why_not_this(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call of the base model cannot run on a stream, in terms of its arguments; None if it can."""
+        for name, argument in kwargs.items():
+            if name not in _PACKABLE and isinstance(argument, Tensor):
+                return f"{name} is no argument that can be packed"
+        mask, position_ids, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return "attention_mask is not [B, S]"
+        if position_ids is not None and position_ids.dim() != 2:
+            return "position_ids are not [B, S]"
+        keep = kwargs.get("logits_to_keep")
+        if labels is not None and self.head_is_packed and (isinstance(keep, Tensor) or keep):
+            return "logits_to_keep is given beside labels"
+        if kwargs.get("output_attentions"):
+            return "output_attentions are wanted"
+        if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
+            return "output_router_logits are wanted, whose loss counts prompts and padding"
+        return None
+
+    def pack_sequences(
+        self, kwargs: dict[str, Any], mask: Tensor | None, position_ids: Tensor | None
+    ) -> Stream | None:
+        """A stream without prompts, if the batch has padding to leave out or several sequences a row.
+
+        ``mask`` and ``position_ids`` speak of the sequence alone.
+        """
+        arguments = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
+        if self.unpacked_because or (mask is None and position_ids is None) or self.why_not_this(arguments):
+            return None
+        if mask is not None and is_tracing(mask):  # the number of rows would depend on values
+            return None
+        layout = self.lay_out(kwargs, mask, position_ids)
+        return None if layout.tokens is None and not layout.packed_rows else Stream(layout)
+
+    def before_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: open a stream for the call of the base model."""
+        kwargs = {**dict(zip(self.base_arguments, args, strict=False)), **kwargs}
+        stream = self.open_stream(kwargs)
+        if stream is None:
+            return (), kwargs
+        kwargs["peftkern_stream"] = stream
+        if self.head_is_packed:
+            labels, keep = kwargs.get("labels"), kwargs.pop("logits_to_keep", None)
+            stream.head = Head(stream, labels, labelled=self.logits == "labelled", keep=0 if keep is None else keep)
+            kwargs["labels"] = stream.head.labels
+        return (), kwargs
+
+    def after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook: lay the logits out as the batch is."""
+        stream: Stream | None = kwargs.get("peftkern_stream")
+        if stream is None:
+            return output
+        if not stream.used:
+            raise ValueError(
+                f"model: {type(self.base).__name__} does not hand its keyword arguments to {type(self.backbone).__name__}"
+                "; patch it with packing=False"
+            )
+        head = stream.head
+        if head is None:
+            return output
+        if isinstance(output, tuple):
+            place = 0 if kwargs["labels"] is None else 1
+            return (*output[:place], head.unpack(output[place]), *output[place + 1 :])
+        output["logits"] = head.unpack(output["logits"])
+        return output
+
+    def _fill(self, stream: Stream, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        """Put the stream in place of a call's batch."""
+        ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
+        given = tuple((embeds if ids is None else ids).shape[:2])
+        if given != stream.layout.shape:
+            raise ValueError(f"model: expected a batch {list(stream.layout.shape)} in the backbone, got {list(given)}")
+        if ids is not None:
+            embeds = self.backbone.get_input_embeddings()(stream.layout.pack(ids))
+        else:
+            embeds = stream.layout.pack(embeds)
+        kwargs["inputs_embeds"] = stream.embeddings(embeds)
+        kwargs["position_ids"] = stream.positions(cache.offset)
+        kwargs["attention_mask"] = None
+        kwargs["past_key_values"] = cache
+        stream.used = True
+
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: give the backbone its prefix."""
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        cache = self.find_cache(kwargs)
+        stream: Stream | None = kwargs.pop("peftkern_stream", None)
+        if stream is not None and stream.prompts is not None:
+            cache: PrefixCache | None = self._stream_cache(stream, kwargs)
+        else:
+            cache = self.find_cache(kwargs)
         if cache is not None:
             cache.begin()
+            cache.stream = stream
             try:
-                self.place_sequence(cache, kwargs)
-                _refuse_packing(kwargs)
+                if stream is None:
+                    self.place_sequence(cache, kwargs)
+                    _refuse_packing(kwargs)
+                else:
+                    self._fill(stream, cache, kwargs)
                 for table in self._tables:
                     table.check(cache, kwargs)
             except Exception:
@@ -168,7 +322,7 @@ class ModelPatch:
         cache: PrefixCache | None = kwargs.get("peftkern_prefix")
         if cache is None:
             return output
-        expected = [site.name for site in self.sites.values() if cache.prefix[site.layer] is not None]
+        expected = [site.name for site in self.sites.values() if cache.reaches(site.layer)]
         missing = cache.finish(expected)
         if output is None:
             return None
@@ -179,12 +333,96 @@ class ModelPatch:
                 f"model: attention ran without its prefix in {', '.join(missing)}; expected 'peftkern' as attention "
                 f"implementation, got {str(implementation)!r}; unpatch the model and patch it again"
             )
+        if cache.stream is not None:
+            output = self._unfill(cache.stream, cache, output)
         return self.clean_output(cache, kwargs, output)
+
+    def _stream_cache(self, stream: Stream, kwargs: dict[str, Any]) -> StreamCache:
+        layers = 1 + max(site.layer for site in self.sites.values())
+        return StreamCache(layers, stream, stores=bool(kwargs.get("use_cache")), options=self.options)
+
+    def _unfill(self, stream: Stream, cache: PrefixCache, output: Any) -> Any:
+        """The backbone's output for the batch."""
+
+        def place(x: Tensor) -> Tensor:
+            return stream.unpack(x)
+
+        def place_last(x: Tensor) -> Tensor:
+            return stream.unpack(x) if stream.head is None else stream.head.select(x)
+
+        if isinstance(output, tuple):  # the first is what the heads see
+            kept = [cache.unpacked() if item is cache and isinstance(cache, StreamCache) else item for item in output]
+            return (place_last(output[0]), *kept[1:])
+        output["last_hidden_state"] = place_last(output["last_hidden_state"])
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(map(place, output["hidden_states"]))
+        if isinstance(cache, StreamCache) and output.get("past_key_values") is cache:
+            output["past_key_values"] = cache.unpacked() if cache.stores else None
+        return output
+
+
+_PACKABLE = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids labels start_positions end_positions logits_to_keep "
+    "num_items_in_batch".split()
+)
+_LOSSES_OF_ROWS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+
+
+def why_not_packed(patch: ModelPatch) -> list[str]:
+    """Why the model cannot run on a stream; empty if it can."""
+    backbone, reasons = patch.backbone, []
+    kind = type(backbone).__name__
+    if backbone.config.is_encoder_decoder or patch.base.config.is_encoder_decoder:
+        reasons.append(f"{kind} reads another sequence beside its own")
+    if backbone.config.get_text_config() is not backbone.config or patch.base.config.get_text_config() is not (
+        patch.base.config
+    ):
+        reasons.append(f"{type(patch.base).__name__} has inputs beside text")
+    for name, forward in ((kind, backbone.forward), (type(patch.base).__name__, patch.base.forward)):
+        parameters = inspect.signature(forward).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            reasons.append(f"{name} takes no keyword arguments that it does not know")
+    if "position_ids" not in patch.arguments:
+        reasons.append(f"{kind} takes no position_ids")
+    for module, site in patch.sites.items():
+        if hasattr(module, "compute_bias"):
+            reasons.append(f"{site.name} has relative position biases")
+        elif site.pattern is None or not site.pattern[0]:
+            reasons.append(f"{site.name} has a mask other than a causal one with at most a window")
+        elif site.counts_rows:
+            reasons.append(f"{site.name} counts positions by itself")
+        else:
+            continue
+        break
+    return reasons
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:
     """The part of a cache that self attention reads."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def place_behind(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+    """Columns of the mask and positions for a prefix of which the caller does not speak."""
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids + cache.offset
+
+
+def check_replaceable(cache: Cache | None) -> None:
+    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
+    if cache is None:
+        return
+    if not isinstance(cache, DynamicCache) or cache.offloading:
+        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
+        raise ValueError(f"past_key_values: expected None or a DynamicCache without offloading, got a {kind}")
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
+            "tokens that have not seen the prefix"
+        )
 
 
 def _refuse_packing(kwargs: dict[str, Any]) -> None:
