@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
@@ -166,8 +167,11 @@ class ModelPatch:
 
     @property
     def head_is_packed(self) -> bool:
-        """Whether the output layer runs on rows of the stream: a causal language model's does."""
-        return self.base is not self.backbone and getattr(self.base, "loss_type", None) == "ForCausalLM"
+        """Whether the output layer runs on rows of the stream: that of a causal language model does.
+
+        Models that take ``logits_to_keep`` compute every row of their logits by itself.
+        """
+        return "logits_to_keep" in self.base_arguments and self.base.loss_function is ForCausalLMLoss
 
     @property
     def windows(self) -> list[int]:
@@ -188,15 +192,16 @@ class ModelPatch:
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
         needed, keep_padding = None, tokens.shape[1] == 0
-        if self.base is self.backbone or loss_type not in _LOSSES_OF_ROWS:
-            keep_padding = True
+        if self.head_is_packed:
+            needed = None if labels is None else next_labels(labels) != -100
+        elif loss_type == "ForTokenClassification":
+            needed = None if labels is None else labels[:, labels.shape[1] - tokens.shape[1] :] != -100
         elif loss_type == "ForSequenceClassification":  # which may pool any token that is no padding by its number
             ids, pad = kwargs.get("input_ids"), self.base.config.get_text_config().pad_token_id
             keep_padding = ids is None or pad is None
             needed = None if keep_padding else ids != pad
-        elif labels is not None:
-            labels = labels[:, labels.shape[1] - tokens.shape[1] :]
-            needed = (next_labels(labels) if loss_type == "ForCausalLM" else labels) != -100
+        else:  # may look at every row
+            keep_padding = True
         return Layout.of(
             tuple(tokens.shape[:2]), tokens.device, mask=mask, position_ids=position_ids, needed=needed,
             keep_padding=keep_padding, keep_gaps=bool(self.windows), from_first=from_first,
@@ -365,7 +370,6 @@ _PACKABLE = frozenset(
     "input_ids inputs_embeds attention_mask position_ids labels start_positions end_positions logits_to_keep "
     "num_items_in_batch".split()
 )
-_LOSSES_OF_ROWS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 
 
 def why_not_packed(patch: ModelPatch) -> list[str]:

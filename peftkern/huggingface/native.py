@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .cache import KeyValue, PrefixCache, PrefixOptions
-from .model_patch import ModelPatch, check_replaceable, self_attention_cache
+from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packing import Stream
 
 __all__ = ["LayerPrefix", "PrefixPatch"]

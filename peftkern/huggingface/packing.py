@@ -82,7 +82,7 @@ class Layout:
             keep_padding: keep all rows; so it is always while tracing, where T may not depend on values.
             keep_gaps: keep what lies between kept rows, as sliding windows count it.
             from_first: a sequence begins at its first token and not at column 0.
-            count_mask: positions count tokens of the mask, and padding has position -1 (OPT).
+            count_mask: positions count tokens of the mask, and padding is at -1 whatever lies before it (OPT).
 
         Raises:
             ValueError: for several sequences a row while tracing.
@@ -229,7 +229,8 @@ class Stream:
 
     def positions(self, offset: int) -> Tensor:
         """[1, N]: prompts from 0, sequences behind the prompt and ``offset``."""
-        positions = self.layout.positions + (offset + self.prompt_len)
+        positions = self.layout.positions
+        positions = torch.where(positions < 0, positions, positions + (offset + self.prompt_len))
         prompt = torch.arange(self.prompt_len, device=positions.device).repeat(self.num_prompts)
         return torch.cat([prompt, positions])[None]
 
