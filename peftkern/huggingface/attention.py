@@ -143,8 +143,8 @@ def _attend(
         out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
     elif cache.ids is not None:
         raise ValueError(
-            "attention_mask: expected a causal mask with at most a window, as each sample has a prompt of its own, got "
-            "another pattern; under torch.compile, generate without it"
+            "attention_mask: expected a causal mask with at most a window, as samples have prompts of their own, got "
+            "another pattern; generate without torch.compile"
         )
     else:
         out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)

@@ -35,8 +35,8 @@ class ModelPatch:
     The prefix travels as a keyword argument: the hook on the backbone adds it, ``transformers`` hands it down to the
     attention function. That way also leads through activation checkpointing, which takes the cache away from layers.
 
-    A batch may run as one stream of rows (:mod:`.packing`): the hook on the base model decides that and says which rows
-    the output layer sees, the hook on the backbone packs what goes in and unpacks what comes out.
+    A batch may run as one stream of rows (:mod:`.packing`): the hook on the base model decides that and says which
+    rows the output layer sees, the hook on the backbone packs what goes in and unpacks what comes out.
 
     Args:
         model: what the user patches.
@@ -45,9 +45,6 @@ class ModelPatch:
         packing: run batches as streams where that saves rows.
         logits: ``"all"``, or ``"labelled"`` for those rows alone that predict a label.
     """
-
-    #: Whether a sequence begins at its first token, with padding before it counting for nothing.
-    from_first = False
 
     def __init__(
         self, model: nn.Module, base: PreTrainedModel, options: PrefixOptions, *, packing: bool, logits: str
@@ -86,6 +83,15 @@ class ModelPatch:
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
         """The stream for a call of the base model; None to run it as it is."""
         raise NotImplementedError
+
+    def explain(self) -> str:
+        """How batches run, and why not otherwise."""
+        because = "; ".join(self.unpacked_because)
+        how = f"with their padding: {because}" if because else "without their padding"
+        layers = len({site.layer for site in self.sites.values()})
+        return (
+            f"{type(self.base).__name__}: a prefix in {layers} layers, read where it lies; training batches run {how}"
+        )
 
     def install(self) -> None:
         """Change the model. If that fails, the model is as it was."""
@@ -167,7 +173,7 @@ class ModelPatch:
 
     @property
     def head_is_packed(self) -> bool:
-        """Whether the output layer runs on rows of the stream: that of a causal language model does.
+        """Whether the output layer runs on rows of the stream: a causal language model's.
 
         Models that take ``logits_to_keep`` compute every row of their logits by itself.
         """
@@ -263,10 +269,8 @@ class ModelPatch:
         if stream is None:
             return output
         if not stream.used:
-            raise ValueError(
-                f"model: {type(self.base).__name__} does not hand its keyword arguments to {type(self.backbone).__name__}"
-                "; patch it with packing=False"
-            )
+            names = f"{type(self.base).__name__} to hand its keyword arguments to {type(self.backbone).__name__}"
+            raise ValueError(f"model: expected {names}, which got none; patch it with packing=False")
         head = stream.head
         if head is None:
             return output
@@ -281,7 +285,7 @@ class ModelPatch:
         ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
         given = tuple((embeds if ids is None else ids).shape[:2])
         if given != stream.layout.shape:
-            raise ValueError(f"model: expected a batch {list(stream.layout.shape)} in the backbone, got {list(given)}")
+            raise ValueError(f"model: expected {list(stream.layout.shape)} tokens in the backbone, got {list(given)}")
         if ids is not None:
             embeds = self.backbone.get_input_embeddings()(stream.layout.pack(ids))
         else:
@@ -366,10 +370,10 @@ class ModelPatch:
         return output
 
 
-_PACKABLE = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids labels start_positions end_positions logits_to_keep "
-    "num_items_in_batch".split()
-)
+_PACKABLE = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
+    "logits_to_keep", "num_items_in_batch",
+)  # fmt: skip
 
 
 def why_not_packed(patch: ModelPatch) -> list[str]:

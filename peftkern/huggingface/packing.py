@@ -9,9 +9,10 @@
     b b b b b          ──────►          └── causal, by themselves ─┘ └─ each sees its own prompt's keys and itself ─┘
     c c . . .
 
-Under causal attention the hidden states of a prompt do not depend on what follows it, so they are computed once and not
-once a sample. Every layer of the model runs on the stream; embeddings are laid into it before the first, and hidden
-states or logits are laid back into the batch behind the last. A prefix of keys and values needs no rows: there A is 0.
+Under causal attention the hidden states of a prompt do not depend on what follows it, so they are computed once and
+not once a sample. Every layer of the model runs on the stream; embeddings are laid into it before the first, and
+hidden states or logits are laid back into the batch behind the last. A prefix of keys and values needs no rows: there
+A is 0.
 
 Nothing here knows of models: tensors in, tensors out.
 """
@@ -42,7 +43,7 @@ class Layout:
         cu_seqlens: int32 [n + 1], where the n sequences begin, and T.
         owners: [n], the sample of each sequence; None if there is one sequence a sample, in order.
         firsts: [n] flat index of each sequence's first token in the batch.
-        key_mask: bool [T], false for rows of padding, which are kept for the sake of their loss; None if there are none.
+        key_mask: bool [T], false for rows of padding, kept for the sake of their loss; None if there are none.
         unlabelled: bool [T], true for padding before a sequence, whose labels are no labels; None if there is none.
     """
 
@@ -129,19 +130,17 @@ class Layout:
             last = torch.where(keep, steps, -1).amax(1, keepdim=True) if length else first[:, None]
             keep = (steps >= first[:, None]) & (steps <= last)
         hidden = keep & ~real
-        tokens = None if bool(keep.all()) else keep.flatten().nonzero().squeeze(1)
         counts = keep.sum(1)
         cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         last_row = (cu_seqlens[1:, None].long() - 1).clamp(min=0)
         ranks = (keep.long().cumsum(1) - 1).clamp(min=0)
         slots = torch.minimum(cu_seqlens[:-1, None].long() + ranks, last_row)
-        if tokens is None:
-            return cls(
-                shape, None, every, position.flatten(), starts, None, firsts,
-                real.flatten() if bool(hidden.any()) else None,
-            )  # fmt: skip
-        key_mask = real.flatten()[tokens] if bool(hidden.any()) else None
-        return cls(shape, tokens, slots, position.flatten()[tokens], cu_seqlens, None, firsts, key_mask)
+        key_mask = real.flatten() if bool(hidden.any()) else None
+        if bool(keep.all()):
+            return cls(shape, None, every, position.flatten(), starts, None, firsts, key_mask)
+        kept = keep.flatten().nonzero().squeeze(1)
+        key_mask = None if key_mask is None else key_mask[kept]
+        return cls(shape, kept, slots, position.flatten()[kept], cu_seqlens, None, firsts, key_mask)
 
     @classmethod
     def _of_packed_rows(cls, shape: tuple[int, int], position_ids: Tensor) -> Layout:
@@ -269,9 +268,9 @@ def next_labels(labels: Tensor) -> Tensor:
 class Head:
     """Which rows the output layer runs on, and what each of them predicts.
 
-    Models compare row i with label i + 1, and the last row with nothing. In a stream the last row of a prompt predicts
-    the first token of every sequence, so it is there once a sequence, before all others; and any row is there once
-    more at the end.
+    Models compare row i with label i + 1, and the last row with nothing. In a stream the last row of a prompt
+    predicts the first token of every sequence, so it is there once a sequence, before all others; and any row is
+    there once more at the end.
 
     Args:
         stream: the packed batch.

@@ -50,8 +50,9 @@ def patch(
     ``generate`` keeps its keys as a prefix that all rows and beams share. Encoders and encoder-decoders have it put
     before every sample, in one pass. ``peftkern.explain(model)`` says which of these a model has.
 
-    Padding of training batches is left out in all of these cases, so the outputs of padding are those of the token
-    beside it. Batches that are packed by ``position_ids``, without a mask, are sequences each behind the prefix or prompt.
+    Padding of a causal model's training batches is left out in all of these cases, so outputs at padding are those
+    of a token beside it. Rows that ``position_ids`` without a mask divide into sequences have each of them behind
+    the prefix or prompt.
 
     On any other model, with ``prefix``: the prefix becomes the submodule ``model.peftkern_prefix``, so optimizers,
     ``Trainer`` and DDP see its parameters, and ``state_dict`` and the checkpoints of ``Trainer`` hold it.
@@ -74,12 +75,12 @@ def patch(
         fix_seq2seq_layout: read encoder-decoder prefixes of PEFT layer by layer. PEFT lets layers share them by a
             mistake that trained checkpoints depend on. Only with a PEFT model; a ``PrefixKV`` says which layout it
             has.
-        packing: leave padding out of training steps with a prefix. False computes it.
-        logits: ``"labelled"`` gives a causal language model with labels only those logits that predict one, [1, M, V] in
-            the order of the batch; loss and gradients are equal.
+        packing: leave padding out of training steps; False, only with a prefix, computes it.
+        logits: ``"labelled"`` gives a causal language model with labels only the logits that predict one, [1, M, V]
+            in the order of the batch (labels of first tokens before all others); loss and gradients are equal.
         peft_bugs: have PEFT's numbers also where its prompts are put wrong: sequences padded on the left and
-            ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS). PEFT's
-            own code then runs such calls. By default they are right, and a notice says so once.
+            ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
+            PEFT's own code then runs such calls. By default they are right, and a notice says so once.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -108,7 +109,7 @@ def patch(
     is_prompt = _adapts_prompt(model) if prefix is None else isinstance(prefix, EmbeddingPrompt)
     if is_prompt and not (shift_positions and prefix_in_window and packing):
         raise ValueError(
-            "shift_positions, prefix_in_window, packing: expected True, as a prompt is tokens of the model's, got False"
+            "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows of the model's, got False"
         )
     if peft_bugs and not (is_prompt and prefix is None):
         raise ValueError("peft_bugs: expected False but for a PEFT model with a prompt, got True")
@@ -129,9 +130,7 @@ def patch(
                 "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
             )
         if isinstance(prefix, EmbeddingPrompt):
-            change = SoftPromptPatch(
-                model, _find_base(model), prefix, freeze=freeze, options=options, logits=logits
-            )
+            change = SoftPromptPatch(model, _find_base(model), prefix, freeze=freeze, options=options, logits=logits)
         elif isinstance(prefix, LayerPrefix):
             change = PrefixPatch(
                 model, _find_base(model), prefix, shift_positions=shift_positions, freeze=freeze, options=options,

@@ -53,8 +53,8 @@ class PeftPatch(ModelPatch):
             kind = config.peft_type.value
             if kind not in KEY_VALUE_TYPES:
                 raise ValueError(
-                    f"model: expected adapters that are prefixes ({', '.join(KEY_VALUE_TYPES)}) or prompts, got {kind} "
-                    f"({name!r}); to train a prefix beside it, patch(model, PrefixKV(...))"
+                    f"model: expected {' or '.join(KEY_VALUE_TYPES)} adapters, or prompts, got {kind} ({name!r}); "
+                    "to train a prefix beside it, patch(model, PrefixKV(...))"
                 )
         super().__init__(model, model.get_base_model(), options, packing=packing, logits=logits)
         self.fix_seq2seq_layout = fix_seq2seq_layout

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts at the embedding: PEFT's prompt tuning and its kin, and :class:`peftkern.SoftPrompt` in a plain model.
 
-A causal model runs a prompt once a batch, as the first rows of a stream (:mod:`.packing`). Generation goes on with the
-prompt's keys as a prefix that all rows share. Models that cannot run on a stream have the prompt put before every
+A causal model runs a prompt once a batch, as the first rows of a stream (:mod:`.packing`). Generation goes on with
+the prompt's keys as a prefix that all rows share. Models that cannot run on a stream have the prompt put before every
 sample, as PEFT does it, but in one pass (:func:`peftkern.soft_prompt_embedding`).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,15 +52,21 @@ class Prompt:
         rows: [A, P, E].
         ids: [B], which prompt a sample has; None for the one prompt of all.
         shown: whether outputs have rows for the prompt, as PEFT's do.
+        labels: [B, S] of a loss that the caller takes from the logits.
     """
 
     rows: Tensor
     ids: Tensor | None = None
     shown: bool = False
+    labels: Tensor | None = None
 
 
 class PromptPatch(ModelPatch):
     """A prompt that runs once a batch. Subclasses say where it comes from."""
+
+    def explain(self) -> str:
+        """How batches run."""
+        return f"{type(self.base).__name__}: the prompt runs once a batch, before the sequences without their padding"
 
     def find_prompt(self, kwargs: dict[str, Any]) -> Prompt | None:
         """The prompt for a call of the base model, taken out of ``kwargs``; None if it gets none."""
@@ -69,7 +75,8 @@ class PromptPatch(ModelPatch):
     def check_prefix(self) -> None:
         """Raise Unpackable if the model cannot run on a stream."""
         if self.unpacked_because:
-            raise Unpackable(f"model: its batches cannot be packed behind a prompt: {'; '.join(self.unpacked_because)}")
+            reasons = "; ".join(self.unpacked_because)
+            raise Unpackable(f"model: its batches cannot be packed behind a prompt: {reasons}")
 
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
         """Every call with a prompt, unless it continues a sequence."""
@@ -87,11 +94,13 @@ class PromptPatch(ModelPatch):
         uses_cache = kwargs.get("use_cache")
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
         training = self.backbone.training and torch.is_grad_enabled()
-        stores = bool(uses_cache) and not training and kwargs.get("labels") is None
+        labels = prompt.labels if kwargs.get("labels") is None else kwargs["labels"]
+        stores = bool(uses_cache) and not training and labels is None
         mask = kwargs.get("attention_mask")
         self.look_at(mask)
         # A cache keeps the padding, so that windows count it when the sequence goes on; they had better begin so.
-        layout = self.lay_out(kwargs, mask, kwargs.get("position_ids"), from_first=not (stores and self.windows))
+        from_first = not (stores and self.windows)
+        layout = self.lay_out({**kwargs, "labels": labels}, mask, kwargs.get("position_ids"), from_first=from_first)
         kwargs["use_cache"] = stores and not layout.packed_rows
         return Stream(layout, prompt.rows, prompt.ids, show_prompts=prompt.shown)
 
@@ -125,13 +134,21 @@ class SoftPromptPatch(PromptPatch):
     """
 
     def __init__(
-        self, model: nn.Module, base: PreTrainedModel, prompt: Any, *, freeze: bool, options: PrefixOptions, logits: str
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        prompt: EmbeddingPrompt,
+        *,
+        freeze: bool,
+        options: PrefixOptions,
+        logits: str,
     ) -> None:
         super().__init__(model, base, options, packing=True, logits=logits)
         width = base.get_input_embeddings().weight.shape[1]
         if prompt.weight.shape[-1] != width:
-            raise ValueError(f"prefix: expected a prompt of width {width}, the token embeddings', got "
-                             f"{prompt.weight.shape[-1]}")  # fmt: skip
+            raise ValueError(
+                f"prefix: expected a prompt as wide as the token embeddings, {width}, got {prompt.weight.shape[-1]}"
+            )
         self.prompt = prompt
         self.frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
 
@@ -140,7 +157,7 @@ class SoftPromptPatch(PromptPatch):
         super().install()
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        self.model.add_module(SUBMODULE, self.prompt)
+        self.model.add_module(SUBMODULE, self.prompt)  # type: ignore[arg-type]
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
@@ -165,12 +182,13 @@ class SoftPromptPatch(PromptPatch):
 class PeftPromptPatch(PromptPatch):
     """The prompt is that of a ``PeftModel``'s active adapter.
 
-    In place of the instance's ``forward``, which would put the prompt before every sample; outputs have PEFT's shapes.
+    :meth:`forward` stands in for the instance's, which would put the prompt before every sample; outputs have PEFT's
+    shapes.
 
     Args:
         model: a ``PeftModel`` whose adapters are :data:`PROMPT_TYPES`.
-        peft_bugs: leave to PEFT what it computes differently: batches with padding on the left or with ``position_ids``,
-            and classification.
+        peft_bugs: leave to PEFT what it computes differently: batches with padding on the left or with
+            ``position_ids``, and classification.
     """
 
     model: Any
@@ -210,13 +228,14 @@ class PeftPromptPatch(PromptPatch):
             warnings.warn("token_type_ids: dropped, as PEFT drops them", stacklevel=2)
         if self._is_peft_bug(call, task):
             return type(model).forward(model, **call)
-        if self.why_not_this({name: call[name] for name in call.keys() - {"task_ids", "input_type_mask"}}) is not None:
+        base_call = {name: call[name] for name in call.keys() - {"task_ids", "input_type_mask"}}
+        if self.why_not_this(base_call) is not None:
             return _concatenate(model, call)
         if kind == "CPT":
             return self._cpt_forward(call)
         prompt = self._prompt(call.pop("task_ids", None), shown=task != "SEQ_CLS")
         if task == "TOKEN_CLS" and "labels" in call:
-            self._notice("TOKEN_CLS", "labels cover the tokens; PEFT raises, as its outputs have rows for the prompt too")
+            self._notice("TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too")
             prompt_len = prompt.rows.shape[1]
             call["labels"] = torch.nn.functional.pad(call["labels"], (prompt_len, 0), value=-100)
         return model.base_model(**call, peftkern_prompt=prompt)
@@ -243,7 +262,7 @@ class PeftPromptPatch(PromptPatch):
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         batch = tuple((embeds if ids is None else ids).shape[:2])
         inputs = {name: call[name] for name in call.keys() - {"labels", "task_ids", "input_type_mask"}}
-        prompt = self._prompt(None, shown=True)
+        prompt = replace(self._prompt(None, shown=True), labels=call.get("labels"))
 
         def base_model(**_: Any) -> Any:
             return self.model.base_model(**inputs, peftkern_prompt=prompt)
@@ -277,7 +296,7 @@ class PeftPromptPatch(PromptPatch):
         if _has_left_padding(mask):
             self._notice(
                 "left padding",
-                "the sequence begins right behind the prompt; PEFT puts the padding between them, which shifts positions",
+                "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",
             )
         task = self.model.active_peft_config.task_type
         if getattr(task, "value", task) == "SEQ_CLS" and not bool(mask.all()):
@@ -307,6 +326,11 @@ class PeftConcatenation:
         self.model = model
         self.reason = reason
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+
+    def explain(self) -> str:
+        """How batches run, and why not otherwise."""
+        name = type(self.model.base_model).__name__
+        return f"{name}: the prompt is put before every sample (soft_prompt_embedding): {self.reason}"
 
     def install(self) -> None:
         """Change the model, with :meth:`forward` in place of its own."""
