@@ -5,10 +5,10 @@
 
 SmolLM2-135M (as `peftkern demo` finds it), forward and backward, no optimizer step; random tokens with a loss on
 every position, or movie reviews. The providers take turns in one process; medians and quartiles. The losses and the
-gradients of prompt or prefix are compared first, in fp32, and the losses again in the row's dtype. "rows" is the ratio
-of rows that PEFT and peftkern run through the model; "bar" is what a row must reach. "labelled" compares
-logits="labelled" with peftkern's default. Peak memory is how far a process grows during a step, measured in processes
-of their own. Writes results/packing.csv.
+gradients of prompt or prefix are compared first, in fp32, and the losses again in the row's dtype. "rows" is the
+ratio of rows that PEFT and peftkern run through the model; "bar" is what a row must reach. "labelled" compares
+logits="labelled" with peftkern's default. Peak memory is how far a process grows during a step, in a process of its
+own. Writes results/packing.csv.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> float:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return float(loss)
+    return loss.item()  # type: ignore[no-any-return]
 
 
 def compare(bench: Workbench, case: Case, batch: dict[str, Tensor]) -> tuple[float, float]:

@@ -105,6 +105,7 @@ def _attend(
     options, stream = cache.options, cache.stream
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     mask_bias = None
+    mask: CompactMask | None
     if stream is not None:
         mask = CompactMask(True, getattr(module, SITE).pattern[1], stream.key_mask)
     elif isinstance(attention_mask, LazyMask):

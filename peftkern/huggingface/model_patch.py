@@ -194,8 +194,7 @@ class ModelPatch:
         from_first: bool = False,
     ) -> Layout:
         """How the batch of a call of the base model is packed."""
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        tokens = _tokens_of(kwargs)
         labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
         needed, keep_padding = None, tokens.shape[1] == 0
         if self.head_is_packed:
@@ -282,15 +281,14 @@ class ModelPatch:
 
     def _fill(self, stream: Stream, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
         """Put the stream in place of a call's batch."""
-        ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
-        given = tuple((embeds if ids is None else ids).shape[:2])
-        if given != stream.layout.shape:
-            raise ValueError(f"model: expected {list(stream.layout.shape)} tokens in the backbone, got {list(given)}")
-        if ids is not None:
-            embeds = self.backbone.get_input_embeddings()(stream.layout.pack(ids))
-        else:
-            embeds = stream.layout.pack(embeds)
-        kwargs["inputs_embeds"] = stream.embeddings(embeds)
+        tokens: Tensor = _tokens_of(kwargs)
+        if tokens.shape[:2] != stream.layout.shape:
+            expected = f"{list(stream.layout.shape)} tokens in {type(self.backbone).__name__}"
+            raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
+        packed = stream.layout.pack(tokens)
+        if kwargs.pop("input_ids", None) is not None:
+            packed = self.backbone.get_input_embeddings()(packed)
+        kwargs["inputs_embeds"] = stream.embeddings(packed)
         kwargs["position_ids"] = stream.positions(cache.offset)
         kwargs["attention_mask"] = None
         kwargs["past_key_values"] = cache
@@ -408,6 +406,14 @@ def why_not_packed(patch: ModelPatch) -> list[str]:
 def self_attention_cache(cache: Cache | None) -> Cache | None:
     """The part of a cache that self attention reads."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def _tokens_of(kwargs: dict[str, Any]) -> Tensor:
+    """What has one entry [B, S, ...] a token."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]  # type: ignore[no-any-return]
+    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
 
 
 def place_behind(cache: PrefixCache, kwargs: dict[str, Any]) -> None:

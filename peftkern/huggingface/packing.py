@@ -235,12 +235,13 @@ class Stream:
 
     def bank(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [A, Hkv, P, D], a view of the prompts' rows."""
-        return x[0, :, : self.prompt_rows].unflatten(1, (self.num_prompts, self.prompt_len)).transpose(0, 1)
+        rows = x[0, :, : self.prompt_rows]
+        return rows.view(x.shape[1], self.num_prompts, self.prompt_len, x.shape[3]).transpose(0, 1)
 
     def padded_heads(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [B, Hkv, S, D] of the sequences."""
         rows = x[0].index_select(1, (self.prompt_rows + self.layout.slots.flatten()).to(x.device))
-        return rows.unflatten(1, self.layout.shape).transpose(0, 1)
+        return rows.view(x.shape[1], *self.layout.shape, x.shape[3]).transpose(0, 1)
 
     def slots(self) -> Tensor:
         """[B, S] or, with ``show_prompts``, [B, P + S]: the row of the stream that each place of the batch shows."""
@@ -257,7 +258,7 @@ class Stream:
         if self.prompts is None and self.layout.tokens is None:
             return x.view(*self.layout.shape, x.shape[-1])
         slots = self.slots().to(x.device)
-        return x[0].index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        return x[0].index_select(0, slots.flatten()).view(*slots.shape, x.shape[-1])
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -331,4 +332,4 @@ class Head:
         if self._slots is None:
             return logits[:, :-1]
         slots = self._slots.to(logits.device)
-        return logits[0].index_select(0, slots.flatten()).unflatten(0, slots.shape)
+        return logits[0].index_select(0, slots.flatten()).view(*slots.shape, logits.shape[-1])

@@ -259,8 +259,8 @@ class PeftPromptPatch(PromptPatch):
 
     def _cpt_forward(self, call: dict[str, Any]) -> Any:
         """CPT's loss, by PEFT's own code, on the logits of a stream."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        batch = tuple((embeds if ids is None else ids).shape[:2])
+        ids = call.get("input_ids")
+        batch = (call["inputs_embeds"] if ids is None else ids).shape[:2]
         inputs = {name: call[name] for name in call.keys() - {"labels", "task_ids", "input_type_mask"}}
         prompt = replace(self._prompt(None, shown=True), labels=call.get("labels"))
 

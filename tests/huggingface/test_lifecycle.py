@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import nn
 
 import peftkern
@@ -274,19 +274,32 @@ REFUSED = {
     "LoRA": (
         lambda: get_peft_model(models.base_model(LLAMA), LoraConfig(task_type="CAUSAL_LM")),
         {},
-        "expected PREFIX_TUNING or CARTRIDGE adapters, got LORA",
+        "expected PREFIX_TUNING or CARTRIDGE adapters, or prompts, got LORA",
     ),
-    "prompt tuning": (
-        lambda: get_peft_model(
-            models.base_model(LLAMA), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-        ),
-        {},
-        "got PROMPT_TUNING.*soft_prompt_embedding",
-    ),
-    "soft prompt": (
+    "prompt without positions": (
         lambda: models.base_model(LLAMA),
-        {"prefix": SoftPrompt(models.base_model(LLAMA), 4)},
-        "expected a PrefixKV, got SoftPrompt.*soft_prompt_embedding",
+        {"prefix": SoftPrompt(models.base_model(LLAMA), 4), "shift_positions": False},
+        "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows",
+    ),
+    "prompt of another width": (
+        lambda: models.base_model(LLAMA),
+        {"prefix": SoftPrompt(None, 4, embed_dim=32)},
+        "prefix: expected a prompt as wide as the token embeddings, 64, got 32",
+    ),
+    "prompt of a bidirectional model": (
+        lambda: models.base_model(FAMILIES["bert"]),
+        {"prefix": SoftPrompt(models.base_model(FAMILIES["bert"]), 4)},
+        "model: its batches cannot be packed behind a prompt: .*mask other than a causal one",
+    ),
+    "bugs of a prefix": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"peft_bugs": True},
+        "peft_bugs: expected False but for a PEFT model with a prompt",
+    ),
+    "unknown logits": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"logits": "some"},
+        "logits: expected 'all' or 'labelled', got 'some'",
     ),
     "two prefixes": (
         lambda: models.peft_model(LLAMA, patched=False),
