@@ -293,7 +293,8 @@ class PeftPromptPatch(PromptPatch):
         """Notices where PEFT's numbers differ."""
         if mask is None or is_tracing(mask) or len(self._noticed) == 2:
             return
-        if _has_left_padding(mask):
+        counts_tokens = any(table.reads_mask for table in self._tables)  # so that padding moves nothing
+        if _has_left_padding(mask) and not counts_tokens:
             self._notice(
                 "left padding",
                 "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",

@@ -72,6 +72,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         self.names = names
         self.sites: dict[nn.Module, Site] = {}
         self.counts_rows = False
+        self.stream = None
         # The tensors are held, so that no later one can have the address of an earlier one.
         self.returned: list[tuple[int, Tensor, Tensor]] = []
 

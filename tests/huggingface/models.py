@@ -294,7 +294,5 @@ def step_difference(got: Step, want: Step, mask: Tensor | None = None) -> tuple[
 def generate(model: Any, task: str, **options: Any) -> Tensor:
     """Six new tokens, with padding on the side where the task has it."""
     torch.manual_seed(3)
-    mask = LEFT if task == "CAUSAL_LM" else RIGHT
-    return model.generate(
-        input_ids=IDS, attention_mask=mask, max_new_tokens=6, pad_token_id=0, eos_token_id=None, **options
-    )
+    inputs = {"input_ids": IDS, "attention_mask": LEFT if task == "CAUSAL_LM" else RIGHT, **options}
+    return model.generate(**inputs, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
