@@ -78,9 +78,8 @@ def attention_forward(
     prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
     if prefix is None and peftkern_prefix is not None and peftkern_prefix.stream is not None:
         if not hasattr(module, SITE):
-            raise ValueError(
-                f"model: expected attention modules that take a prefix, as its batch is packed, got {type(module).__name__}"
-            )
+            kind = type(module).__name__
+            raise ValueError(f"model: expected modules that take a prefix, as its batch is packed, got a {kind}")
         prefix = key[0, :, :0], value[0, :, :0]  # a layer left out still keeps sequences apart
     if peftkern_prefix is None or prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)

@@ -208,7 +208,7 @@ class ModelPatch:
         else:  # may look at every row
             keep_padding = True
         return Layout.of(
-            tuple(tokens.shape[:2]), tokens.device, mask=mask, position_ids=position_ids, needed=needed,
+            (tokens.shape[0], tokens.shape[1]), tokens.device, mask=mask, position_ids=position_ids, needed=needed,
             keep_padding=keep_padding, keep_gaps=bool(self.windows), from_first=from_first,
             count_mask=any(table.reads_mask for table in self._tables),
         )  # fmt: skip
@@ -400,7 +400,43 @@ def why_not_packed(patch: ModelPatch) -> list[str]:
         else:
             continue
         break
-    return reasons
+    return reasons or _how_streams_fail(patch)
+
+
+@torch.no_grad()
+def _how_streams_fail(patch: ModelPatch) -> list[str]:
+    """Why a stream gives other hidden states than its batch, tried on two samples; empty if it does not.
+
+    So that a model whose rows know of each other by other ways than attention and positions is found out.
+    """
+    backbone, (samples, length, prompt_len) = patch.backbone, (2, 3, 2)
+    embedding = backbone.get_input_embeddings()
+    ids = torch.arange(samples * length + prompt_len, device=embedding.weight.device) % embedding.weight.shape[0]
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        prompt, tokens = embedding(ids).split([prompt_len, samples * length])
+        tokens = tokens.view(samples, length, -1)
+        batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
+        want = backbone(inputs_embeds=batch, attention_mask=None, use_cache=False)[0]
+        stream = Stream(Layout.of((samples, length), ids.device), prompt[None], show_prompts=True)
+        cache = StreamCache(
+            1 + max(site.layer for site in patch.sites.values()), stream, stores=False, options=patch.options
+        )
+        packed = backbone(
+            inputs_embeds=stream.embeddings(stream.layout.pack(tokens)), position_ids=stream.positions(0),
+            attention_mask=None, past_key_values=cache, use_cache=False, peftkern_prefix=cache,
+        )[0]  # fmt: skip
+    except Exception as error:
+        return [f"{type(backbone).__name__} could not be run on a stream: {error}"]
+    finally:
+        for module in training:
+            module.training = True
+    difference = (stream.unpack(packed).float() - want.float()).norm() / want.float().norm()
+    allowed = 0.1 if want.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    if difference <= allowed:
+        return []
+    return [f"{type(backbone).__name__} does not compute a stream's rows by themselves ({difference:.1e} off)"]
 
 
 def self_attention_cache(cache: Cache | None) -> Cache | None:

@@ -409,13 +409,27 @@ def test_what_cannot_be_packed_says_why(name):
     assert packed == "LlamaForCausalLM: the prompt runs once a batch, before the sequences without their padding"
 
 
+def test_a_model_that_counts_rows_is_found_out():
+    """Its positions are those of the batch's columns, whatever it is told."""
+    family = FAMILIES["llama (GQA)"]
+
+    def model(patched):
+        model = models.prompt_model(family, patched=False)
+        rotary = model.get_base_model().model.rotary_emb
+        stock = rotary.forward
+        rotary.forward = lambda x, position_ids: stock(x, torch.arange(x.shape[1])[None])
+        return peftkern.patch(model) if patched else model
+
+    assert "does not compute a stream's rows by themselves" in peftkern.explain(model(True))
+    want, got = (models.training_step(model(p), family.task) for p in (False, True))
+    assert_same_step(got, want)
+
+
 def test_arguments_that_cannot_be_packed_go_the_way_of_peft():
     stock, patched = (models.prompt_model(LLAMA, patched=p).train() for p in (False, True))
+    rows = rows_of(patched)
     for inputs in ({"output_attentions": True}, {"shift_labels": IDS.new_zeros(BATCH, PREFIX + SEQ)}):
-        for model in (stock, patched):
-            if "output_attentions" in inputs:
-                model.get_base_model().config._attn_implementation_internal  # noqa: B018
-        rows = rows_of(patched)
+        rows.clear()
         want, got = (model(input_ids=IDS, labels=IDS, **inputs).loss for model in (stock, patched))
         assert rows == [BATCH * (PREFIX + SEQ)]
         assert models.difference(got, want) <= FP32_TOLERANCE
