@@ -126,9 +126,7 @@ def _attend(
         mask_bias = additive(attention_mask, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
         mask = CompactMask(causal=False, window=None, key_mask=None)
 
-    if mask_bias is not None:
-        mask_bias = mask_bias.to(query.device)
-    prefix_bias, bias = _split(mask_bias, num_keys, prefix_len, "attention_mask")
+    prefix_bias, bias = _split(_on(query.device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
         prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
@@ -136,11 +134,11 @@ def _attend(
         "causal": mask.causal,
         "window": mask.window,
         "prefix_in_window": options.in_window,
-        "key_mask": None if mask.key_mask is None else mask.key_mask.to(query.device),
+        "key_mask": _on(query.device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        "cu_seqlens": None if stream is None else stream.cu_seqlens,
-        "prefix_ids": cache.ids,
+        "cu_seqlens": None if stream is None else _on(query.device, stream.cu_seqlens),
+        "prefix_ids": _on(query.device, cache.ids),
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     prefix_k, prefix_v = prefix
@@ -161,6 +159,11 @@ _UNSUPPORTED = {
     "output_attentions": "attention weights to return; look at them after unpatch(model)",
     "cu_seq_lens_q": "packed sequences; pass padded ones with an attention_mask",
 }
+
+
+def _on(device: torch.device, x: Tensor | None) -> Tensor | None:
+    """``x`` on the device of a layer; models may be spread over several."""
+    return None if x is None else x.to(device)
 
 
 def _split(bias: Tensor | None, num_keys: int, prefix_len: int, name: str) -> tuple[Tensor | None, Tensor | None]:

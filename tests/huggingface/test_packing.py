@@ -216,6 +216,20 @@ def test_outputs_as_tuples():
         assert torch.equal(got[1], want.logits)
 
 
+@pytest.mark.parametrize("options", [{"shift_positions": False}, {"prefix_in_window": False}])
+@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
+def test_a_stream_treats_positions_and_windows_as_the_padded_batch_does(options, mask):
+    family = FAMILIES["mistral (window 4)"]
+    prefix = PrefixKV(None, PREFIX, num_layers=2, num_kv_heads=2, head_dim=16, std=1.0)
+    labels = IDS.masked_fill(mask == 0, -100)
+    steps = []
+    for packing in (False, True):
+        with peftkern.patched(models.base_model(family), prefix, freeze=True, packing=packing, **options) as model:
+            steps.append(models.training_step(model, family.task, mask, labels=labels))
+    assert models.difference(steps[1].loss, steps[0].loss) <= TOLERANCE
+    assert models.step_difference(steps[1], steps[0], mask)[1] <= TOLERANCE
+
+
 def test_per_layer_lengths_in_a_stream():
     prefix = PrefixKV(None, [PREFIX, 0], num_layers=2, num_kv_heads=2, head_dim=16)
     model = peftkern.patch(models.base_model(LLAMA), prefix, freeze=True)

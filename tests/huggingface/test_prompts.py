@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+from peft import PromptTuningConfig
 
 import peftkern
 from peftkern import SoftPrompt
@@ -433,6 +435,28 @@ def test_arguments_that_cannot_be_packed_go_the_way_of_peft():
         want, got = (model(input_ids=IDS, labels=IDS, **inputs).loss for model in (stock, patched))
         assert rows == [BATCH * (PREFIX + SEQ)]
         assert models.difference(got, want) <= FP32_TOLERANCE
+
+
+def test_a_copy_is_a_patched_model_of_its_own():
+    model = models.prompt_model(LLAMA, patched=True)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        models.peft_prefix(copied).zero_()
+    want = models.training_step(models.prompt_model(LLAMA, patched=True), LLAMA.task)
+    assert_same_step(models.training_step(model, LLAMA.task), want)
+    assert not torch.equal(models.training_step(copied, LLAMA.task).loss, want.loss)
+    assert peftkern.unpatch(copied) is copied
+
+
+def test_adapters_can_be_added_and_switched_while_patched():
+    losses = []
+    for patched in (False, True):
+        model = models.prompt_model(LLAMA, patched=patched)
+        torch.manual_seed(5)
+        model.add_adapter("longer", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX + 2))
+        model.set_adapter("longer")
+        losses.append(model.train()(input_ids=IDS, labels=IDS).loss)
+    assert models.difference(losses[1], losses[0]) <= FP32_TOLERANCE
 
 
 def test_a_disabled_adapter_leaves_the_base_model():
