@@ -43,7 +43,7 @@ class ModelPatch:
         base: the Hugging Face model in it.
         options: for the attention function.
         packing: run batches as streams where that saves rows.
-        logits: ``"all"``, or ``"labelled"`` for those rows alone that predict a label.
+        logits: ``"all"``, or ``"labelled"`` for those alone, in training steps, that predict a label.
     """
 
     def __init__(
@@ -106,6 +106,9 @@ class ModelPatch:
                 setattr(module, SITE, site)
             self.unpacked_because = why_not_packed(self) if self.packing else ["packing=False"]
             self.check_prefix()
+            if self.logits == "labelled" and (self.unpacked_because or not self.head_is_packed):
+                reasons = self.unpacked_because or [f"{type(self.base).__name__} has no logits of tokens"]
+                raise ValueError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
             for module in self.sites:
                 if hasattr(module, "compute_bias"):
                     self._biases.append(SpanningBias(module))
@@ -155,7 +158,7 @@ class ModelPatch:
         self, prefix: Sequence[KeyValue | None], *, offset: int, stores: bool, offset_outside: bool
     ) -> PrefixCache:
         """A cache for a call of the backbone that has none."""
-        if torch.is_grad_enabled() and self.backbone.training and any(map(_is_reentrant, self._checkpointed)):
+        if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
         return PrefixCache(prefix, offset=offset, stores=stores, offset_outside=offset_outside, options=self.options)
 
@@ -170,6 +173,11 @@ class ModelPatch:
             return
         advice = 'gradient_checkpointing_enable({"use_reentrant": False})'
         raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
+
+    @property
+    def is_training_step(self) -> bool:
+        """Whether a forward of now will have a backward."""
+        return self.backbone.training and torch.is_grad_enabled()
 
     @property
     def head_is_packed(self) -> bool:
@@ -215,10 +223,11 @@ class ModelPatch:
 
     def why_not_this(self, kwargs: dict[str, Any]) -> str | None:
         """Why a call of the base model cannot run on a stream, in terms of its arguments; None if it can."""
-        for name, argument in kwargs.items():
-            if name not in _PACKABLE and isinstance(argument, Tensor):
-                return f"{name} is no argument that can be packed"
         mask, position_ids, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
+        told_by_positions = _BOUNDARIES if mask is None and position_ids is not None else ()
+        for name, argument in kwargs.items():
+            if isinstance(argument, Tensor) and name not in _PACKABLE and name not in told_by_positions:
+                return f"{name} is no argument that can be packed"
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "attention_mask is not [B, S]"
         if position_ids is not None and position_ids.dim() != 2:
@@ -240,12 +249,15 @@ class ModelPatch:
         ``mask`` and ``position_ids`` speak of the sequence alone.
         """
         arguments = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
-        if self.unpacked_because or (mask is None and position_ids is None) or self.why_not_this(arguments):
+        selects = self.logits == "labelled" and kwargs.get("labels") is not None and self.head_is_packed
+        if self.unpacked_because or (mask is None and position_ids is None and not selects):
+            return None
+        if self.why_not_this(arguments) is not None:
             return None
         if mask is not None and is_tracing(mask):  # the number of rows would depend on values
             return None
         layout = self.lay_out(kwargs, mask, position_ids)
-        return None if layout.tokens is None and not layout.packed_rows else Stream(layout)
+        return Stream(layout) if layout.leaves_out or layout.packed_rows or selects else None
 
     def before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,9 +268,12 @@ class ModelPatch:
         if stream is None:
             return (), kwargs
         kwargs["peftkern_stream"] = stream
+        for name in _BOUNDARIES:  # of a batch that is no more
+            kwargs.pop(name, None)
         if self.head_is_packed:
             labels, keep = kwargs.get("labels"), kwargs.pop("logits_to_keep", None)
-            stream.head = Head(stream, labels, labelled=self.logits == "labelled", keep=0 if keep is None else keep)
+            labelled = self.logits == "labelled" and self.is_training_step
+            stream.head = Head(stream, labels, labelled=labelled, keep=0 if keep is None else keep)
             kwargs["labels"] = stream.head.labels
         return (), kwargs
 
@@ -372,6 +387,8 @@ _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
     "logits_to_keep", "num_items_in_batch",
 )  # fmt: skip
+#: Where packed sequences begin, for flash kernels; positions say the same.
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def why_not_packed(patch: ModelPatch) -> list[str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -83,7 +82,7 @@ class PrefixPatch(ModelPatch):
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
         """A training step on a padded batch, or on packed rows."""
         sequence = self_attention_cache(kwargs.get("past_key_values"))
-        if not (self.backbone.training and torch.is_grad_enabled()) or sequence is not None:
+        if not self.is_training_step or sequence is not None:
             return None
         return self.pack_sequences(kwargs, kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
@@ -94,12 +93,11 @@ class PrefixPatch(ModelPatch):
         if isinstance(sequence, PrefixCache):
             return sequence
         check_replaceable(sequence)
-        training = self.backbone.training and torch.is_grad_enabled()
         lengths = self.prefix.lengths
         cache = self.new_cache(
             [kv if length else None for kv, length in zip(self.prefix.layer_kv(), lengths, strict=True)],
             offset=self.offset,
-            stores=not training and kwargs.get("use_cache") is not False,
+            stores=not self.is_training_step and kwargs.get("use_cache") is not False,
             offset_outside=False,
         )
         if isinstance(given, EncoderDecoderCache):

@@ -94,11 +94,11 @@ class Layout:
             position_ids = position_ids.to(device).expand(rows, length)
         if mask is None and position_ids is not None:
             return cls._of_packed_rows(shape, position_ids)
-        every = torch.arange(rows * length, device=device).view(rows, length)
+        begin = torch.arange(rows, device=device)[:, None] * length
+        every = begin + steps
         starts = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
         if mask is None:
-            positions = steps.repeat(rows)
-            return cls(shape, None, every, positions, starts, None, every[:, 0], None)
+            return cls(shape, None, every, steps.repeat(rows), starts, None, begin.flatten(), None)
 
         real = mask.to(device=device, dtype=torch.bool)
         tracing = is_tracing(real)
@@ -113,12 +113,12 @@ class Layout:
             position = position_ids
         else:
             position = (steps - first[:, None]).clamp(min=0)
-        firsts = (every[:, :1] + first[:, None]).flatten()
+        firsts = begin.flatten() + first
 
         if keep_padding or tracing:
             # Padding before a sequence goes behind it, where windows and causality do not count it.
-            turned = every[:, :1] + (steps + first[:, None]) % max(length, 1)
-            slots = every[:, :1] + (steps - first[:, None]) % max(length, 1)
+            turned = begin + (steps + first[:, None]) % max(length, 1)
+            slots = begin + (steps - first[:, None]) % max(length, 1)
             tokens = turned.flatten()
             before = (steps < first[:, None]).flatten()[tokens]
             return cls(
@@ -163,6 +163,11 @@ class Layout:
     def packed_rows(self) -> bool:
         """Whether a row of the batch held several sequences."""
         return self.owners is not None and self.owners.shape[0] > self.shape[0]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows of the batch are not in the stream."""
+        return self.positions.shape[0] < self.shape[0] * self.shape[1]
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, ...] -> [1, T, ...]."""

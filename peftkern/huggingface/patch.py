@@ -76,8 +76,9 @@ def patch(
             mistake that trained checkpoints depend on. Only with a PEFT model; a ``PrefixKV`` says which layout it
             has.
         packing: leave padding out of training steps; False, only with a prefix, computes it.
-        logits: ``"labelled"`` gives a causal language model with labels only the logits that predict one, [1, M, V]
-            in the order of the batch (labels of first tokens before all others); loss and gradients are equal.
+        logits: ``"labelled"`` has training steps of a causal language model compute only the logits that predict a
+            label, [1, M, V] in the order of the batch (those of first tokens before all others); loss and gradients
+            are equal. Evaluation gives all logits.
         peft_bugs: have PEFT's numbers also where its prompts are put wrong: sequences padded on the left and
             ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
             PEFT's own code then runs such calls. By default they are right, and a notice says so once.

@@ -93,9 +93,8 @@ class PromptPatch(ModelPatch):
             raise ValueError(f"model: a batch behind a prompt cannot be packed: {reason}")
         uses_cache = kwargs.get("use_cache")
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
-        training = self.backbone.training and torch.is_grad_enabled()
         labels = prompt.labels if kwargs.get("labels") is None else kwargs["labels"]
-        stores = bool(uses_cache) and not training and labels is None
+        stores = bool(uses_cache) and not self.is_training_step and labels is None
         mask = kwargs.get("attention_mask")
         self.look_at(mask)
         # A cache keeps the padding, so that windows count it when the sequence goes on; they had better begin so.
@@ -233,6 +232,8 @@ class PeftPromptPatch(PromptPatch):
             return _concatenate(model, call)
         if kind == "CPT":
             return self._cpt_forward(call)
+        if "position_ids" in call:
+            self._notice("position_ids", "they are used; PEFT drops them")
         prompt = self._prompt(call.pop("task_ids", None), shown=task != "SEQ_CLS")
         if task == "TOKEN_CLS" and "labels" in call:
             self._notice("TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too")
@@ -291,7 +292,7 @@ class PeftPromptPatch(PromptPatch):
 
     def look_at(self, mask: Tensor | None) -> None:
         """Notices where PEFT's numbers differ."""
-        if mask is None or is_tracing(mask) or len(self._noticed) == 2:
+        if mask is None or is_tracing(mask) or {"left padding", "SEQ_CLS"} <= self._noticed:
             return
         counts_tokens = any(table.reads_mask for table in self._tables)  # so that padding moves nothing
         if _has_left_padding(mask) and not counts_tokens:
@@ -304,7 +305,7 @@ class PeftPromptPatch(PromptPatch):
             self._notice("SEQ_CLS", "the last token is pooled; PEFT pools the last column, be it padding or not")
 
     def _notice(self, case: str, difference: str) -> None:
-        if case not in self._noticed:
+        if case not in self._noticed and not torch.compiler.is_compiling():
             self._noticed.add(case)
             warnings.warn(
                 f"peftkern: {case}: {difference}. patch(model, peft_bugs=True) reproduces PEFT.", stacklevel=3
@@ -353,6 +354,10 @@ def _concatenate(model: Any, call: dict[str, Any]) -> Any:
 
     PEFT's own forward where the embedding is not a plain table, or the decoder has a prompt too.
     """
+    if call.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q: expected an attention_mask and padded sequences behind this prompt, got packed ones"
+        )
     config, embedding = model.active_peft_config, model.word_embeddings
     kind, task = config.peft_type.value, getattr(config.task_type, "value", config.task_type)
     call = {name: argument for name, argument in call.items() if argument is not None}

@@ -296,6 +296,21 @@ REFUSED = {
         {"peft_bugs": True},
         "peft_bugs: expected False but for a PEFT model with a prompt",
     ),
+    "labelled logits of padded batches": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"logits": "labelled", "packing": False},
+        "logits: expected 'all', got 'labelled'; packing=False",
+    ),
+    "labelled logits of classes": (
+        lambda: models.peft_model(models.TASKS["llama SEQ_CLS"], patched=False),
+        {"logits": "labelled"},
+        "logits: expected 'all', got 'labelled'; LlamaForSequenceClassification has no logits of tokens",
+    ),
+    "labelled logits behind other masks": (
+        lambda: models.prompt_model(FAMILIES["llama4 (chunks)"], patched=False),
+        {"logits": "labelled"},
+        "logits: expected 'all', got 'labelled'; .*mask other than a causal one",
+    ),
     "unknown logits": (
         lambda: models.peft_model(LLAMA, patched=False),
         {"logits": "some"},

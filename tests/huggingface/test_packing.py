@@ -13,6 +13,8 @@ from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
 from tests.huggingface.test_prompts import rows_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+
 TOLERANCE = 1e-5
 LLAMA = FAMILIES["llama (GQA)"]
 CPU = torch.device("cpu")
@@ -167,6 +169,25 @@ def test_rows_packed_by_position_ids_are_sequences_behind_a_prefix(name, native)
     assert models.difference(got.output.view(-1, VOCAB), rows) <= TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_boundaries_for_flash_kernels_say_what_positions_say(kind):
+    """As transformers' DataCollatorWithFlattening gives them."""
+    build = models.peft_model if kind == "prefix" else models.prompt_model
+    row = {
+        "input_ids": PACKED_IDS.view(1, -1),
+        "labels": PACKED_IDS.view(1, -1),
+        "position_ids": POSITIONS.view(1, -1),
+    }
+    boundaries = torch.tensor([0, 3, 7, 12, 14], dtype=torch.int32)
+    flash = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 5, "max_length_k": 5}
+    want = models.training_step(build(LLAMA, patched=True), LLAMA.task, **row)
+    got = models.training_step(build(LLAMA, patched=True), LLAMA.task, **row, **flash)
+    assert torch.equal(got.loss, want.loss)
+    del row["position_ids"]
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        models.training_step(build(LLAMA, patched=True), LLAMA.task, **row, **flash)
+
+
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)"])
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"])
 def test_rows_packed_by_position_ids_are_sequences_behind_a_prompt(name, kind):
@@ -185,12 +206,14 @@ def test_rows_packed_by_position_ids_are_sequences_behind_a_prompt(name, kind):
         assert models.difference(got.gradients[parameter], gradient) <= TOLERANCE
 
 
-def test_labelled_logits_of_a_prefix():
+@pytest.mark.parametrize("name", ["none", "right"])
+def test_labelled_logits_of_a_prefix(name):
+    mask = MASKS[name]
     labels = IDS.masked_fill(RIGHT == 0, -100)
     labels[:, 1:4] = -100
-    want = models.training_step(models.peft_model(LLAMA, patched=False), LLAMA.task, RIGHT, labels=labels)
+    want = models.training_step(models.peft_model(LLAMA, patched=False), LLAMA.task, mask, labels=labels)
     model = models.peft_model(LLAMA, patched=False)
-    got = models.training_step(peftkern.patch(model, logits="labelled"), LLAMA.task, RIGHT, labels=labels)
+    got = models.training_step(peftkern.patch(model, logits="labelled"), LLAMA.task, mask, labels=labels)
     supervised = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
     assert models.difference(got.loss, want.loss) <= TOLERANCE
     assert models.difference(got.output[0], want.output[supervised]) <= TOLERANCE

@@ -28,6 +28,8 @@ from tests.huggingface.models import (
     VOCAB,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+
 FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
 LLAMA = FAMILIES["llama (GQA)"]
 CAUSAL = [name for name, family in FAMILIES.items() if family.task == "CAUSAL_LM"]
@@ -347,6 +349,8 @@ def test_labelled_logits_have_equal_loss_and_gradients():
         first[:, PREFIX:] = False
         rows = torch.cat([want.output[first], want.output[supervised & ~first]])
         assert got.output.shape == (1, int((labels != -100).sum()), VOCAB)
+        evaluated = patched.eval()(input_ids=IDS, attention_mask=mask, labels=labels).logits
+        assert evaluated.shape == want.output.shape, "evaluation has all logits"
         assert models.difference(got.output[0], rows) <= FP32_TOLERANCE
 
 
