@@ -176,12 +176,18 @@ def _adapts_prompt(model: nn.Module) -> bool:
 
 
 def _patch_peft_prompt(model: nn.Module, *, peft_bugs: bool, options: PrefixOptions, logits: str) -> None:
+    for name, config in cast(Any, model).peft_config.items():
+        if config.task_type is None:
+            raise ValueError(
+                f"model: expected a task_type in the configuration of adapter {name!r}, without which PEFT uses no "
+                "prompt, got None"
+            )
     try:
         PeftPromptPatch(model, peft_bugs=peft_bugs, options=options, logits=logits).install()
     except Unpackable as error:
         if logits != "all":
             raise ValueError(f"logits: expected 'all', got {logits!r}; {error}") from error
-        PeftConcatenation(model, str(error)).install()
+        PeftConcatenation(model, str(error), peft_bugs=peft_bugs).install()
 
 
 def _find_base(model: nn.Module) -> PreTrainedModel:

@@ -228,7 +228,8 @@ class PeftPromptPatch(PromptPatch):
         if self._is_peft_bug(call, task):
             return type(model).forward(model, **call)
         base_call = {name: call[name] for name in call.keys() - {"task_ids", "input_type_mask"}}
-        if self.why_not_this(base_call) is not None:
+        if (reason := self.why_not_this(base_call)) is not None:
+            self._notice(reason, "such calls have the prompt put before every sample, as PEFT does it", remedy="")
             return _concatenate(model, call)
         if kind == "CPT":
             return self._cpt_forward(call)
@@ -304,12 +305,13 @@ class PeftPromptPatch(PromptPatch):
         if getattr(task, "value", task) == "SEQ_CLS" and not bool(mask.all()):
             self._notice("SEQ_CLS", "the last token is pooled; PEFT pools the last column, be it padding or not")
 
-    def _notice(self, case: str, difference: str) -> None:
+    def _notice(
+        self, case: str, difference: str, remedy: str = " patch(model, peft_bugs=True) reproduces PEFT."
+    ) -> None:
+        """Say it once."""
         if case not in self._noticed and not torch.compiler.is_compiling():
             self._noticed.add(case)
-            warnings.warn(
-                f"peftkern: {case}: {difference}. patch(model, peft_bugs=True) reproduces PEFT.", stacklevel=3
-            )
+            warnings.warn(f"peftkern: {case}: {difference}.{remedy}", stacklevel=3)
 
 
 def _has_left_padding(mask: Tensor) -> bool:
@@ -322,11 +324,13 @@ class PeftConcatenation:
     Args:
         model: a ``PeftModel`` whose adapters are :data:`PROMPT_TYPES`.
         reason: why the model cannot.
+        peft_bugs: leave labels of TOKEN_CLS as they are, on which PEFT raises.
     """
 
-    def __init__(self, model: Any, reason: str) -> None:
+    def __init__(self, model: Any, reason: str, *, peft_bugs: bool) -> None:
         self.model = model
         self.reason = reason
+        self.peft_bugs = peft_bugs
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
 
     def explain(self) -> str:
@@ -346,6 +350,8 @@ class PeftConcatenation:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In place of ``PeftModel.forward``."""
+        if self.peft_bugs:
+            return type(self.model).forward(self.model, *args, **kwargs)
         return _concatenate(self.model, {**dict(zip(self.names, args, strict=False)), **kwargs})
 
 

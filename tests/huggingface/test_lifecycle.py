@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 import peftkern
@@ -310,6 +310,11 @@ REFUSED = {
         lambda: models.prompt_model(FAMILIES["llama4 (chunks)"], patched=False),
         {"logits": "labelled"},
         "logits: expected 'all', got 'labelled'; .*mask other than a causal one",
+    ),
+    "prompt without a task": (
+        lambda: get_peft_model(models.base_model(LLAMA), PromptTuningConfig(num_virtual_tokens=4)),
+        {},
+        "model: expected a task_type in the configuration of adapter 'default'",
     ),
     "unknown logits": (
         lambda: models.peft_model(LLAMA, patched=False),
