@@ -20,11 +20,13 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cpu_attention
 import torch
 from cpu_attention import DTYPES, take_turns
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -217,11 +219,14 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="indices of the rows to run")
     parser.add_argument("--seconds", type=float, default=30.0, help="per row")
     parser.add_argument("--at-least", type=int, default=5, help="steps of each provider")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, of one thread")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.set_verbosity_error()
+    if options.cpu_time:
+        cpu_attention.clock, options.threads = time.process_time, 1
     torch.set_num_threads(options.threads)
     bench = Workbench(options.model, options.cache, options.data)
     if options.peak:

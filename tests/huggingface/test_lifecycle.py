@@ -312,7 +312,7 @@ REFUSED = {
         "logits: expected 'all', got 'labelled'; .*mask other than a causal one",
     ),
     "prompt without a task": (
-        lambda: get_peft_model(models.base_model(LLAMA), PromptTuningConfig(num_virtual_tokens=4)),
+        lambda: PeftModel(models.base_model(LLAMA), PromptTuningConfig(num_virtual_tokens=4)),
         {},
         "model: expected a task_type in the configuration of adapter 'default'",
     ),
