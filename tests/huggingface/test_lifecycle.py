@@ -434,8 +434,8 @@ def test_the_next_layer_reads_what_the_kernel_wrote(monkeypatch):
         written.append(out.data_ptr())
         return out
 
-    monkeypatch.setattr(attention, "prefix_attention", spy)
     model = models.peft_model(LLAMA, patched=True)
+    monkeypatch.setattr(attention, "prefix_attention", spy)
     for layer in model.get_base_model().model.layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: read.append(args[0].data_ptr()))
     model(input_ids=IDS, attention_mask=LEFT)
