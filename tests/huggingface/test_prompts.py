@@ -151,14 +151,14 @@ def test_activation_checkpointing(name, reentrant):
     assert_same_step(models.training_step(model, family.task, RIGHT), want, RIGHT)
 
 
-@pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)"])
+@pytest.mark.parametrize("name", ["llama (GQA)", pytest.param("mistral (window 4)", marks=pytest.mark.slow)])
 def test_compiled_without_graph_breaks(name):
     family = FAMILIES[name]
-    for mask in (None, RIGHT, LEFT):
+    for mask in (None, LEFT):
         want = models.training_step(models.prompt_model(family, patched=True), family.task, mask)
         torch._dynamo.reset()
         model = models.prompt_model(family, patched=True).train()
-        compiled = torch.compile(model, fullgraph=name != "gpt2", backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         loss = compiled(input_ids=IDS, attention_mask=mask, labels=IDS).loss
         loss.backward()
         assert models.difference(loss, want.loss) <= FP32_TOLERANCE
