@@ -213,17 +213,26 @@ class _SoftPromptEmbedding(torch.autograd.Function):
         return None, None, dweight if needs[0] else None, dprompt if needs[1] else None, None
 
 
-def explain(*tensors: Tensor | Call, **options: Any) -> Explanation:
+@overload
+def explain(model: torch.nn.Module, /) -> str: ...
+@overload
+def explain(*tensors: Tensor | Call, **options: Any) -> Explanation: ...
+def explain(*tensors: Any, **options: Any) -> Explanation | str:
     """Why each backend can or cannot run a call: ``explain(q, k, v, prefix_k, prefix_v, window=128)``.
 
     Takes the arguments of :func:`prefix_attention`, or one :class:`peftkern.backends.Call`. Printing the result
-    gives a line per backend.
+    gives a line per backend. For a patched model: a line on how its batches run, and why not otherwise.
 
     >>> import torch, peftkern
     >>> q, prefix = torch.randn(1, 2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
     >>> peftkern.explain(q, q, q, prefix, prefix).chosen
     'reference'
     """
+    if len(tensors) == 1 and isinstance(tensors[0], torch.nn.Module):
+        patch = getattr(tensors[0], "_peftkern_patch", None)
+        if patch is None:
+            raise _error("model", "one that was given to patch", type(tensors[0]).__name__)
+        return patch.explain()  # type: ignore[no-any-return]
     if len(tensors) == 1 and isinstance(tensors[0], Call):
         return backends.explain(tensors[0])
     try:

@@ -117,13 +117,14 @@ def test_a_run_reports_both_models_and_leaves_every_file(command, tmp_path, caps
         assert words in printed
 
 
-@pytest.mark.parametrize("method", ["prefix", "cartridge"])
+@pytest.mark.parametrize("method", ["prefix", "cartridge", "prompt"])
 def test_resume_after_ctrl_c_gives_the_losses_of_an_uninterrupted_run(
     command, method, tmp_path, monkeypatch, capsys, no_memory
 ):
     command += ["--method", method]
     assert main(command) == 0
     uninterrupted = losses(tmp_path / "out")
+    assert all(abs(loss["stock"] - loss["peftkern"]) < 1e-5 for loss in uninterrupted), "the curves differ"
     final = load_file(tmp_path / "out/checkpoint-6/state.safetensors")
 
     out = tmp_path / "interrupted"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a prefix on a real model and real reviews, stock PEFT beside PEFT + peftkern.
+"""Train a prefix or prompt on a real model and real reviews, stock PEFT beside PEFT + peftkern.
 
-Both start from the same prefix (the keys and values of two labelled examples),
-see the same batches and take turns step by step, so that losses and times can
+Both start from the same prefix (the keys and values, or the embeddings, of two
+labelled examples), see the same batches and take turns step by step, so that losses and times can
 be compared; the first two steps are not timed.
 
 Peak memory is how far a process grows during one training step, what it holds

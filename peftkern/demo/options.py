@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-METHODS = ("prefix", "cartridge")
+METHODS = ("prefix", "cartridge", "prompt")
 
 
 class DemoError(Exception):
@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quick = {name: f"default {getattr(Options, name)}, with --quick {value}" for name, value in QUICK.items()}
     add = parser.add_argument
     add("--quick", action="store_true", help="a first look in under 5 minutes: fewer steps, shorter reviews")
-    add("--method", choices=METHODS, help="prefix tuning, or a cartridge (its first token frozen); default prefix")
+    add(
+        "--method",
+        choices=METHODS,
+        help="prefix tuning (the default), a cartridge (its first token frozen), or prompt tuning",
+    )
     add("--dtype", choices=tuple(DTYPES), help="of the frozen model; the prefix is always fp32; default bf16")
     add("--length", type=int, metavar="P", help=f"virtual tokens; default {Options.length}")
     add("--steps", type=int, metavar="N", help=f"training steps of each model; {quick['steps']}")

@@ -111,7 +111,8 @@ def load_base(source: ModelSource, options: Options) -> tuple[Any, Task]:
 def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     """Both arms: the same frozen weights (shared in memory), the same initial prefix; one of them patched.
 
-    The prefix starts as the keys and values of a few examples; PEFT's random start stays at chance.
+    The prefix starts as the keys and values of a few examples, a prompt as their embeddings; PEFT's random start
+    stays at chance.
 
     Raises:
         DemoError: if PEFT or peftkern refuse the model.
@@ -120,16 +121,25 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
 
     from ..huggingface.patch import patch
 
-    new_config = peft.CartridgeConfig if options.method == "cartridge" else peft.PrefixTuningConfig
-    models = {}
+    new_config = {
+        "prefix": peft.PrefixTuningConfig,
+        "cartridge": peft.CartridgeConfig,
+        "prompt": peft.PromptTuningConfig,
+    }[options.method]
+    examples = task.examples(options.length)
+    models: dict[str, Any] = {}
     try:
         with torch.no_grad():
-            examples = base(input_ids=task.examples(options.length), use_cache=True).past_key_values
+            cache = base(input_ids=examples, use_cache=True).past_key_values
         for arm in ARMS:
             config = new_config(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
             # peft adds its modules to the model it is given: each arm has its own modules around the same tensors.
             models[arm] = peft.get_peft_model(_sharing_copy(base), config)
-            peft.initialize_kv_prefix_from_past_key_values(models[arm], past_key_values=examples)
+            if options.method == "prompt":
+                weight = models[arm].prompt_encoder["default"].embedding.weight
+                weight.data.copy_(base.get_input_embeddings()(examples[0]))
+            else:
+                peft.initialize_kv_prefix_from_past_key_values(models[arm], past_key_values=cache)
         patch(models["peftkern"])
     except (ValueError, TypeError, NotImplementedError) as error:
         raise DemoError(f"{options.method} tuning of this model: {error}") from error
@@ -148,13 +158,20 @@ def evaluate(model: Any, task: Task, reviews: Sequence[Review], advance: Callabl
     model.eval()
     correct = 0
     for input_ids, attention_mask, labels in task.eval_batches(reviews, EVAL_BATCH):
-        positions, inverse = (attention_mask.sum(1) - 1).unique(return_inverse=True)
+        positions, inverse = (attention_mask.sum(1) - 1 + _prompt_rows(model)).unique(return_inverse=True)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions).logits
         answers = logits[torch.arange(len(labels)), inverse][:, task.label_ids].argmax(-1)
         correct += int((answers == labels).sum())
         advance(len(labels))
     model.train(training)
     return Accuracy(correct, len(reviews))
+
+
+def _prompt_rows(model: Any) -> int:
+    """Rows of a model's logits before the first token's: a prompt has some, a prefix has none."""
+    config = getattr(model, "active_peft_config", None)
+    is_prompt = config is not None and config.peft_type.value == "PROMPT_TUNING"
+    return config.num_virtual_tokens if is_prompt else 0  # type: ignore[union-attr]
 
 
 def train_pair(arms: dict[str, Arm], task: Task, train: Sequence[Review], step: int, options: Options) -> Pair:
@@ -171,6 +188,7 @@ def train_pair(arms: dict[str, Arm], task: Task, train: Sequence[Review], step: 
 def row_losses(model: Any, batch: Batch) -> Tensor:
     """Loss of each row, [B] fp32."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    logits = logits[:, _prompt_rows(model) :]
     losses = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none"
     )

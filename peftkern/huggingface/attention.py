@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
-from .cache import KeyValue, PrefixCache, PrefixOptions
+from .cache import SITE, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive
 
 __all__ = ["Implementation", "attention_forward", "register"]
@@ -75,10 +75,15 @@ def attention_forward(
     Returns:
         ([B, S, Hq, D] contiguous, None).
     """
-    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key)
+    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
+    if prefix is None and peftkern_prefix is not None and peftkern_prefix.stream is not None:
+        if not hasattr(module, SITE):
+            kind = type(module).__name__
+            raise ValueError(f"model: expected modules that take a prefix, as its batch is packed, got a {kind}")
+        prefix = key[0, :, :0], value[0, :, :0]  # a layer left out still keeps sequences apart
     if peftkern_prefix is None or prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
-    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix.options, **kwargs), None
+    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
 
 
 def _attend(
@@ -88,7 +93,7 @@ def _attend(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     prefix: KeyValue,
-    options: PrefixOptions,
+    cache: PrefixCache,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -102,9 +107,13 @@ def _attend(
     for name in ("output_attentions", "cu_seq_lens_q"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: a model with a peftkern prefix has no {_UNSUPPORTED[name]}")
-    num_keys, prefix_len = key.shape[2], prefix[0].shape[1]
+    options, stream = cache.options, cache.stream
+    num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     mask_bias = None
-    if isinstance(attention_mask, LazyMask):
+    mask: CompactMask | None
+    if stream is not None:
+        mask = CompactMask(True, getattr(module, SITE).pattern[1], stream.key_mask)
+    elif isinstance(attention_mask, LazyMask):
         mask = attention_mask.compact(num_keys)
         # A bias that depends on prefix and query, and a window that hides prefix keys: only the dense form has both.
         if mask is None or (mask.window is not None and position_bias is not None):
@@ -117,9 +126,7 @@ def _attend(
         mask_bias = additive(attention_mask, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
         mask = CompactMask(causal=False, window=None, key_mask=None)
 
-    if mask_bias is not None:
-        mask_bias = mask_bias.to(query.device)
-    prefix_bias, bias = _split(mask_bias, num_keys, prefix_len, "attention_mask")
+    prefix_bias, bias = _split(_on(query.device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
         prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
@@ -127,15 +134,22 @@ def _attend(
         "causal": mask.causal,
         "window": mask.window,
         "prefix_in_window": options.in_window,
-        "key_mask": None if mask.key_mask is None else mask.key_mask.to(query.device),
+        "key_mask": _on(query.device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
+        "cu_seqlens": None if stream is None else _on(query.device, stream.cu_seqlens),
+        "prefix_ids": _on(query.device, cache.ids),
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     prefix_k, prefix_v = prefix
     out: Tensor
     if prefix_bias is None:
         out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
+    elif cache.ids is not None:
+        raise ValueError(
+            "attention_mask: expected a causal mask with at most a window, as samples have prompts of their own, got "
+            "another pattern; generate without torch.compile"
+        )
     else:
         out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
     return out.transpose(1, 2)
@@ -145,6 +159,11 @@ _UNSUPPORTED = {
     "output_attentions": "attention weights to return; look at them after unpatch(model)",
     "cu_seq_lens_q": "packed sequences; pass padded ones with an attention_mask",
 }
+
+
+def _on(device: torch.device, x: Tensor | None) -> Tensor | None:
+    """``x`` on the device of a layer; models may be spread over several."""
+    return None if x is None else x.to(device)
 
 
 def _split(bias: Tensor | None, num_keys: int, prefix_len: int, name: str) -> tuple[Tensor | None, Tensor | None]:

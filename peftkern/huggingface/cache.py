@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-__all__ = ["PrefixCache", "PrefixLayer", "PrefixOptions"]
+if TYPE_CHECKING:
+    from .packing import Stream
+
+__all__ = ["PrefixCache", "PrefixLayer", "PrefixOptions", "StreamCache"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -68,12 +71,17 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     there.
 
     Args:
-        prefix: per layer (prefix_k, prefix_v), each [Hkv, P, D] with any strides, or None for a layer left out.
+        prefix: per layer (prefix_k, prefix_v), each [Hkv, P, D] with any strides, or None for a layer left out; with
+            ``ids``, a bank [A, Hkv, P, D].
         offset: positions that the model counts for the prefix.
         stores: false for a training step.
         offset_outside: whether the offset also counts between two forwards, as PEFT's ``generate`` expects. If not,
             callers outside of the model see a cache of the sequence alone.
         options: passed on to the attention function.
+        ids: [B], which prefix of the bank a sample has.
+
+    Attributes:
+        stream: how the batch of this forward is packed; None for one that is not.
     """
 
     def __init__(
@@ -84,11 +92,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         stores: bool,
         offset_outside: bool,
         options: PrefixOptions,
+        ids: Tensor | None = None,
     ) -> None:
         Cache.__init__(self, layers=[PrefixLayer(stores) for _ in prefix])
         self.prefix = list(prefix)
         self.stores = stores
         self.options = options
+        self.ids = ids
+        self.stream: Stream | None = None
         #: Prefix tokens of the longest layer, which relative position biases span.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
         self._offset = offset
@@ -100,6 +111,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def offset(self) -> int:
         """Positions that the model counts for the prefix at this moment."""
         return self._offset if self._offset_outside or self._running is not None else 0
+
+    @property
+    def taken_positions(self) -> int:
+        """Positions of the sequence's that the prefix takes."""
+        return self.offset
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before this call: prefix and sequence."""
@@ -114,8 +130,9 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """A forward of the model starts."""
         if self._used and not self.stores:
             raise ValueError(
-                "past_key_values: expected a cache that holds the sequence, got the one of a training step, which "
-                "stores nothing; use model.eval() or torch.no_grad() to continue a sequence"
+                "past_key_values: expected a cache that holds the sequence, got the one of a training step or of a "
+                "forward with labels, which stores nothing; to continue a sequence, run it without labels under "
+                "model.eval() or torch.no_grad()"
             )
         self._running = _Forward()
 
@@ -125,8 +142,27 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._running, self._used = None, True
         return [name for name in names if name not in taken]
 
-    def take(self, module: nn.Module, key: Tensor) -> KeyValue | None:
-        """(prefix_k, prefix_v) for an attention module that is about to run on ``key``; None if it gets none.
+    def reaches(self, layer: int) -> bool:
+        """Whether a layer has a prefix."""
+        return self.prefix[layer] is not None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams of other rows."""
+        super().reorder_cache(beam_idx)
+        self.ids = None if self.ids is None else self.ids[beam_idx.to(self.ids.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        super().batch_repeat_interleave(repeats)
+        self.ids = None if self.ids is None else self.ids.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows."""
+        super().batch_select_indices(indices)
+        self.ids = None if self.ids is None else self.ids[indices]
+
+    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
+        """(prefix_k, prefix_v) for an attention module that is about to run on these; None if it gets none.
 
         They are on the key's device, and of its dtype or fp32.
         """
@@ -138,3 +174,55 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         prefix_k, prefix_v = prefix
         dtype = torch.float32 if prefix_k.dtype == torch.float32 else key.dtype
         return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
+
+
+class StreamCache(PrefixCache):
+    """The cache of a forward over a stream whose first rows are prompts: their keys are the prefix of the others.
+
+    Args:
+        num_layers: layers of the cache.
+        stream: the packed batch, with prompts.
+        stores: whether :meth:`unpacked` will be asked for.
+        options: passed on to the attention function.
+    """
+
+    def __init__(self, num_layers: int, stream: Stream, *, stores: bool, options: PrefixOptions) -> None:
+        nothing: list[KeyValue | None] = [None] * num_layers
+        super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
+        self.stream = stream
+        self.ids = stream.prefix_ids
+        self.span = stream.prompt_len
+
+    @property
+    def taken_positions(self) -> int:
+        """The prompt's."""
+        return self.span
+
+    def reaches(self, layer: int) -> bool:
+        """Every layer."""
+        return True
+
+    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
+        """Views [A, Hkv, P, D] of the prompts' rows of ``key`` and ``value`` [1, Hkv, N, D]."""
+        site = getattr(module, SITE, None)
+        if site is None:
+            return None
+        if self._running is not None:
+            self._running.taken.add(site.name)
+        assert self.stream is not None
+        return self.stream.bank(key), self.stream.bank(value)
+
+    def unpacked(self) -> PrefixCache:
+        """The same keys and values as a cache of the padded batch, behind the prompts as a shared prefix."""
+        stream = self.stream
+        assert stream is not None
+        pairs = [(layer.keys, layer.values) for layer in self.layers]
+        banks = [(stream.bank(key), stream.bank(value)) for key, value in pairs]
+        ids = stream.prompt_ids
+        cache = PrefixCache(
+            banks if ids is not None else [(key[0], value[0]) for key, value in banks],
+            offset=stream.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
+        )  # fmt: skip
+        for layer, (key, value) in zip(cache.layers, pairs, strict=True):
+            layer.update(stream.padded_heads(key), stream.padded_heads(value))
+        return cache

@@ -55,6 +55,11 @@ class LazyMask:
         """Position after the last key."""
         return int(self._request["kv_offset"]) + int(self._request["kv_length"])
 
+    @property
+    def pattern(self) -> tuple[bool, int | None] | None:
+        """(causal, window), or None if it is anything else."""
+        return _read_pattern(self._request["mask_function"])
+
     def compact(self, num_keys: int) -> CompactMask | None:
         """The mask over the last ``num_keys`` keys, or None if it has no such form.
 
@@ -66,7 +71,7 @@ class LazyMask:
         return self._forms[key]  # type: ignore[no-any-return]
 
     def _compact(self, num_keys: int) -> CompactMask | None:
-        pattern = _read_pattern(self._request["mask_function"])
+        pattern = self.pattern
         if pattern is None:
             return None
         causal, window = pattern

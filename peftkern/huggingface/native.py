@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from .cache import KeyValue, PrefixCache, PrefixOptions
-from .model_patch import ModelPatch, self_attention_cache
+from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
+from .packing import Stream
 
 __all__ = ["LayerPrefix", "PrefixPatch"]
 
@@ -53,8 +53,10 @@ class PrefixPatch(ModelPatch):
         shift_positions: bool,
         freeze: bool,
         options: PrefixOptions,
+        packing: bool,
+        logits: str,
     ) -> None:
-        super().__init__(model, base, options)
+        super().__init__(model, base, options, packing=packing, logits=logits)
         self.prefix = prefix
         self.offset = max(prefix.lengths, default=0) if shift_positions else 0
         self.frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
@@ -77,19 +79,25 @@ class PrefixPatch(ModelPatch):
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
+    def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
+        """A training step on a padded batch, or on packed rows."""
+        sequence = self_attention_cache(kwargs.get("past_key_values"))
+        if not self.is_training_step or sequence is not None:
+            return None
+        return self.pack_sequences(kwargs, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """The cache that the caller continues, or one in place of an empty one."""
         given: Cache | None = kwargs.get("past_key_values")
         sequence = self_attention_cache(given)
         if isinstance(sequence, PrefixCache):
             return sequence
-        _check_replaceable(sequence)
-        training = self.backbone.training and torch.is_grad_enabled()
+        check_replaceable(sequence)
         lengths = self.prefix.lengths
         cache = self.new_cache(
             [kv if length else None for kv, length in zip(self.prefix.layer_kv(), lengths, strict=True)],
             offset=self.offset,
-            stores=not training and kwargs.get("use_cache") is not False,
+            stores=not self.is_training_step and kwargs.get("use_cache") is not False,
             offset_outside=False,
         )
         if isinstance(given, EncoderDecoderCache):
@@ -102,11 +110,7 @@ class PrefixPatch(ModelPatch):
 
     def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
         """Columns of the mask and positions for the prefix, as PEFT has them."""
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids + cache.offset
+        place_behind(cache, kwargs)
 
     def clean_output(self, cache: PrefixCache, kwargs: dict[str, Any], output: Any) -> Any:
         """Without ``use_cache`` there is no cache in the output, or ``generate`` would go on with it."""
@@ -115,17 +119,3 @@ class PrefixPatch(ModelPatch):
         if isinstance(output, tuple):
             return tuple(item for item in output if item is not kwargs["past_key_values"])
         return type(output)(**{key: value for key, value in output.items() if key != "past_key_values"})
-
-
-def _check_replaceable(cache: Cache | None) -> None:
-    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
-    if cache is None:
-        return
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        raise ValueError(f"past_key_values: expected None or a DynamicCache without offloading, got a {kind}")
-    if cache.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
-            "tokens that have not seen the prefix"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from .cache import SITE, PrefixOptions
 from .model_patch import PATCH, ModelPatch
 from .native import LayerPrefix, PrefixPatch
 from .peft import PeftPatch, has_prompt, is_peft_model
+from .prompt import PROMPT_TYPES, EmbeddingPrompt, PeftConcatenation, PeftPromptPatch, SoftPromptPatch, Unpackable
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -28,6 +29,9 @@ def patch(
     prefix_in_window: bool = True,
     freeze: bool = False,
     fix_seq2seq_layout: bool = False,
+    packing: bool = True,
+    logits: str = "all",
+    peft_bugs: bool = False,
     backend: str = "auto",
 ) -> Model:
     """Makes a model compute its attention with :func:`peftkern.prefix_attention`, the prefix read where it lies.
@@ -41,6 +45,15 @@ def patch(
     On a PEFT model with PREFIX_TUNING or CARTRIDGE adapters of any task type, parameters, checkpoints, ``generate``
     and numbers are PEFT's. Adapters may be added, switched and disabled afterwards. Activation checkpointing works.
 
+    On a PEFT model with PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING or CPT adapters, the prompt runs through a
+    causal model once a batch and not once a sample (:mod:`.packing`), with PEFT's loss, outputs and gradients;
+    ``generate`` keeps its keys as a prefix that all rows and beams share. Encoders and encoder-decoders have it put
+    before every sample, in one pass. ``peftkern.explain(model)`` says which of these a model has.
+
+    Padding of a causal model's training batches is left out in all of these cases, so outputs at padding are those
+    of a token beside it. Rows that ``position_ids`` without a mask divide into sequences have each of them behind
+    the prefix or prompt.
+
     On any other model, with ``prefix``: the prefix becomes the submodule ``model.peftkern_prefix``, so optimizers,
     ``Trainer`` and DDP see its parameters, and ``state_dict`` and the checkpoints of ``Trainer`` hold it.
     ``attention_mask``, ``position_ids`` and caches keep speaking of the sequence alone. ``requires_grad`` of the
@@ -51,7 +64,8 @@ def patch(
 
     Args:
         model: a ``PeftModel``, a ``PreTrainedModel``, or a module that holds one (a ``PeftModel`` with LoRA).
-        prefix: :class:`peftkern.PrefixKV` for a model without prefix adapters.
+        prefix: :class:`peftkern.PrefixKV`, or :class:`peftkern.SoftPrompt` for a causal model (a bank takes
+            ``prompt_ids`` in each call), for a model without prefix adapters.
         shift_positions: the sequence's positions begin behind the prefix, as PEFT has them. False: they begin at 0,
             so the prefix does not shorten the longest usable sequence, and sliding windows do not count it. Only with
             ``prefix``. Layers with a shorter prefix than the longest have it directly before the sequence.
@@ -61,6 +75,13 @@ def patch(
         fix_seq2seq_layout: read encoder-decoder prefixes of PEFT layer by layer. PEFT lets layers share them by a
             mistake that trained checkpoints depend on. Only with a PEFT model; a ``PrefixKV`` says which layout it
             has.
+        packing: leave padding out of training steps; False, only with a prefix, computes it.
+        logits: ``"labelled"`` has training steps of a causal language model compute only the logits that predict a
+            label, [1, M, V] in the order of the batch (those of first tokens before all others); loss and gradients
+            are equal. Evaluation gives all logits.
+        peft_bugs: have PEFT's numbers also where its prompts are put wrong: sequences padded on the left and
+            ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
+            PEFT's own code then runs such calls. By default they are right, and a notice says so once.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -82,27 +103,42 @@ def patch(
     """
     if any(SITE in module.__dict__ for module in model.modules()):
         raise ValueError("model: expected one that is not patched, got a patched one; unpatch(model) first")
+    if logits not in ("all", "labelled"):
+        raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
     # A window can hide the prefix only where the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
-    change: ModelPatch
+    is_prompt = _adapts_prompt(model) if prefix is None else isinstance(prefix, EmbeddingPrompt)
+    if is_prompt and not (shift_positions and prefix_in_window and packing):
+        raise ValueError(
+            "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows of the model's, got False"
+        )
+    if peft_bugs and not (is_prompt and prefix is None):
+        raise ValueError("peft_bugs: expected False but for a PEFT model with a prompt, got True")
     if prefix is None:
         if not is_peft_model(model):
             raise ValueError(f"prefix: expected a PrefixKV, as {type(model).__name__} is no PEFT model, got None")
         if not shift_positions:
             raise ValueError("shift_positions: expected True, as PEFT counts the prefix's positions, got False")
-        change = PeftPatch(model, fix_seq2seq_layout=fix_seq2seq_layout, options=options)
+        if is_prompt:
+            _patch_peft_prompt(model, peft_bugs=peft_bugs, options=options, logits=logits)
+            return model
+        change: ModelPatch = PeftPatch(
+            model, fix_seq2seq_layout=fix_seq2seq_layout, options=options, packing=packing, logits=logits
+        )
     else:
-        if not isinstance(prefix, LayerPrefix):
-            raise ValueError(
-                f"prefix: expected a PrefixKV, got {type(prefix).__name__}; a prompt that enters at the embedding is "
-                "peftkern.soft_prompt_embedding's"
-            )
         if fix_seq2seq_layout:
             raise ValueError(
                 "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
             )
-        base = _find_base(model)
-        change = PrefixPatch(model, base, prefix, shift_positions=shift_positions, freeze=freeze, options=options)
+        if isinstance(prefix, EmbeddingPrompt):
+            change = SoftPromptPatch(model, _find_base(model), prefix, freeze=freeze, options=options, logits=logits)
+        elif isinstance(prefix, LayerPrefix):
+            change = PrefixPatch(
+                model, _find_base(model), prefix, shift_positions=shift_positions, freeze=freeze, options=options,
+                packing=packing, logits=logits,
+            )  # fmt: skip
+        else:
+            raise ValueError(f"prefix: expected a PrefixKV or a SoftPrompt, got {type(prefix).__name__}")
     change.install()
     return model
 
@@ -130,6 +166,28 @@ def patched(model: Model, prefix: nn.Module | None = None, **options: Any) -> It
         yield model
     finally:
         unpatch(model)
+
+
+def _adapts_prompt(model: nn.Module) -> bool:
+    """Whether the adapters of a PEFT model are prompts at the embedding."""
+    return is_peft_model(model) and any(
+        config.peft_type.value in PROMPT_TYPES for config in cast(Any, model).peft_config.values()
+    )
+
+
+def _patch_peft_prompt(model: nn.Module, *, peft_bugs: bool, options: PrefixOptions, logits: str) -> None:
+    for name, config in cast(Any, model).peft_config.items():
+        if config.task_type is None:
+            raise ValueError(
+                f"model: expected a task_type in the configuration of adapter {name!r}, without which PEFT uses no "
+                "prompt, got None"
+            )
+    try:
+        PeftPromptPatch(model, peft_bugs=peft_bugs, options=options, logits=logits).install()
+    except Unpackable as error:
+        if logits != "all":
+            raise ValueError(f"logits: expected 'all', got {logits!r}; {error}") from error
+        PeftConcatenation(model, str(error), peft_bugs=peft_bugs).install()
 
 
 def _find_base(model: nn.Module) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .cache import KeyValue, PrefixCache, PrefixOptions
 from .model_patch import ModelPatch, self_attention_cache
+from .packing import Stream
 
 __all__ = ["PeftPatch", "is_peft_model"]
 
@@ -45,19 +46,17 @@ class PeftPatch(ModelPatch):
 
     model: Any
 
-    def __init__(self, model: Any, *, fix_seq2seq_layout: bool, options: PrefixOptions) -> None:
+    def __init__(
+        self, model: Any, *, fix_seq2seq_layout: bool, options: PrefixOptions, packing: bool, logits: str
+    ) -> None:
         for name, config in model.peft_config.items():
             kind = config.peft_type.value
             if kind not in KEY_VALUE_TYPES:
-                advice = (
-                    "its prompt enters at the embedding, see peftkern.soft_prompt_embedding"
-                    if config.is_prompt_learning
-                    else "to train a prefix beside it, patch(model, PrefixKV(...))"
-                )
                 raise ValueError(
-                    f"model: expected {' or '.join(KEY_VALUE_TYPES)} adapters, got {kind} ({name!r}); {advice}"
+                    f"model: expected {' or '.join(KEY_VALUE_TYPES)} adapters, or prompts, got {kind} ({name!r}); "
+                    "to train a prefix beside it, patch(model, PrefixKV(...))"
                 )
-        super().__init__(model, model.get_base_model(), options)
+        super().__init__(model, model.get_base_model(), options, packing=packing, logits=logits)
         self.fix_seq2seq_layout = fix_seq2seq_layout
 
     def install(self) -> None:
@@ -84,6 +83,16 @@ class PeftPatch(ModelPatch):
         """What :meth:`get_prompt` returned, unless the adapter is disabled."""
         cache = self_attention_cache(kwargs.get("past_key_values"))
         return cache if isinstance(cache, PrefixCache) else None
+
+    def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
+        """A training step on a padded batch, or on packed rows; PEFT has put both behind the prefix."""
+        cache = self.find_cache(kwargs)
+        if cache is None or cache.stores:
+            return None
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask[:, cache.offset :]
+        return self.pack_sequences(kwargs, mask, None if position_ids is None else position_ids - cache.offset)
 
     def get_prompt(
         self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None

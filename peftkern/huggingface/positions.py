@@ -44,8 +44,8 @@ class PositionTable:
         if end > self.num_positions:
             raise ValueError(
                 f"input_ids: expected at most {self.num_positions} positions, the length of the model's position "
-                f"table, got {end}, of which the prefix takes {cache.offset}; shorten the sequence, or patch a "
-                "PrefixKV with shift_positions=False, which takes none"
+                f"table, got {end}, of which the prefix takes {cache.taken_positions}; shorten the sequence, or "
+                "patch a PrefixKV with shift_positions=False, which takes none"
             )
 
     def _end(self, cache: PrefixCache, kwargs: dict[str, Any]) -> int:

@@ -8,13 +8,15 @@ returned. Cross attention and encoders do not, layers that share the keys of ano
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+
+from .masks import LazyMask
 
 __all__ = ["Site", "find_backbone", "survey"]
 
@@ -27,12 +29,16 @@ class Site:
         name: the module's path in the model.
         layer: the cache layer whose keys it reads.
         num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
+        pattern: (causal, window) of its mask, or None for any other mask.
+        counts_rows: whether the model counts positions by the cache while its layers run.
     """
 
     name: str
     layer: int
     num_kv_heads: int
     head_dim: int
+    pattern: tuple[bool, int | None] | None = None
+    counts_rows: bool = False
 
 
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -65,6 +71,8 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         Cache.__init__(self, layers=[])
         self.names = names
         self.sites: dict[nn.Module, Site] = {}
+        self.counts_rows = False
+        self.stream = None
         # The tensors are held, so that no later one can have the address of an earlier one.
         self.returned: list[tuple[int, Tensor, Tensor]] = []
 
@@ -79,13 +87,18 @@ class _Survey(DynamicCache):  # type: ignore[misc]
 
     has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 
-    def take(self, module: nn.Module, key: Tensor) -> None:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self.counts_rows |= bool(self.returned)
+        return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
+
+    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
+        pattern = mask.pattern if isinstance(mask, LazyMask) else None
         address = key.untyped_storage().data_ptr()
-        for layer, returned, value in self.returned:
+        for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
-                site = Site(self.names[module], layer, key.shape[1], key.shape[3])
-                if value.shape != key.shape:
-                    shapes = f"keys {list(key.shape)} and values {list(value.shape)}"
+                site = Site(self.names[module], layer, key.shape[1], key.shape[3], pattern)
+                if values.shape != key.shape:
+                    shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
                     raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
                 if self.sites.setdefault(module, site) != site:
                     raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
@@ -120,4 +133,4 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
             f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that the cache gives: "
             "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
-    return record.sites
+    return {module: replace(site, counts_rows=record.counts_rows) for module, site in record.sites.items()}

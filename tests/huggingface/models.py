@@ -13,7 +13,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers as hf
-from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 
 import peftkern
@@ -180,6 +189,45 @@ def peft_model(family: Family, *, patched: bool, dtype: torch.dtype = torch.floa
     return peftkern.patch(model) if patched else model
 
 
+PROMPTS: dict[str, Callable[..., Any]] = {
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": lambda **settings: PromptEncoderConfig(encoder_hidden_size=24, **settings),
+    "MULTITASK_PROMPT_TUNING": lambda **settings: MultitaskPromptTuningConfig(num_tasks=4, **settings),
+    "CPT": lambda task_type, num_virtual_tokens: CPTConfig(
+        task_type=task_type, cpt_token_ids=[3, 4, 5, 6, 7], cpt_mask=[1] * 5, cpt_tokens_type_mask=[1, 2, 3, 4, 4]
+    ),
+}
+"""The configuration of each kind of prompt at the embedding."""
+
+TASK_IDS = torch.tensor([2, 0, 2])
+
+
+def prompt_model(
+    family: Family,
+    kind: str = "PROMPT_TUNING",
+    *,
+    patched: bool,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> PeftModel:
+    """A prompt with the same weights at every call, as PEFT has it or patched with the options."""
+    model = base_model(family, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = get_peft_model(model, PROMPTS[kind](task_type=family.task, num_virtual_tokens=PREFIX))
+        for parameter in model.prompt_encoder.parameters():
+            if kind != "CPT":
+                nn.init.normal_(parameter, std=0.5)
+    if dtype == torch.float64:
+        model = model.double()
+    return peftkern.patch(model, **options) if patched else model
+
+
+def behind_prompt(mask: Tensor | None) -> Tensor | None:
+    """A mask [B, S] with columns for the prompt, [B, P + S]."""
+    return None if mask is None else torch.nn.functional.pad(mask, (PREFIX, 0), value=1)
+
+
 def native_prefix(reference: PeftModel) -> PrefixKV:
     """A :class:`peftkern.PrefixKV` with the values of a PEFT model's flat prefix."""
     config = reference.active_peft_config
@@ -207,11 +255,11 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def training_step(model: nn.Module, task: str, mask: Tensor | None = None) -> Step:
-    """One forward and backward; gradients of whatever requires them."""
+def training_step(model: nn.Module, task: str, mask: Tensor | None = None, **inputs: Any) -> Step:
+    """One forward and backward; gradients of whatever requires them. ``inputs`` add to the usual or replace them."""
     model.train()
     model.zero_grad()
-    out = model(input_ids=IDS, attention_mask=mask, **labels_of(task))
+    out = model(**{"input_ids": IDS, "attention_mask": mask, **labels_of(task), **inputs})
     if task == "FEATURE_EXTRACTION":
         output = out.last_hidden_state
         loss = (output * torch.linspace(-1.0, 1.0, output.shape[-1])).mean()
@@ -246,7 +294,5 @@ def step_difference(got: Step, want: Step, mask: Tensor | None = None) -> tuple[
 def generate(model: Any, task: str, **options: Any) -> Tensor:
     """Six new tokens, with padding on the side where the task has it."""
     torch.manual_seed(3)
-    mask = LEFT if task == "CAUSAL_LM" else RIGHT
-    return model.generate(
-        input_ids=IDS, attention_mask=mask, max_new_tokens=6, pad_token_id=0, eos_token_id=None, **options
-    )
+    inputs = {"input_ids": IDS, "attention_mask": LEFT if task == "CAUSAL_LM" else RIGHT, **options}
+    return model.generate(**inputs, max_new_tokens=6, pad_token_id=0, eos_token_id=None)

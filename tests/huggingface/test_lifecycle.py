@@ -274,19 +274,52 @@ REFUSED = {
     "LoRA": (
         lambda: get_peft_model(models.base_model(LLAMA), LoraConfig(task_type="CAUSAL_LM")),
         {},
-        "expected PREFIX_TUNING or CARTRIDGE adapters, got LORA",
+        "expected PREFIX_TUNING or CARTRIDGE adapters, or prompts, got LORA",
     ),
-    "prompt tuning": (
-        lambda: get_peft_model(
-            models.base_model(LLAMA), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-        ),
-        {},
-        "got PROMPT_TUNING.*soft_prompt_embedding",
-    ),
-    "soft prompt": (
+    "prompt without positions": (
         lambda: models.base_model(LLAMA),
-        {"prefix": SoftPrompt(models.base_model(LLAMA), 4)},
-        "expected a PrefixKV, got SoftPrompt.*soft_prompt_embedding",
+        {"prefix": SoftPrompt(models.base_model(LLAMA), 4), "shift_positions": False},
+        "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows",
+    ),
+    "prompt of another width": (
+        lambda: models.base_model(LLAMA),
+        {"prefix": SoftPrompt(None, 4, embed_dim=32)},
+        "prefix: expected a prompt as wide as the token embeddings, 64, got 32",
+    ),
+    "prompt of a bidirectional model": (
+        lambda: models.base_model(FAMILIES["bert"]),
+        {"prefix": SoftPrompt(models.base_model(FAMILIES["bert"]), 4)},
+        "model: its batches cannot be packed behind a prompt: .*mask other than a causal one",
+    ),
+    "bugs of a prefix": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"peft_bugs": True},
+        "peft_bugs: expected False but for a PEFT model with a prompt",
+    ),
+    "labelled logits of padded batches": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"logits": "labelled", "packing": False},
+        "logits: expected 'all', got 'labelled'; packing=False",
+    ),
+    "labelled logits of classes": (
+        lambda: models.peft_model(models.TASKS["llama SEQ_CLS"], patched=False),
+        {"logits": "labelled"},
+        "logits: expected 'all', got 'labelled'; LlamaForSequenceClassification has no logits of tokens",
+    ),
+    "labelled logits behind other masks": (
+        lambda: models.prompt_model(FAMILIES["llama4 (chunks)"], patched=False),
+        {"logits": "labelled"},
+        "logits: expected 'all', got 'labelled'; .*mask other than a causal one",
+    ),
+    "prompt without a task": (
+        lambda: PeftModel(models.base_model(LLAMA), PromptTuningConfig(num_virtual_tokens=4)),
+        {},
+        "model: expected a task_type in the configuration of adapter 'default'",
+    ),
+    "unknown logits": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"logits": "some"},
+        "logits: expected 'all' or 'labelled', got 'some'",
     ),
     "two prefixes": (
         lambda: models.peft_model(LLAMA, patched=False),
@@ -401,8 +434,8 @@ def test_the_next_layer_reads_what_the_kernel_wrote(monkeypatch):
         written.append(out.data_ptr())
         return out
 
-    monkeypatch.setattr(attention, "prefix_attention", spy)
     model = models.peft_model(LLAMA, patched=True)
+    monkeypatch.setattr(attention, "prefix_attention", spy)
     for layer in model.get_base_model().model.layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: read.append(args[0].data_ptr()))
     model(input_ids=IDS, attention_mask=LEFT)

@@ -311,9 +311,9 @@ def test_the_cache_of_a_training_step_cannot_be_continued():
         model(input_ids=IDS, past_key_values=cache)
 
 
-def test_packed_sequences_are_refused():
+def test_packed_sequences_that_are_not_a_training_step_are_refused():
     """Stock PEFT lets them see each other without a word."""
-    model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX))
+    model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
     with pytest.raises(ValueError, match="position_ids: expected one sequence a row"):
         model(input_ids=IDS, position_ids=positions)

@@ -171,10 +171,11 @@ def train(model, folder, max_steps=4, resume=False, **arguments):
         use_cpu=True, logging_steps=1, disable_tqdm=True, seed=0, data_seed=0,
         lr_scheduler_type="constant", **{"save_strategy": "no", **arguments},
     )  # fmt: skip
-    trainer = Trainer(model=model, train_dataset=data, args=arguments)
+    trainer = Trainer(model=model, train_dataset=data, eval_dataset=data[:3], args=arguments)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
-    return [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    return [round(entry[key], 5) for key in ("loss", "eval_loss") for entry in history if key in entry]
 
 
 def test_trainer_logs_the_losses_of_peft(tmp_path):
@@ -182,6 +183,16 @@ def test_trainer_logs_the_losses_of_peft(tmp_path):
     assert train(models.peft_model(LLAMA, patched=True), tmp_path) == stock
     assert train(models.peft_model(LLAMA, patched=True), tmp_path, gradient_checkpointing=True) == stock
     assert len(set(stock)) == len(stock) == 4, "it must have learned something"
+
+
+def test_trainer_logs_the_losses_of_peft_behind_a_prompt(tmp_path):
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
+    stock = train(models.prompt_model(LLAMA, patched=False), tmp_path, **evaluation)
+    stock_to_rounding = pytest.approx(stock, abs=2e-5)
+    assert train(models.prompt_model(LLAMA, patched=True), tmp_path, **evaluation) == stock_to_rounding
+    checkpointed = models.prompt_model(LLAMA, patched=True, logits="labelled")
+    assert train(checkpointed, tmp_path, gradient_checkpointing=True) == pytest.approx(stock[:4], abs=2e-5)
+    assert len(set(stock)) == len(stock), "it must have learned something"
 
 
 def test_trainer_resumes_a_native_prefix(tmp_path):
@@ -205,18 +216,20 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _worker(rank, port, report, native, strategy):
+def _worker(rank, port, report, kind, strategy):
+    native = kind == "native"
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    reference = models.peft_model(LLAMA, patched=False).train()
+    build = models.prompt_model if kind == "prompt" else models.peft_model
+    reference = build(LLAMA, patched=False).train()
     ids = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(3))
     reference(input_ids=ids, labels=ids).loss.backward()
     if native:
         prefix = models.native_prefix(reference)
         model, parameter = peftkern.patch(models.base_model(LLAMA), prefix, freeze=True), prefix.trainable[0]
     else:
-        model = models.peft_model(LLAMA, patched=True)
+        model = build(LLAMA, patched=True)
         parameter = models.peft_prefix(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if strategy == "ddp":
@@ -240,10 +253,10 @@ def _worker(rank, port, report, native, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
-def test_two_processes(native, strategy):
+@pytest.mark.parametrize("kind", ["peft", "native", "prompt"])
+def test_two_processes(kind, strategy):
     """With checkpointing, on gloo: the gradient of both halves is that of the whole batch."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "difference")
-        torch.multiprocessing.spawn(_worker, args=(_free_port(), report, native, strategy), nprocs=2)
+        torch.multiprocessing.spawn(_worker, args=(_free_port(), report, kind, strategy), nprocs=2)
         assert torch.load(report) <= TOLERANCE

@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that run once a batch, against PEFT, which runs them once a sample."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import PromptTuningConfig
+
+import peftkern
+from peftkern import SoftPrompt
+from peftkern.huggingface.cache import PrefixCache
+from tests.huggingface import models
+from tests.huggingface.models import (
+    BATCH,
+    FAMILIES,
+    IDS,
+    LEFT,
+    ONES,
+    PREFIX,
+    RIGHT,
+    SEQ,
+    TASK_IDS,
+    TASKS,
+    VOCAB,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+
+FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
+LLAMA = FAMILIES["llama (GQA)"]
+CAUSAL = [name for name, family in FAMILIES.items() if family.task == "CAUSAL_LM"]
+CONCATENATED = ("llama4 (chunks)",)
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "beam": {"do_sample": False, "num_beams": 3},
+    "sample": {"do_sample": True},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+def assert_same_step(got, want, mask=None, tolerance=FP32_TOLERANCE):
+    assert got.output.shape == want.output.shape, "outputs have another shape than PEFT's"
+    assert models.difference(got.loss, want.loss) <= tolerance, "losses differ"
+    output, gradients = models.step_difference(got, want, models.behind_prompt(mask))
+    assert output <= tolerance, f"outputs differ by {output:.1e}"
+    assert gradients <= tolerance, f"gradients differ by {gradients:.1e}"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_loss_outputs_and_gradients_are_those_of_peft(name):
+    family = FAMILIES[name]
+    stock, patched = (models.prompt_model(family, patched=p) for p in (False, True))
+    for mask in (None, ONES, RIGHT):
+        want, got = (models.training_step(model, family.task, mask) for model in (stock, patched))
+        assert_same_step(got, want, mask)
+
+
+@pytest.fixture
+def fp64_throughout(monkeypatch):
+    """Stock norms, softmaxes and losses compute in fp32 whatever the model's dtype; here fp64 stays fp64."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def keep(x, *args, **kwargs):
+        narrows = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if narrows else to(x, *args, **kwargs)
+
+    def keep_softmax(x, dim, dtype=None):
+        return softmax(x, dim=dim, dtype=torch.float64 if x.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: keep(x, torch.float32))
+    monkeypatch.setattr(torch.nn.functional, "softmax", keep_softmax)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_fp64_agrees_to_ten_digits(name, fp64_throughout):
+    family = FAMILIES[name]
+    stock, patched = (models.prompt_model(family, patched=p, dtype=torch.float64) for p in (False, True))
+    for mask in (None, RIGHT):
+        want, got = (models.training_step(model, family.task, mask) for model in (stock, patched))
+        assert_same_step(got, want, mask, FP64_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)"])
+@pytest.mark.parametrize("kind", ["P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"])
+def test_every_kind_of_prompt(name, kind):
+    family = FAMILIES[name]
+    inputs = {"task_ids": TASK_IDS} if kind.startswith("MULTITASK") else {}
+    for mask in (None, RIGHT):
+        steps = []
+        for patched in (False, True):
+            model = models.prompt_model(family, kind, patched=patched)
+            steps.append(models.training_step(model, family.task, mask, labels=IDS.clone(), **inputs))
+        assert_same_step(steps[1], steps[0], mask)
+
+
+def rows_of(model):
+    """A list that gets the number of rows of each forward through the first layer."""
+    rows = []
+    layer = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(args[0].shape[:2].numel()), with_kwargs=True
+    )
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "prompts"),
+    [("PROMPT_TUNING", {}, 1), ("MULTITASK_PROMPT_TUNING", {"task_ids": TASK_IDS}, 2)],
+)
+def test_prompts_run_once_and_padding_not_at_all(kind, inputs, prompts):
+    model = models.prompt_model(LLAMA, kind, patched=True)
+    rows = rows_of(model)
+    labels = IDS.masked_fill(RIGHT == 0, -100)
+    models.training_step(model, LLAMA.task, RIGHT, labels=labels, **inputs)
+    assert rows == [prompts * PREFIX + int(RIGHT.sum())]
+
+
+def test_padding_with_labels_counts_as_in_peft():
+    """Its rows are kept for their loss, and nothing sees them."""
+    model = models.prompt_model(LLAMA, patched=True)
+    rows = rows_of(model)
+    got = models.training_step(model, LLAMA.task, RIGHT)
+    assert rows == [PREFIX + BATCH * SEQ - 1], "the last row of padding predicts nothing"
+    assert_same_step(got, models.training_step(models.prompt_model(LLAMA, patched=False), LLAMA.task, RIGHT), RIGHT)
+
+
+def test_inputs_embeds():
+    stock, patched = (models.prompt_model(LLAMA, patched=p) for p in (False, True))
+    embeds = stock.get_base_model().get_input_embeddings()(IDS).detach()
+    want, got = (
+        models.training_step(model, LLAMA.task, RIGHT, input_ids=None, inputs_embeds=embeds)
+        for model in (stock, patched)
+    )
+    assert_same_step(got, want, RIGHT)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(name, reentrant):
+    if (name, reentrant) == ("gemma3n (shared KV)", True):
+        pytest.skip("the stock model loses gradients of shared keys there")
+    family = FAMILIES[name]
+    want = models.training_step(models.prompt_model(family, patched=False), family.task, RIGHT)
+    model = models.prompt_model(family, patched=True)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_step(models.training_step(model, family.task, RIGHT), want, RIGHT)
+
+
+@pytest.mark.parametrize("name", ["llama (GQA)", pytest.param("mistral (window 4)", marks=pytest.mark.slow)])
+def test_compiled_without_graph_breaks(name):
+    family = FAMILIES[name]
+    for mask in (None, LEFT):
+        want = models.training_step(models.prompt_model(family, patched=True), family.task, mask)
+        torch._dynamo.reset()
+        model = models.prompt_model(family, patched=True).train()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss = compiled(input_ids=IDS, attention_mask=mask, labels=IDS).loss
+        loss.backward()
+        assert models.difference(loss, want.loss) <= FP32_TOLERANCE
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for parameter, gradient in want.gradients.items():
+            assert models.difference(gradients[parameter], gradient) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generated_tokens_are_those_of_peft(name):
+    family = FAMILIES[name]
+    stock, patched = (models.prompt_model(family, patched=p).eval() for p in (False, True))
+    for mode, options in GENERATION.items():
+        want, got = (models.generate(m, family.task, attention_mask=ONES, **options) for m in (stock, patched))
+        assert got.tolist() == want.tolist(), mode
+
+
+def test_tasks_generate_with_prompts_of_their_own():
+    stock, patched = (models.prompt_model(LLAMA, "MULTITASK_PROMPT_TUNING", patched=p).eval() for p in (False, True))
+    for mode, options in GENERATION.items():
+        options = {"attention_mask": ONES, "task_ids": TASK_IDS, **options}
+        want, got = (models.generate(m, LLAMA.task, **options) for m in (stock, patched))
+        assert got.tolist() == want.tolist(), mode
+
+
+def test_generation_holds_one_prompt_for_all_rows():
+    model = models.prompt_model(LLAMA, patched=True).eval()
+    rows = rows_of(model)
+    with torch.no_grad():
+        cache = model(input_ids=IDS).past_key_values
+    assert rows == [PREFIX + BATCH * SEQ]
+    assert isinstance(cache, PrefixCache)
+    assert [key.shape for key, _ in cache.prefix] == [(2, PREFIX, 16)] * 2
+    assert [layer.keys.shape for layer in cache.layers] == [(BATCH, 2, SEQ, 16)] * 2
+
+
+@torch.no_grad()
+def test_a_cache_can_be_continued():
+    model = models.prompt_model(LLAMA, patched=True).eval()
+    want = model(input_ids=IDS).logits[:, -2:]
+    cache = model(input_ids=IDS[:, :-2]).past_key_values
+    got = model(input_ids=IDS[:, -2:], past_key_values=cache, attention_mask=ONES).logits
+    assert models.difference(got, want) <= FP32_TOLERANCE
+
+
+def one_by_one(model, mask, **inputs):
+    """Logits of the tokens of each sample, run alone and without padding."""
+    rows = []
+    for i, row in enumerate(mask.bool()):
+        out = model(input_ids=IDS[i : i + 1, row], **{k: v[i : i + 1] for k, v in inputs.items()})
+        rows.append(out.logits[0, -int(row.sum()) :])
+    return rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)", "opt"])
+def test_left_padding_does_not_move_the_sequence(name):
+    family = FAMILIES[name]
+    model = models.prompt_model(family, patched=True).eval()
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            got = model(input_ids=IDS, attention_mask=LEFT, use_cache=False).logits[:, PREFIX:]
+    # OPT counts positions by the mask, and PEFT is right there.
+    assert len(notices) == (name != "opt"), "there is one notice"
+    assert all("left padding: the sequence begins right behind the prompt" in str(n.message) for n in notices)
+    for logits, row, want in zip(got, LEFT.bool(), one_by_one(model, LEFT), strict=True):
+        assert models.difference(logits[row], want) <= FP32_TOLERANCE
+
+
+def test_left_padding_trains_as_right_padding_does():
+    """The same sequences, padded on either side."""
+    left, right = (IDS.new_zeros(2, SEQ) for _ in range(2))
+    left[0, 3:], right[0, :4] = IDS[0, :4], IDS[0, :4]
+    left[1], right[1] = IDS[1], IDS[1]
+    steps = []
+    for ids in (left, right):
+        mask = (ids != 0).long()
+        model = models.prompt_model(LLAMA, patched=True)
+        labels = ids.masked_fill(mask == 0, -100)
+        steps.append(models.training_step(model, LLAMA.task, mask, input_ids=ids, labels=labels))
+    assert models.difference(steps[0].loss, steps[1].loss) <= FP32_TOLERANCE
+    for name, gradient in steps[1].gradients.items():
+        assert models.difference(steps[0].gradients[name], gradient) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama (GQA)", "mistral (window 4)"])
+def test_generation_from_left_padding_is_that_of_each_sample_alone(name):
+    family = FAMILIES[name]
+    model = models.prompt_model(family, patched=True).eval()
+    got = models.generate(model, family.task, attention_mask=LEFT, do_sample=False)[:, SEQ:]
+    if name != "llama (GQA)":  # windows count the padding between prompt and sequence, as in PEFT
+        return
+    for i, row in enumerate(LEFT.bool()):
+        want = model.generate(
+            input_ids=IDS[i : i + 1, row], attention_mask=ONES[i : i + 1, row], max_new_tokens=6, pad_token_id=0,
+            eos_token_id=None, do_sample=False,
+        )  # fmt: skip
+        assert got[i].tolist() == want[0, -6:].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_peft_bugs_reproduces_peft():
+    stock = models.prompt_model(LLAMA, patched=False)
+    patched = models.prompt_model(LLAMA, patched=True, peft_bugs=True)
+    positions = torch.arange(SEQ).expand(BATCH, -1) + 2
+    for inputs in ({"attention_mask": LEFT}, {"attention_mask": RIGHT, "position_ids": positions}):
+        want, got = (models.training_step(m, LLAMA.task, **inputs) for m in (stock, patched))
+        assert torch.equal(got.loss, want.loss)
+        assert torch.equal(got.output, want.output)
+    want, got = (models.generate(m.eval(), LLAMA.task, do_sample=False) for m in (stock, patched))
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_type_without_padding(name):
+    family = TASKS[name]
+    if family.task == "TOKEN_CLS":  # PEFT raises with labels
+        inputs = {"labels": None}
+        with torch.no_grad():
+            want, got = (
+                models.prompt_model(family, patched=p).train()(input_ids=IDS, **inputs).logits for p in (False, True)
+            )
+        assert got.shape == want.shape
+        assert models.difference(got, want) <= FP32_TOLERANCE
+        return
+    want, got = (models.training_step(models.prompt_model(family, patched=p), family.task) for p in (False, True))
+    assert_same_step(got, want)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama QUESTION_ANS", "llama FEATURE_EXTRACTION", "bert QUESTION_ANS", "bert FEATURE_EXTRACTION"]
+)
+def test_heads_that_may_look_at_padding_get_it(name):
+    family = TASKS[name]
+    want, got = (
+        models.training_step(models.prompt_model(family, patched=p), family.task, RIGHT) for p in (False, True)
+    )
+    assert_same_step(got, want)
+
+
+@pytest.mark.parametrize("name", ["llama TOKEN_CLS", "bert TOKEN_CLS"])
+def test_labels_of_tokens(name):
+    """PEFT raises. The loss is that of the tokens' rows."""
+    family = TASKS[name]
+    model = models.prompt_model(family, patched=True)
+    labels = (IDS % 3).masked_fill(RIGHT == 0, -100)
+    step = models.training_step(model, family.task, RIGHT, labels=labels)
+    assert step.output.shape == (BATCH, PREFIX + SEQ, 3)
+    want = torch.nn.functional.cross_entropy(step.output[:, PREFIX:].flatten(0, 1), labels.flatten())
+    assert models.difference(step.loss, want) <= FP32_TOLERANCE
+    stock = models.prompt_model(family, patched=False).train()
+    with pytest.raises(ValueError, match="batch_size"):
+        stock(input_ids=IDS, attention_mask=RIGHT, labels=labels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama SEQ_CLS", "gpt2 SEQ_CLS"])
+@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
+def test_decoders_pool_the_last_token(name, mask):
+    family = TASKS[name]
+    model = models.prompt_model(family, patched=True).eval()
+    ids = IDS.masked_fill(mask == 0, 0)  # the models' padding
+    with pytest.warns(UserWarning, match="SEQ_CLS: the last token is pooled"):
+        got = model(input_ids=ids, attention_mask=mask).logits
+    for i, row in enumerate(mask.bool()):
+        want = model(input_ids=ids[i : i + 1, row]).logits
+        assert models.difference(got[i : i + 1], want) <= FP32_TOLERANCE
+    peftkern.unpatch(model)
+    stock = model(input_ids=ids, attention_mask=mask).logits
+    peftkern.patch(model, peft_bugs=True)
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, stock)
+
+
+def test_labelled_logits_have_equal_loss_and_gradients():
+    labels = IDS.masked_fill(RIGHT == 0, -100)
+    labels[:, 1:4] = -100
+    for mask in (None, RIGHT):
+        stock = models.prompt_model(LLAMA, patched=False)
+        want = models.training_step(stock, LLAMA.task, mask, labels=labels)
+        patched = models.prompt_model(LLAMA, patched=True, logits="labelled")
+        got = models.training_step(patched, LLAMA.task, mask, labels=labels)
+        assert models.difference(got.loss, want.loss) <= FP32_TOLERANCE
+        for name, gradient in want.gradients.items():
+            assert models.difference(got.gradients[name], gradient) <= FP32_TOLERANCE
+        supervised = torch.nn.functional.pad(labels, (PREFIX - 1, 1), value=-100) != -100
+        first = supervised.clone()
+        first[:, PREFIX:] = False
+        rows = torch.cat([want.output[first], want.output[supervised & ~first]])
+        assert got.output.shape == (1, int((labels != -100).sum()), VOCAB)
+        evaluated = patched.eval()(input_ids=IDS, attention_mask=mask, labels=labels).logits
+        assert evaluated.shape == want.output.shape, "evaluation has all logits"
+        assert models.difference(got.output[0], rows) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama (GQA)", "gpt2"])
+def test_a_soft_prompt_in_a_plain_model(name):
+    """Callers speak of the sequence alone; the loss is PEFT's."""
+    family = FAMILIES[name]
+    stock = models.prompt_model(family, patched=False)
+    prompt = SoftPrompt(stock.get_base_model(), PREFIX, init=models.peft_prefix(stock).detach())
+    model = peftkern.patch(models.base_model(family), prompt, freeze=True)
+    for mask in (None, RIGHT):
+        want, got = (models.training_step(m, family.task, mask) for m in (stock, model))
+        assert got.output.shape == (BATCH, SEQ, VOCAB)
+        assert models.difference(got.loss, want.loss) <= FP32_TOLERANCE
+        assert models.difference(prompt.weight.grad, models.peft_prefix(stock).grad) <= FP32_TOLERANCE
+    want, got = (
+        models.generate(m.eval(), family.task, attention_mask=ONES, do_sample=False, num_beams=2)
+        for m in (stock, model)
+    )
+    assert got.tolist() == want.tolist()
+    peftkern.unpatch(model)
+    assert not hasattr(model, "peftkern_prompt")
+
+
+def test_a_bank_of_soft_prompts():
+    bank = SoftPrompt(models.base_model(LLAMA), PREFIX, num_prompts=4, init="vocab")
+    model = peftkern.patch(models.base_model(LLAMA), bank, freeze=True)
+    step = models.training_step(model, LLAMA.task, prompt_ids=TASK_IDS)
+    used = bank.weight.grad.abs().amax((1, 2)) > 0
+    assert used.tolist() == [True, False, True, False]
+    peftkern.unpatch(model)
+    losses = []
+    for i, task in enumerate(TASK_IDS):
+        alone = SoftPrompt(model, PREFIX, init=bank.weight[task].detach())
+        with peftkern.patched(model, alone):
+            losses.append(model(input_ids=IDS[i : i + 1], labels=IDS[i : i + 1]).loss)
+    assert models.difference(step.loss, torch.stack(losses).mean()) <= FP32_TOLERANCE
+    with peftkern.patched(model, bank), pytest.raises(ValueError, match="prompt_ids: expected the prompt of each"):
+        model(input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "t5", "umt5 (bias per layer)", "bart"])
+def test_other_models_keep_the_concatenation(name):
+    family = FAMILIES[name]
+    kinds = ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"]
+    for kind in kinds if name in ("bert", "t5") else kinds[:1]:
+        inputs = {"task_ids": TASK_IDS} if kind.startswith("MULTITASK") else {}
+        stock, patched = (models.prompt_model(family, kind, patched=p) for p in (False, True))
+        want, got = (models.training_step(m, family.task, RIGHT, **inputs) for m in (stock, patched))
+        assert_same_step(got, want)
+        assert "the prompt is put before every sample" in peftkern.explain(patched)
+    assert peftkern.explain(peftkern.patch(peftkern.unpatch(patched))) == peftkern.explain(patched)
+
+
+@pytest.mark.parametrize("name", CONCATENATED)
+def test_what_cannot_be_packed_says_why(name):
+    model = models.prompt_model(FAMILIES[name], patched=True)
+    explanation = peftkern.explain(model)
+    assert "put before every sample" in explanation
+    assert "mask other than a causal one" in explanation
+    packed = peftkern.explain(models.prompt_model(LLAMA, patched=True))
+    assert packed == "LlamaForCausalLM: the prompt runs once a batch, before the sequences without their padding"
+
+
+def test_a_model_that_counts_rows_is_found_out():
+    """Its positions are those of the batch's columns, whatever it is told."""
+    family = FAMILIES["llama (GQA)"]
+
+    def model(patched):
+        model = models.prompt_model(family, patched=False)
+        rotary = model.get_base_model().model.rotary_emb
+        stock = rotary.forward
+        rotary.forward = lambda x, position_ids: stock(x, torch.arange(x.shape[1])[None])
+        return peftkern.patch(model) if patched else model
+
+    assert "does not compute a stream's rows by themselves" in peftkern.explain(model(True))
+    want, got = (models.training_step(model(p), family.task) for p in (False, True))
+    assert_same_step(got, want)
+
+
+def test_arguments_that_cannot_be_packed_go_the_way_of_peft():
+    stock, patched = (models.prompt_model(LLAMA, patched=p).train() for p in (False, True))
+    rows = rows_of(patched)
+    for inputs in ({"output_attentions": True}, {"shift_labels": IDS.new_zeros(BATCH, PREFIX + SEQ)}):
+        rows.clear()
+        want = stock(input_ids=IDS, labels=IDS, **inputs).loss
+        with pytest.warns(UserWarning, match=f"{next(iter(inputs))} .*the prompt put before every sample"):
+            got = patched(input_ids=IDS, labels=IDS, **inputs).loss
+        assert rows == [BATCH * (PREFIX + SEQ)]
+        assert models.difference(got, want) <= FP32_TOLERANCE
+
+
+def test_a_copy_is_a_patched_model_of_its_own():
+    model = models.prompt_model(LLAMA, patched=True)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        models.peft_prefix(copied).zero_()
+    want = models.training_step(models.prompt_model(LLAMA, patched=True), LLAMA.task)
+    assert_same_step(models.training_step(model, LLAMA.task), want)
+    assert not torch.equal(models.training_step(copied, LLAMA.task).loss, want.loss)
+    assert peftkern.unpatch(copied) is copied
+
+
+def test_adapters_can_be_added_and_switched_while_patched():
+    losses = []
+    for patched in (False, True):
+        model = models.prompt_model(LLAMA, patched=patched)
+        torch.manual_seed(5)
+        model.add_adapter("longer", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX + 2))
+        model.set_adapter("longer")
+        losses.append(model.train()(input_ids=IDS, labels=IDS).loss)
+    assert models.difference(losses[1], losses[0]) <= FP32_TOLERANCE
+
+
+def test_a_disabled_adapter_leaves_the_base_model():
+    model = models.prompt_model(LLAMA, patched=True).eval()
+    with torch.no_grad(), model.disable_adapter():
+        got = model(input_ids=IDS, attention_mask=LEFT).logits
+        want = models.base_model(LLAMA).eval()(input_ids=IDS, attention_mask=LEFT).logits
+        assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama (GQA)", "bert"])
+def test_unpatch_restores_to_the_bit(name):
+    family = FAMILIES[name]
+    model = models.prompt_model(family, patched=False).eval()
+    before, attributes = model(input_ids=IDS, attention_mask=RIGHT).logits, set(vars(model))
+    peftkern.patch(model)
+    model(input_ids=IDS, attention_mask=RIGHT)
+    peftkern.unpatch(model)
+    assert set(vars(model)) == attributes
+    assert torch.equal(model(input_ids=IDS, attention_mask=RIGHT).logits, before)
+
+
+def test_positions_that_run_off_the_table_are_refused():
+    model = models.prompt_model(FAMILIES["gpt2"], patched=True)
+    ids = torch.ones(2, 60, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"expected at most 64 positions.*got 65, of which the prefix takes 5"):
+        model(input_ids=ids)
