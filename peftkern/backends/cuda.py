@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels in CUDA C++ (``csrc/cuda``), built ahead of time: no compiler and no warm-up on the user's machine.
+
+A whole attention in fp16 and bf16, for those without another library's kernel; and the parts that stand beside one:
+:func:`merge_prefix`, :func:`merge_prefix_backward`, :func:`lay_slot` and :func:`sum_slot`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native_cuda
+from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 256
+_REFUSED = {"bias": "bias", "prefix_bias": "prefix_bias", "gate": "gate", "dropout": "dropout"}
+
+
+def why_not(call: Call) -> list[str]:
+    return limits(call) + _lacks(call.device)
+
+
+def limits(call: Call) -> list[str]:
+    """What no machine can run here."""
+    reasons = []
+    if call.dtype not in _DTYPES:
+        reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'")
+    if call.op == "prefix_attention":
+        head_dim = call.q_shape[-1]
+        if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
+            reasons.append(f"head dim {head_dim} is no multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
+        refused = [name for feature, name in _REFUSED.items() if feature in call.features]
+        if refused:
+            reasons.append(f"has no {', '.join(refused)}: use backend='triton'")
+    return reasons
+
+
+def _lacks(device: torch.device) -> list[str]:
+    """What this machine and ``device`` lack."""
+    if native_cuda.MISSING:
+        return [native_cuda.MISSING]
+    if device.type != native_cuda.DEVICE_TYPE:
+        return [f"runs on {native_cuda.DEVICE_TYPE} tensors, not on {device.type}"]
+    if device.type != "cuda":
+        return []
+    if torch.version.hip is not None:
+        return ["needs an NVIDIA GPU: use backend='triton'"]
+    if not torch.cuda.is_available():
+        return ["torch sees no GPU"]
+    reason = native_cuda.unsupported(*torch.cuda.get_device_capability(device))
+    return [reason] if reason else []
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, with every row on 16 bytes."""
+    if x.data_ptr() % 16 == 0 and all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _prepared(args: AttentionArgs) -> AttentionArgs:
+    """``args`` as the kernels want them: rows on 16 bytes, the prefix in q's dtype."""
+    return args._replace(
+        q=_aligned(args.q), k=_aligned(args.k), v=_aligned(args.v),
+        prefix_k=_aligned(args.prefix_k.to(args.q.dtype)), prefix_v=_aligned(args.prefix_v.to(args.q.dtype)),
+    )  # fmt: skip
+
+
+def merge_prefix(
+    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of prefix, sinks and the sequence's ``part_out`` [B, Hq, S, D] and ``part_lse`` [B, Hq, S].
+
+    The parts have any strides (unit along D) and are merged in place where they lie as the op's outputs do.
+    ``part_lse * lse_unit`` is in natural logarithm; None: there is no sequence.
+    """
+    out, lse = allocate_outputs(args)
+    if part_out is not None:
+        part_out = _aligned(part_out)
+        out = part_out if part_out.stride() == out.stride() else out
+    if part_lse is not None and part_lse.stride() == lse.stride():
+        lse = part_lse
+    native_cuda.merge_prefix(_prepared(args), part_out, part_lse, lse_unit, out, lse)
+    return out, lse
+
+
+def merge_prefix_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs, part_dq: Tensor | None, gradients: AttentionGradients
+) -> None:
+    """Fill in dq = ``part_dq`` + the prefix's part, dprefix_k and dprefix_v; what is empty nobody needs."""
+    dq = gradients.dq
+    if dq.numel() and part_dq is None:
+        dq.zero_()
+    elif dq.numel() and part_dq is not dq:
+        dq.copy_(part_dq)
+    native_cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, _prepared(args), gradients)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native CUDA library: found and loaded through ctypes, its structs filled, its statuses turned into exceptions.
+
+As :mod:`peftkern.native`, with device pointers and torch's current stream. The library links no CUDA driver, so it loads
+on a machine without a GPU; :data:`MISSING` says what is wrong with it, :func:`unsupported` what a device lacks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends.protocol import AttentionArgs, AttentionGradients
+from .native import ABI_VERSION, DTYPES, NativeError, _attention_fields, _embedding_fields, _pointer
+
+__all__ = [
+    "MISSING",
+    "architectures",
+    "kv_slot",
+    "kv_slot_backward",
+    "merge_prefix",
+    "merge_prefix_backward",
+    "prefix_attention",
+    "prefix_attention_backward",
+    "soft_prompt_embedding",
+    "soft_prompt_embedding_backward",
+    "unsupported",
+]
+
+_PATH = Path(__file__).with_name("libpeftkern_cuda.so")
+_BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
+
+#: Where tensors must lie. The tests load a library that runs the kernels on a CPU.
+DEVICE_TYPE = "cuda"
+
+# The structs of peftkern.h; see peftkern.native.
+_ATTENTION = struct.Struct("=62q3d8qd2q")
+_ATTENTION_BACKWARD = struct.Struct("=62q3d32q5q")
+_SLOT = struct.Struct("=36q")
+_EMBEDDING = struct.Struct("=30q")
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if not _PATH.exists():
+        return None, f"the native CUDA library is not built; {_BUILD}"
+    try:
+        library = ctypes.CDLL(str(_PATH))
+        version = library.peftkern_cuda_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"the native CUDA library does not load ({error}); {_BUILD}"
+    if version != ABI_VERSION:
+        return None, f"the native CUDA library has ABI {version}, this package needs {ABI_VERSION}; {_BUILD}"
+    return declare(library), ""
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """``library`` with the types of its functions."""
+    library.peftkern_cuda_error_string.restype = ctypes.c_char_p
+    library.peftkern_cuda_architectures.restype = ctypes.c_char_p
+    library.peftkern_cuda_workspace_size.restype = ctypes.c_int64
+    for name in (
+        "merge_prefix",
+        "merge_prefix_backward",
+        "prefix_attention",
+        "prefix_attention_backward",
+        "workspace_size",
+        "kv_slot",
+        "kv_slot_backward",
+        "soft_prompt_embedding",
+        "soft_prompt_embedding_backward",
+    ):
+        if hasattr(library, f"peftkern_cuda_{name}"): getattr(library, f"peftkern_cuda_{name}").argtypes = [ctypes.c_char_p]
+    return library
+
+
+_library, MISSING = _load()
+
+
+def architectures() -> tuple[str, ...]:
+    """What the library holds code for, as in TORCH_CUDA_ARCH_LIST: ``("8.0", "9.0+PTX")``."""
+    if _library is None:
+        return ()
+    return tuple(name for name in _library.peftkern_cuda_architectures().decode().split(";") if name)
+
+
+def unsupported(major: int, minor: int) -> str:
+    """Why the library has no code for a GPU of this compute capability, and what to do; empty if it has.
+
+    Machine code runs on GPUs of its major version from its minor version on, PTX on every one from its version on.
+    """
+    built = architectures()
+    for name in built:
+        version = tuple(int(x) for x in name.removesuffix("+PTX").rstrip("af").split("."))
+        if version[0] == major and version[1] <= minor:
+            return ""
+        if name.endswith("+PTX") and version <= (major, minor):
+            return ""
+    if major < 8:
+        return f"sm_{major}{minor} has no asynchronous copies: the kernels need compute capability 8.0"
+    names = ", ".join("sm_" + name.replace(".", "") for name in built)
+    return (
+        f"this wheel has {names}; this GPU is sm_{major}{minor}: rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor} or "
+        "use backend='triton'"
+    )
+
+
+def _call(name: str, arguments: bytes) -> None:
+    if _library is None:
+        raise NativeError(MISSING)
+    status = getattr(_library, f"peftkern_cuda_{name}")(arguments)
+    if status:
+        raise NativeError(f"{name}: {_library.peftkern_cuda_error_string(status).decode()}")
+
+
+def _queue(x: Tensor) -> tuple[int, int]:
+    """Device and stream for work on ``x``."""
+    if x.device.type != "cuda":
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def merge_prefix(
+    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float, out: Tensor, lse: Tensor
+) -> None:
+    """Write ``out`` and ``lse`` (contiguous): prefix, sinks and ``part_out``, ``part_lse`` of the sequence.
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    fields, _kept = _attention_fields(args, out, lse, "auto")
+    fields += [
+        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, *_queue(args.q)
+    ]  # fmt: skip
+    _call("merge_prefix", _ATTENTION.pack(*fields))
+
+
+def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor) -> None:
+    """Write ``out`` and ``lse`` (contiguous).
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    fields, _kept = _attention_fields(args, out, lse, "auto")
+    _call("prefix_attention", _ATTENTION.pack(*fields, *[0] * 8, 1.0, *_queue(args.q)))
+
+
+def _backward(
+    name: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs,
+    gradients: AttentionGradients, delta: Tensor | None,
+) -> None:  # fmt: skip
+    if _library is None:
+        raise NativeError(MISSING)
+    lse = lse.contiguous()
+    fields, _kept = _attention_fields(args, out, lse, "auto")
+    wanted = [x if x.numel() else None for x in gradients[:5]]
+    fields += [
+        dout.data_ptr(), _pointer(dlse), *map(_pointer, wanted), 0, 0, 0, 0,
+        *_strides(dout), *_strides(dlse), *(stride for x in wanted[:3] for stride in _strides(x)), *[0] * 6,
+    ]  # fmt: skip
+    queue = _queue(args.q)
+    size = _library.peftkern_cuda_workspace_size(_ATTENTION_BACKWARD.pack(*fields, 0, 0, 0, *queue))
+    workspace = lse.new_empty(size // 4)
+    _call(name, _ATTENTION_BACKWARD.pack(*fields, _pointer(delta), workspace.data_ptr(), size, *queue))
+
+
+def merge_prefix_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients
+) -> None:
+    """Add the prefix's part to dq, write dprefix_k and dprefix_v; what is empty nobody needs.
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    _backward("merge_prefix_backward", dout, dlse, out, lse, args, gradients, None)
+
+
+def prefix_attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
+    delta: Tensor,
+) -> None:  # fmt: skip
+    """Write dq, dk, dv, dprefix_k, dprefix_v (what is empty nobody needs) and ``delta`` [B, Hq, S].
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    _backward("prefix_attention_backward", dout, dlse, out, lse, args, gradients, delta)
