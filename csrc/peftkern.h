@@ -150,7 +150,7 @@ typedef struct peftkern_cuda_attention_backward {
   void* stream;
 } peftkern_cuda_attention_backward;
 
-// out[b] = [prefix | rows of x], for x = k and x = v in one launch
+// out[b] = [prefix | k[b]], and so for v, in one launch; prefix_dtype may be fp32.
 typedef struct peftkern_cuda_slot {
   const void *k, *v;                // [batch, num_kv_heads, kv_len, head_dim]
   const void *prefix_k, *prefix_v;  // [bank_size, num_kv_heads, prefix_len, head_dim]
@@ -163,11 +163,23 @@ typedef struct peftkern_cuda_slot {
   void* stream;
 } peftkern_cuda_slot;
 
-typedef struct peftkern_cuda_embedding_backward {  // the forward takes it as well and reads `backward.forward`
+// total = the sum of dslot before the sequence, over the samples of each prefix
+typedef struct peftkern_cuda_slot_backward {
+  const void* dslot;         // [batch, num_kv_heads, at least prefix_len, head_dim]
+  const void* prefix_ids;    // [batch], contiguous
+  float* total;              // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
+  int64_t batch, num_kv_heads, head_dim, bank_size, prefix_len;
+  int64_t dslot_stride[3], dtype, prefix_ids_dtype;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_slot_backward;
+
+// The forward reads `backward.forward` only. `dweight` must be null.
+typedef struct peftkern_cuda_embedding {
   peftkern_embedding_backward backward;
   int64_t device;
   void* stream;
-} peftkern_cuda_embedding_backward;
+} peftkern_cuda_embedding;
 
 PEFTKERN_API int peftkern_cuda_abi_version(void);
 PEFTKERN_API const char* peftkern_cuda_error_string(int status);
@@ -186,8 +198,9 @@ PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* a
 PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
 
 PEFTKERN_API int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args);
-PEFTKERN_API int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding_backward* args);
-PEFTKERN_API int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding_backward* args);
+PEFTKERN_API int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args);
+PEFTKERN_API int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding* args);
+PEFTKERN_API int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding* args);
 
 #ifdef __cplusplus
 }

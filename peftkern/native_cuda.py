@@ -41,6 +41,7 @@ DEVICE_TYPE = "cuda"
 _ATTENTION = struct.Struct("=62q3d8qd2q")
 _ATTENTION_BACKWARD = struct.Struct("=62q3d32q5q")
 _SLOT = struct.Struct("=36q")
+_SLOT_BACKWARD = struct.Struct("=15q")
 _EMBEDDING = struct.Struct("=30q")
 
 
@@ -73,7 +74,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "soft_prompt_embedding",
         "soft_prompt_embedding_backward",
     ):
-        if hasattr(library, f"peftkern_cuda_{name}"): getattr(library, f"peftkern_cuda_{name}").argtypes = [ctypes.c_char_p]
+        getattr(library, f"peftkern_cuda_{name}").argtypes = [ctypes.c_char_p]
     return library
 
 
@@ -192,3 +193,64 @@ def prefix_attention_backward(
         NativeError: with the library's reason.
     """
     _backward("prefix_attention_backward", dout, dlse, out, lse, args, gradients, delta)
+
+
+def kv_slot(args: AttentionArgs, slot_k: Tensor, slot_v: Tensor) -> None:
+    """Write [prefix | k] and [prefix | v] [B, Hkv, P + T, D].
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    prefix_k, prefix_v = (x if x.dim() == 4 else x[None] for x in (args.prefix_k, args.prefix_v))
+    ids = None if args.prefix_ids is None else args.prefix_ids.contiguous()
+    batch, kv_heads, kv_len, head_dim = args.k.shape
+    tensors = (args.k, args.v, prefix_k, prefix_v, slot_k, slot_v)
+    pointers = [x.data_ptr() for x in tensors]
+    _call("kv_slot", _SLOT.pack(
+        *pointers[:4], _pointer(ids), *pointers[4:],
+        batch, kv_heads, kv_len, head_dim, prefix_k.shape[0], prefix_k.shape[2],
+        *(stride for x in tensors for stride in _strides(x)),
+        DTYPES[args.k.dtype], DTYPES[prefix_k.dtype], 0 if ids is None else DTYPES[ids.dtype], *_queue(args.k),
+    ))  # fmt: skip
+
+
+def kv_slot_backward(dslot: Tensor, prefix_ids: Tensor | None, total: Tensor) -> None:
+    """Write ``total`` [A, Hkv, P, D] fp32, contiguous: sums over the batch of ``dslot`` [B, Hkv, P + T, D].
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    ids = None if prefix_ids is None else prefix_ids.contiguous()
+    batch, kv_heads, _, head_dim = dslot.shape
+    bank = total.shape[0] if total.dim() == 4 else 1
+    _call("kv_slot_backward", _SLOT_BACKWARD.pack(
+        dslot.data_ptr(), _pointer(ids), total.data_ptr(), batch, kv_heads, head_dim, bank, total.shape[-2],
+        *_strides(dslot), DTYPES[dslot.dtype], 0 if ids is None else DTYPES[ids.dtype], *_queue(dslot),
+    ))  # fmt: skip
+
+
+def soft_prompt_embedding(
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, out: Tensor
+) -> None:
+    """Write ``out`` [B, P+S, E], contiguous.
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    prompt_ids = None if prompt_ids is None else prompt_ids.contiguous()
+    fields = _embedding_fields(input_ids, weight, prompt, prompt_ids, out)
+    _call("soft_prompt_embedding", _EMBEDDING.pack(*fields, *[0] * 5, *_queue(weight)))
+
+
+def soft_prompt_embedding_backward(
+    dout: Tensor, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, dprompt: Tensor
+) -> None:
+    """Write ``dprompt``, fp32 and contiguous.
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    prompt_ids = None if prompt_ids is None else prompt_ids.contiguous()
+    fields = _embedding_fields(input_ids, weight, prompt, prompt_ids, None)
+    fields += [dout.data_ptr(), 0, dprompt.data_ptr(), *dout.stride()[:2]]
+    _call("soft_prompt_embedding_backward", _EMBEDDING.pack(*fields, *_queue(weight)))

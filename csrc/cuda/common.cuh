@@ -30,9 +30,10 @@ struct Indices {
   const void* pointer;
   int64_t wide;
 
-  PEFTKERN_DEVICE int operator[](int i) const {
+  PEFTKERN_DEVICE int at(int64_t i) const {
     return wide ? (int)static_cast<const int64_t*>(pointer)[i] : static_cast<const int32_t*>(pointer)[i];
   }
+  PEFTKERN_DEVICE int operator[](int i) const { return at(i); }
 };
 
 // One attention call. `merged`: no sequence differs from another for the kernel at hand, so that all rows are one list.
@@ -116,6 +117,14 @@ struct TileWalk {
       sequence = sequence_at(call, ++index);
       tiles = tiles_of(sequence);
     }
+  }
+
+  // To the n-th tile from here; false if there are not so many.
+  PEFTKERN_DEVICE bool go_to(int n) {
+    left -= n;
+    tile += n;
+    settle();
+    return left > 0;
   }
 
   PEFTKERN_DEVICE bool more() const { return left > 0; }

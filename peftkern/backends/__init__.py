@@ -28,7 +28,7 @@ from .protocol import (
     lse_dtype,
 )
 
-from . import cpu, reference, triton  # isort: skip  (they import the names above)
+from . import cpu, cuda, reference, triton  # isort: skip  (they import the names above)
 
 __all__ = [
     "AttentionArgs",
@@ -50,6 +50,7 @@ __all__ = [
 #: Every backend, in the order in which ``"auto"`` tries them: a table, since the compiler cannot trace an import.
 BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
+    "cuda": cast(Backend, cuda),
     "cpu": cast(Backend, cpu),
     "reference": cast(Backend, reference),
 }

@@ -27,6 +27,8 @@ def limits(call: Call) -> list[str]:
     reasons = []
     if call.dtype not in _DTYPES:
         reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'")
+    if call.op == "soft_prompt_embedding" and call.kv_shape[-1] % 8:
+        reasons.append(f"width {call.kv_shape[-1]} is no multiple of 8: use backend='triton'")
     if call.op == "prefix_attention":
         head_dim = call.q_shape[-1]
         if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
@@ -68,6 +70,72 @@ def _prepared(args: AttentionArgs) -> AttentionArgs:
     )  # fmt: skip
 
 
+def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    out, lse = allocate_outputs(args)
+    prepared = _prepared(args)
+    if _is_decoding(args):
+        empty = prepared.prefix_k.new_empty(prepared.prefix_k.shape[-3], 0, args.q.shape[3])
+        alone = prepared._replace(prefix_k=empty, prefix_v=empty, sinks=None, prefix_ids=None, prefix_lens=None)
+        native_cuda.prefix_attention(alone, out, lse)
+        native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
+    else:
+        native_cuda.prefix_attention(prepared, out, lse)
+    return out, lse
+
+
+def _is_decoding(args: AttentionArgs) -> bool:
+    """Whether few rows of many samples share a prefix: then their rows fill tiles together, once it is read."""
+    rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1]
+    return args.prefix_ids is None and args.q.shape[0] > 1 and rows <= _DECODE_ROWS and args.prefix_k.shape[-2] > 0
+
+
+_DECODE_ROWS = 32  # half a tile
+
+
+def prefix_attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
+) -> AttentionGradients:
+    gradients = allocate_gradients(args, needs)
+    if args.q.numel() == 0:
+        for x in gradients:
+            x.zero_()
+        return gradients
+    delta = lse.new_empty(lse.shape)
+    native_cuda.prefix_attention_backward(
+        _aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta
+    )
+    if gradients.dsinks.numel():
+        assert args.sinks is not None
+        visible = torch.isfinite(lse)
+        weights = torch.exp(args.sinks[:, None] - lse.masked_fill(~visible, torch.inf))
+        torch.sum(weights * -delta, (0, 2), out=gradients.dsinks)
+    return gradients
+
+
+def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
+    out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
+    native_cuda.soft_prompt_embedding(input_ids, _aligned(weight), _aligned(prompt), prompt_ids, out)
+    return out
+
+
+def soft_prompt_embedding_backward(
+    dout: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    prompt_ids: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    dweight = weight.new_zeros(weight.shape if needs[0] else 0, dtype=torch.float32)
+    dprompt = prompt.new_empty(prompt.shape if needs[1] else 0, dtype=torch.float32)
+    if needs[0]:
+        rows = dout[:, prompt.shape[-2] :].float().flatten(0, 1)
+        dweight.index_put_((input_ids.flatten(),), rows, accumulate=True)
+    if dprompt.numel():
+        native_cuda.soft_prompt_embedding_backward(_aligned(dout), input_ids, weight, prompt, prompt_ids, dprompt)
+    return dweight, dprompt
+
+
 def merge_prefix(
     args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -96,3 +164,19 @@ def merge_prefix_backward(
     elif dq.numel() and part_dq is not dq:
         dq.copy_(part_dq)
     native_cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, _prepared(args), gradients)
+
+
+def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """[prefix | k] and [prefix | v], [B, Hkv, P + T, D] with the memory order [B, P + T, Hkv, D]."""
+    batch, kv_heads, kv_len, head_dim = args.k.shape
+    length = args.prefix_k.shape[-2] + kv_len
+    slot_k, slot_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
+    aligned = {name: _aligned(getattr(args, name)) for name in ("k", "v", "prefix_k", "prefix_v")}
+    native_cuda.kv_slot(args._replace(**aligned), slot_k, slot_v)
+    return slot_k, slot_v
+
+
+def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
+    """total, shaped like a prefix, = the sum over the batch in order of dslot [B, Hkv, P + T, D] before the sequence."""
+    if total.numel():
+        native_cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)
