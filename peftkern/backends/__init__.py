@@ -100,10 +100,12 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the backends that can run a plain fp32 call on ``device``, in the order that ``"auto"`` tries them."""
-    fp32, shape = torch.float32, (1, 1, 1, 64)
-    call = Call("prefix_attention", torch.device(device), fp32, fp32, shape, shape, shape[1:])
+def available_backends(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the backends that can run a plain call on ``device``, in the order that ``"auto"`` tries them."""
+    shape = (1, 1, 1, 64)
+    call = Call("prefix_attention", torch.device(device), dtype, dtype, shape, shape, shape[1:])
     return tuple(name for name, reasons in explain(call).reasons.items() if not reasons)
 
 

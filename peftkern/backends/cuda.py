@@ -34,6 +34,8 @@ def limits(call: Call) -> list[str]:
         if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
             reasons.append(f"head dim {head_dim} is no multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
         refused = [name for feature, name in _REFUSED.items() if feature in call.features]
+        if "sinks" in call.features and call.needs_grad:
+            refused.append("backward beside sinks")
         if refused:
             reasons.append(f"has no {', '.join(refused)}: use backend='triton'")
     return reasons
@@ -104,11 +106,6 @@ def prefix_attention_backward(
     native_cuda.prefix_attention_backward(
         _aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta
     )
-    if gradients.dsinks.numel():
-        assert args.sinks is not None
-        visible = torch.isfinite(lse)
-        weights = torch.exp(args.sinks[:, None] - lse.masked_fill(~visible, torch.inf))
-        torch.sum(weights * -delta, (0, 2), out=gradients.dsinks)
     return gradients
 
 

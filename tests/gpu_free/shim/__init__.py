@@ -27,38 +27,41 @@ _CACHE = ROOT / "build" / "shim"
 HEAD_DIMS = (64, 96, 128, 256)
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
           f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}")  # fmt: skip
-_CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
+CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 
 
-def build(edit=None) -> Path:
+def build(edit=None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
     """The library. ``edit(name, text) -> text`` plants a fault. What has been built before is not built again."""
-    csrc = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir())}
+    csrc = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.[ch]*"))}
     if edit is not None:
         csrc = {name: edit(name, text) for name, text in csrc.items()}
-    own = {path.name: path.read_text() for path in sorted(HERE.glob("*.[hc]*"))}
     abi = (ROOT / "csrc" / "peftkern.h").read_text()
-    headers = [text for name, text in [*csrc.items(), *own.items()] if not name.endswith((".cu", ".cpp"))]
-
     code = _CACHE / _key(csrc, abi) / "cuda"
     code.mkdir(parents=True, exist_ok=True)
     (code.parent / "peftkern.h").write_text(abi)
     for name, text in csrc.items():
         (code / name).write_text(text)
-
-    jobs = [(HERE / "runtime.cpp", [], [own["runtime.cpp"], own["runtime.h"]])]
+    jobs = [(HERE / "runtime.cpp", [])]
     for name, text in csrc.items():
         if name.endswith(".cu"):
-            for dim in HEAD_DIMS if "PEFTKERN_HEAD_DIM" in text else (0,):
-                jobs.append((code / name, [*_CHECKED, f"-DPEFTKERN_HEAD_DIM={dim}"], [text, headers, abi]))
+            dims = head_dims if "PEFTKERN_HEAD_DIM" in text else (0,)
+            jobs += [(code / name, [*CHECKED, f"-I{code}", f"-DPEFTKERN_HEAD_DIM={dim}"]) for dim in dims]
+    return link(jobs)
+
+
+def link(jobs: list[tuple[Path, list[str]]]) -> Path:
+    """A shared library of C++ sources with their flags."""
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, code), jobs))
-    return _made(_CACHE / f"{_key([o.name for o in objects])}.so", ["-shared", *map(str, objects)])
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    return _made(_CACHE / f"{_key([path.name for path in objects])}.so", ["-shared", *map(str, objects)])
 
 
-def _compile(source: Path, flags: list[str], contents: list, code: Path) -> Path:
-    flags = [*_FLAGS, *flags]
-    target = _CACHE / f"{source.stem}-{_key(flags, contents)}.o"
-    return _made(target, [*flags, f"-I{code}", "-x", "c++", "-c", str(source)])
+def _compile(source: Path, flags: list[str]) -> Path:
+    flags = [*_FLAGS, *flags, "-x", "c++"]
+    preprocessed = subprocess.run(["g++", *flags, "-E", "-P", str(source)], capture_output=True, text=True, check=True)
+    relevant = [flag for flag in flags if not flag.startswith("-I")]
+    target = _CACHE / f"{source.stem}-{_key(relevant, preprocessed.stdout)}.o"
+    return _made(target, [*flags, "-c", str(source)])
 
 
 def _made(target: Path, arguments: list[str]) -> Path:
@@ -77,8 +80,9 @@ def _key(*parts) -> str:
 class Shim:
     """The library in place of the package's, for one test. ``seed`` orders threads, ``preempt`` switches them more."""
 
-    def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None) -> None:
-        self.library = native_cuda.declare(ctypes.CDLL(str(build(edit))))
+    def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None, head_dims=HEAD_DIMS) -> None:
+        # lazy: a build of some head dims lacks the others' kernels
+        self.library = native_cuda.declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
         self.library.shim_message.restype = ctypes.c_char_p
         self.library.shim_register.argtypes = [
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
