@@ -99,15 +99,20 @@ class CMakeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         output.mkdir(parents=True, exist_ok=True)
-        cuda = [f"-DCMAKE_CUDA_COMPILER={nvcc()}"] if "cuda" in libraries else []
+        environment, cuda = dict(os.environ), []
+        if "cuda" in libraries:
+            compiler = Path(str(nvcc()))
+            cuda = [f"-DCMAKE_CUDA_COMPILER={compiler}"]
+            # NVIDIA's packages have their libraries in lib, where their nvcc does not look
+            environment["LIBRARY_PATH"] = f"{compiler.parent.parent / 'lib'}:{os.environ.get('LIBRARY_PATH', '')}"
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPEFTKERN_OUTPUT_DIR={output}",
              *(f"-DPEFTKERN_{name.upper()}={'ON' if name in libraries else 'OFF'}" for name in ("cpu", "cuda")),
              *cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
-            check=True,
+            check=True, env=environment,
         )  # fmt: skip
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True, env=environment)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()

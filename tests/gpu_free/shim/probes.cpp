@@ -129,7 +129,7 @@ void mistake_kernel(const Mistake p) {
       break;
     case 24:
     case 25:  // a 16-byte load that is not aligned
-      if (i == 0) p.out[0] = reinterpret_cast<const float4*>(p.in + (p.kind == 24 ? 4 : 1))->x;
+      if (i == 0) *reinterpret_cast<float4*>(p.out) = *reinterpret_cast<const float4*>(p.in + (p.kind == 24 ? 4 : 1));
       break;
     case 26:
     case 27:  // read of an output before it is written
