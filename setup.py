@@ -2,10 +2,9 @@
 """Builds the native libraries with CMake and ninja; all other metadata is in pyproject.toml.
 
 PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries (auto: the CPU library where the tools for it are there).
-An isolated build without nvcc takes it from NVIDIA's packages.
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning. The libraries have
-a C ABI and know neither torch nor Python, so one wheel serves every version of both; a wheel with CUDA kernels says in its
-version what for: ``0.1.0+cu130.sm80.sm90``.
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning; an isolated
+build without nvcc takes it from NVIDIA's packages. The libraries have a C ABI and know neither torch nor Python, so one
+wheel serves every version of both. A wheel with CUDA kernels says what for: ``0.1.0+cu130.sm80.sm90``.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ def nvcc() -> str | None:
         return found
     package = importlib.util.find_spec("nvidia")
     folders = package.submodule_search_locations if package else None
-    found = (shutil.which(str(path)) for folder in folders or () for path in sorted(Path(folder).glob("cu*/bin/nvcc")))
+    found = (
+        shutil.which(str(path)) for folder in folders or () for path in sorted(Path(folder).glob("cu*/bin/nvcc"))
+    )
     return next(filter(None, found), None)
 
 

@@ -108,7 +108,9 @@ def _build() -> dict[str, Any]:
         facts = dict(json.load(file))
     cuda = facts.pop("cuda", None)
     if cuda is not None:
-        facts["cuda"] = f"{cuda['version']} for compute capability {', '.join(cuda['architectures'])}; {cuda['flags']}"
+        facts["cuda"] = (
+            f"{cuda['version']} for compute capability {', '.join(cuda['architectures'])}; {cuda['flags']}"
+        )
     return facts
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native CUDA library: found and loaded through ctypes, its structs filled, its statuses turned into exceptions.
 
-As :mod:`peftkern.native`, with device pointers and torch's current stream. The library links no CUDA driver, so it loads
-on a machine without a GPU; :data:`MISSING` says what is wrong with it, :func:`unsupported` what a device lacks.
+As :mod:`peftkern.native`, with device pointers and torch's current stream. The library links no CUDA driver, so it
+loads on a machine without a GPU; :data:`MISSING` says what is wrong with it, :func:`unsupported` what a device lacks.
 """
 
 from __future__ import annotations
@@ -91,21 +91,24 @@ def architectures() -> tuple[str, ...]:
 def unsupported(major: int, minor: int) -> str:
     """Why the library has no code for a GPU of this compute capability, and what to do; empty if it has.
 
-    Machine code runs on GPUs of its major version from its minor version on, PTX on every one from its version on.
+    Machine code runs on GPUs of its major version from its minor version on, PTX on every one from its version on;
+    what is marked "a" on its own version only.
     """
     built = architectures()
     for name in built:
-        version = tuple(int(x) for x in name.removesuffix("+PTX").rstrip("af").split("."))
-        if version[0] == major and version[1] <= minor:
-            return ""
-        if name.endswith("+PTX") and version <= (major, minor):
+        number, plus, _ = name.partition("+PTX")
+        version = tuple(int(x) for x in number.rstrip("af").split("."))
+        same_major = version[0] == major and version[1] <= minor
+        if version == (major, minor) or (
+            not number.endswith("a") and (same_major or (plus and version <= (major, minor)))
+        ):
             return ""
     if major < 8:
         return f"sm_{major}{minor} has no asynchronous copies: the kernels need compute capability 8.0"
     names = ", ".join("sm_" + name.replace(".", "") for name in built)
     return (
-        f"this wheel has {names}; this GPU is sm_{major}{minor}: rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor} or "
-        "use backend='triton'"
+        f"this wheel has {names}; this GPU is sm_{major}{minor}: "
+        f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor} or use backend='triton'"
     )
 
 

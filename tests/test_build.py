@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels: what their names say, what a build asks for, and (slow) that one builds, installs and holds what it says."""
+"""Wheels: what their names say, what a build asks for, and (slow) that each builds, loads and holds what it says."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_an_unknown_choice_is_refused():
 
 def test_a_missing_compiler_is_named(tmp_path):
     done = _setup("--version", PEFTKERN_BUILD="cuda", CUDA_HOME=str(tmp_path))
-    assert "PEFTKERN_BUILD=cuda needs nvcc (a CUDA toolkit in PATH or CUDA_HOME, or the extra build-cuda)" in done.stderr
+    assert (
+        "PEFTKERN_BUILD=cuda needs nvcc (a CUDA toolkit in PATH or CUDA_HOME, or the extra build-cuda)" in done.stderr
+    )
 
 
 @needs_nvcc
@@ -104,7 +106,9 @@ WHEELS = [("none", ""), ("cpu", ""), ("cuda", "8.0"), ("cuda", "9.0"), ("cuda", 
 def test_a_wheel_builds_installs_and_holds_what_it_says(tmp_path, choice, architectures):
     """In pip's isolated environment, which has no torch. Prints time and size."""
     source = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     for name in filter(None, tracked):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)

@@ -100,9 +100,7 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def available_backends(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[str, ...]:
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Names of the backends that can run a plain call on ``device``, in the order that ``"auto"`` tries them."""
     shape = (1, 1, 1, 64)
     call = Call("prefix_attention", torch.device(device), dtype, dtype, shape, shape, shape[1:])

@@ -26,7 +26,9 @@ def limits(call: Call) -> list[str]:
     """What no machine can run here."""
     reasons = []
     if call.dtype not in _DTYPES:
-        reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'")
+        reasons.append(
+            f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'"
+        )
     if call.op == "soft_prompt_embedding" and call.kv_shape[-1] % 8:
         reasons.append(f"width {call.kv_shape[-1]} is no multiple of 8: use backend='triton'")
     if call.op == "prefix_attention":
@@ -59,7 +61,9 @@ def _lacks(device: torch.device) -> list[str]:
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy, with every row on 16 bytes."""
-    if x.data_ptr() % 16 == 0 and all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)):
+    if x.data_ptr() % 16 == 0 and all(
+        n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -103,9 +107,7 @@ def prefix_attention_backward(
             x.zero_()
         return gradients
     delta = lse.new_empty(lse.shape)
-    native_cuda.prefix_attention_backward(
-        _aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta
-    )
+    native_cuda.prefix_attention_backward(_aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta)
     return gradients
 
 
@@ -156,7 +158,7 @@ def merge_prefix_backward(
 ) -> None:
     """Fill in dq = ``part_dq`` + the prefix's part, dprefix_k and dprefix_v; what is empty nobody needs."""
     dq = gradients.dq
-    if dq.numel() and part_dq is None:
+    if part_dq is None:
         dq.zero_()
     elif dq.numel() and part_dq is not dq:
         dq.copy_(part_dq)
@@ -168,12 +170,12 @@ def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     batch, kv_heads, kv_len, head_dim = args.k.shape
     length = args.prefix_k.shape[-2] + kv_len
     slot_k, slot_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
-    aligned = {name: _aligned(getattr(args, name)) for name in ("k", "v", "prefix_k", "prefix_v")}
-    native_cuda.kv_slot(args._replace(**aligned), slot_k, slot_v)
+    k, v, prefix_k, prefix_v = (_aligned(x) for x in args[1:5])
+    native_cuda.kv_slot(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
     return slot_k, slot_v
 
 
 def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
-    """total, shaped like a prefix, = the sum over the batch in order of dslot [B, Hkv, P + T, D] before the sequence."""
+    """total, shaped like a prefix, = the sum over the batch of dslot [B, Hkv, P + T, D] before the sequence."""
     if total.numel():
         native_cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)

@@ -20,8 +20,10 @@ from .shim import Shim
 HALVES = [torch.float16, torch.bfloat16]
 REFUSED = ("bias", "bias_row", "prefix_bias", "gate", "dropout")
 SUPPORTED = [name for name in FEATURES if name not in REFUSED]
-OF_THE_PREFIX = ["plain", "scale", "window", "window_after_prefix", "softcap", "sinks", "packed", "bank", "ragged_bank",
-                 "packed_bank", "non_causal", "kv_cache"]  # fmt: skip
+OF_THE_PREFIX = (
+    "plain", "non_causal", "scale", "kv_cache", "window", "window_after_prefix", "softcap", "sinks", "packed", "bank",
+    "ragged_bank", "packed_bank",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def _mark(cases, fast):
     return [pytest.param(*case, marks=() if fast(*case) else pytest.mark.slow) for case in cases]
 
 
-# -- the whole attention ------------------------------------------------------------------------------------------------
+# -- the whole attention ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_attention_with_each_feature(shim, name, head_dim):
 
 
 SIZES = [
-    Shape(B=1, Hq=1, Hkv=1, S=1, P=1, D=64),
+    Shape(B=5, Hq=8, Hkv=2, S=1, P=1, D=64),
     Shape(B=3, Hq=8, Hkv=1, S=17, P=130, D=64),
     Shape(B=1, Hq=4, Hkv=4, S=63, P=7, D=96),
     Shape(B=1, Hq=2, Hkv=2, S=131, P=0, D=64),
@@ -65,9 +67,10 @@ SIZES = [
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), _mark(itertools.product(SIZES, HALVES), lambda s, d: s.S < 64 and (s.D < 100) == (d == HALVES[0])),
+    ("shape", "dtype"),
+    _mark(itertools.product(SIZES, HALVES), lambda s, d: s.S < 64 and (s.D < 100) == (d == HALVES[0])),
     ids=str,
-)  # fmt: skip
+)
 def test_attention_of_odd_sizes(shim, shape, dtype):
     bounds.check_backend("cuda", tensors(shape, dtype), {})
 
@@ -85,7 +88,9 @@ def test_empty_tensors(shim, sizes):
 
 
 def test_unneeded_gradients_are_not_computed(shim):
-    given = {n: x.requires_grad_(n.startswith("prefix")) for n, x in tensors(Shape(S=19, P=7, D=64), HALVES[0]).items()}
+    given = {
+        n: x.requires_grad_(n.startswith("prefix")) for n, x in tensors(Shape(S=19, P=7, D=64), HALVES[0]).items()
+    }
     out = peftkern.prefix_attention(**given, backend="cuda")
     shim.reset()
     out.sum().backward()
@@ -93,13 +98,13 @@ def test_unneeded_gradients_are_not_computed(shim):
     assert shim.counters()["launches"] == 3, "row sums, the prefix's part, and the sum of its shares"
 
 
-# -- the parts beside another library's kernel --------------------------------------------------------------------------
+# -- the parts beside another library's kernel -----------------------------------------------------
 
 
 def _split_queries(q_seq, q_prefix, k, v, prefix_k, prefix_v, options):
     """reference.prefix_attention with one q for the sequence and another, of the same values, for the prefix."""
     group = q_seq.shape[1] // k.shape[1]
-    batch, heads, q_len, head_dim = q_seq.shape
+    batch, _, q_len, head_dim = q_seq.shape
     prefix_k, prefix_v = (x if x.dim() == 4 else x[None] for x in (prefix_k, prefix_v))
     bank, _, prefix_len, _ = prefix_k.shape
     scale, softcap = options.get("scale", head_dim**-0.5), options.get("softcap")
@@ -186,7 +191,10 @@ def test_merging_with_each_feature(shim, monkeypatch, name, head_dim, in_place):
 
 @pytest.mark.parametrize(
     ("prefix_len", "head_dim"),
-    _mark(itertools.product((1, 16, 63, 64, 65, 130, 300), (64, 128, 256)), lambda p, d: (p, d) in ((65, 64), (130, 128))),
+    _mark(
+        itertools.product((1, 16, 63, 64, 65, 130, 300), (64, 128, 256)),
+        lambda p, d: (p, d) in ((65, 64), (130, 128)),
+    ),
 )
 def test_merging_prefixes_of_all_lengths(shim, monkeypatch, prefix_len, head_dim):
     monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
@@ -224,7 +232,14 @@ def test_a_row_without_a_prefix_is_not_touched(shim):
 
 def _args(given: dict, **options) -> AttentionArgs:
     values = dict.fromkeys(AttentionArgs._fields[5:14]) | given
-    values |= {"scale": 0.125, "causal": True, "window": None, "prefix_in_window": True, "softcap": 0.0, "dropout_p": 0.0}
+    values |= {
+        "scale": 0.125,
+        "causal": True,
+        "window": None,
+        "prefix_in_window": True,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+    }
     return AttentionArgs(**{**values, **options})
 
 
@@ -249,7 +264,7 @@ def test_slot(shim, name, prefix_dtype):
     torch.testing.assert_close(total, expected.view_as(total))
 
 
-# -- decoding and embedding ---------------------------------------------------------------------------------------------
+# -- decoding and embedding ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "ragged_bank", "key_mask", "sinks"])
@@ -263,8 +278,8 @@ def test_decoding(shim, name, rows):
 def test_decoding_reads_a_shared_prefix_once_per_block(shim):
     shape = Shape(B=8, Hq=8, Hkv=2, S=1, T=16, P=64, D=64)
     peftkern.prefix_attention(**tensors(shape, torch.bfloat16), backend="cuda")
-    sizes = {"q": 8 * 8, "kv": 2 * 8 * 2 * 16, "prefix": 2 * 2 * 64, "out": 2 * 8 * 8}  # rows; out is written and merged
-    assert shim.counters()["loaded"] <= sum(sizes.values()) * 64 * 2 * 1.3
+    rows = {"q": 2 * 64, "part_out": 64, "k and v": 2 * 8 * 2 * 16, "prefix": 2 * 2 * 64}
+    assert shim.counters()["loaded"] <= 1.1 * sum(rows.values()) * 64 * 2
 
 
 @pytest.mark.parametrize("bank", [None, 3])
@@ -287,12 +302,12 @@ def test_embedding(shim, bank, dtype, prompt_dtype):
 
 def test_a_token_out_of_range_is_seen(shim):
     weight, prompt = torch.zeros(5, 8, dtype=torch.float16), torch.zeros(2, 8, dtype=torch.float16)
-    out = peftkern.soft_prompt_embedding(torch.tensor([[1, 5]]), weight, prompt, backend="cuda")
+    out = cuda.soft_prompt_embedding(torch.tensor([[1, 5]]), weight, prompt, None)
     assert out[0, 3].isnan().all()
     assert out[0, :3].eq(0).all()
 
 
-# -- order, traffic -----------------------------------------------------------------------------------------------------
+# -- order, traffic --------------------------------------------------------------------------------
 
 
 def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
@@ -310,7 +325,9 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
             assert torch.equal(value, other.gradients[name]), f"d{name} depends on the order"
 
 
-@pytest.mark.parametrize("head_dim", [64, pytest.param(80, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "head_dim", [64, pytest.param(80, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+)
 def test_memory_traffic_is_the_least_possible(shim, head_dim):
     """Forward: q, out twice, lse twice; backward: q, dout, out, dq twice, lse; the prefix once per block."""
     shape = Shape(B=2, Hq=4, Hkv=2, S=301, P=16, D=head_dim)
@@ -322,9 +339,9 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     shim.reset()
     out, lse = cuda.merge_prefix(args, part_out, part_lse)
     q_bytes, lse_bytes = args.q.numel() * 2, lse.numel() * 4
-    blocks, prefix_bytes = 4, 2 * shape.P * head_dim * 2  # blocks per key head on the shim's device; bytes of one key head
-    counted = shim.counters()
-    assert counted["loaded"] + counted["stored"] <= 1.05 * (3 * q_bytes + 2 * lse_bytes + blocks * shape.Hkv * prefix_bytes)
+    prefix_bytes = 2 * args.prefix_k.numel() * 2
+    blocks = 4  # per key head, on a device of 4 multiprocessors
+    _assert_traffic(shim, 3 * q_bytes + 2 * lse_bytes + blocks * prefix_bytes)
 
     gradients = allocate_gradients(args, [True, False, False, True, True, *[False] * 4])
     gradients.dq.normal_()
@@ -332,14 +349,19 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     dout = torch.randn_like(out)
     shim.reset()
     cuda.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
-    counted = shim.counters()
     shares = 2
-    sums = 3 * shares * shape.Hkv * 2 * prefix_bytes  # fp32 shares written, read and added
-    least = 5 * q_bytes + lse_bytes + shares * shape.Hkv * prefix_bytes + sums
-    assert counted["loaded"] + counted["stored"] <= 1.05 * least
+    sums = (2 * shares + 1) * 2 * prefix_bytes  # in fp32: each share written and read, their sum written
+    _assert_traffic(shim, 5 * q_bytes + lse_bytes + shares * prefix_bytes + sums)
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+def _assert_traffic(shim: Shim, least: int) -> None:
+    counted = shim.counters()
+    ratio = (counted["loaded"] + counted["stored"]) / least
+    print(f"bytes moved over the least possible: {ratio:.3f}")
+    assert ratio <= 1.05
+
+
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -355,7 +377,9 @@ def test_the_gradient_of_sinks_is_refused(shim):
     """It takes more of the softmax than the rounded out and lse."""
     shape, options = _sizes("sinks")
     given = {n: x.requires_grad_() for n, x in tensors(shape, torch.float16).items()}
-    assert peftkern.explain(**given, **options).reasons["cuda"] == ["has no backward beside sinks: use backend='triton'"]
+    assert peftkern.explain(**given, **options).reasons["cuda"] == [
+        "has no backward beside sinks: use backend='triton'"
+    ]
 
 
 def test_other_dtypes_and_head_dims_are_refused(shim):
@@ -382,10 +406,11 @@ def _library(architectures: str) -> SimpleNamespace:
     [
         ("8.0;9.0", (8, 6), ""),
         ("8.6", (8, 0), "this wheel has sm_86; this GPU is sm_80: rebuild with TORCH_CUDA_ARCH_LIST=8.0"),
-        ("8.0;9.0", (12, 0), "this wheel has sm_80, sm_90; this GPU is sm_120: rebuild with TORCH_CUDA_ARCH_LIST=12.0 or use "
-                             "backend='triton'"),
+        ("8.0;9.0", (12, 0), "this wheel has sm_80, sm_90; this GPU is sm_120: rebuild with TORCH_CUDA_ARCH_LIST=12.0 "
+                             "or use backend='triton'"),
         ("8.0;9.0+PTX", (12, 0), ""),
         ("9.0a", (9, 0), ""),
+        ("10.0a+PTX", (10, 3), "this wheel has sm_100a+PTX; this GPU is sm_103"),
         ("8.0", (7, 5), "sm_75 has no asynchronous copies: the kernels need compute capability 8.0"),
     ],
 )  # fmt: skip

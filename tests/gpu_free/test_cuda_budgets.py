@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels compiled by nvcc without a GPU: registers, spills, blocks per multiprocessor, instructions per mma."""
+"""The CUDA kernels compiled by nvcc without a GPU: registers, spills, occupancy, instructions per mma."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ class Kernel:
 def compile_kernels(arch: str, family: str, head_dim: int, folder) -> list[Kernel]:
     cubin = folder / f"{family}_{head_dim}_{arch}.cubin"
     source = ROOT / "csrc" / "cuda" / f"{family}.cu"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-DPEFTKERN_HEAD_DIM={head_dim}",
-               "-DPEFTKERN_BUILD_LIBRARY", str(source), "-o", str(cubin)]  # fmt: skip
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v",
+               f"-DPEFTKERN_HEAD_DIM={head_dim}", str(source), "-o", str(cubin)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     pattern = (
-        r"Function properties for (\w+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r"Function properties for (\w+)\n"
+        r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r".*?Used (\d+) registers"
     )
     kernels = []
@@ -59,8 +60,8 @@ def compile_kernels(arch: str, family: str, head_dim: int, folder) -> list[Kerne
         element = re.search(r"4(fp16|bf16)E", mangled)
         dim, options = re.search(r"Li(\d+)E", mangled), re.search(r"Lb([01])E", mangled)
         kernels.append(
-            Kernel(name, element[1] if element else "", int(dim[1]) if dim else 0, bool(options and options[1] == "1"),
-                   int(registers), int(stack), int(stores) + int(loads))
+            Kernel(name, element[1] if element else "", int(dim[1]) if dim else 0,
+                   bool(options and options[1] == "1"), int(registers), int(stack), int(stores) + int(loads))
         )  # fmt: skip
     return kernels
 
@@ -116,7 +117,9 @@ def instructions_per_mma(assembly: str) -> float:
 
 
 def _disassemble(cubin, kernel: str) -> str:
-    text = subprocess.run([aot._TOOLS / "nvdisasm", "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [aot._TOOLS / "nvdisasm", "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
     sections = re.split(r"^\s*\.section\s+\.text\.", text, flags=re.M)[1:]
     return next(s for s in sections if kernel in s.partition("\n")[0])
 
@@ -124,11 +127,13 @@ def _disassemble(cubin, kernel: str) -> str:
 @pytest.mark.slow
 def test_instructions_per_mma_are_no_more_than_tritons(tmp_path, monkeypatch):
     compile_kernels("sm_80", "prefix", 128, tmp_path)
-    ours = instructions_per_mma(_disassemble(tmp_path / "prefix_128_sm_80.cubin", "prefix_forwardINS_4bf16ELi128ELb0E"))
+    ours = instructions_per_mma(
+        _disassemble(tmp_path / "prefix_128_sm_80.cubin", "prefix_forwardINS_4bf16ELi128ELb0E")
+    )
     launch = next(x for x in aot.attention_launches("sm_80", 128, torch.bfloat16) if "fwd" in x[0].__name__)
     cubin, measure = tmp_path / "triton.cubin", aot._nvidia
     monkeypatch.setattr(aot, "_nvidia", lambda c: (cubin.write_bytes(c.asm["cubin"]), measure(c))[1])
     aot.compile_launch("sm_80", launch)
     theirs = instructions_per_mma(_disassemble(cubin, "fwd"))
-    print(f"instructions per mma in the forward's main loop, sm_80, D=128: {ours:.1f}, Triton's fused kernel {theirs:.1f}")
+    print(f"instructions per mma in the main loop, sm_80, D=128: {ours:.1f}; Triton's fused kernel {theirs:.1f}")
     assert ours <= theirs

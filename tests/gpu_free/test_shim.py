@@ -16,7 +16,9 @@ LANES = range(32)
 
 @pytest.fixture(scope="module")
 def probes() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(shim.link([(shim.HERE / "runtime.cpp", []), (shim.HERE / "probes.cpp", [*shim.CHECKED])])))
+    library = ctypes.CDLL(
+        str(shim.link([(shim.HERE / "runtime.cpp", []), (shim.HERE / "probes.cpp", [*shim.CHECKED])]))
+    )
     library.shim_message.restype = ctypes.c_char_p
     library.shim_register.argtypes = [
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
@@ -41,8 +43,8 @@ def _instruction(probes, kind: int, a: torch.Tensor, b: torch.Tensor | None = No
     return out
 
 
-# The tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": (row, column) of element i of a
-# lane, with groupID = lane >> 2 and threadID_in_group = lane % 4.
+# The tables of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": (row, column) of element i
+# of a lane, with groupID = lane >> 2 and threadID_in_group = lane % 4.
 def fragment_a(lane: int, i: int) -> tuple[int, int]:
     row = lane >> 2 if 0 <= i < 2 or 4 <= i < 6 else (lane >> 2) + 8
     column = lane % 4 * 2 + (i & 1) if i < 4 else lane % 4 * 2 + (i & 1) + 8

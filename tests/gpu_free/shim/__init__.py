@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA library for a CPU: csrc/cuda built by g++ with every access checked, and loaded in the real one's place.
 
-A thread of a block is a fiber. Threads and blocks run in random order; shared and global memory are checked for races,
-bounds, alignment and reads of what was never written, barriers for divergence, cp.async for missing waits. What the
-package allocates starts as NaN; what it is given may be read within its bounds and not written.
+A thread of a block is a fiber. Threads and blocks run in random order; shared and global memory are checked for
+races, bounds, alignment and reads of what was never written, barriers for divergence, cp.async for missing waits.
+What the package allocates starts as NaN; what it is given may be read within its bounds and not written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 _CACHE = ROOT / "build" / "shim"
 HEAD_DIMS = (64, 96, 128, 256)
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
-          f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}")  # fmt: skip
+_FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
+    f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}",
+)  # fmt: skip
 CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 
 
@@ -58,7 +60,9 @@ def link(jobs: list[tuple[Path, list[str]]]) -> Path:
 
 def _compile(source: Path, flags: list[str]) -> Path:
     flags = [*_FLAGS, *flags, "-x", "c++"]
-    preprocessed = subprocess.run(["g++", *flags, "-E", "-P", str(source)], capture_output=True, text=True, check=True)
+    preprocessed = subprocess.run(
+        ["g++", *flags, "-E", "-P", str(source)], capture_output=True, text=True, check=True
+    )
     relevant = [flag for flag in flags if not flag.startswith("-I")]
     target = _CACHE / f"{source.stem}-{_key(relevant, preprocessed.stdout)}.o"
     return _made(target, [*flags, "-c", str(source)])
@@ -78,7 +82,7 @@ def _key(*parts) -> str:
 
 
 class Shim:
-    """The library in place of the package's, for one test. ``seed`` orders threads, ``preempt`` switches them more."""
+    """The library in place of the package's, for a test. ``seed`` orders threads, ``preempt`` switches them more."""
 
     def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None, head_dims=HEAD_DIMS) -> None:
         # lazy: a build of some head dims lacks the others' kernels
