@@ -3,7 +3,7 @@
 
 PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries (auto: the CPU library where the tools for it are there).
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning; an isolated
-build without nvcc takes it from NVIDIA's packages. The libraries have a C ABI and know neither torch nor Python, so one
+build without nvcc takes it from NVIDIA's packages. The libraries have a C ABI and know neither torch nor Python: one
 wheel serves every version of both. A wheel with CUDA kernels says what for: ``0.1.0+cu130.sm80.sm90``.
 """
 

@@ -406,8 +406,8 @@ def _library(architectures: str) -> SimpleNamespace:
     [
         ("8.0;9.0", (8, 6), ""),
         ("8.6", (8, 0), "this wheel has sm_86; this GPU is sm_80: rebuild with TORCH_CUDA_ARCH_LIST=8.0"),
-        ("8.0;9.0", (12, 0), "this wheel has sm_80, sm_90; this GPU is sm_120: rebuild with TORCH_CUDA_ARCH_LIST=12.0 "
-                             "or use backend='triton'"),
+        ("8.0;9.0", (12, 0), "this wheel has sm_80, sm_90; this GPU is sm_120: rebuild with "
+                             "TORCH_CUDA_ARCH_LIST=12.0 or use backend='triton'"),
         ("8.0;9.0+PTX", (12, 0), ""),
         ("9.0a", (9, 0), ""),
         ("10.0a+PTX", (10, 3), "this wheel has sm_100a+PTX; this GPU is sm_103"),
