@@ -132,7 +132,11 @@ def test_a_wheel_builds_installs_and_holds_what_it_says(tmp_path, choice, archit
     assert library.peftkern_cuda_architectures().decode() == architectures
     info = json.loads((package / "_build_info.json").read_text())
     assert info["cuda"]["architectures"] == architectures.split(";")
+    tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
     listed = subprocess.run(
-        ["cuobjdump", "--list-elf", str(package / "libpeftkern_cuda.so")], capture_output=True, text=True
+        [tools / "cuobjdump", "--list-elf", package / "libpeftkern_cuda.so"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert set(re.findall(r"\.(sm_\d+)\.", listed)) == {f"sm_{a.replace('.', '')}" for a in architectures.split(";")}

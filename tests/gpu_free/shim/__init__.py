@@ -9,6 +9,7 @@ What the package allocates starts as NaN; what it is given may be read within it
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import math
 import os
@@ -32,6 +33,7 @@ _FLAGS = (
 CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 
 
+@functools.lru_cache
 def build(edit=None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
     """The library. ``edit(name, text) -> text`` plants a fault. What has been built before is not built again."""
     csrc = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.[ch]*"))}

@@ -31,9 +31,9 @@ class Queue {
     }
     Launched<Params>::kernel = kernel;
     memcpy(Launched<Params>::params, &params, sizeof params);
-    if (!shim::launch({(unsigned)x, (unsigned)y, (unsigned)z}, threads, shared_bytes, Launched<Params>::run,
-                      Launched<Params>::params))
-      status_ = PEFTKERN_CUDA_ERROR;
+    const shim::Launch launch{{(unsigned)x, (unsigned)y, (unsigned)z}, threads, shared_bytes, Launched<Params>::run,
+                              Launched<Params>::params, (int64_t)sizeof params, (const void*)kernel};
+    if (!shim::launch(launch)) status_ = PEFTKERN_CUDA_ERROR;
   }
 
  private:

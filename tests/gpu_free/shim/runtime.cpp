@@ -3,6 +3,7 @@
 // with it, so that g++ calls __tsan_read and __tsan_write at every access. Those are defined here and libtsan is not linked.
 #include "runtime.h"
 
+#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -98,6 +99,11 @@ std::string failure;
 std::vector<Buffer> buffers;
 void (*kernel_of_launch)(const void*);
 const void* parameters_of_launch;
+
+// Executes launches in place of the fibers; false if a check failed.
+using Launcher = int (*)(int64_t kernel, const unsigned* grid, int threads, int shared_bytes, const void* parameters,
+                         int64_t parameter_bytes);
+Launcher launcher;
 
 void yield() { shim_switch(&fibers[running_fiber].stack_pointer, scheduler); }
 
@@ -358,16 +364,27 @@ void copy_async_wait(int pending) {
   }
 }
 
-bool launch(Index grid, int threads, int bytes, void (*kernel)(const void*), const void* parameters) {
+bool launch(const Launch& launch) {
+  const Index grid = launch.grid;
+  counters.launches++;
+  failure.clear();
+  if (launcher) {
+    Dl_info module;
+    dladdr(launch.kernel, &module);
+    const unsigned sizes[] = {grid.x, grid.y, grid.z};
+    const int64_t kernel = (const char*)launch.kernel - (const char*)module.dli_fbase;
+    if (launcher(kernel, sizes, launch.threads, launch.shared_bytes, launch.parameters, launch.parameter_bytes)) return true;
+    failure = "the launcher failed";
+    return false;
+  }
   if (!stacks) allocate();
-  if (threads % kWarp || threads > kMaxThreads || bytes > kSharedBytes) {
+  if (launch.threads % kWarp || launch.threads > kMaxThreads || launch.shared_bytes > kSharedBytes) {
     failure = "launch: too many threads or too much shared memory";
     return false;
   }
-  threads_of_block = threads, shared_bytes = bytes, kernel_of_launch = kernel, parameters_of_launch = parameters;
+  threads_of_block = launch.threads, shared_bytes = launch.shared_bytes;
+  kernel_of_launch = launch.run, parameters_of_launch = launch.parameters;
   launch_number++;
-  counters.launches++;
-  failure.clear();
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   for (unsigned i = 0; i < order.size(); i++) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_numbers);
@@ -402,6 +419,7 @@ SHIM_EXPORT void shim_register(const void* begin, int64_t bytes, int writable, i
   word.initialised = initialised;
   shim::buffers.push_back({address, address + bytes, writable != 0, name, std::vector<shim::GlobalWord>((bytes + 1) / 2, word)});
 }
+SHIM_EXPORT void shim_set_launcher(shim::Launcher launcher) { shim::launcher = launcher; }
 SHIM_EXPORT const char* shim_message() { return shim::failure.c_str(); }
 SHIM_EXPORT void shim_counters(int64_t out[4]) { memcpy(out, &shim::counters, sizeof shim::counters); }
 

@@ -35,8 +35,17 @@ void copy_async_wait(int pending);
 void shared_access(uint32_t offset, int bytes, bool write);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+struct Launch {
+  Index grid;
+  int threads, shared_bytes;
+  void (*run)(const void* parameters);
+  const void* parameters;
+  int64_t parameter_bytes;
+  const void* kernel;  // its address, for who executes it by another way
+};
+
 // Runs a grid, block after block in random order. False if a check failed.
-bool launch(Index grid, int threads, int shared_bytes, void (*kernel)(const void*), const void* parameters);
+bool launch(const Launch& launch);
 
 // What the check that failed says.
 const char* message();
