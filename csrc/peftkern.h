@@ -143,7 +143,7 @@ typedef struct peftkern_cuda_attention {
 
 typedef struct peftkern_cuda_attention_backward {
   peftkern_attention_backward backward;
-  float* delta;              // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, an output
+  float* delta;              // [batch, num_heads, q_len], contiguous: room for rowsum(out * dout) - dlse
   void* workspace;           // of peftkern_cuda_workspace_size bytes
   int64_t workspace_size;
   int64_t device;
@@ -193,7 +193,7 @@ PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args)
 PEFTKERN_API int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args);
 PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* args);
 
-// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and delta.
+// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k and dprefix_v.
 PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
 

@@ -190,7 +190,7 @@ def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
     delta: Tensor,
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv, dprefix_k, dprefix_v (what is empty nobody needs) and ``delta`` [B, Hq, S].
+    """Write dq, dk, dv, dprefix_k, dprefix_v; what is empty nobody needs. ``delta`` [B, Hq, S] is scratch memory.
 
     Raises:
         NativeError: with the library's reason.

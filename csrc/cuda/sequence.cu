@@ -24,6 +24,7 @@ template <class T, int kHeadDim>
 static void run_sequence_backward(Queue& queue, const Extent& extent, const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
+  if (!args.dq.pointer && !args.dk.pointer && !args.dv.pointer) return;
   const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
   queue.launch(row_sums<T>, (int)((rows + 7) / 8), 1, 1, 256, 0, args);
   const bool options = has_options(call);

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PTX that nvcc makes of the CUDA kernels for sm_80, in the PTX emulator, behind the library's own host code.
 
-The host shim's library validates, fills in parameters and counts blocks as the real one does; each launch then goes to
-the emulator, with the instructions that a GPU would get in place of g++'s.
+The host shim's library validates, fills in parameters and counts blocks as the real one does; each launch then goes
+to the emulator, with the instructions that a GPU would get in place of g++'s.
 """
 
 from __future__ import annotations
