@@ -183,7 +183,7 @@ typedef struct peftkern_cuda_embedding {
 
 PEFTKERN_API int peftkern_cuda_abi_version(void);
 PEFTKERN_API const char* peftkern_cuda_error_string(int status);
-// What the library holds code for: "8.0;9.0+PTX".
+// What the library holds code for: "8.0,9.0+PTX".
 PEFTKERN_API const char* peftkern_cuda_architectures(void);
 
 // out and lse of the prefix, the sinks and the attention over the sequence in `part_out` and `part_lse`, merged (k and v are

@@ -82,10 +82,10 @@ _library, MISSING = _load()
 
 
 def architectures() -> tuple[str, ...]:
-    """What the library holds code for, as in TORCH_CUDA_ARCH_LIST: ``("8.0", "9.0+PTX")``."""
+    """What the library holds code for, named as in TORCH_CUDA_ARCH_LIST: ``("8.0", "9.0+PTX")``."""
     if _library is None:
         return ()
-    return tuple(name for name in _library.peftkern_cuda_architectures().decode().split(";") if name)
+    return tuple(name for name in _library.peftkern_cuda_architectures().decode().split(",") if name)
 
 
 def unsupported(major: int, minor: int) -> str:

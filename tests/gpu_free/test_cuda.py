@@ -398,7 +398,7 @@ def test_a_status_becomes_an_exception(shim):
 
 
 def _library(architectures: str) -> SimpleNamespace:
-    return SimpleNamespace(peftkern_cuda_architectures=lambda: architectures.encode())
+    return SimpleNamespace(peftkern_cuda_architectures=lambda: architectures.replace(";", ",").encode())
 
 
 @pytest.mark.parametrize(
