@@ -74,6 +74,8 @@ struct BackwardTile {
   PEFTKERN_DEVICE void weights(ScoreOf score) const {
     constexpr int kTiles = Shape::kWarpKeys / 8;
     const int key0 = warp / Shape::kRowWarps * Shape::kWarpKeys, row0 = first_row();
+    const uint32_t query_at = base + Layout::offset(row0 + lane % 16, lane / 16);
+    const uint32_t key_at = base + Layout::offset(key0 + lane % 8, lane / 8);
     float s[kTiles][4], dp[kTiles][4];
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
@@ -84,17 +86,17 @@ struct BackwardTile {
       uint32_t q[2][4], dout[2][4], b[4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const uint32_t at = Layout::offset(row0 + lane % 16, 4 * k + 2 * i + lane / 16);
-        load_matrices(q[i], base + Shape::kQueriesAt + at);
-        load_matrices(dout[i], base + Shape::kDoutAt + at);
+        const uint32_t at = Layout::along(query_at, 4 * k + 2 * i);
+        load_matrices(q[i], at + Shape::kQueriesAt);
+        load_matrices(dout[i], at + Shape::kDoutAt);
       }
 #pragma unroll
       for (int n = 0; n < kTiles; n++) {
-        const uint32_t at = Layout::offset(key0 + n * 8 + lane % 8, 4 * k + lane / 8);
-        load_matrices(b, base + Shape::kKeysAt + at);
+        const uint32_t at = Layout::along(key_at, 4 * k) + Layout::bytes(8 * n);
+        load_matrices(b, at + Shape::kKeysAt);
         mma<T>(s[n], q[0], b[0], b[1]);
         mma<T>(s[n], q[1], b[2], b[3]);
-        load_matrices(b, base + Shape::kValuesAt + at);
+        load_matrices(b, at + Shape::kValuesAt);
         mma<T>(dp[n], dout[0], b[0], b[1]);
         mma<T>(dp[n], dout[1], b[2], b[3]);
       }
@@ -124,6 +126,7 @@ struct BackwardTile {
   PEFTKERN_DEVICE void add_rows(Sums<Shape::kSumGroups>& target, int a_at, int b_at) const {
 #pragma unroll
     for (int k = 0; k < Shape::kRows / 16; k++) {
+      const uint32_t row_at = base + b_at + Layout::offset(lane % 16, lane / 16) + Layout::bytes(16 * k);
       uint32_t a[4], b[4];
       load_matrices_transposed(
           a, base + a_at + Square::offset(16 * k + lane / 16 * 8 + lane % 8, first_key() / 8 + lane / 8 % 2));
@@ -133,7 +136,7 @@ struct BackwardTile {
         if (Shape::kGroups % Shape::kColumnWarps && group >= Shape::kGroups) continue;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-          load_matrices_transposed(b, base + b_at + Layout::offset(16 * k + lane % 16, 4 * group + 2 * n + lane / 16));
+          load_matrices_transposed(b, Layout::along(row_at, 4 * group + 2 * n));
           mma<T>(target.value[i][2 * n], a, b[0], b[1]);
           mma<T>(target.value[i][2 * n + 1], a, b[2], b[3]);
         }
@@ -149,6 +152,7 @@ struct BackwardTile {
   PEFTKERN_DEVICE void add_queries(Sums<Shape::kQueryGroups>& dq) const {
 #pragma unroll
     for (int k = 0; k < Shape::kKeys / 16; k++) {
+      const uint32_t key_at = base + Shape::kKeysAt + Layout::offset(lane % 16, lane / 16) + Layout::bytes(16 * k);
       uint32_t a[4], b[4];
       load_matrices(a, base + Shape::kDscoresAt + Square::offset(first_row() + lane % 16, 2 * k + lane / 16));
 #pragma unroll
@@ -157,7 +161,7 @@ struct BackwardTile {
         if (Shape::kGroups % Shape::kSideWarps && group >= Shape::kGroups) continue;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-          load_matrices_transposed(b, base + Shape::kKeysAt + Layout::offset(16 * k + lane % 16, 4 * group + 2 * n + lane / 16));
+          load_matrices_transposed(b, Layout::along(key_at, 4 * group + 2 * n));
           mma<T>(dq.value[i][2 * n], a, b[0], b[1]);
           mma<T>(dq.value[i][2 * n + 1], a, b[2], b[3]);
         }

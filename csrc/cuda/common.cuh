@@ -147,6 +147,11 @@ struct Tile {
     const int swizzle = kChunks % 8 == 0 ? row & 7 : row >> 1 & 3;
     return (uint32_t)(row * kChunks + (chunk ^ swizzle)) * 16u;
   }
+  // The address of `chunks` further along a row, in fewer instructions than offset() takes. The chunk of `address` must
+  // lie below the lowest bit of `chunks`, and the tile on a multiple of its rows.
+  static PEFTKERN_DEVICE uint32_t along(uint32_t address, int chunks) {
+    return kChunks % 8 == 0 ? address ^ chunks * 16u : (address ^ (chunks & 3) * 16u) + (chunks & ~3) * 16u;
+  }
 };
 
 // All threads of the block: rows [0, rows) to shared memory, of which `source(row)` is the address or null for zeros.
@@ -231,6 +236,8 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
                             Query query, ScoreOf score) {
   using Layout = Tile<kHeadDim>;
   const int lane = threadIdx.x % kWarp;
+  const uint32_t key_at = keys + Layout::offset(lane % 8, lane / 8);
+  const uint32_t value_at = values + Layout::offset(lane % 16, lane / 16);
   float s[kKeys / 8][4];
 #pragma unroll
   for (int n = 0; n < kKeys / 8; n++)
@@ -244,7 +251,7 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++)
       if (16 * (n / 2) < count) {
-        load_matrices(b, keys + Layout::offset(n * 8 + lane % 8, 4 * k + lane / 8));
+        load_matrices(b, Layout::along(key_at, 4 * k) + Layout::bytes(8 * n));
         mma<T>(s[n], a[0], b[0], b[1]);
         mma<T>(s[n], a[1], b[2], b[3]);
       }
@@ -285,7 +292,7 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
 #pragma unroll
       for (int n = 0; n < kColumns / 16; n++) {
         uint32_t b[4];
-        load_matrices_transposed(b, values + Layout::offset(16 * k + lane % 16, first_column / 8 + 2 * n + lane / 16));
+        load_matrices_transposed(b, Layout::along(value_at, first_column / 8 + 2 * n) + Layout::bytes(16 * k));
         mma<T>(state.acc[2 * n], a, b[0], b[1]);
         mma<T>(state.acc[2 * n + 1], a, b[2], b[3]);
       }

@@ -26,7 +26,7 @@ struct bf16 {
 #define PEFTKERN_HOST_DEVICE __host__ __device__ __forceinline__
 #define PEFTKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PEFTKERN_PARAMS const __grid_constant__
-#define PEFTKERN_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define PEFTKERN_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace peftkern {
 
