@@ -45,10 +45,10 @@ def limits(call: Call) -> list[str]:
 
 def _lacks(device: torch.device) -> list[str]:
     """What this machine and ``device`` lack."""
-    if native_cuda.MISSING:
-        return [native_cuda.MISSING]
     if device.type != native_cuda.DEVICE_TYPE:
         return [f"runs on {native_cuda.DEVICE_TYPE} tensors, not on {device.type}"]
+    if native_cuda.MISSING:
+        return [native_cuda.MISSING]
     if device.type != "cuda":
         return []
     if torch.version.hip is not None:
