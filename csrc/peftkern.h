@@ -129,8 +129,8 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
 // libpeftkern_cuda: device pointers, fp16 and bf16, head_dim a multiple of 8 up to 256, a prefix of q's dtype. Work is queued
-// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. `bias`, `prefix_bias` and
-// `gate` must be null and dropout 0; `isa` and `num_threads` are not read.
+// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. `prefix_bias` and `gate`
+// must be null and dropout 0, `bias` as well where the sequence is read; `isa` and `num_threads` are not read.
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
   const void* part_out;      // [batch, num_heads, q_len, head_dim]: an attention over the sequence alone; may be `out`

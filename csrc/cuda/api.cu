@@ -40,7 +40,7 @@ int check(const peftkern_attention& a) {
   if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 || a.num_kv_heads <= 0 ||
       a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 || a.bank_size <= 0 ||
       a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest || a.kv_len > largest ||
-      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.bias || a.prefix_bias || a.gate || a.dropout_p != 0)
+      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.prefix_bias || a.gate || a.dropout_p != 0)
     return PEFTKERN_INVALID_ARGUMENT;
   if (a.head_dim % 8 || !aligned(a.q, a.q_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
       !aligned(a.prefix_v, a.prefix_v_stride) || !aligned(a.out, a.out_stride))
@@ -185,7 +185,11 @@ void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& ar
                [&](auto kernels) { kernels.sequence_backward(queue, a.dtype, extent_of(backward.call), backward); });
 }
 
-bool sequence_aligned(const peftkern_attention& a) { return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride); }
+// What the kernels over the sequence ask for beside check().
+int check_sequence(const peftkern_attention& a) {
+  if (a.bias) return PEFTKERN_INVALID_ARGUMENT;
+  return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
+}
 
 int copy_blocks(int64_t chunks) { return (int)((chunks + kCopyThreads - 1) / kCopyThreads); }
 
@@ -239,7 +243,7 @@ int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args) {
   if (!args) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_attention& a = args->attention;
   if (const int status = check(a)) return status;
-  if (!sequence_aligned(a)) return PEFTKERN_MISALIGNED;
+  if (const int status = check_sequence(a)) return status;
   if (empty(a)) return PEFTKERN_OK;
   Queue queue(args->device, args->stream);
   attention(queue, a);
@@ -250,7 +254,7 @@ int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backwa
   if (!args || !args->delta) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_attention& a = args->backward.forward;
   if (const int status = check(*args)) return status;
-  if (!sequence_aligned(a)) return PEFTKERN_MISALIGNED;
+  if (const int status = check_sequence(a)) return status;
   if (args->workspace_size < peftkern_cuda_workspace_size(args)) return PEFTKERN_INVALID_ARGUMENT;
   Queue queue(args->device, args->stream);
   attention_backward(queue, *args);

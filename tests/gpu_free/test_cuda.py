@@ -214,6 +214,13 @@ def test_merging_without_a_sequence(shim):
     torch.testing.assert_close(lse, true_lse.float())
 
 
+def test_merging_ignores_what_concerns_the_sequence(shim):
+    given = tensors(Shape(S=19, P=7, D=64), torch.float16)
+    bias, mask = torch.zeros(1, 1, 19, 19), torch.zeros(2, 19, dtype=torch.bool)
+    plain, other = (cuda.merge_prefix(_args(given, **o), None, None) for o in ({}, {"bias": bias, "key_mask": mask}))
+    assert torch.equal(plain[0], other[0])
+
+
 def test_a_row_without_a_prefix_is_not_touched(shim):
     shape, options = _sizes("bank")
     args = _args(tensors(shape, torch.float16), **options)
