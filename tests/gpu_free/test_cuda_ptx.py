@@ -61,8 +61,13 @@ def _by_address(header: str, entry: str) -> tuple[str, str]:
     entry = re.sub(rf"mov\.b64(\s+%\w+,\s*){parameter[1]};", r"mov.b64\1%rd_params;", entry)
     entry = re.sub(r"ld\.param(\.v\d)?(\.\w+)", r"ld.global\1\2", entry)
     entry = entry.replace("cvta.param.u64", "mov.u64").replace("ld.global.nc", "ld.global")
+    entry = re.sub(  # of tanhf, and not in the emulator: the sign of the first source, the rest of the second
+        r"copysign\.f32\s+(\S+), (\S+), (\S+);",
+        r"and.b32 %r_sign, \2, 0x80000000; and.b32 %r_rest, \3, 0x7fffffff; or.b32 \1, %r_sign, %r_rest;",
+        entry,
+    )
     start = entry.index("{") + 1
-    load = f"\n.reg .b64 %rd_params;\nld.param.u64 %rd_params, [{parameter[1]}];\n"
+    load = f"\n.reg .b32 %r_sign, %r_rest;\n.reg .b64 %rd_params;\nld.param.u64 %rd_params, [{parameter[1]}];\n"
     return name, f"{header}{entry[:start]}{load}{entry[start:]}"
 
 
