@@ -2,16 +2,20 @@
 """Builds the native libraries with CMake and ninja; all other metadata is in pyproject.toml.
 
 PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries (auto: the CPU library where the tools for it are there).
-MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning. The libraries have a C ABI and know neither torch nor Python,
-so one wheel serves every version of both.
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning; an isolated
+build without nvcc takes it from NVIDIA's packages. The libraries have a C ABI and know neither torch nor Python: one
+wheel serves every version of both. A wheel with CUDA kernels says what for: ``0.1.0+cu130.sm80.sm90``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,31 +23,66 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CHOICES = ("auto", "none", "cpu", "cuda", "all")
+LIBRARIES = {"auto": ["cpu"], "none": [], "cpu": ["cpu"], "cuda": ["cuda"], "all": ["cpu", "cuda"]}
 
 
-def missing_tools() -> list[str]:
+def nvcc() -> str | None:
+    """CUDA_HOME's, the first in PATH, or that of the package nvidia-cuda-nvcc (the extra ``build-cuda``)."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which(str(Path(home, "bin", "nvcc")))
+    if found := shutil.which("nvcc"):
+        return found
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations if package else None
+    found = (
+        shutil.which(str(path)) for folder in folders or () for path in sorted(Path(folder).glob("cu*/bin/nvcc"))
+    )
+    return next(filter(None, found), None)
+
+
+def cuda_toolkit() -> list[str]:
+    """The packages of the extra ``build-cuda``."""
+    project = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^build-cuda = \[(.*?)\]", project, re.M | re.S)
+    assert extra is not None
+    return re.findall(r'"(.*?)"', extra[1])
+
+
+def missing_tools(libraries: list[str]) -> list[str]:
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     missing = [] if any(shutil.which(shlex.split(c)[0]) for c in compilers) else ["a C++ compiler"]
+    # at the first of setuptools' steps, egg_info, an isolated build has yet to be told what it needs
+    if "cuda" in libraries and nvcc() is None and "egg_info" not in sys.argv:
+        missing.append("nvcc (a CUDA toolkit in PATH or CUDA_HOME, or the extra build-cuda)")
     return missing + [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
 
 
-def libraries() -> list[str]:
+def chosen_libraries() -> list[str]:
     """Names of the libraries to build."""
     choice = os.environ.get("PEFTKERN_BUILD", "auto")
-    if choice not in CHOICES:
-        raise SystemExit(f"PEFTKERN_BUILD: expected one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice in ("cuda", "all"):
-        raise SystemExit(f"PEFTKERN_BUILD={choice}: CUDA kernels are not part of this version; use 'cpu'")
-    if choice == "none":
-        return []
-    missing = missing_tools()
-    if missing and choice == "cpu":
-        raise SystemExit(f"PEFTKERN_BUILD=cpu needs {' and '.join(missing)}")
-    if missing:
+    if choice not in LIBRARIES:
+        raise SystemExit(f"PEFTKERN_BUILD: expected one of {', '.join(LIBRARIES)}, got {choice!r}")
+    missing = missing_tools(LIBRARIES[choice]) if LIBRARIES[choice] else []
+    if missing and choice == "auto":
         print(f"peftkern: skipping the CPU library, for want of {' and '.join(missing)}")
         return []
-    return ["cpu"]
+    if missing:
+        raise SystemExit(f"PEFTKERN_BUILD={choice} needs {' and '.join(missing)}")
+    return LIBRARIES[choice]
+
+
+def local_version(libraries: list[str]) -> str:
+    """What a wheel with CUDA kernels adds to its version: toolkit and architectures, ``+cu130.sm80.sm90ptx``."""
+    if "cuda" not in libraries or nvcc() is None:
+        return ""
+    output = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", output)
+    assert release is not None, f"nvcc --version says {output!r}"
+    default = re.search(r"set\(all_capabilities (.*)\)", (ROOT / "csrc" / "cuda" / "CMakeLists.txt").read_text())
+    assert default is not None
+    names = re.split(r"[ ,;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or default[1])
+    tags = [f"sm{name.replace('.', '').replace('+PTX', 'ptx')}" for name in names if name]
+    return f"+cu{release[1]}{release[2]}.{'.'.join(tags)}"
 
 
 class CMakeBuild(build_ext):
@@ -54,20 +93,27 @@ class CMakeBuild(build_ext):
 
     def get_source_files(self) -> list[str]:
         """What a source distribution needs beside the package."""
-        sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+        sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
         return [str(path.relative_to(ROOT)) for path in [ROOT / "CMakeLists.txt", *sources]]
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         output.mkdir(parents=True, exist_ok=True)
+        environment, cuda = dict(os.environ), []
+        if "cuda" in libraries:
+            compiler = Path(str(nvcc()))
+            cuda = [f"-DCMAKE_CUDA_COMPILER={compiler}"]
+            # NVIDIA's packages have their libraries in lib, where their nvcc does not look
+            environment["LIBRARY_PATH"] = f"{compiler.parent.parent / 'lib'}:{os.environ.get('LIBRARY_PATH', '')}"
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPEFTKERN_OUTPUT_DIR={output}",
-             *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
-            check=True,
+             *(f"-DPEFTKERN_{name.upper()}={'ON' if name in libraries else 'OFF'}" for name in ("cpu", "cuda")),
+             *cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
+            check=True, env=environment,
         )  # fmt: skip
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True, env=environment)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
@@ -77,14 +123,24 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The libraries depend on the platform, not on the interpreter."""
+    """The libraries depend on the platform, not on the interpreter: on Linux, on the glibc whose symbols they use."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform = super().get_tag()[2]
-        return "py3", "none", platform
+        paths = Path(self.bdist_dir).rglob("libpeftkern_*.so") if self.bdist_dir else ()
+        built = [path.read_bytes() for path in paths]
+        versions = [tuple(map(int, v)) for data in built for v in re.findall(rb"\0GLIBC_(\d+)\.(\d+)(?=[.\0])", data)]
+        if versions and platform.startswith("linux_"):
+            major, minor = max([(2, 17), *versions])
+            platform = f"manylinux_{major}_{minor}_{platform.removeprefix('linux_')}"
+        return "py3", "none", platform if libraries else "any"
 
 
+libraries = chosen_libraries()
 setup(
-    ext_modules=[Extension(f"peftkern.libpeftkern_{name}", sources=[]) for name in libraries()],
+    ext_modules=[Extension(f"peftkern.libpeftkern_{name}", sources=[]) for name in libraries],
+    exclude_package_data={"peftkern": ["libpeftkern_*.so", "_build_info.json"]},  # of another build, in a checkout
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    options={"egg_info": {"tag_build": local_version(libraries)}},
+    setup_requires=cuda_toolkit() if "cuda" in libraries and nvcc() is None else [],
 )

@@ -26,6 +26,9 @@ enum peftkern_status {
   PEFTKERN_INVALID_ARGUMENT = 1,
   PEFTKERN_UNSUPPORTED_ISA = 2,
   PEFTKERN_OUT_OF_MEMORY = 3,
+  PEFTKERN_MISALIGNED = 4,       // CUDA: a pointer or stride is not a multiple of 16 bytes
+  PEFTKERN_SHARED_MEMORY = 5,    // CUDA: the device has too little shared memory for the kernel
+  PEFTKERN_CUDA_ERROR = 1000,    // plus a cudaError_t
 };
 
 enum peftkern_dtype {
@@ -124,6 +127,80 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 
 // One block of Philox4x32-10, for known-answer tests.
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+// libpeftkern_cuda: device pointers, fp16 and bf16, head_dim a multiple of 8 up to 256, a prefix of q's dtype. Work is queued
+// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. `prefix_bias` and `gate`
+// must be null and dropout 0, `bias` as well where the sequence is read; `isa` and `num_threads` are not read.
+typedef struct peftkern_cuda_attention {
+  peftkern_attention attention;
+  const void* part_out;      // [batch, num_heads, q_len, head_dim]: an attention over the sequence alone; may be `out`
+  const float* part_lse;     // [batch, num_heads, q_len], times part_lse_unit in natural logarithm; may be `lse`
+  int64_t part_out_stride[3], part_lse_stride[3];
+  double part_lse_unit;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_attention;
+
+typedef struct peftkern_cuda_attention_backward {
+  peftkern_attention_backward backward;
+  float* delta;              // [batch, num_heads, q_len], contiguous: room for rowsum(out * dout) - dlse
+  void* workspace;           // of peftkern_cuda_workspace_size bytes
+  int64_t workspace_size;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_attention_backward;
+
+// out[b] = [prefix | k[b]], and so for v, in one launch; prefix_dtype may be fp32.
+typedef struct peftkern_cuda_slot {
+  const void *k, *v;                // [batch, num_kv_heads, kv_len, head_dim]
+  const void *prefix_k, *prefix_v;  // [bank_size, num_kv_heads, prefix_len, head_dim]
+  const void* prefix_ids;           // [batch], contiguous
+  void *out_k, *out_v;              // [batch, num_kv_heads, prefix_len + kv_len, head_dim]
+  int64_t batch, num_kv_heads, kv_len, head_dim, bank_size, prefix_len;
+  int64_t k_stride[3], v_stride[3], prefix_k_stride[3], prefix_v_stride[3], out_k_stride[3], out_v_stride[3];
+  int64_t dtype, prefix_dtype, prefix_ids_dtype;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_slot;
+
+// total = the sum of dslot before the sequence, over the samples of each prefix
+typedef struct peftkern_cuda_slot_backward {
+  const void* dslot;         // [batch, num_kv_heads, at least prefix_len, head_dim]
+  const void* prefix_ids;    // [batch], contiguous
+  float* total;              // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
+  int64_t batch, num_kv_heads, head_dim, bank_size, prefix_len;
+  int64_t dslot_stride[3], dtype, prefix_ids_dtype;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_slot_backward;
+
+// The forward reads `backward.forward` only. `dweight` must be null.
+typedef struct peftkern_cuda_embedding {
+  peftkern_embedding_backward backward;
+  int64_t device;
+  void* stream;
+} peftkern_cuda_embedding;
+
+PEFTKERN_API int peftkern_cuda_abi_version(void);
+PEFTKERN_API const char* peftkern_cuda_error_string(int status);
+// What the library holds code for: "8.0,9.0+PTX".
+PEFTKERN_API const char* peftkern_cuda_architectures(void);
+
+// out and lse of the prefix, the sinks and the attention over the sequence in `part_out` and `part_lse`, merged (k and v are
+// not read). A null part stands for no sequence, a part_lse of +inf or -inf for a row that saw no key.
+PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args);
+// Given the merged `forward.out` and `forward.lse`: adds the prefix's part to dq, writes dprefix_k and dprefix_v.
+PEFTKERN_API int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args);
+PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* args);
+
+// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k and dprefix_v.
+PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args);
+PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
+
+PEFTKERN_API int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args);
+PEFTKERN_API int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args);
+PEFTKERN_API int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding* args);
+PEFTKERN_API int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding* args);
 
 #ifdef __cplusplus
 }

@@ -25,7 +25,10 @@ from . import __version__
 #: Versions that the test suite has run with; others are reported, not refused.
 TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.20", "5.23"), "peft": ("0.21",)}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
-_VARIABLES = ("PEFTKERN_BACKEND", "PEFTKERN_BUILD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX")
+_VARIABLES = (
+    "PEFTKERN_BACKEND", "PEFTKERN_BUILD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "CUDA_HOME",
+    "TORCH_CUDA_ARCH_LIST",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +105,13 @@ def _build() -> dict[str, Any]:
             "native libraries": "none built: `pip install .` in a checkout with a C++ compiler builds the CPU one"
         }
     with open(path) as file:
-        return dict(json.load(file))
+        facts = dict(json.load(file))
+    cuda = facts.pop("cuda", None)
+    if cuda is not None:
+        facts["cuda"] = (
+            f"{cuda['version']} for compute capability {', '.join(cuda['architectures'])}; {cuda['flags']}"
+        )
+    return facts
 
 
 def _gpu() -> dict[str, Any]:
@@ -150,10 +159,11 @@ def _self_test() -> dict[str, Any]:
     facts: dict[str, Any] = {"passed": True}
     exact = gradients(torch.float64, "cpu", "reference")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for name in backends.available_backends(device):
-            got = gradients(torch.float32, device, name)
+        fp32 = backends.available_backends(device)
+        for name in (*fp32, *(n for n in backends.available_backends(device, torch.float16) if n not in fp32)):
+            got = gradients(torch.float32 if name in fp32 else torch.float16, device, name)
             error = max(((g.cpu() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, exact, strict=True))
-            passed = error < 1e-5
+            passed = error < (1e-5 if name in fp32 else 1e-2)
             facts[f"{name} on {device}"] = f"{'ok' if passed else 'WRONG'}, relative error {error:.1e}"
             facts["passed"] &= passed
     return facts

@@ -19,10 +19,12 @@ README = Path(__file__).parent.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
 
 ROWS = {
-    "fp32, fp16, bf16": [(torch.float32, {}), (torch.float16, {}), (torch.bfloat16, {})],
+    "fp16, bf16": [(torch.float16, {}), (torch.bfloat16, {})],
+    "fp32": [(torch.float32, {})],
     "fp64": [(torch.float64, {})],
-    "head dim 1 to 256": [(torch.float32, {"D": D}) for D in (1, 40, 64, 80, 96, 128, 192, 256)],
-    "head dim over 256": [(torch.float32, {"D": 264})],
+    "head dim 8, 16, 24 to 256": [(torch.bfloat16, {"D": D}) for D in (8, 40, 64, 80, 96, 128, 192, 256)],
+    "any head dim to 256": [(torch.bfloat16, {"D": D}) for D in (1, 20, 63, 100)],
+    "head dim over 256": [(torch.bfloat16, {"D": 264})],
 }
 NAMES = {
     "plain": "causal, grouped heads", "non_causal": "bidirectional", "kv_cache": "KV cache (T > S)",

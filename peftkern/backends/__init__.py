@@ -29,7 +29,7 @@ from .protocol import (
     lse_dtype,
 )
 
-from . import cpu, reference, slot, triton, two_part  # isort: skip  (they import the names above)
+from . import cpu, cuda, reference, slot, triton, two_part  # isort: skip  (they import the names above)
 
 __all__ = [
     "AttentionArgs",
@@ -54,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
     "two_part": cast(Backend, two_part),
     "slot": cast(Backend, slot),
+    "cuda": cast(Backend, cuda),
     "cpu": cast(Backend, cpu),
     "reference": cast(Backend, reference),
 }
@@ -105,10 +106,10 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the backends that can run a plain fp32 call on ``device``, in the order that ``"auto"`` tries them."""
-    fp32, shape = torch.float32, (1, 1, 1, 64)
-    call = Call("prefix_attention", torch.device(device), fp32, fp32, shape, shape, shape[1:])
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Names of the backends that can run a plain call on ``device``, in the order that ``"auto"`` tries them."""
+    shape = (1, 1, 1, 64)
+    call = Call("prefix_attention", torch.device(device), dtype, dtype, shape, shape, shape[1:])
     return tuple(name for name, reasons in explain(call).reasons.items() if not reasons)
 
 

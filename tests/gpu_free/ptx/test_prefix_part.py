@@ -34,7 +34,9 @@ def _check(backend, arch, shape, options=None, prefix_dtype=None):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("backend", ["two_part", "slot"])
 @pytest.mark.parametrize(
-    "shape", [SHORT, pytest.param(LONG, marks=pytest.mark.slow), Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)], ids=str
+    "shape",
+    [SHORT, pytest.param(LONG, marks=pytest.mark.slow), Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)],
+    ids=str,
 )
 def test_beside_torchs_kernel(backend, arch, shape):
     watch = _check(backend, arch, shape, prefix_dtype=torch.float32)

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the kernels over [prefix | sequence] for one head dim, PEFTKERN_HEAD_DIM.
+#include "attention.h"
+#include "sequence_backward.cuh"
+#include "sequence_forward.cuh"
+
+namespace peftkern {
+
+template <int kHeadDim>
+void Kernels<kHeadDim>::sequence_forward(Queue& queue, int64_t dtype, const Extent& extent, const SequenceForward& args) {
+  using Shape = SequenceForwardShape<kHeadDim>;
+  const auto run = [&](void (*kernel)(SequenceForward)) {
+    queue.launch(kernel, extent.tiles(Shape::kRows), args.call.num_kv_heads, kHeadDim / Shape::kColumns, Shape::kThreads,
+                 Shape::kSharedBytes, args);
+  };
+  const bool options = has_options(args.call);
+  if (dtype == PEFTKERN_FLOAT16)
+    run(options ? peftkern::sequence_forward<fp16, kHeadDim, true> : peftkern::sequence_forward<fp16, kHeadDim, false>);
+  else
+    run(options ? peftkern::sequence_forward<bf16, kHeadDim, true> : peftkern::sequence_forward<bf16, kHeadDim, false>);
+}
+
+template <class T, int kHeadDim>
+static void run_sequence_backward(Queue& queue, const Extent& extent, const SequenceBackward& args) {
+  using Shape = BackwardShape<kHeadDim>;
+  const Call& call = args.call;
+  if (!args.dq.pointer && !args.dk.pointer && !args.dv.pointer) return;
+  const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
+  queue.launch(row_sums<T>, (int)((rows + 7) / 8), 1, 1, 256, 0, args);
+  const bool options = has_options(call);
+  if (args.dq.pointer)
+    queue.launch(options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
+                 extent.tiles(Shape::kRows), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+  if (args.dk.pointer || args.dv.pointer)
+    queue.launch(options ? sequence_backward_keys<T, kHeadDim, true> : sequence_backward_keys<T, kHeadDim, false>,
+                 (call.kv_len + Shape::kKeys - 1) / Shape::kKeys, call.num_kv_heads, (int)extent.sequences, Shape::kThreads,
+                 Shape::kSharedBytes, args);
+}
+
+template <int kHeadDim>
+void Kernels<kHeadDim>::sequence_backward(Queue& queue, int64_t dtype, const Extent& extent, const SequenceBackward& args) {
+  if (dtype == PEFTKERN_FLOAT16)
+    run_sequence_backward<fp16, kHeadDim>(queue, extent, args);
+  else
+    run_sequence_backward<bf16, kHeadDim>(queue, extent, args);
+}
+
+template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Queue&, int64_t, const Extent&, const SequenceForward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Queue&, int64_t, const Extent&, const SequenceBackward&);
+
+}  // namespace peftkern

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of the part of an attention that its sequence contributes, given the joint out and lse: dq, dk and dv. Together
+// with prefix_backward.cuh, which adds to dq, the backward of sequence_forward.cuh.
+#ifndef PEFTKERN_CUDA_SEQUENCE_BACKWARD_H_
+#define PEFTKERN_CUDA_SEQUENCE_BACKWARD_H_
+
+#include "backward.cuh"
+#include "sequence_forward.cuh"
+
+namespace peftkern {
+
+struct SequenceBackward {
+  Call call;
+  Matrices q, k, v, out, dout, dq, dk, dv;  // gradients: null if nobody needs them
+  const float* lse;                         // [B, Hq, S]
+  Matrices dlse;                            // null: there is none. `row` is the stride of its last dimension
+  float* delta;                             // [B, Hq, S]
+  const uint8_t* key_mask;                  // null: all keys are visible
+  int64_t key_mask_batch, key_mask_key;
+};
+
+// delta = rowsum(dout * out) - dlse, a warp per row. grid: rows / 8
+template <class T>
+PEFTKERN_KERNEL(256, 1) row_sums(PEFTKERN_PARAMS SequenceBackward args) {
+  const Call& call = args.call;
+  const int heads = call.num_kv_heads * call.group, lane = threadIdx.x % kWarp;
+  const int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / kWarp;
+  if (i >= (int64_t)call.batch * heads * call.q_len) return;
+  const int b = (int)(i / call.q_len / heads), h = (int)(i / call.q_len % heads), row = (int)(i % call.q_len);
+  const T *out = args.out.at<T>(b, h, row), *dout = args.dout.at<T>(b, h, row);
+  float sum = 0.f;
+  for (int column = lane * 2; column < call.head_dim; column += 2 * kWarp) {
+    const float2 x = unpack<T>(*reinterpret_cast<const uint32_t*>(out + column));
+    const float2 y = unpack<T>(*reinterpret_cast<const uint32_t*>(dout + column));
+    sum += x.x * y.x + x.y * y.y;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) sum += exchange_lanes(sum, lanes);
+  if (lane == 0) args.delta[i] = sum - (args.dlse.pointer ? *args.dlse.at<float>(b, h, row) : 0.f);
+}
+
+// Rows of q and dout, their lse and delta, for the rows of a tile from `first_row` on.
+template <class T, int kHeadDim>
+PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
+                                  const Sequence& sequence, int kv_head, int first_row) {
+  using Shape = BackwardShape<kHeadDim>;
+  const Call& call = args.call;
+  for (int d = 0; d < 2; d++) {
+    const Matrices& matrices = d ? args.dout : args.q;
+    tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+      const Row row = row_at(call, sequence, kv_head, first_row + i);
+      return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
+    });
+  }
+  if (threadIdx.x < Shape::kRows) {
+    const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
+    const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
+    tile.lse()[threadIdx.x] = lse == -INFINITY ? INFINITY : lse;
+    tile.delta()[threadIdx.x] = row.valid ? args.delta[index_of(call, row)] : 0.f;
+  }
+}
+
+// Keys and values of a block from `first_key` of a sequence on.
+template <class T, int kHeadDim>
+PEFTKERN_DEVICE void load_keys(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
+                               const Sequence& sequence, int kv_head, int first_key, int end) {
+  using Shape = BackwardShape<kHeadDim>;
+  for (int v = 0; v < 2; v++) {
+    const Matrices& matrices = v ? args.v : args.k;
+    tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, args.call.head_dim, args.q.pointer,
+              [&](int i) -> const T* {
+                const int key = first_key + i;
+                return key < end ? matrices.at<T>(sequence.batch, kv_head, sequence.first + key) : nullptr;
+              });
+  }
+}
+
+// p and ds of a tile of rows and a block of keys.
+template <class T, int kHeadDim, bool kOptions>
+PEFTKERN_DEVICE void sequence_weights(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
+                                      const Sequence& sequence, int kv_head, int first_row, int first_key, int end) {
+  const Call& call = args.call;
+  tile.weights([&](float product, int i, int k) -> Score {
+    const int key = first_key + k;
+    bool visible = key < end && sees_key(call, row_at(call, sequence, kv_head, first_row + i), key);
+    if (visible && args.key_mask)
+      visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
+    const Score score = score_of<kOptions>(call, product);
+    return {visible ? score.value : -INFINITY, score.slope};
+  });
+}
+
+// dq: a block owns a tile of rows and walks the keys. grid: (tiles, key heads)
+template <class T, int kHeadDim, bool kOptions>
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_queries(PEFTKERN_PARAMS SequenceBackward args) {
+  using Shape = BackwardShape<kHeadDim>;
+  PEFTKERN_SHARED(shared);
+  const BackwardTile<T, kHeadDim> tile(shared);
+  const Call& call = args.call;
+  const int kv_head = blockIdx.y;
+  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
+  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const Sequence sequence = walk.sequence;
+  const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
+  const int last_place = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int low = first_key_of(call, first_row / call.group + offset), high = end_key_of(call, sequence, last_place);
+
+  Sums<Shape::kQueryGroups> dq;
+  load_queries(tile, args, sequence, kv_head, first_row);
+  for (int key = low / Shape::kKeys * Shape::kKeys; key < high; key += Shape::kKeys) {
+    load_keys(tile, args, sequence, kv_head, key, high);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    sequence_weights<T, kHeadDim, kOptions>(tile, args, sequence, kv_head, first_row, key, high);
+    __syncthreads();
+    tile.add_queries(dq);
+    __syncthreads();
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  tile.store_queries(dq, call.scale, false, call.head_dim, [&](int i) -> T* {
+    const Row row = row_at(call, sequence, kv_head, first_row + i);
+    return row.valid ? args.dq.at<T>(row.batch, row.head, row.row) : nullptr;
+  });
+}
+
+// dk and dv: a block owns a block of keys and walks the rows. Keys beyond all packed sequences belong to the last one's
+// tail and get zeros. grid: (blocks of keys of the longest sequence, key heads, sequences)
+template <class T, int kHeadDim, bool kOptions>
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
+  using Shape = BackwardShape<kHeadDim>;
+  PEFTKERN_SHARED(shared);
+  const BackwardTile<T, kHeadDim> tile(shared);
+  const Call& call = args.call;
+  const int kv_head = blockIdx.y, first_key = blockIdx.x * Shape::kKeys;
+  const Sequence sequence = sequence_at(call, blockIdx.z);
+  const int keys = call.cu_seqlens.pointer ? sequence.length : call.kv_len, offset = call.kv_len - call.q_len;
+  if (first_key >= keys) return;
+  const int last_key = min(first_key + Shape::kKeys, keys) - 1;
+  const int low = call.causal ? max(0, first_key - offset) : 0;  // rows that see the block, as positions of the sequence
+  const int high = min(sequence.length, call.window ? last_key + call.window - offset : sequence.length);
+
+  Sums<Shape::kSumGroups> dk, dv;
+  load_keys(tile, args, sequence, kv_head, first_key, keys);
+  for (int row = low * call.group / Shape::kRows * Shape::kRows; row < high * call.group; row += Shape::kRows) {
+    load_queries(tile, args, sequence, kv_head, row);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    sequence_weights<T, kHeadDim, kOptions>(tile, args, sequence, kv_head, row, first_key, keys);
+    __syncthreads();
+    tile.add_keys_and_values(dk, dv);
+    __syncthreads();
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  const auto store = [&](const Sums<Shape::kSumGroups>& sums, float scale, const Matrices& target) {
+    tile.store_sums(sums, scale, call.head_dim, [&](int key, int column, float2 pair) {
+      if (first_key + key < keys)
+        *reinterpret_cast<uint32_t*>(target.at<T>(sequence.batch, kv_head, sequence.first + first_key + key) + column) =
+            pack<T>(pair.x, pair.y);
+    });
+  };
+  if (args.dk.pointer) store(dk, call.scale, args.dk);
+  if (args.dv.pointer) store(dv, 1.f, args.dv);
+}
+
+}  // namespace peftkern
+#endif  // PEFTKERN_CUDA_SEQUENCE_BACKWARD_H_

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over [prefix | sequence] in one kernel: a baseline for those without another library's.
+//
+// A block owns a tile of 64 rows of one key head and one sequence; keys and values pass through shared memory in two stages,
+// the prefix first, then the sequence up to the last key that the tile sees.
+#ifndef PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
+#define PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
+
+#include "common.cuh"
+
+namespace peftkern {
+
+struct SequenceForward {
+  Call call;
+  Matrices q, k, v, prefix_k, prefix_v, out;
+  float* lse;  // [B, Hq, S]
+  const float* sinks;
+  const uint8_t* key_mask;  // null: all keys are visible
+  int64_t key_mask_batch, key_mask_key;
+};
+
+template <int kHeadDim>
+struct SequenceForwardShape {
+  static constexpr int kThreads = 128, kRows = 64, kKeys = kHeadDim > 128 ? 16 : kHeadDim > 64 ? 32 : 64;
+  static constexpr int kColumns = kHeadDim > 128 ? 128 : kHeadDim;  // of out per block, to fit the registers
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2, kBlockBytes = kKeys * kHeadDim * 2;
+  static constexpr int kSharedBytes = kQueryBytes + 4 * kBlockBytes;
+};
+
+// Keys of a sequence that rows with places [first, last] see: [low, high) of its keys, which start at `sequence.first`.
+PEFTKERN_DEVICE int first_key_of(const Call& call, int first_place) {
+  return call.window ? max(0, first_place - call.window + 1) : 0;
+}
+PEFTKERN_DEVICE int end_key_of(const Call& call, const Sequence& sequence, int last_place) {
+  const int keys = call.cu_seqlens.pointer ? sequence.length : call.kv_len;
+  return call.causal ? min(keys, last_place + 1) : keys;
+}
+
+// Whether a row sees a key of its sequence; `key` is below the end, as counted by the functions above.
+PEFTKERN_DEVICE bool sees_key(const Call& call, const Row& row, int key) {
+  return (!call.causal || key <= row.place) && (call.window == 0 || row.place - key < call.window);
+}
+
+// grid: (tiles, key heads, groups of columns)
+template <class T, int kHeadDim, bool kOptions>
+PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
+  using Shape = SequenceForwardShape<kHeadDim>;
+  using Layout = Tile<kHeadDim>;
+  constexpr int kColumns = Shape::kColumns;
+  PEFTKERN_SHARED(shared);
+  const Call& call = args.call;
+  const uint32_t queries = shared_address(shared), blocks = queries + Shape::kQueryBytes;
+  const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4, column = blockIdx.z * kColumns;
+  const int first = threadIdx.x / kWarp * 16;
+  // tiles in reverse: those that see most keys start first
+  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
+  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const Sequence sequence = walk.sequence;
+
+  const Row row[2] = {row_at(call, sequence, kv_head, walk.first_row() + first + lane / 4),
+                      row_at(call, sequence, kv_head, walk.first_row() + first + lane / 4 + 8)};
+  const int offset = call.kv_len - call.q_len;
+  const int first_place = walk.first_row() / call.group + offset;
+  const int last_place = min((walk.first_row() + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int prefix_blocks = (sequence.prefix_len + Shape::kKeys - 1) / Shape::kKeys;
+  const int low = first_key_of(call, first_place) / Shape::kKeys * Shape::kKeys;
+  const int high = end_key_of(call, sequence, last_place);
+  const int count = prefix_blocks + max(0, (high - low + Shape::kKeys - 1) / Shape::kKeys);
+
+  const auto load_block = [&](int block) {
+    const bool is_prefix = block < prefix_blocks;
+    const int key0 = is_prefix ? block * Shape::kKeys : low + (block - prefix_blocks) * Shape::kKeys;
+    for (int v = 0; v < 2; v++) {
+      const Matrices& matrices = is_prefix ? (v ? args.prefix_v : args.prefix_k) : (v ? args.v : args.k);
+      const uint32_t target = blocks + (block % 2 * 2 + v) * Shape::kBlockBytes;
+      load_rows<T, kHeadDim, Shape::kThreads>(target, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+        const int key = key0 + i;
+        if (is_prefix) return key < sequence.prefix_len ? matrices.at<T>(sequence.prefix, kv_head, key) : nullptr;
+        return key < high ? matrices.at<T>(sequence.batch, kv_head, sequence.first + key) : nullptr;
+      });
+    }
+  };
+  load_rows<T, kHeadDim, Shape::kThreads>(queries, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+    const Row r = row_at(call, sequence, kv_head, walk.first_row() + i);
+    return r.valid ? args.q.at<T>(r.batch, r.head, r.row) : nullptr;
+  });
+  if (count > 0) load_block(0);
+  copy_async_commit();
+
+  RowState<kColumns> state;
+  for (int block = 0; block < count; block++) {
+    copy_async_wait<0>();
+    __syncthreads();
+    if (block + 1 < count) load_block(block + 1);
+    copy_async_commit();
+    const bool is_prefix = block < prefix_blocks;
+    const int key0 = is_prefix ? block * Shape::kKeys : low + (block - prefix_blocks) * Shape::kKeys;
+    const uint32_t keys = blocks + block % 2 * 2 * Shape::kBlockBytes;
+    attend<T, kHeadDim, Shape::kKeys, kColumns>(
+        state, keys, keys + Shape::kBlockBytes, min(Shape::kKeys, (is_prefix ? sequence.prefix_len : high) - key0), column,
+        [&](int i, uint32_t(&a)[4]) {
+          load_matrices(a, queries + Layout::offset(first + lane % 16, 2 * i + lane / 16));
+        },
+        [&](float product, int i, int r) {
+          const int key = key0 + i;
+          bool visible;
+          if (is_prefix) {
+            visible = sees_prefix<kOptions>(call, row[r].place, key, sequence.prefix_len);
+          } else {
+            visible = key < high && sees_key(call, row[r], key);
+            if (visible && args.key_mask)
+              visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
+          }
+          return visible ? score_of<kOptions>(call, product).value : -INFINITY;
+        });
+  }
+  copy_async_wait<0>();
+
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
+    const float peak = fmaxf(state.peak[r], sink), pivot = peak == -INFINITY ? 0.f : peak;
+    const float weight = exp2_approx(state.peak[r] - pivot);
+    const float total = weight * sum_quad(state.sum[r]) + exp2_approx(sink - pivot);
+    const float scale = peak == -INFINITY ? 0.f : weight / total;
+    if (row[r].valid && quad_lane == 0 && column == 0)
+      args.lse[index_of(call, row[r])] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
+#pragma unroll
+    for (int j = 0; j < kColumns / 32; j++) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        x[i] = pack<T>(state.acc[4 * j + i][2 * r] * scale, state.acc[4 * j + i][2 * r + 1] * scale);
+      transpose_quad(x);
+      const int at = column + (4 * j + quad_lane) * 8;
+      if (row[r].valid && at < call.head_dim)
+        *reinterpret_cast<uint4*>(args.out.at<T>(row[r].batch, row[r].head, row[r].row) + at) =
+            make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+}  // namespace peftkern
+#endif  // PEFTKERN_CUDA_SEQUENCE_FORWARD_H_

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels in CUDA C++ (``csrc/cuda``), built ahead of time: no compiler and no warm-up on the user's machine.
+
+A whole attention in fp16 and bf16, for those without another library's kernel; and the parts that stand beside one:
+:func:`merge_prefix`, :func:`merge_prefix_backward`, :func:`lay_slot` and :func:`sum_slot`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native_cuda
+from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 256
+_REFUSED = {"bias": "bias", "prefix_bias": "prefix_bias", "gate": "gate", "dropout": "dropout"}
+
+
+def why_not(call: Call) -> list[str]:
+    return limits(call) + _lacks(call.device)
+
+
+def limits(call: Call) -> list[str]:
+    """What no machine can run here."""
+    reasons = []
+    if call.dtype not in _DTYPES:
+        reasons.append(
+            f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'"
+        )
+    if call.op == "soft_prompt_embedding" and call.kv_shape[-1] % 8:
+        reasons.append(f"width {call.kv_shape[-1]} is no multiple of 8: use backend='triton'")
+    if call.op == "prefix_attention":
+        head_dim = call.q_shape[-1]
+        if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
+            reasons.append(f"head dim {head_dim} is no multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
+        refused = [name for feature, name in _REFUSED.items() if feature in call.features]
+        if "sinks" in call.features and call.needs_grad:
+            refused.append("backward beside sinks")
+        if refused:
+            reasons.append(f"has no {', '.join(refused)}: use backend='triton'")
+    return reasons
+
+
+def _lacks(device: torch.device) -> list[str]:
+    """What this machine and ``device`` lack."""
+    if device.type != native_cuda.DEVICE_TYPE:
+        return [f"runs on {native_cuda.DEVICE_TYPE} tensors, not on {device.type}"]
+    if native_cuda.MISSING:
+        return [native_cuda.MISSING]
+    if device.type != "cuda":
+        return []
+    if torch.version.hip is not None:
+        return ["needs an NVIDIA GPU: use backend='triton'"]
+    if not torch.cuda.is_available():
+        return ["torch sees no GPU"]
+    reason = native_cuda.unsupported(*torch.cuda.get_device_capability(device))
+    return [reason] if reason else []
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, with every row on 16 bytes."""
+    if x.data_ptr() % 16 == 0 and all(
+        n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    ):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _prepared(args: AttentionArgs) -> AttentionArgs:
+    """``args`` as the kernels want them: rows on 16 bytes, the prefix in q's dtype."""
+    return args._replace(
+        q=_aligned(args.q), k=_aligned(args.k), v=_aligned(args.v),
+        prefix_k=_aligned(args.prefix_k.to(args.q.dtype)), prefix_v=_aligned(args.prefix_v.to(args.q.dtype)),
+    )  # fmt: skip
+
+
+def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    out, lse = allocate_outputs(args)
+    prepared = _prepared(args)
+    if _is_decoding(args):
+        empty = prepared.prefix_k.new_empty(prepared.prefix_k.shape[-3], 0, args.q.shape[3])
+        alone = prepared._replace(prefix_k=empty, prefix_v=empty, sinks=None, prefix_ids=None, prefix_lens=None)
+        native_cuda.prefix_attention(alone, out, lse)
+        native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
+    else:
+        native_cuda.prefix_attention(prepared, out, lse)
+    return out, lse
+
+
+def _is_decoding(args: AttentionArgs) -> bool:
+    """Whether few rows of many samples share a prefix: then their rows fill tiles together, once it is read."""
+    rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1]
+    return args.prefix_ids is None and args.q.shape[0] > 1 and rows <= _DECODE_ROWS and args.prefix_k.shape[-2] > 0
+
+
+_DECODE_ROWS = 32  # half a tile
+
+
+def prefix_attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
+) -> AttentionGradients:
+    gradients = allocate_gradients(args, needs)
+    if args.q.numel() == 0:
+        for x in gradients:
+            x.zero_()
+        return gradients
+    delta = lse.new_empty(lse.shape)
+    native_cuda.prefix_attention_backward(_aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta)
+    return gradients
+
+
+def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
+    out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
+    native_cuda.soft_prompt_embedding(input_ids, _aligned(weight), _aligned(prompt), prompt_ids, out)
+    return out
+
+
+def soft_prompt_embedding_backward(
+    dout: Tensor,
+    input_ids: Tensor,
+    weight: Tensor,
+    prompt: Tensor,
+    prompt_ids: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    dweight = weight.new_zeros(weight.shape if needs[0] else 0, dtype=torch.float32)
+    dprompt = prompt.new_empty(prompt.shape if needs[1] else 0, dtype=torch.float32)
+    if needs[0]:
+        rows = dout[:, prompt.shape[-2] :].float().flatten(0, 1)
+        dweight.index_put_((input_ids.flatten(),), rows, accumulate=True)
+    if dprompt.numel():
+        native_cuda.soft_prompt_embedding_backward(_aligned(dout), input_ids, weight, prompt, prompt_ids, dprompt)
+    return dweight, dprompt
+
+
+def merge_prefix(
+    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of prefix, sinks and the sequence's ``part_out`` [B, Hq, S, D] and ``part_lse`` [B, Hq, S].
+
+    The parts have any strides (unit along D) and are merged in place where they lie as the op's outputs do.
+    ``part_lse * lse_unit`` is in natural logarithm; None: there is no sequence.
+    """
+    out, lse = allocate_outputs(args)
+    if part_out is not None:
+        part_out = _aligned(part_out)
+        out = part_out if part_out.stride() == out.stride() else out
+    if part_lse is not None and part_lse.stride() == lse.stride():
+        lse = part_lse
+    native_cuda.merge_prefix(_prepared(args), part_out, part_lse, lse_unit, out, lse)
+    return out, lse
+
+
+def merge_prefix_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs, part_dq: Tensor | None, gradients: AttentionGradients
+) -> None:
+    """Fill in dq = ``part_dq`` + the prefix's part, dprefix_k and dprefix_v; what is empty nobody needs."""
+    dq = gradients.dq
+    if part_dq is None:
+        dq.zero_()
+    elif dq.numel() and part_dq is not dq:
+        dq.copy_(part_dq)
+    native_cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, _prepared(args), gradients)
+
+
+def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """[prefix | k] and [prefix | v], [B, Hkv, P + T, D] with the memory order [B, P + T, Hkv, D]."""
+    batch, kv_heads, kv_len, head_dim = args.k.shape
+    length = args.prefix_k.shape[-2] + kv_len
+    slot_k, slot_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
+    k, v, prefix_k, prefix_v = (_aligned(x) for x in args[1:5])
+    native_cuda.kv_slot(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
+    return slot_k, slot_v
+
+
+def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
+    """total, shaped like a prefix, = the sum over the batch of dslot [B, Hkv, P + T, D] before the sequence."""
+    if total.numel():
+        native_cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)

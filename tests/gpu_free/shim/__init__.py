@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA library for a CPU: csrc/cuda built by g++ with every access checked, and loaded in the real one's place.
+
+A thread of a block is a fiber. Threads and blocks run in random order; shared and global memory are checked for
+races, bounds, alignment and reads of what was never written, barriers for divergence, cp.async for missing waits.
+What the package allocates starts as NaN; what it is given may be read within its bounds and not written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from peftkern import native_cuda
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent.parent
+_CACHE = ROOT / "build" / "shim"
+HEAD_DIMS = (64, 96, 128, 256)
+_FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
+    f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}",
+)  # fmt: skip
+CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
+
+
+@functools.lru_cache
+def build(edit=None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
+    """The library. ``edit(name, text) -> text`` plants a fault. What has been built before is not built again."""
+    csrc = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.[ch]*"))}
+    if edit is not None:
+        csrc = {name: edit(name, text) for name, text in csrc.items()}
+    abi = (ROOT / "csrc" / "peftkern.h").read_text()
+    code = _CACHE / _key(csrc, abi) / "cuda"
+    code.mkdir(parents=True, exist_ok=True)
+    (code.parent / "peftkern.h").write_text(abi)
+    for name, text in csrc.items():
+        (code / name).write_text(text)
+    jobs = [(HERE / "runtime.cpp", [])]
+    for name, text in csrc.items():
+        if name.endswith(".cu"):
+            dims = head_dims if "PEFTKERN_HEAD_DIM" in text else (0,)
+            jobs += [(code / name, [*CHECKED, f"-I{code}", f"-DPEFTKERN_HEAD_DIM={dim}"]) for dim in dims]
+    return link(jobs)
+
+
+def link(jobs: list[tuple[Path, list[str]]]) -> Path:
+    """A shared library of C++ sources with their flags."""
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    return _made(_CACHE / f"{_key([path.name for path in objects])}.so", ["-shared", *map(str, objects)])
+
+
+def _compile(source: Path, flags: list[str]) -> Path:
+    flags = [*_FLAGS, *flags, "-x", "c++"]
+    preprocessed = subprocess.run(
+        ["g++", *flags, "-E", "-P", str(source)], capture_output=True, text=True, check=True
+    )
+    relevant = [flag for flag in flags if not flag.startswith("-I")]
+    target = _CACHE / f"{source.stem}-{_key(relevant, preprocessed.stdout)}.o"
+    return _made(target, [*flags, "-c", str(source)])
+
+
+def _made(target: Path, arguments: list[str]) -> Path:
+    if not target.exists():
+        temporary = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run(["g++", "-o", str(temporary), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, f"{target.name} does not build for the shim:\n{done.stderr[:4000]}"
+        temporary.replace(target)
+    return target
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+class Shim:
+    """The library in place of the package's, for a test. ``seed`` orders threads, ``preempt`` switches them more."""
+
+    def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None, head_dims=HEAD_DIMS) -> None:
+        # lazy: a build of some head dims lacks the others' kernels
+        self.library = native_cuda.declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
+        self.library.shim_message.restype = ctypes.c_char_p
+        self.library.shim_register.argtypes = [
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
+        ]  # fmt: skip
+        self._writable: dict[int, torch.Tensor] = {}  # storages that kernels may write
+        self._registered: dict[tuple[int, int], torch.Tensor] = {}  # kept alive: no address is used twice
+        self.reset(seed, preempt)
+        monkeypatch.setattr(native_cuda, "_library", self.library)
+        monkeypatch.setattr(native_cuda, "MISSING", "")
+        monkeypatch.setattr(native_cuda, "DEVICE_TYPE", "cpu")
+        self._data_ptr, self._new_empty = torch.Tensor.data_ptr, torch.Tensor.new_empty
+        for name in ("data_ptr", "new_empty"):
+            method = getattr(self, f"_patched_{name}")
+            monkeypatch.setattr(torch.Tensor, name, lambda x, *a, _method=method, **k: _method(x, *a, **k))
+
+    def reset(self, seed: int = 0, preempt: bool = False) -> None:
+        """Forget all buffers and counts."""
+        self.library.shim_reset(seed, int(preempt))
+        self._registered.clear()
+
+    def writable(self, *tensors: torch.Tensor) -> None:
+        """Kernels may write these."""
+        self._writable.update((x.untyped_storage().data_ptr(), x) for x in tensors)
+
+    def counters(self) -> dict[str, int]:
+        """Bytes of global memory loaded and stored, tensor core instructions, launches, since the last reset."""
+        values = (ctypes.c_int64 * 4)()
+        self.library.shim_counters(values)
+        return dict(zip(("loaded", "stored", "mma", "launches"), values, strict=True))
+
+    def _patched_new_empty(self, x, *args, **kwargs):
+        tensor = self._new_empty(x, *args, **kwargs)
+        if _called_by_the_package():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+            self.writable(tensor)
+        return tensor
+
+    def _patched_data_ptr(self, x) -> int:
+        address = self._data_ptr(x)
+        if x.numel() and _called_by_the_package():
+            size = (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+            if (address, size) not in self._registered:
+                writable = x.untyped_storage().data_ptr() in self._writable
+                initialised = not (writable and x.is_floating_point() and x.isnan().all())
+                name = f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+                self.library.shim_register(address, size, writable, initialised, name.encode())
+                self._registered[address, size] = x
+        return address
+
+
+def _called_by_the_package() -> bool:
+    return sys._getframe(3).f_globals["__name__"].startswith("peftkern")

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, on the host shim: numbers within the bound of all backends, and nothing a check objects to."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import peftkern
+from peftkern import backends, native_cuda, reference
+from peftkern.backends import AttentionArgs, allocate_gradients, cuda
+
+from .. import bounds
+from ..cases import FEATURES, Shape, feature, tensors
+from .shim import Shim
+
+HALVES = [torch.float16, torch.bfloat16]
+REFUSED = ("bias", "bias_row", "prefix_bias", "gate", "dropout")
+SUPPORTED = [name for name in FEATURES if name not in REFUSED]
+OF_THE_PREFIX = (
+    "plain", "non_causal", "scale", "kv_cache", "window", "window_after_prefix", "softcap", "sinks", "packed", "bank",
+    "ragged_bank", "packed_bank",
+)  # fmt: skip
+
+
+@pytest.fixture
+def shim(monkeypatch):
+    return Shim(monkeypatch)
+
+
+def _sizes(name: str, **sizes) -> tuple[Shape, dict]:
+    sizes = {"S": 9 if name == "kv_cache" else 19, "P": 7, "D": 64, **sizes}
+    return feature(name, Shape(**sizes))
+
+
+def _mark(cases, fast):
+    return [pytest.param(*case, marks=() if fast(*case) else pytest.mark.slow) for case in cases]
+
+
+# -- the whole attention ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    _mark(itertools.product(SUPPORTED, (40, 64, 80, 128, 256)), lambda name, dim: dim == 64 or name == "ragged_bank"),
+)
+def test_attention_with_each_feature(shim, name, head_dim):
+    shape, options = _sizes(name, D=head_dim)
+    dtype = torch.float16 if head_dim % 128 else torch.bfloat16
+    backward = name != "sinks"
+    bounds.check_backend("cuda", tensors(shape, dtype), options, backward=backward, dlse=backward)
+
+
+SIZES = [
+    Shape(B=5, Hq=8, Hkv=2, S=1, P=1, D=64),
+    Shape(B=3, Hq=8, Hkv=1, S=17, P=130, D=64),
+    Shape(B=1, Hq=4, Hkv=4, S=63, P=7, D=96),
+    Shape(B=1, Hq=2, Hkv=2, S=131, P=0, D=64),
+    Shape(B=2, Hq=6, Hkv=2, S=33, P=65, D=128),
+    Shape(B=1, Hq=2, Hkv=1, S=65, P=33, D=256),
+    Shape(B=2, Hq=4, Hkv=2, S=3, P=70, D=80),
+    Shape(B=1, Hq=4, Hkv=2, S=333, P=5, D=64),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    _mark(itertools.product(SIZES, HALVES), lambda s, d: s.S < 64 and (s.D < 100) == (d == HALVES[0])),
+    ids=str,
+)
+def test_attention_of_odd_sizes(shim, shape, dtype):
+    bounds.check_backend("cuda", tensors(shape, dtype), {})
+
+
+def test_an_fp32_prefix_beside_half_precision(shim):
+    given = tensors(Shape(S=19, P=7, D=64), torch.bfloat16, prefix_dtype=torch.float32)
+    results = bounds.check_backend("cuda", given, {})
+    assert results.gradients["prefix_k"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes", [{"S": 0}, {"B": 0}, {"S": 0, "T": 0, "P": 0}, {"T": 0, "S": 3}], ids=str)
+def test_empty_tensors(shim, sizes):
+    given = tensors(Shape(**{"D": 64, **sizes}), torch.float16)
+    bounds.check_backend("cuda", given, {"causal": False})
+
+
+def test_unneeded_gradients_are_not_computed(shim):
+    given = {
+        n: x.requires_grad_(n.startswith("prefix")) for n, x in tensors(Shape(S=19, P=7, D=64), HALVES[0]).items()
+    }
+    out = peftkern.prefix_attention(**given, backend="cuda")
+    shim.reset()
+    out.sum().backward()
+    assert given["q"].grad is None
+    assert shim.counters()["launches"] == 2, "the prefix's part, and the sum of its shares"
+
+
+# -- the parts beside another library's kernel -----------------------------------------------------
+
+
+def _split_queries(q_seq, q_prefix, k, v, prefix_k, prefix_v, options):
+    """reference.prefix_attention with one q for the sequence and another, of the same values, for the prefix."""
+    group = q_seq.shape[1] // k.shape[1]
+    batch, _, q_len, head_dim = q_seq.shape
+    prefix_k, prefix_v = (x if x.dim() == 4 else x[None] for x in (prefix_k, prefix_v))
+    bank, _, prefix_len, _ = prefix_k.shape
+    scale, softcap = options.get("scale", head_dim**-0.5), options.get("softcap")
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    prefix_k, prefix_v = (x.repeat_interleave(group, 1) for x in (prefix_k, prefix_v))
+    names = ("key_mask", "cu_seqlens", "prefix_ids", "prefix_lens", "window")
+    visible = reference.visibility(
+        (batch, q_len, k.shape[2], bank, prefix_len), k.device, options.get("causal", True),
+        *(options.get(name) for name in names), options.get("prefix_in_window", True),
+    )  # fmt: skip
+    scores = [q_seq @ k.transpose(-1, -2), torch.einsum("bhsd,ahpd->bhsap", q_prefix, prefix_k)]
+    scores = [x * scale for x in scores]
+    if softcap:
+        scores = [softcap * torch.tanh(x / softcap) for x in scores]
+    seq, prefix = (x.masked_fill(~y, -torch.inf) for x, y in zip(scores, visible, strict=True))
+    return seq, prefix.flatten(3), v, prefix_v.transpose(0, 1).flatten(1, 2)
+
+
+class Merging:
+    """A backend: the sequence in fp64, rounded as another library's result is, and our kernels for the prefix."""
+
+    def __init__(self, shim: Shim, in_place: bool) -> None:
+        self.shim, self.in_place = shim, in_place
+
+    def why_not(self, call):
+        return []
+
+    def _options(self, args: AttentionArgs) -> dict:
+        return {**args._asdict(), "softcap": args.softcap or None}
+
+    def prefix_attention(self, args: AttentionArgs):
+        q, k, v, prefix_k, prefix_v = (x.double() for x in args[:5])
+        seq, _, values, _ = _split_queries(q, q, k, v, prefix_k, prefix_v, self._options(args))
+        weights, lse = reference.softmax(seq)
+        part_out = (weights @ values).to(args.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        lse = torch.where(lse == -torch.inf, torch.inf, lse).float()  # as some kernels say that there is no key
+        if not self.in_place:
+            part_out, lse = part_out.contiguous(), (lse / 2).transpose(1, 2).contiguous().transpose(1, 2)
+            return cuda.merge_prefix(args, part_out, lse, 2.0)
+        self.shim.writable(part_out, lse)
+        out, out_lse = cuda.merge_prefix(args, part_out, lse)
+        assert out is part_out
+        assert out_lse is lse
+        return out, out_lse
+
+    def prefix_attention_backward(self, dout, dlse, out, lse, args, needs):
+        leaves = [x.double().requires_grad_() for x in (args.q, args.q, *args[1:5])]
+        with torch.enable_grad():
+            seq, prefix, seq_v, prefix_v = _split_queries(*leaves, self._options(args))
+            sinks = torch.full((*seq.shape[:3], 1), -torch.inf, dtype=torch.float64)
+            if args.sinks is not None:
+                sinks = args.sinks.double()[:, None, None].expand_as(sinks)
+            weights, _ = reference.softmax(torch.cat([prefix, seq, sinks], -1))
+            both = weights[..., :-1] @ torch.cat([prefix_v.expand(len(seq_v), -1, -1, -1), seq_v], 2)
+            parts = torch.autograd.grad(both, leaves, dout.double())
+        gradients = allocate_gradients(args, [need and i < 5 for i, need in enumerate(needs)])
+        for target, source in zip(gradients[1:3], parts[2:4], strict=True):
+            target.copy_(source)
+        part_dq = parts[0].to(args.q.dtype)
+        if self.in_place:
+            gradients.dq.copy_(part_dq)
+            part_dq = gradients.dq
+        cuda.merge_prefix_backward(dout, out, lse, args, part_dq, gradients)
+        return gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "in_place"),
+    _mark(
+        itertools.product(OF_THE_PREFIX, (40, 64, 80, 96, 128, 256), (True, False)),
+        lambda name, dim, in_place: in_place and (dim == 64 or name in ("plain", "ragged_bank")),
+    ),
+)
+def test_merging_with_each_feature(shim, monkeypatch, name, head_dim, in_place):
+    shape, options = _sizes(name, D=head_dim)
+    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, in_place))
+    sinks = options.pop("sinks", None)
+    given = tensors(shape, torch.bfloat16 if head_dim in (64, 256) else torch.float16)
+    if sinks is None:
+        bounds.check_backend("merging", given, options)
+    else:  # their gradient is not this kernel's
+        bounds.check_backend("merging", given, {**options, "sinks": sinks}, backward=False)
+
+
+@pytest.mark.parametrize(
+    ("prefix_len", "head_dim"),
+    _mark(
+        itertools.product((1, 16, 63, 64, 65, 130, 300), (64, 128, 256)),
+        lambda p, d: (p, d) in ((65, 64), (130, 128)),
+    ),
+)
+def test_merging_prefixes_of_all_lengths(shim, monkeypatch, prefix_len, head_dim):
+    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    shape = Shape(B=2, Hq=6, Hkv=2, S=23, P=prefix_len, D=head_dim)
+    bounds.check_backend("merging", tensors(shape, torch.bfloat16), {})
+
+
+def test_merging_without_a_sequence(shim):
+    shape = Shape(S=19, P=7, D=64)
+    given = tensors(shape, torch.float16)
+    args = _args(given)
+    out, lse = cuda.merge_prefix(args, None, None)
+    empty = {n: given[n][:, :, :0].double() for n in ("k", "v")}
+    exact = {n: given[n].double() for n in ("q", "prefix_k", "prefix_v")}
+    true, true_lse = reference.prefix_attention(**exact, **empty, causal=False)
+    bounds.assert_bound("out", out, true, true.to(out.dtype), factor=2, dtype=out.dtype)
+    torch.testing.assert_close(lse, true_lse.float())
+
+
+def test_merging_ignores_what_concerns_the_sequence(shim):
+    given = tensors(Shape(S=19, P=7, D=64), torch.float16)
+    bias, mask = torch.zeros(1, 1, 19, 19), torch.zeros(2, 19, dtype=torch.bool)
+    plain, other = (cuda.merge_prefix(_args(given, **o), None, None) for o in ({}, {"bias": bias, "key_mask": mask}))
+    assert torch.equal(plain[0], other[0])
+
+
+def test_a_row_without_a_prefix_is_not_touched(shim):
+    shape, options = _sizes("bank")
+    args = _args(tensors(shape, torch.float16), **options)
+    part_out, part_lse = backends.allocate_outputs(args)
+    shim.writable(part_out, part_lse)
+    part_out.normal_()
+    part_lse.normal_()
+    before = part_out.clone(), part_lse.clone()
+    out, lse = cuda.merge_prefix(args, part_out, part_lse)
+    without = options["prefix_ids"] == -1
+    assert without.any()
+    assert torch.equal(out[without], before[0][without])
+    assert torch.equal(lse[without], before[1][without])
+    assert not torch.equal(out[~without], before[0][~without])
+
+
+def _args(given: dict, **options) -> AttentionArgs:
+    values = dict.fromkeys(AttentionArgs._fields[5:14]) | given
+    values |= {
+        "scale": 0.125,
+        "causal": True,
+        "window": None,
+        "prefix_in_window": True,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+    }
+    return AttentionArgs(**{**values, **options})
+
+
+@pytest.mark.parametrize("name", ["plain", "bank"])
+@pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
+def test_slot(shim, name, prefix_dtype):
+    shape, options = _sizes(name, D=40)
+    args = _args(tensors(shape, torch.float16, prefix_dtype), **options)
+    laid = cuda.lay_slot(args)
+    ids = options.get("prefix_ids", torch.zeros(shape.B, dtype=torch.int64))
+    for slot, prefix, seq in zip(laid, args[3:5], args[1:3], strict=True):
+        rows = (prefix if name == "bank" else prefix[None])[ids].half()
+        rows[ids == -1] = 0
+        assert torch.equal(slot, torch.cat([rows, seq], 2))
+    total = torch.empty_like(args.prefix_k, dtype=torch.float32, memory_format=torch.contiguous_format)
+    shim.writable(total)
+    cuda.sum_slot(args, laid[0], total)
+    expected = torch.zeros_like(total if name == "bank" else total[None])
+    for b, a in enumerate(ids.tolist()):
+        if a >= 0:
+            expected[a] += laid[0][b, :, : shape.P].float()
+    torch.testing.assert_close(total, expected.view_as(total))
+
+
+# -- decoding and embedding ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "ragged_bank", "key_mask", "sinks"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_decoding(shim, name, rows):
+    """Rows of many samples share the tiles that a shared prefix meets."""
+    shape, options = _sizes(name, B=5, Hq=8, S=rows, T=21, P=37)
+    bounds.check_backend("cuda", tensors(shape, torch.bfloat16), options, backward=False)
+
+
+def test_decoding_reads_a_shared_prefix_once_per_block(shim):
+    shape = Shape(B=8, Hq=8, Hkv=2, S=1, T=16, P=64, D=64)
+    peftkern.prefix_attention(**tensors(shape, torch.bfloat16), backend="cuda")
+    rows = {"q": 2 * 64, "part_out": 64, "k and v": 2 * 8 * 2 * 16, "prefix": 2 * 2 * 64}
+    assert shim.counters()["loaded"] <= 1.1 * sum(rows.values()) * 64 * 2
+
+
+@pytest.mark.parametrize("bank", [None, 3])
+@pytest.mark.parametrize(("dtype", "prompt_dtype"), [(HALVES[0], HALVES[0]), (HALVES[1], torch.float32)], ids=str)
+def test_embedding(shim, bank, dtype, prompt_dtype):
+    weight = torch.randn(11, 24).to(dtype).requires_grad_()
+    shape = (5, 24) if bank is None else (bank, 5, 24)
+    prompt = torch.randn(shape).to(prompt_dtype).requires_grad_()
+    ids = torch.randint(11, (4, 7))
+    options = {} if bank is None else {"prompt_ids": torch.tensor([2, 0, 2, 0])}
+    results = []
+    for backend in ("cuda", "reference"):
+        out = peftkern.soft_prompt_embedding(ids, weight, prompt, **options, backend=backend)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        results.append((out, *torch.autograd.grad(out, (weight, prompt), dout)))
+    assert torch.equal(results[0][0], results[1][0])
+    for got, expected in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_token_out_of_range_is_seen(shim):
+    weight, prompt = torch.zeros(5, 8, dtype=torch.float16), torch.zeros(2, 8, dtype=torch.float16)
+    out = cuda.soft_prompt_embedding(torch.tensor([[1, 5]]), weight, prompt, None)
+    assert out[0, 3].isnan().all()
+    assert out[0, :3].eq(0).all()
+
+
+# -- order, traffic --------------------------------------------------------------------------------
+
+
+def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
+    shape, options = _sizes("ragged_bank", S=33, P=70)
+    given = tensors(shape, torch.bfloat16)
+    results = []
+    for seed, preempt in ((0, False), (1, False), (2, True)):
+        with monkeypatch.context() as patch:
+            Shim(patch, seed, preempt)
+            results.append(bounds.check_backend("cuda", given, options))
+    for other in results[1:]:
+        assert torch.equal(results[0].out, other.out)
+        assert torch.equal(results[0].lse, other.lse)
+        for name, value in results[0].gradients.items():
+            assert torch.equal(value, other.gradients[name]), f"d{name} depends on the order"
+
+
+@pytest.mark.parametrize(
+    "head_dim", [64, pytest.param(80, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+)
+def test_memory_traffic_is_the_least_possible(shim, head_dim):
+    """Forward: q, out twice, lse twice; backward: q, dout, out, dq twice, lse; the prefix once per block."""
+    shape = Shape(B=2, Hq=4, Hkv=2, S=301, P=16, D=head_dim)
+    args = _args(tensors(shape, torch.bfloat16))
+    part_out, part_lse = backends.allocate_outputs(args)
+    part_out.normal_()
+    part_lse.normal_()
+    shim.writable(part_out, part_lse)
+    shim.reset()
+    out, lse = cuda.merge_prefix(args, part_out, part_lse)
+    q_bytes, lse_bytes = args.q.numel() * 2, lse.numel() * 4
+    prefix_bytes = 2 * args.prefix_k.numel() * 2
+    blocks = 4  # per key head, on a device of 4 multiprocessors
+    _assert_traffic(shim, 3 * q_bytes + 2 * lse_bytes + blocks * prefix_bytes)
+
+    gradients = allocate_gradients(args, [True, False, False, True, True, *[False] * 4])
+    gradients.dq.normal_()
+    shim.writable(*gradients)
+    dout = torch.randn_like(out)
+    shim.reset()
+    cuda.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
+    shares = 2
+    sums = (2 * shares + 1) * 2 * prefix_bytes  # in fp32: each share written and read, their sum written
+    _assert_traffic(shim, 5 * q_bytes + lse_bytes + shares * prefix_bytes + sums)
+
+
+def _assert_traffic(shim: Shim, least: int) -> None:
+    counted = shim.counters()
+    ratio = (counted["loaded"] + counted["stored"]) / least
+    print(f"bytes moved over the least possible: {ratio:.3f}")
+    assert ratio <= 1.05
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_has_not_is_refused_by_name(shim, name):
+    shape, options = _sizes(name)
+    reasons = peftkern.explain(**tensors(shape, torch.float16), **options).reasons["cuda"]
+    assert len(reasons) == 1
+    assert reasons[0].endswith("use backend='triton'")
+    assert name.removesuffix("_row") in reasons[0]
+
+
+def test_the_gradient_of_sinks_is_refused(shim):
+    """It takes more of the softmax than the rounded out and lse."""
+    shape, options = _sizes("sinks")
+    given = {n: x.requires_grad_() for n, x in tensors(shape, torch.float16).items()}
+    assert peftkern.explain(**given, **options).reasons["cuda"] == [
+        "has no backward beside sinks: use backend='triton'"
+    ]
+
+
+def test_other_dtypes_and_head_dims_are_refused(shim):
+    assert "float32" in peftkern.explain(**tensors(Shape(D=64), torch.float32)).reasons["cuda"][0]
+    for head_dim in (20, 264):
+        reasons = peftkern.explain(**tensors(Shape(D=head_dim), torch.float16)).reasons["cuda"]
+        assert reasons == [f"head dim {head_dim} is no multiple of 8 up to 256: use backend='triton'"]
+
+
+def test_a_status_becomes_an_exception(shim):
+    args = _args(tensors(Shape(D=64), torch.float16))
+    with pytest.raises(native_cuda.NativeError, match="not a multiple of 16 bytes"):
+        native_cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *backends.allocate_outputs(args))
+    with pytest.raises(native_cuda.NativeError, match="out of range"):
+        native_cuda.prefix_attention(args._replace(dropout_p=0.5), *backends.allocate_outputs(args))
+
+
+def _library(architectures: str) -> SimpleNamespace:
+    return SimpleNamespace(peftkern_cuda_architectures=lambda: architectures.replace(";", ",").encode())
+
+
+@pytest.mark.parametrize(
+    ("architectures", "device", "reason"),
+    [
+        ("8.0;9.0", (8, 6), ""),
+        ("8.6", (8, 0), "this wheel has sm_86; this GPU is sm_80: rebuild with TORCH_CUDA_ARCH_LIST=8.0"),
+        ("8.0;9.0", (12, 0), "this wheel has sm_80, sm_90; this GPU is sm_120: rebuild with "
+                             "TORCH_CUDA_ARCH_LIST=12.0 or use backend='triton'"),
+        ("8.0;9.0+PTX", (12, 0), ""),
+        ("9.0a", (9, 0), ""),
+        ("10.0a+PTX", (10, 3), "this wheel has sm_100a+PTX; this GPU is sm_103"),
+        ("8.0", (7, 5), "sm_75 has no asynchronous copies: the kernels need compute capability 8.0"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_the_wheel_does_not_serve_is_told(monkeypatch, architectures, device, reason):
+    monkeypatch.setattr(native_cuda, "_library", _library(architectures))
+    message = native_cuda.unsupported(*device)
+    assert message.startswith(reason) if reason else message == ""
+
+
+def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(native_cuda, "_PATH", tmp_path / "libpeftkern_cuda.so")
+    library, reason = native_cuda._load()
+    assert library is None
+    assert "is not built; with nvcc, run" in reason
+    (tmp_path / "libpeftkern_cuda.so").write_bytes(b"not a library")
+    assert "does not load" in native_cuda._load()[1]

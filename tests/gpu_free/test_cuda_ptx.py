@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PTX that nvcc makes of the CUDA kernels for sm_80, in the PTX emulator, behind the library's own host code.
+
+The host shim's library validates, fills in parameters and counts blocks as the real one does; each launch then goes
+to the emulator, with the instructions that a GPU would get in place of g++'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from peftkern import backends, native_cuda
+from peftkern.backends import cuda
+
+from .. import bounds
+from ..cases import Shape, tensors
+from .shim import ROOT, Shim
+from .test_cuda import Merging, _args, _sizes
+
+machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the kernels")
+_LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
+    ctypes.c_int64,
+)  # fmt: skip
+
+
+def _ptx(source: str, head_dim: int) -> str:
+    """nvcc's PTX of one file, made once per version of the sources."""
+    folder = ROOT / "csrc" / "cuda"
+    texts = [path.read_text() for path in sorted(folder.glob("*.[ch]*"))]
+    key = hashlib.sha256(repr((texts, source, head_dim)).encode()).hexdigest()[:16]
+    target = ROOT / "build" / "shim" / f"{source}-{head_dim}-{key}.ptx"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", f"-DPEFTKERN_HEAD_DIM={head_dim}",
+                   str(folder / f"{source}.cu"), "-o", str(target)]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+    return target.read_text()
+
+
+def kernels(ptx: str) -> dict[str, str]:
+    """A module of its own for each kernel, whose parameter is the address of the struct and not the struct."""
+    header, *entries = re.split(r"(?=^\s*(?://\s*\.globl.*\n)?\s*\.visible \.entry )", ptx, flags=re.M)
+    return dict(_by_address(header, entry) for entry in entries if ".entry" in entry)
+
+
+def _by_address(header: str, entry: str) -> tuple[str, str]:
+    entry = entry[: re.search(r"^}", entry, re.M).end()]
+    name = re.search(r"\.entry\s+([\w$]+)", entry)[1]
+    parameter = re.search(r"\.param\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\d+\]", entry)
+    entry = entry.replace(parameter[0], f".param .u64 {parameter[1]}")
+    entry = re.sub(rf"ld\.param(\.v\d)?(\.\w+)(\s+[^\[]*)\[{parameter[1]}", r"ld.global\1\2\3[%rd_params", entry)
+    entry = re.sub(rf"mov\.b64(\s+%\w+,\s*){parameter[1]};", r"mov.b64\1%rd_params;", entry)
+    entry = re.sub(r"ld\.param(\.v\d)?(\.\w+)", r"ld.global\1\2", entry)
+    entry = entry.replace("cvta.param.u64", "mov.u64").replace("ld.global.nc", "ld.global")
+    entry = re.sub(  # of tanhf, and not in the emulator: the sign of the first source, the rest of the second
+        r"copysign\.f32\s+(\S+), (\S+), (\S+);",
+        r"and.b32 %r_sign, \2, 0x80000000; and.b32 %r_rest, \3, 0x7fffffff; or.b32 \1, %r_sign, %r_rest;",
+        entry,
+    )
+    start = entry.index("{") + 1
+    load = f"\n.reg .b32 %r_sign, %r_rest;\n.reg .b64 %rd_params;\nld.param.u64 %rd_params, [{parameter[1]}];\n"
+    return name, f"{header}{entry[:start]}{load}{entry[start:]}"
+
+
+class Emulated(Shim):
+    """The shim with its launches in the PTX emulator. ``seed`` orders the warps."""
+
+    def __init__(self, monkeypatch, head_dim: int, seed: int = 0, edit=None) -> None:
+        super().__init__(monkeypatch, head_dims=(head_dim,))
+        self.seed, self.error, self.names = seed, None, []
+        self._kernels = {}
+        for source in ("api", "prefix", "sequence"):
+            self._kernels |= kernels(_ptx(source, head_dim))
+        if edit is not None:
+            self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
+        listed = subprocess.run(["nm", self.library._name], capture_output=True, text=True, check=True).stdout
+        self._symbols = {int(x[0], 16): x[2] for x in map(str.split, listed.splitlines()) if len(x) == 3}
+        self._callback = _LAUNCHER(self._launch)
+        self.library.shim_set_launcher(self._callback)
+
+    def close(self) -> None:
+        self.library.shim_set_launcher(_LAUNCHER())
+
+    def _launch(self, kernel, grid, threads, shared, parameters, size) -> int:
+        try:
+            name = self._symbols[kernel]
+            self.names.append(name)
+            buffers = [
+                machine.Buffer(address, length, f"buffer {i}", x.untyped_storage().data_ptr() not in self._writable)
+                for i, ((address, length), x) in enumerate(self._registered.items())
+            ]
+            buffers.append(machine.Buffer(parameters, size, "parameters", True))
+            program = machine.load(self._kernels[name])
+            assert program.warps * 32 == threads, f"{name}: launched with {threads} threads"
+            machine.run(program, (grid[0], grid[1], grid[2]), [parameters], buffers, shared, self.seed)
+        except Exception as error:  # through C code, to be raised by whoever looks
+            self.error = error
+            return 0
+        return 1
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    shims = []
+
+    def make(head_dim: int, **options) -> Emulated:
+        shims.append(Emulated(monkeypatch, head_dim, **options))
+        return shims[-1]
+
+    yield make
+    for shim in shims:
+        shim.close()
+        if shim.error is not None:
+            raise shim.error
+
+
+FAST = {("plain", 64), ("ragged_bank", 64)}
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        pytest.param(name, dim, marks=() if (name, dim) in FAST else pytest.mark.slow)
+        for name in ("plain", "window", "softcap", "packed", "packed_bank", "ragged_bank")
+        for dim in (64, 96, 128, 256)
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention(emulated, name, head_dim, dtype):
+    emulated(head_dim)
+    shape, options = _sizes(name, D=head_dim, P=37)
+    bounds.check_backend("cuda", tensors(shape, dtype), options)
+
+
+@pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (96, 128, 256))])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_merging(emulated, monkeypatch, head_dim, dtype):
+    shim = emulated(head_dim, seed=1)
+    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    bounds.check_backend("merging", tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=130, D=head_dim), dtype), {})
+
+
+def test_slot_and_embedding(emulated):
+    emulated(64)
+    shape, options = _sizes("bank", D=64)
+    args = _args(tensors(shape, torch.float16, torch.float32), **options)
+    slot_k, _ = cuda.lay_slot(args)
+    assert torch.equal(slot_k[:, :, shape.P :], args.k)
+    weight, prompt, tokens = torch.randn(11, 24).half(), torch.randn(5, 24), torch.tensor([[3, 1], [0, 10]])
+    out = cuda.soft_prompt_embedding(tokens, weight, prompt, None)
+    assert torch.equal(out[:, 5:], weight[tokens])
+    assert torch.equal(out[:, :5], prompt.half().expand(2, -1, -1))
+
+
+FAULTS = {
+    "prefix_forward": r"cp\.async\.wait_group\s+0;|bar\.sync\s+0;",
+    "prefix_backward": r"bar\.sync\s+0;",
+}
+
+
+@pytest.mark.parametrize(("kernel", "index"), [("prefix_forward", 1), ("prefix_forward", 2), ("prefix_backward", 2)])
+def test_a_dropped_instruction_is_named(emulated, monkeypatch, kernel, index):
+    """The wait for the prefix and the barrier after it; the one between p, ds and the sums over rows."""
+
+    def edit(name: str, text: str) -> str:
+        if kernel not in name:
+            return text
+        place = list(re.finditer(FAULTS[kernel], text))[index]
+        return text[: place.start()] + text[place.end() :]
+
+    shim = emulated(64, edit=edit)
+    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    with pytest.raises(native_cuda.NativeError, match="the launcher failed"):
+        bounds.check_backend("merging", tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=70, D=64), torch.bfloat16), {})
+    assert isinstance(shim.error, machine.Violation)
+    shim.error = None
