@@ -101,8 +101,8 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
 
 
 def attention_launches(
-    arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, batch=2, bank=(), backend="triton",
-    **options,
+    arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, batch=2, bank=(),
+    backend="triton", **options,
 ):  # fmt: skip
     """The launches of forward and backward of one call, all gradients needed; ``bank``: (A,) for one."""
 
