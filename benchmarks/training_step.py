@@ -6,7 +6,7 @@
 SmolLM2-135M (as `peftkern demo` finds it) on random tokens, a loss on every position. Forward and backward, no
 optimizer step. "no prefix" is the frozen model with a gradient down to its embeddings, by stock SDPA: what the same
 step would cost if the prefix cost nothing but that. The three take turns in one process. Loss and prefix gradient of
-the two that have a prefix are compared first. Medians; a spread is (third - first quartile) / median. Writes
+the two that have a prefix are compared first, in fp32. Medians; a spread is (third - first quartile) / median. Writes
 results/training_step.csv and says how the figures stand to the bars that the project has set itself.
 """
 
@@ -62,21 +62,23 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return loss.item()
 
 
-def check(models: dict[str, torch.nn.Module], ids: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Relative differences of ours to PEFT's: of the loss, and of the prefix's gradient by its norm.
+def check(path: str | None, prefix_len: int, ids: torch.Tensor) -> tuple[float, float]:
+    """Relative differences of ours to PEFT's in fp32: of the loss, and of the prefix's gradient by its norm.
+
+    In half precision a whole model's gradient is no test: PEFT's own may be as far from fp32's as that is large.
 
     Raises:
-        AssertionError: if they are more than the rounding of ``dtype`` through a model explains.
+        AssertionError: if they are more than the rounding of fp32 through a model explains.
     """
+    models = make_models(path, torch.float32, prefix_len)
     losses, gradients = [], []
     for name in ("peftkern", "PEFT"):
         losses.append(step(models[name], ids))
         gradients.append(models[name].prompt_encoder["default"].embedding.weight.grad.double())
     loss = abs(losses[0] - losses[1]) / abs(losses[1])
     gradient = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
-    eps = torch.finfo(dtype).eps
-    assert loss < max(1e-5, eps), f"S={ids.shape[1]} {dtype}: losses differ by {loss:.1e} of {losses[1]:.2f}"
-    assert gradient < max(1e-3, 32 * eps), f"S={ids.shape[1]} {dtype}: prefix gradients differ by {gradient:.1e}"
+    assert loss < 1e-5, f"S={ids.shape[1]}: losses differ by {loss:.1e} of {losses[1]:.2f}"
+    assert gradient < 1e-3, f"S={ids.shape[1]}: prefix gradients differ by {gradient:.1e}"
     return loss, gradient
 
 
@@ -84,10 +86,10 @@ def measure(
     path: str | None, dtype: str, length: int, options: argparse.Namespace, seconds: float
 ) -> list[dict[str, object]]:
     """A row per number of threads."""
-    models = make_models(path, DTYPES[dtype], options.prefix)
     torch.manual_seed(0)
     ids = torch.randint(0, 60 if path is None else 40_000, (options.batch, length))
-    loss, gradient = check(models, ids, DTYPES[dtype])
+    loss, gradient = check(path, options.prefix, ids)
+    models = make_models(path, DTYPES[dtype], options.prefix)
     calls: dict[str, Callable[[], object]] = {name: functools.partial(step, m, ids) for name, m in models.items()}
     rows: list[dict[str, object]] = []
     for threads in options.threads:
