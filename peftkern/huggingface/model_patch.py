@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_tracing
 from ..base_model import cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register
 from .cache import SITE, KeyValue, PrefixCache, PrefixOptions, StreamCache
+from .masks import LazyMask
 from .packing import Head, Layout, Stream, next_labels
 from .positions import PositionTable, watch_tables
 from .relative_bias import SpanningBias
@@ -269,6 +270,8 @@ class ModelPatch:
         """Hook: open a stream for the call of the base model."""
         kwargs = {**dict(zip(self.base_arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.base_cache_name)
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # generate's, for a static cache
+            kwargs["attention_mask"] = kwargs["attention_mask"].contiguous()
         stream = self.open_stream(kwargs)
         if stream is None:
             return (), kwargs
