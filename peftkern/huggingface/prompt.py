@@ -332,8 +332,8 @@ class PeftConcatenation:
     def __init__(self, model: Any, reason: str) -> None:
         self.model = model
         self.reason = reason
-        self.inputs = GenerationInputs(model)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.inputs = GenerationInputs(model)
 
     def explain(self) -> str:
         """How batches run, and why not otherwise."""

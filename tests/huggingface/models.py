@@ -205,7 +205,8 @@ def find_caches(model: PeftModel, *, patched: bool) -> PeftModel:
     """
     if model.active_peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         for module in (model.base_model, model.base_model.base_model):
-            module.forward = Renamed(module.forward)
+            if "cache" in inspect.signature(module.forward).parameters:
+                module.forward = Renamed(module.forward)
     if not patched and hasattr(model, "base_model_prepare_inputs_for_generation"):
         model.base_model_prepare_inputs_for_generation = Renamed(model.base_model_prepare_inputs_for_generation)
     return model
