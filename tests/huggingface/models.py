@@ -177,6 +177,10 @@ def base_model(family: Family, dtype: torch.dtype = torch.float32, **arguments: 
     return model.to(dtype)
 
 
+PEFT_NAME = "past_key_values"
+"""What PEFT calls a cache, whatever the model calls it."""
+
+
 class Renamed:
     """A bound method whose cache has another name, in its arguments or in the inputs that it returns."""
 
@@ -192,9 +196,6 @@ class Renamed:
         if type(out) is dict and "cache" in out:
             out[PEFT_NAME] = out.pop("cache")
         return out
-
-
-PEFT_NAME = "past_key_values"
 
 
 def find_caches(model: PeftModel, *, patched: bool) -> PeftModel:
