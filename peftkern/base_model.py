@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["KeyValue", "Origin", "embed_dim_of", "geometry_of", "layers_of", "text_cache", "text_config", "tokens_of"]
+__all__ = [
+    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed_dim_of", "geometry_of", "given_cache",
+    "layers_of", "rename_cache", "text_cache", "text_config", "tokens_of",
+]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
+
+#: What models call the cache that they take and return. A model has one of the names, which depends on the version of
+#: transformers.
+CACHE_NAMES = ("past_key_values", "cache")
 
 _TASK_OF_CLASS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -111,6 +120,43 @@ def tokens_of(tokenizer: Any, text: str, length: int) -> list[int]:
     return (ids * -(-length // len(ids)))[:length]
 
 
+def cache_name(names: Iterable[str]) -> str | None:
+    """Which of ``names``, those of arguments or outputs, is the cache's; None if there is none."""
+    return next((name for name in names if name in CACHE_NAMES), None)
+
+
+def cache_argument(model: Any) -> str:
+    """By which name a model takes its cache.
+
+    Raises:
+        ValueError: if it takes none.
+    """
+    name = cache_name(inspect.signature(model.forward).parameters)
+    if name is None:
+        raise ValueError(f"model: {type(model).__name__} takes no cache, by which a prefix reaches its layers")
+    return name
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or outputs of a call; None if there is none."""
+    name = cache_name(arguments.keys())
+    return None if name is None else arguments[name]
+
+
+def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
+    """Put the cache among the arguments of a call under ``name``, whichever of its names the caller used.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    given = {other: arguments.pop(other) for other in CACHE_NAMES if other in arguments}
+    caches = [cache for cache in given.values() if cache is not None]
+    if any(cache is not caches[0] for cache in caches):
+        raise ValueError(f"{', '.join(given)}: expected one cache, got one under each of these names")
+    if given:
+        arguments[name] = caches[0] if caches else None
+
+
 @torch.no_grad()
 def text_cache(model: Any, input_ids: Tensor) -> Any:
     """What the model caches for the tokens. A cache made without a config keeps every token in sliding layers too."""
@@ -123,9 +169,10 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
         cache: Any = DynamicCache()
         if model.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, DynamicCache())
-            model(input_ids=input_ids, decoder_input_ids=input_ids, past_key_values=cache, use_cache=True)
+            inputs = {"decoder_input_ids": input_ids}
         else:
-            model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+            model, inputs = model.base_model, {}
+        model(input_ids=input_ids, **inputs, **{cache_argument(model): cache}, use_cache=True)
     finally:
         for module, training in modes.items():
             module.training = training

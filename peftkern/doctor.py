@@ -23,7 +23,7 @@ from typing import Any
 from . import __version__
 
 #: Versions that the test suite has run with; others are reported, not refused.
-TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.20", "5.23"), "peft": ("0.21",)}
+TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.20", "5.23", "5.24"), "peft": ("0.21",)}
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
 _VARIABLES = (
     "PEFTKERN_BACKEND", "PEFTKERN_BUILD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "CUDA_HOME",

@@ -119,6 +119,7 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     """
     import peft
 
+    from ..base_model import given_cache
     from ..huggingface.patch import patch
 
     new_config = {
@@ -130,7 +131,7 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     models: dict[str, Any] = {}
     try:
         with torch.no_grad():
-            cache = base(input_ids=examples, use_cache=True).past_key_values
+            cache = given_cache(base(input_ids=examples, use_cache=True))
         for arm in ARMS:
             config = new_config(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
             # peft adds its modules to the model it is given: each arm has its own modules around the same tensors.

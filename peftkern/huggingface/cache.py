@@ -130,7 +130,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """A forward of the model starts."""
         if self._used and not self.stores:
             raise ValueError(
-                "past_key_values: expected a cache that holds the sequence, got the one of a training step or of a "
+                "cache: expected a cache that holds the sequence, got the one of a training step or of a "
                 "forward with labels, which stores nothing; to continue a sequence, run it without labels under "
                 "model.eval() or torch.no_grad()"
             )

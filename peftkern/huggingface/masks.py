@@ -101,7 +101,8 @@ class LazyMask:
     def contiguous(self) -> Any:
         """The mask of the implementation below.
 
-        ``generate`` asks this of masks that it makes for static caches, and these hold no prefix.
+        ``generate`` makes masks for static caches, which hold no prefix, before the model runs; some versions ask
+        this of them.
         """
         return self.for_implementation(self._request["config"]._attn_implementation.over, self._request["kv_length"])
 

@@ -16,8 +16,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
+from ..base_model import cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register
 from .cache import SITE, KeyValue, PrefixCache, PrefixOptions, StreamCache
+from .masks import LazyMask
 from .packing import Head, Layout, Stream, next_labels
 from .positions import PositionTable, watch_tables
 from .relative_bias import SpanningBias
@@ -63,6 +65,9 @@ class ModelPatch:
         self._biases: list[SpanningBias] = []
         self._tables: list[PositionTable] = []
         self.base_arguments = tuple(inspect.signature(base.forward).parameters)
+        #: By which names backbone and base model take a cache.
+        self.cache_name = cache_argument(self.backbone)
+        self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
     def check_prefix(self) -> None:
@@ -264,6 +269,9 @@ class ModelPatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: open a stream for the call of the base model."""
         kwargs = {**dict(zip(self.base_arguments, args, strict=False)), **kwargs}
+        rename_cache(kwargs, self.base_cache_name)
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # generate's, for a static cache
+            kwargs["attention_mask"] = kwargs["attention_mask"].contiguous()
         stream = self.open_stream(kwargs)
         if stream is None:
             return (), kwargs
@@ -306,7 +314,7 @@ class ModelPatch:
         kwargs["inputs_embeds"] = stream.embeddings(packed)
         kwargs["position_ids"] = stream.positions(cache.offset)
         kwargs["attention_mask"] = None
-        kwargs["past_key_values"] = cache
+        kwargs[self.cache_name] = cache
         stream.used = True
 
     def before_forward(
@@ -314,6 +322,7 @@ class ModelPatch:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: give the backbone its prefix."""
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        rename_cache(kwargs, self.cache_name)
         stream: Stream | None = kwargs.pop("peftkern_stream", None)
         if stream is not None and stream.prompts is not None:
             cache: PrefixCache | None = self._stream_cache(stream, kwargs)
@@ -378,8 +387,9 @@ class ModelPatch:
         output["last_hidden_state"] = place_last(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(map(place, output["hidden_states"]))
-        if isinstance(cache, StreamCache) and output.get("past_key_values") is cache:
-            output["past_key_values"] = cache.unpacked() if cache.stores else None
+        name = cache_name(output.keys())
+        if isinstance(cache, StreamCache) and name is not None and output[name] is cache:
+            output[name] = cache.unpacked() if cache.stores else None
         return output
 
 
@@ -442,7 +452,7 @@ def _how_streams_fail(patch: ModelPatch) -> list[str]:
         )
         packed = backbone(
             inputs_embeds=stream.embeddings(stream.layout.pack(tokens)), position_ids=stream.positions(0),
-            attention_mask=None, past_key_values=cache, use_cache=False, peftkern_prefix=cache,
+            attention_mask=None, use_cache=False, peftkern_prefix=cache, **{patch.cache_name: cache},
         )[0]  # fmt: skip
     except Exception as error:
         return [f"{type(backbone).__name__} could not be run on a stream: {error}"]
@@ -456,8 +466,9 @@ def _how_streams_fail(patch: ModelPatch) -> list[str]:
     return [f"{type(backbone).__name__} does not compute a stream's rows by themselves ({difference:.1e} off)"]
 
 
-def self_attention_cache(cache: Cache | None) -> Cache | None:
-    """The part of a cache that self attention reads."""
+def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """The part of a call's cache that self attention reads."""
+    cache = given_cache(kwargs)
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
@@ -484,10 +495,10 @@ def check_replaceable(cache: Cache | None) -> None:
         return
     if not isinstance(cache, DynamicCache) or cache.offloading:
         kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        raise ValueError(f"past_key_values: expected None or a DynamicCache without offloading, got a {kind}")
+        raise ValueError(f"cache: expected None or a DynamicCache without offloading, got a {kind}")
     if cache.get_seq_length() > 0:
         raise ValueError(
-            f"past_key_values: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
+            f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
             "tokens that have not seen the prefix"
         )
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from ..base_model import CACHE_NAMES, given_cache
 from .cache import KeyValue, PrefixCache, PrefixOptions
 from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packing import Stream
@@ -81,15 +82,15 @@ class PrefixPatch(ModelPatch):
 
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
         """A training step on a padded batch, or on packed rows."""
-        sequence = self_attention_cache(kwargs.get("past_key_values"))
+        sequence = self_attention_cache(kwargs)
         if not self.is_training_step or sequence is not None:
             return None
         return self.pack_sequences(kwargs, kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """The cache that the caller continues, or one in place of an empty one."""
-        given: Cache | None = kwargs.get("past_key_values")
-        sequence = self_attention_cache(given)
+        given = given_cache(kwargs)
+        sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
             return sequence
         check_replaceable(sequence)
@@ -101,11 +102,11 @@ class PrefixPatch(ModelPatch):
             offset_outside=False,
         )
         if isinstance(given, EncoderDecoderCache):
-            kwargs["past_key_values"] = EncoderDecoderCache(cache, given.cross_attention_cache)
+            kwargs[self.cache_name] = EncoderDecoderCache(cache, given.cross_attention_cache)
         elif kwargs.get("encoder_hidden_states") is not None:
-            kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+            kwargs[self.cache_name] = EncoderDecoderCache(cache, DynamicCache())
         else:
-            kwargs["past_key_values"] = cache
+            kwargs[self.cache_name] = cache
         return cache
 
     def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
@@ -117,5 +118,5 @@ class PrefixPatch(ModelPatch):
         if kwargs.get("use_cache") is not False:
             return output
         if isinstance(output, tuple):
-            return tuple(item for item in output if item is not kwargs["past_key_values"])
-        return type(output)(**{key: value for key, value in output.items() if key != "past_key_values"})
+            return tuple(item for item in output if item is not given_cache(kwargs))
+        return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})

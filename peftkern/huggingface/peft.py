@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from ..base_model import rename_cache
 from .cache import KeyValue, PrefixCache, PrefixOptions
 from .model_patch import ModelPatch, self_attention_cache
 from .packing import Stream
 
-__all__ = ["PeftPatch", "is_peft_model"]
+__all__ = ["GenerationInputs", "PeftPatch", "is_peft_model"]
 
 KEY_VALUE_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -32,6 +33,41 @@ def is_peft_model(model: nn.Module) -> bool:
 def has_prompt(model: Any) -> bool:
     """Whether a ``PeftModel`` has an adapter that is a prompt or a prefix."""
     return any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+class GenerationInputs:
+    """The base model's ``prepare_inputs_for_generation``, with the cache under the name by which PEFT looks for it.
+
+    PEFT knows ``past_key_values`` alone. Where models say ``cache``, it takes every step of ``generate`` for the
+    first, and hands over a second cache, or the prompt once more.
+
+    Args:
+        model: a ``PeftModel``, of any task.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prepare = model.__dict__.get("base_model_prepare_inputs_for_generation")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inputs of the next step."""
+        assert self.prepare is not None
+        inputs = self.prepare(*args, **kwargs)
+        rename_cache(inputs, "past_key_values")
+        return inputs
+
+    def install(self) -> None:
+        """Change the model, if its task has ``generate``."""
+        if self.prepare is not None:
+            self.model.base_model_prepare_inputs_for_generation = self
+
+    def remove(self) -> None:
+        """Undo :meth:`install`. PEFT's ``generate`` leaves what it used on the base model."""
+        if self.prepare is not None:
+            self.model.base_model_prepare_inputs_for_generation = self.prepare
+            left = self.model.base_model.__dict__
+            if left.get("prepare_inputs_for_generation") is self:
+                left["prepare_inputs_for_generation"] = self.prepare
 
 
 class PeftPatch(ModelPatch):
@@ -58,14 +94,17 @@ class PeftPatch(ModelPatch):
                 )
         super().__init__(model, model.get_base_model(), options, packing=packing, logits=logits)
         self.fix_seq2seq_layout = fix_seq2seq_layout
+        self.inputs = GenerationInputs(model)
 
     def install(self) -> None:
         """Change the model, with ``get_prompt`` as :meth:`get_prompt`."""
         super().install()
+        self.inputs.install()
         self.model.get_prompt = self.get_prompt
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
+        self.inputs.remove()
         self.model.__dict__.pop("get_prompt", None)
         super().remove()
 
@@ -81,7 +120,7 @@ class PeftPatch(ModelPatch):
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """What :meth:`get_prompt` returned, unless the adapter is disabled."""
-        cache = self_attention_cache(kwargs.get("past_key_values"))
+        cache = self_attention_cache(kwargs)
         return cache if isinstance(cache, PrefixCache) else None
 
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
+from ..base_model import given_cache
 from ..functional import soft_prompt_embedding
 from .cache import PrefixCache, PrefixOptions
 from .model_patch import PATCH, ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packing import Stream
+from .peft import GenerationInputs
 
 __all__ = ["PROMPT_TYPES", "EmbeddingPrompt", "PeftConcatenation", "PeftPromptPatch", "SoftPromptPatch", "Unpackable"]
 
@@ -80,7 +82,7 @@ class PromptPatch(ModelPatch):
 
     def open_stream(self, kwargs: dict[str, Any]) -> Stream | None:
         """Every call with a prompt, unless it continues a sequence."""
-        cache = self_attention_cache(kwargs.get("past_key_values"))
+        cache = self_attention_cache(kwargs)
         if isinstance(cache, PrefixCache):
             for name in ("peftkern_prompt", "prompt_ids"):
                 kwargs.pop(name, None)
@@ -108,7 +110,7 @@ class PromptPatch(ModelPatch):
 
     def find_cache(self, kwargs: dict[str, Any]) -> PrefixCache | None:
         """The cache of a sequence that goes on."""
-        cache = self_attention_cache(kwargs.get("past_key_values"))
+        cache = self_attention_cache(kwargs)
         return cache if isinstance(cache, PrefixCache) else None
 
     def place_sequence(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
@@ -198,17 +200,20 @@ class PeftPromptPatch(PromptPatch):
         except ValueError as error:
             raise Unpackable(str(error)) from error
         self.peft_bugs = peft_bugs
+        self.inputs = GenerationInputs(model)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._noticed: set[str] = set()
 
     def install(self) -> None:
         """Change the model, with :meth:`forward` and :meth:`prepare_inputs_for_generation` in place of its own."""
         super().install()
+        self.inputs.install()
         self.model.forward = self.forward
         self.model.prepare_inputs_for_generation = self.prepare_inputs_for_generation
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
+        self.inputs.remove()
         for name in ("forward", "prepare_inputs_for_generation"):
             self.model.__dict__.pop(name, None)
         super().remove()
@@ -282,7 +287,7 @@ class PeftPromptPatch(PromptPatch):
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """In place of ``PeftModel``'s: the base model's own inputs, and the prompt until there is a cache."""
         inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = given_cache(inputs), inputs.get("attention_mask")
         if isinstance(cache, PrefixCache):
             return inputs
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
@@ -332,6 +337,7 @@ class PeftConcatenation:
         self.reason = reason
         self.peft_bugs = peft_bugs
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.inputs = GenerationInputs(model)
 
     def explain(self) -> str:
         """How batches run, and why not otherwise."""
@@ -340,11 +346,13 @@ class PeftConcatenation:
 
     def install(self) -> None:
         """Change the model, with :meth:`forward` in place of its own."""
+        self.inputs.install()
         self.model.forward = self.forward
         setattr(self.model, PATCH, self)
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
+        self.inputs.remove()
         for name in ("forward", PATCH):
             self.model.__dict__.pop(name, None)
 

@@ -7,7 +7,6 @@ returned. Cross attention and encoders do not, layers that share the keys of ano
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..base_model import cache_argument
 from .masks import LazyMask
 
 __all__ = ["Site", "find_backbone", "survey"]
@@ -51,8 +51,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(backbone, PreTrainedModel):  # some models call their output layer "decoder"
         backbone = model.base_model
     kind = type(backbone).__name__
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
-        raise ValueError(f"model: {kind} takes no past_key_values, by which a prefix reaches its layers")
+    cache_argument(backbone)
     if not backbone._can_set_attn_implementation():
         modules = [
             f"{name} ({type(m).__name__})" for name, m in model.named_modules() if "Attention" in type(m).__name__
@@ -118,9 +117,10 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
     training = [module for module in backbone.modules() if module.training]
     input_ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs[cache_argument(backbone)] = record
     backbone.eval()
     try:
-        backbone(**inputs, past_key_values=record, peftkern_prefix=record)
+        backbone(**inputs, peftkern_prefix=record)
     except Exception as error:
         raise ValueError(f"model: {type(backbone).__name__} could not be run with a cache: {error}") from error
     finally:

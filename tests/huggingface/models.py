@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -176,6 +177,42 @@ def base_model(family: Family, dtype: torch.dtype = torch.float32, **arguments: 
     return model.to(dtype)
 
 
+PEFT_NAME = "past_key_values"
+"""What PEFT calls a cache, whatever the model calls it."""
+
+
+class Renamed:
+    """A bound method whose cache has another name, in its arguments or in the inputs that it returns."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        signature = inspect.signature(call)
+        self.__signature__ = signature.replace(
+            parameters=[p.replace(name=PEFT_NAME) if p.name == "cache" else p for p in signature.parameters.values()]
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.call(*args, **kwargs)
+        if type(out) is dict and "cache" in out:
+            out[PEFT_NAME] = out.pop("cache")
+        return out
+
+
+def find_caches(model: PeftModel, *, patched: bool) -> PeftModel:
+    """Has stock PEFT find the cache of a model that calls it otherwise, so that it can be the reference.
+
+    PEFT 0.21 asks for ``past_key_values``. Where models say ``cache``, it raises in classification, patched or not,
+    and loses the prefix in generation, which patched models have right by themselves.
+    """
+    if model.active_peft_config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        for module in (model.base_model, model.base_model.base_model):
+            if "cache" in inspect.signature(module.forward).parameters:
+                module.forward = Renamed(module.forward)
+    if not patched and hasattr(model, "base_model_prepare_inputs_for_generation"):
+        model.base_model_prepare_inputs_for_generation = Renamed(model.base_model_prepare_inputs_for_generation)
+    return model
+
+
 def peft_model(family: Family, *, patched: bool, dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
     """Prefix tuning with the same weights at every call, as PEFT has it or patched. The prefix is N(0, 1)."""
     model = base_model(family, dtype)
@@ -183,7 +220,7 @@ def peft_model(family: Family, *, patched: bool, dtype: torch.dtype = torch.floa
         torch.manual_seed(2)
         settings = {"task_type": family.task, "num_virtual_tokens": PREFIX, **config}
         kind = CartridgeConfig if "num_frozen_tokens" in config else PrefixTuningConfig
-        model = get_peft_model(model, kind(**settings))
+        model = find_caches(get_peft_model(model, kind(**settings)), patched=patched)
     if dtype == torch.float64:
         model = model.double()
     return peftkern.patch(model) if patched else model
@@ -215,6 +252,8 @@ def prompt_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         model = get_peft_model(model, PROMPTS[kind](task_type=family.task, num_virtual_tokens=PREFIX))
+        if not patched:
+            find_caches(model, patched=False)
         for parameter in model.prompt_encoder.parameters():
             if kind != "CPT":
                 nn.init.normal_(parameter, std=0.5)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from peftkern.huggingface.cache import PrefixLayer
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS
 
@@ -119,9 +120,10 @@ def test_caches():
     assert_starts_with(cache_utils.Cache.get_mask_sizes, "self", "query_length", "layer_idx")
     assert_starts_with(cache_utils.DynamicLayer.update, "self", "key_states", "value_states")
     assert_starts_with(cache_utils.DynamicLayer.get_seq_length, "self")
-    layer = cache_utils.DynamicLayer()
-    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
-    assert {"keys", "values", "is_initialized", "dtype", "device"} <= set(vars(layer))
+    layer, ours = cache_utils.DynamicLayer(), PrefixLayer(stores=True)
+    for each in (layer, ours):
+        each.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), kwargs={})
+    assert {"keys", "values", "is_initialized", "device"} <= set(vars(layer)) <= set(vars(ours))
     pair = cache_utils.EncoderDecoderCache(cache_utils.DynamicCache(), cache_utils.DynamicCache())
     assert pair.self_attention_cache is not pair.cross_attention_cache
     assert pair.is_updated == {}

@@ -192,7 +192,11 @@ UNREACHABLE = {
     "falcon": lambda: hf.FalconForCausalLM(
         hf.FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     ),
-    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=97, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)),
+    "gpt-neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            vocab_size=97, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        )
+    ),
     "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=97, d_model=64, n_layers=2, n_heads=4)),
 }
 
@@ -251,7 +255,7 @@ def test_nothing_of_a_forward_stays_in_the_model():
 
 
 class NoCache(hf.PreTrainedModel):
-    """Takes no past_key_values."""
+    """Takes no cache."""
 
     config_class = hf.LlamaConfig
 
@@ -362,7 +366,7 @@ REFUSED = {
     "no cache": (
         lambda: NoCache(hf.LlamaConfig(**LLAMA.arguments)),
         {"prefix": llama_prefix()},
-        "model: NoCache takes no past_key_values",
+        "model: NoCache takes no cache",
     ),
 }
 

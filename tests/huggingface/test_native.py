@@ -274,7 +274,7 @@ def test_caches_of_the_caller(cache, message):
     if message is None:
         assert model(input_ids=IDS, past_key_values=given).past_key_values.get_seq_length() == SEQ
         return
-    with pytest.raises(ValueError, match=f"past_key_values: .*{message}"):
+    with pytest.raises(ValueError, match=f"cache: .*{message}"):
         model(input_ids=IDS, past_key_values=given)
 
 
