@@ -14,10 +14,8 @@ own. Writes results/packing.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -26,9 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cpu_attention
 import torch
-from cpu_attention import DTYPES, take_turns
+from measuring import DTYPES, stamp, take_turns, write
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +33,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import peftkern
-from peftkern.demo import assets, measuring
+from peftkern.demo import assets
+from peftkern.demo import measuring as memory
 from peftkern.demo.reviews import Task, split, training_rows
 
 RESULTS = Path(__file__).parent / "results" / "packing.csv"
@@ -137,20 +135,14 @@ def peak(arguments: list[str], index: int, provider: str, dtype: str) -> float |
 
 def serve_peak(bench: Workbench, case: Case, provider: str, dtype: torch.dtype) -> None:
     """Print the peak of a second step."""
-    measuring._return_freed_memory()
+    memory._return_freed_memory()
     model, batch = bench.model(case, provider, dtype), bench.batch(case)
     step(model, batch)
     gc.collect()
-    before = measuring._resident("VmRSS") if measuring._reset_peak() else None
+    before = memory._resident("VmRSS") if memory._reset_peak() else None
     step(model, batch)
-    after = measuring._resident("VmHWM")
+    after = memory._resident("VmHWM")
     print(json.dumps(None if before is None or after is None else after - before))
-
-
-def spread(times: list[float]) -> float:
-    """Distance of the quartiles over the median."""
-    low, median, high = statistics.quantiles(times, n=4)
-    return (high - low) / median
 
 
 def measure(
@@ -171,22 +163,23 @@ def measure(
     allowed = max(1e-5, torch.finfo(DTYPES[dtype]).eps)
     difference = abs(reference_loss - our_loss) / reference_loss
     assert difference < allowed, f"{case} {dtype}: losses differ by {difference:.1e} of {reference_loss:.2f}"
-    times = take_turns(steps, options.seconds, at_least=options.at_least)
-    reference_s, ours_s = (statistics.median(times[name]) for name in (case.reference, case.ours))
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times = take_turns(steps, options.seconds, options.at_least, clock)
+    reference, ours = (times[name] for name in (case.reference, case.ours))
 
     mask = batch.get("attention_mask")
     samples, columns = batch["input_ids"].shape
     tokens = samples * columns if mask is None else int(mask.sum())
     prompt = case.length if case.method == "prompt" else 0
     rows = samples * (prompt + columns) / (prompt + tokens) if case.reference == "PEFT" else 1.0
-    bar, ratio = 0.95 * rows if case.bar is None else case.bar, reference_s / ours_s
+    bar, ratio = 0.95 * rows if case.bar is None else case.bar, reference.median / ours.median
     peaks = [peak(passed, index, name, dtype) for name in (case.reference, case.ours)] if options.memory else []
     values = (
-        case.title, case.method, samples, case.length, columns, dtype, torch.get_num_threads(), rows, reference_s,
-        ours_s, spread(times[case.reference]), spread(times[case.ours]), ratio, bar, ratio >= bar,
+        case.title, case.method, samples, case.length, columns, dtype, torch.get_num_threads(), rows,
+        reference.median, ours.median, reference.spread, ours.spread, ratio, bar, ratio >= bar,
         peaks[0] / peaks[1] if all(peaks) and peaks else None, loss_difference, gradient_difference,
     )  # fmt: skip
-    return dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, values, strict=True)) | stamp()
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
@@ -226,7 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     if options.cpu_time:
-        cpu_attention.clock, options.threads = time.process_time, 1
+        options.threads = 1
     torch.set_num_threads(options.threads)
     bench = Workbench(options.model, options.cache, options.data)
     if options.peak:
@@ -244,11 +237,7 @@ def main() -> None:
             rows.append(measure(bench, index, dtype, options, passed))
             gc.collect()
     show(rows, bench.source.title)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.output, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row.values()] for row in rows)
+    write(rows, options.output)
 
 
 if __name__ == "__main__":
