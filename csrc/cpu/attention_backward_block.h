@@ -65,7 +65,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
   s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? tile : 0);
   s.applied = arena.take<float>(p.args->dropout_p > 0.0 || p.args->gate ? tile : 0);
-  s.row_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
+  s.row_pairs = arena.take<float>(p.pairs ? tile / 2 + kLanes : 0);  // vectors of pairs may end behind the last key
   s.key_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
