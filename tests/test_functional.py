@@ -58,7 +58,7 @@ BAD_ATTENTION = [
     ({"k": X(2, 2, 7, 8, device="meta")}, "k: expected q's device cpu, got meta"),
     (
         {"backend": "cuda_graphs"},
-        "backend: expected 'auto' or one of ['triton', 'two_part', 'slot', 'cuda', 'cpu', 'reference'], got 'cuda_graphs'",
+        f"backend: expected 'auto' or one of {list(backends.BACKENDS)}, got 'cuda_graphs'",
     ),
 ]
 

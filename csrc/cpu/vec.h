@@ -149,9 +149,9 @@ PEFTKERN_INLINE vf exp2(vf x) {
 
 // ln x for normal x > 0, relative error 1e-7 (the polynomial is Cephes' logf); -inf for 0, NaN stays NaN.
 PEFTKERN_INLINE vf log(vf x) {
-  const vi offset = bits(x) - 0x3f3504f3;  // of the mantissa's range [sqrt 1/2, sqrt 2)
-  const vf exponent = __builtin_convertvector(offset >> 23, vf);
-  const vf f = (vf)((offset & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  const vu offset = (vu)x - 0x3f3504f3u;  // of the mantissa's range [sqrt 1/2, sqrt 2); unsigned: any bits may come
+  const vf exponent = __builtin_convertvector((vi)offset >> 23, vf);
+  const vf f = (vf)((offset & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
   vf p = f * 7.0376836292e-2f + -1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f + -1.2420140846e-1f;
