@@ -163,7 +163,7 @@ typedef struct peftkern_cuda_slot {
   void* stream;
 } peftkern_cuda_slot;
 
-// total = the sum of dslot before the sequence, over the samples of each prefix
+// total = the sum of dslot before the sequence, over the samples of each prefix; dtype may be fp32.
 typedef struct peftkern_cuda_slot_backward {
   const void* dslot;         // [batch, num_kv_heads, at least prefix_len, head_dim]
   const void* prefix_ids;    // [batch], contiguous

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI of libpeftkern_cuda: checks arguments, turns them into the kernels' and queues the launches.
+// The C ABI of attention: checks arguments, turns them into the kernels' and queues the launches.
+#include "arguments.h"
 #include "attention.h"
-#include "copies.cuh"
 #include "prefix_backward.cuh"
 #include "prefix_forward.cuh"
 #include "sequence_backward.cuh"
@@ -22,17 +22,6 @@ auto with_kernels(int64_t head_dim, Run run) {
   if (head_dim <= 96) return run(Kernels<96>());
   if (head_dim <= 128) return run(Kernels<128>());
   return run(Kernels<256>());
-}
-
-bool is_half(int64_t dtype) { return dtype == PEFTKERN_FLOAT16 || dtype == PEFTKERN_BFLOAT16; }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-template <int kCount>
-bool aligned(const void* pointer, const int64_t (&strides)[kCount]) {
-  bool all = aligned(pointer);
-  for (int64_t stride : strides) all &= pointer == nullptr || stride % 8 == 0;
-  return all;
 }
 
 int check(const peftkern_attention& a) {
@@ -60,12 +49,6 @@ int check(const peftkern_cuda_attention_backward& args) {
                    aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(args.workspace);
   return all ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
-
-Matrices matrices(const void* pointer, const int64_t (&stride)[3]) {
-  return {const_cast<void*>(pointer), stride[0], stride[1], stride[2]};
-}
-
-Indices indices(const void* pointer, int64_t dtype) { return {pointer, dtype == PEFTKERN_INT64}; }
 
 Call call_of(const peftkern_attention& a) {
   Call call{};
@@ -191,10 +174,6 @@ int check_sequence(const peftkern_attention& a) {
   return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
 
-int copy_blocks(int64_t chunks) { return (int)((chunks + kCopyThreads - 1) / kCopyThreads); }
-
-bool copyable(int64_t elements) { return elements >= 0 && elements / 8 < (int64_t)kCopyThreads * 0x7fffffff; }
-
 }  // namespace
 
 extern "C" {
@@ -259,106 +238,6 @@ int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backwa
   Queue queue(args->device, args->stream);
   attention_backward(queue, *args);
   merge_prefix_backward(queue, *args);
-  return queue.status();
-}
-
-int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args) {
-  if (!args || !is_half(args->dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot& a = *args;
-  const bool prefix_is_float = a.prefix_dtype == PEFTKERN_FLOAT32;
-  const int64_t elements = a.batch * a.num_kv_heads * (a.prefix_len + a.kv_len) * a.head_dim;
-  if ((!prefix_is_float && a.prefix_dtype != a.dtype) || !copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.head_dim % 8 || !aligned(a.k, a.k_stride) || !aligned(a.v, a.v_stride) || !aligned(a.out_k, a.out_k_stride) ||
-      !aligned(a.out_v, a.out_v_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
-      !aligned(a.prefix_v, a.prefix_v_stride))
-    return PEFTKERN_MISALIGNED;
-  const Slot slot{{matrices(a.k, a.k_stride), matrices(a.v, a.v_stride)},
-                  {matrices(a.prefix_k, a.prefix_k_stride), matrices(a.prefix_v, a.prefix_v_stride)},
-                  {matrices(a.out_k, a.out_k_stride), matrices(a.out_v, a.out_v_stride)},
-                  indices(a.prefix_ids, a.prefix_ids_dtype),
-                  (int)a.num_kv_heads,
-                  (int)a.kv_len,
-                  (int)a.prefix_len,
-                  (int)(a.head_dim / 8),
-                  prefix_is_float,
-                  elements / 8};
-  Queue queue(a.device, a.stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? kv_slot<fp16> : kv_slot<bf16>, copy_blocks(slot.count), 2, 1, kCopyThreads, 0,
-               slot);
-  return queue.status();
-}
-
-int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args) {
-  if (!args || !is_half(args->dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot_backward& a = *args;
-  const int64_t elements = a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim;
-  if (!copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.head_dim % 8 || !aligned(a.dslot, a.dslot_stride) || !aligned(a.total)) return PEFTKERN_MISALIGNED;
-  const SlotBackward slot{matrices(a.dslot, a.dslot_stride),
-                          a.total,
-                          indices(a.prefix_ids, a.prefix_ids_dtype),
-                          (int)a.batch,
-                          (int)a.num_kv_heads,
-                          (int)a.prefix_len,
-                          (int)(a.head_dim / 8),
-                          elements / 8};
-  Queue queue(a.device, a.stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? kv_slot_backward<fp16> : kv_slot_backward<bf16>, copy_blocks(slot.count), 1, 1,
-               kCopyThreads, 0, slot);
-  return queue.status();
-}
-
-int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding* args) {
-  if (!args || !is_half(args->backward.forward.dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_embedding& a = args->backward.forward;
-  const bool prompt_is_float = a.prompt_dtype == PEFTKERN_FLOAT32;
-  const int64_t elements = a.batch * (a.prompt_len + a.seq_len) * a.dim;
-  if ((!prompt_is_float && a.prompt_dtype != a.dtype) || !copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.dim % 8 || !aligned(a.weight) || a.weight_stride[0] % 8 || !aligned(a.prompt) || a.prompt_stride[0] % 8 ||
-      a.prompt_stride[1] % 8 || !aligned(a.out))
-    return PEFTKERN_MISALIGNED;
-  const Embedding embedding{indices(a.input_ids, a.input_ids_dtype),
-                            indices(a.prompt_ids, a.prompt_ids_dtype),
-                            a.weight,
-                            a.prompt,
-                            a.out,
-                            a.input_ids_stride[0],
-                            a.input_ids_stride[1],
-                            a.weight_stride[0],
-                            a.prompt_stride[0],
-                            a.prompt_stride[1],
-                            elements / 8,
-                            (int)a.seq_len,
-                            (int)a.prompt_len,
-                            (int)a.vocab_size,
-                            (int)(a.dim / 8),
-                            prompt_is_float};
-  Queue queue(args->device, args->stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? soft_prompt_embedding<fp16> : soft_prompt_embedding<bf16>,
-               copy_blocks(embedding.count), 1, 1, kCopyThreads, 0, embedding);
-  return queue.status();
-}
-
-int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding* args) {
-  if (!args || !is_half(args->backward.forward.dtype) || args->backward.dweight) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_embedding_backward& g = args->backward;
-  const peftkern_embedding& a = g.forward;
-  const int64_t elements = a.bank_size * a.prompt_len * a.dim;
-  if (!copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.dim % 8 || !aligned(g.dout) || g.dout_stride[0] % 8 || g.dout_stride[1] % 8 || !aligned(g.dprompt))
-    return PEFTKERN_MISALIGNED;
-  const EmbeddingBackward backward{g.dout,
-                                   g.dprompt,
-                                   indices(a.prompt_ids, a.prompt_ids_dtype),
-                                   g.dout_stride[0],
-                                   g.dout_stride[1],
-                                   elements / 8,
-                                   (int)a.batch,
-                                   (int)a.prompt_len,
-                                   (int)(a.dim / 8)};
-  Queue queue(args->device, args->stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? soft_prompt_embedding_backward<fp16> : soft_prompt_embedding_backward<bf16>,
-               copy_blocks(backward.count), 1, 1, kCopyThreads, 0, backward);
   return queue.status();
 }
 

@@ -78,7 +78,7 @@ class Emulated(Shim):
         super().__init__(monkeypatch, head_dims=(head_dim,))
         self.seed, self.error, self.names = seed, None, []
         self._kernels = {}
-        for source in ("api", "prefix", "sequence"):
+        for source in ("api", "copies", "prefix", "sequence"):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
