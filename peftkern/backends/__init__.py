@@ -91,9 +91,8 @@ class Explanation:
         lines = [f"{self.call.op}: {self.call}"]
         for name, reasons in self.reasons.items():
             taken = ", taken by 'auto'" if self.requested == "auto" else f", asked for by {self.by}"
-            lines.append(
-                f"  {name}: {'; '.join(reasons) or 'ok' + self._kernels(name) + taken * (name == self.chosen)}"
-            )
+            runs = f"ok{self._kernels(name)}{taken if name == self.chosen else ''}"
+            lines.append(f"  {name}: {'; '.join(reasons) or runs}")
         return "\n".join(lines)
 
     def _kernels(self, name: str) -> str:
