@@ -29,7 +29,7 @@ int check(const peftkern_attention& a) {
   if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 || a.num_kv_heads <= 0 ||
       a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 || a.bank_size <= 0 ||
       a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest || a.kv_len > largest ||
-      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.prefix_bias || a.gate || a.dropout_p != 0)
+      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
     return PEFTKERN_INVALID_ARGUMENT;
   if (a.head_dim % 8 || !aligned(a.q, a.q_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
       !aligned(a.prefix_v, a.prefix_v_stride) || !aligned(a.out, a.out_stride))
@@ -46,8 +46,9 @@ int check(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   if (const int status = check(g.forward)) return status;
   const bool all = aligned(g.dout, g.dout_stride) && aligned(g.dq, g.dq_stride) &&
-                   aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(args.workspace);
-  return all ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
+                   aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(g.dprefix_bias) && aligned(args.workspace);
+  if (!all) return PEFTKERN_MISALIGNED;
+  return g.dprefix_bias && !args.delta_is_given ? PEFTKERN_INVALID_ARGUMENT : PEFTKERN_OK;
 }
 
 Call call_of(const peftkern_attention& a) {
@@ -61,6 +62,9 @@ Call call_of(const peftkern_attention& a) {
   call.cu_seqlens = indices(a.cu_seqlens, a.cu_seqlens_dtype);
   call.prefix_ids = indices(a.prefix_ids, a.prefix_ids_dtype);
   call.prefix_lens = indices(a.prefix_lens, a.prefix_lens_dtype);
+  call.prefix_bias = a.prefix_bias;
+  call.bias_head = a.prefix_bias_stride[0], call.bias_key = a.prefix_bias_stride[1];
+  call.gate = a.gate;
   return call;
 }
 
@@ -80,6 +84,9 @@ Extent extent_of(const Call& call) {
 bool empty(const peftkern_attention& a) { return a.batch == 0 || a.q_len == 0; }
 
 int64_t prefix_elements(const peftkern_attention& a) { return a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim; }
+
+// Of dprefix_bias, up to a multiple of 16 bytes.
+int64_t bias_elements(const peftkern_attention& a) { return (a.num_heads * a.prefix_len + 3) / 4 * 4; }
 
 int prefix_shares(const Queue& queue, const peftkern_attention& a) {
   const Call call = prefix_call_of(a);
@@ -104,7 +111,8 @@ void merge_prefix(Queue& queue, const peftkern_cuda_attention& args) {
                [&](auto kernels) { kernels.prefix_forward(queue, a.dtype, extent_of(forward.call), forward); });
 }
 
-void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+// `delta`: null if it is to be taken from out.
+void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward& args, const float* delta) {
   const peftkern_attention_backward& g = args.backward;
   const peftkern_attention& a = g.forward;
   const int64_t elements = prefix_elements(a);
@@ -118,14 +126,24 @@ void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward&
   backward.dq = matrices(g.dq, g.dq_stride);
   backward.lse = a.lse;
   backward.dlse = matrices(g.dlse, g.dlse_stride);
+  backward.delta = delta;
   const int shares = prefix_shares(queue, a);
   float* const workspace = static_cast<float*>(args.workspace);
   backward.dprefix_k = shares > 1 && g.dprefix_k ? workspace : g.dprefix_k;
   backward.dprefix_v = shares > 1 && g.dprefix_v ? workspace + shares * elements : g.dprefix_v;
-  with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_backward(queue, a.dtype, shares, backward); });
-  if (shares > 1) {
-    const AddShares sums{workspace, {g.dprefix_k, g.dprefix_v}, elements, shares};
-    queue.launch(add_shares, (int)min((elements + 1023) / 1024, (int64_t)4096), 2, 1, 256, 0, sums);
+  if (g.dq || g.dprefix_k || g.dprefix_v)
+    with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_backward(queue, a.dtype, shares, backward); });
+  const auto add = [&](const AddShares& sums, int results) {
+    queue.launch(add_shares, (int)min((sums.elements + 1023) / 1024, (int64_t)4096), results, 1, 256, 0, sums);
+  };
+  if (shares > 1 && (g.dprefix_k || g.dprefix_v)) add({workspace, {g.dprefix_k, g.dprefix_v}, elements, shares}, 2);
+  if (g.dprefix_bias) {
+    float* const sums = workspace + (shares > 1 ? 2 * shares * elements : 0);
+    const PrefixBiasBackward bias{backward.call, backward.q, backward.prefix_k, backward.prefix_v,
+                                  backward.dout, a.lse,      delta,             sums,
+                                  bias_elements(a)};
+    with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_bias_backward(queue, a.dtype, shares, bias); });
+    add({sums, {g.dprefix_bias, nullptr}, bias.elements, shares * (int)a.bank_size}, 1);
   }
 }
 
@@ -146,7 +164,7 @@ void attention(Queue& queue, const peftkern_attention& a) {
                [&](auto kernels) { kernels.sequence_forward(queue, a.dtype, extent_of(forward.call), forward); });
 }
 
-void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+SequenceBackward sequence_backward_of(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   const peftkern_attention& a = g.forward;
   SequenceBackward backward{};
@@ -154,6 +172,8 @@ void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& ar
   backward.q = matrices(a.q, a.q_stride);
   backward.k = matrices(a.k, a.k_stride);
   backward.v = matrices(a.v, a.v_stride);
+  backward.prefix_k = matrices(a.prefix_k, a.prefix_k_stride);
+  backward.prefix_v = matrices(a.prefix_v, a.prefix_v_stride);
   backward.out = matrices(a.out, a.out_stride);
   backward.dout = matrices(g.dout, g.dout_stride);
   backward.dq = matrices(g.dq, g.dq_stride);
@@ -164,13 +184,23 @@ void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& ar
   backward.delta = args.delta;
   backward.key_mask = a.key_mask;
   backward.key_mask_batch = a.key_mask_stride[0], backward.key_mask_key = a.key_mask_stride[1];
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.sequence_backward(queue, a.dtype, extent_of(backward.call), backward); });
+  return backward;
+}
+
+void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+  const peftkern_attention& a = args.backward.forward;
+  const SequenceBackward backward = sequence_backward_of(args);
+  const bool sequence = backward.dq.pointer || backward.dk.pointer || backward.dv.pointer;
+  with_kernels(a.head_dim, [&](auto kernels) {
+    if (sequence && !args.delta_is_given) kernels.row_sums(queue, a.dtype, backward);
+    kernels.sequence_backward(queue, a.dtype, extent_of(backward.call), backward);
+  });
+  merge_prefix_backward(queue, args, sequence || args.delta_is_given ? args.delta : nullptr);
 }
 
 // What the kernels over the sequence ask for beside check().
 int check_sequence(const peftkern_attention& a) {
-  if (a.bias) return PEFTKERN_INVALID_ARGUMENT;
+  if (a.bias || a.gate) return PEFTKERN_INVALID_ARGUMENT;
   return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
 
@@ -178,7 +208,7 @@ int check_sequence(const peftkern_attention& a) {
 
 extern "C" {
 
-int peftkern_cuda_abi_version(void) { return PEFTKERN_ABI_VERSION; }
+int peftkern_cuda_abi_version(void) { return PEFTKERN_CUDA_ABI_VERSION; }
 
 const char* peftkern_cuda_architectures(void) { return PEFTKERN_CUDA_ARCHITECTURES; }
 
@@ -206,7 +236,9 @@ int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* arg
   const peftkern_attention& a = args->backward.forward;
   const Queue queue(args->device, args->stream);
   const int shares = queue.status() == PEFTKERN_OK ? prefix_shares(queue, a) : 1;
-  return shares > 1 ? 2 * shares * prefix_elements(a) * (int64_t)sizeof(float) : 0;
+  const int64_t matrices = shares > 1 ? 2 * shares * prefix_elements(a) : 0;
+  const int64_t bias = args->backward.dprefix_bias ? shares * a.bank_size * bias_elements(a) : 0;
+  return (matrices + bias) * (int64_t)sizeof(float);
 }
 
 int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args) {
@@ -214,7 +246,20 @@ int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* 
   if (const int status = check(*args)) return status;
   if (args->workspace_size < peftkern_cuda_workspace_size(args)) return PEFTKERN_INVALID_ARGUMENT;
   Queue queue(args->device, args->stream);
-  merge_prefix_backward(queue, *args);
+  merge_prefix_backward(queue, *args, args->delta_is_given ? args->delta : nullptr);
+  return queue.status();
+}
+
+int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args) {
+  if (!args || !args->delta) return PEFTKERN_INVALID_ARGUMENT;
+  const peftkern_attention& a = args->backward.forward;
+  if (const int status = check(*args)) return status;
+  if (const int status = check_sequence(a)) return status;
+  if (empty(a)) return PEFTKERN_OK;
+  Queue queue(args->device, args->stream);
+  const SequenceBackward backward = sequence_backward_of(*args);
+  with_kernels(a.head_dim,
+               [&](auto kernels) { kernels.softmax_sums(queue, a.dtype, extent_of(backward.call), backward); });
   return queue.status();
 }
 
@@ -237,7 +282,6 @@ int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backwa
   if (args->workspace_size < peftkern_cuda_workspace_size(args)) return PEFTKERN_INVALID_ARGUMENT;
   Queue queue(args->device, args->stream);
   attention_backward(queue, *args);
-  merge_prefix_backward(queue, *args);
   return queue.status();
 }
 

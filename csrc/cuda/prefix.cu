@@ -30,11 +30,10 @@ int Kernels<kHeadDim>::prefix_shares(const Queue& queue, const Extent& extent, c
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::prefix_backward(Queue& queue, int64_t dtype, int shares, PrefixBackward args) {
+void Kernels<kHeadDim>::prefix_backward(Queue& queue, int64_t dtype, int shares, const PrefixBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   const auto run = [&](void (*kernel)(PrefixBackward)) {
-    // Parts of a long prefix one after the other: each adds to the same dq.
-    for (args.first_key = 0; args.first_key < args.call.prefix_len; args.first_key += Shape::kKeys)
+    if (args.call.prefix_len > 0)
       queue.launch(kernel, shares, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
   };
   const bool options = has_options(args.call);
@@ -44,8 +43,17 @@ void Kernels<kHeadDim>::prefix_backward(Queue& queue, int64_t dtype, int shares,
     run(options ? peftkern::prefix_backward<bf16, kHeadDim, true> : peftkern::prefix_backward<bf16, kHeadDim, false>);
 }
 
+template <int kHeadDim>
+void Kernels<kHeadDim>::prefix_bias_backward(Queue& queue, int64_t dtype, int shares, const PrefixBiasBackward& args) {
+  using Shape = BackwardShape<kHeadDim>;
+  queue.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::prefix_bias_backward<fp16, kHeadDim>
+                                         : peftkern::prefix_bias_backward<bf16, kHeadDim>,
+               shares, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
+}
+
 template void Kernels<PEFTKERN_HEAD_DIM>::prefix_forward(Queue&, int64_t, const Extent&, PrefixForward);
 template int Kernels<PEFTKERN_HEAD_DIM>::prefix_shares(const Queue&, const Extent&, const Call&);
-template void Kernels<PEFTKERN_HEAD_DIM>::prefix_backward(Queue&, int64_t, int, PrefixBackward);
+template void Kernels<PEFTKERN_HEAD_DIM>::prefix_backward(Queue&, int64_t, int, const PrefixBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::prefix_bias_backward(Queue&, int64_t, int, const PrefixBiasBackward&);
 
 }  // namespace peftkern

@@ -24,9 +24,6 @@ template <class T, int kHeadDim>
 static void run_sequence_backward(Queue& queue, const Extent& extent, const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
-  if (!args.dq.pointer && !args.dk.pointer && !args.dv.pointer) return;
-  const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
-  queue.launch(row_sums<T>, (int)((rows + 7) / 8), 1, 1, 256, 0, args);
   const bool options = has_options(call);
   if (args.dq.pointer)
     queue.launch(options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
@@ -45,7 +42,24 @@ void Kernels<kHeadDim>::sequence_backward(Queue& queue, int64_t dtype, const Ext
     run_sequence_backward<bf16, kHeadDim>(queue, extent, args);
 }
 
+template <int kHeadDim>
+void Kernels<kHeadDim>::row_sums(Queue& queue, int64_t dtype, const SequenceBackward& args) {
+  const Call& call = args.call;
+  const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
+  queue.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::row_sums<fp16> : peftkern::row_sums<bf16>, (int)((rows + 7) / 8), 1, 1,
+               256, 0, args);
+}
+
+template <int kHeadDim>
+void Kernels<kHeadDim>::softmax_sums(Queue& queue, int64_t dtype, const Extent& extent, const SequenceBackward& args) {
+  using Shape = BackwardShape<kHeadDim>;
+  queue.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::softmax_sums<fp16, kHeadDim> : peftkern::softmax_sums<bf16, kHeadDim>,
+               extent.tiles(Shape::kRows), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+}
+
 template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Queue&, int64_t, const Extent&, const SequenceForward&);
 template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Queue&, int64_t, const Extent&, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::row_sums(Queue&, int64_t, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::softmax_sums(Queue&, int64_t, const Extent&, const SequenceBackward&);
 
 }  // namespace peftkern

@@ -104,14 +104,16 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
         [&](float product, int i, int r) {
           const int key = key0 + i;
           bool visible;
+          float bias = 0.f;
           if (is_prefix) {
             visible = sees_prefix<kOptions>(call, row[r].place, key, sequence.prefix_len);
+            if (visible) bias = prefix_bias_of<kOptions>(call, row[r].head, key);
           } else {
             visible = key < high && sees_key(call, row[r], key);
             if (visible && args.key_mask)
               visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
           }
-          return visible ? score_of<kOptions>(call, product).value : -INFINITY;
+          return visible ? score_of<kOptions>(call, product).value + bias : -INFINITY;
         });
   }
   copy_async_wait<0>();

@@ -15,7 +15,7 @@ from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradient
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
-_REFUSED = {"bias": "bias", "prefix_bias": "prefix_bias", "gate": "gate", "dropout": "dropout"}
+_REFUSED = ("bias", "dropout")
 
 
 def why_not(call: Call) -> list[str]:
@@ -35,9 +35,7 @@ def limits(call: Call) -> list[str]:
         head_dim = call.q_shape[-1]
         if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
             reasons.append(f"head dim {head_dim} is no multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
-        refused = [name for feature, name in _REFUSED.items() if feature in call.features]
-        if "sinks" in call.features and call.needs_grad:
-            refused.append("backward beside sinks")
+        refused = [name for name in _REFUSED if name in call.features]
         if refused:
             reasons.append(f"has no {', '.join(refused)}: use backend='triton'")
     return reasons
@@ -79,14 +77,18 @@ def _prepared(args: AttentionArgs) -> AttentionArgs:
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     out, lse = allocate_outputs(args)
     prepared = _prepared(args)
-    if _is_decoding(args):
-        empty = prepared.prefix_k.new_empty(prepared.prefix_k.shape[-3], 0, args.q.shape[3])
-        alone = prepared._replace(prefix_k=empty, prefix_v=empty, sinks=None, prefix_ids=None, prefix_lens=None)
-        native_cuda.prefix_attention(alone, out, lse)
+    if args.gate is not None or _is_decoding(args):
+        native_cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse)
         native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
     else:
         native_cuda.prefix_attention(prepared, out, lse)
     return out, lse
+
+
+def _sequence(args: AttentionArgs) -> AttentionArgs:
+    """The attention over the sequence and sinks alone."""
+    none = args.prefix_k.new_empty(args.k.shape[1], 0, args.q.shape[3])
+    return args._replace(prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, gate=None)
 
 
 def _is_decoding(args: AttentionArgs) -> bool:
@@ -106,9 +108,54 @@ def prefix_attention_backward(
         for x in gradients:
             x.zero_()
         return gradients
+    dout, prepared = _aligned(dout), _prepared(args)
     delta = lse.new_empty(lse.shape)
-    native_cuda.prefix_attention_backward(_aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta)
+    if args.gate is not None:
+        _gated_backward(dout, dlse, lse, prepared, gradients, delta)
+        return gradients
+    exact = bool(gradients.dsinks.numel() or gradients.dprefix_bias.numel())
+    if exact:
+        native_cuda.softmax_sums(dout, dlse, lse, prepared, delta)
+    native_cuda.prefix_attention_backward(dout, dlse, _aligned(out), lse, prepared, gradients, delta, exact)
+    _sink_gradient(args, lse, delta, gradients)
     return gradients
+
+
+def _gated_backward(
+    dout: Tensor, dlse: Tensor | None, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients, delta: Tensor
+) -> None:
+    """Two attentions, whose results are computed again: out is only their sum."""
+    seq = _sequence(args)
+    out, seq_lse = allocate_outputs(args)
+    exact = bool(gradients.dsinks.numel())
+    if exact:
+        native_cuda.softmax_sums(dout, dlse, lse, seq, delta)
+    else:
+        native_cuda.prefix_attention(seq, out, seq_lse)
+    native_cuda.prefix_attention_backward(dout, dlse, out, lse, seq, _of_sequence(gradients), delta, exact)
+    _sink_gradient(args, lse, delta, gradients)
+
+    alone = args._replace(sinks=None, gate=None)
+    native_cuda.merge_prefix(alone, None, None, 1.0, out, seq_lse)
+    native_cuda.softmax_sums(dout, None, seq_lse, alone, delta, sequence=False)
+    gated = args._replace(sinks=None)
+    native_cuda.merge_prefix_backward(dout, None, out, seq_lse, gated, gradients, delta)
+    if gradients.dgate.numel():
+        assert args.gate is not None
+        torch.mul(delta.sum((0, 2)), 1 - args.gate.tanh().square(), out=gradients.dgate)
+
+
+def _of_sequence(gradients: AttentionGradients) -> AttentionGradients:
+    """Those of q, k and v."""
+    none = gradients.dq.new_empty(0)
+    return AttentionGradients(*gradients[:3], *[none] * 6)
+
+
+def _sink_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor, gradients: AttentionGradients) -> None:
+    """A sink's weight is exp(sink - lse), and its value 0."""
+    if gradients.dsinks.numel():
+        assert args.sinks is not None
+        torch.sum(torch.exp(args.sinks[:, None] - lse) * -delta, (0, 2), out=gradients.dsinks)
 
 
 def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -14,11 +15,11 @@ from peftkern import backends, native_cuda, reference
 from peftkern.backends import AttentionArgs, allocate_gradients, cuda
 
 from .. import bounds
-from ..cases import FEATURES, Shape, feature, tensors
+from ..cases import FEATURES, Shape, combination, feature, tensors
 from .shim import Shim
 
 HALVES = [torch.float16, torch.bfloat16]
-REFUSED = ("bias", "bias_row", "prefix_bias", "gate", "dropout")
+REFUSED = ("bias", "bias_row", "dropout")
 SUPPORTED = [name for name in FEATURES if name not in REFUSED]
 OF_THE_PREFIX = (
     "plain", "non_causal", "scale", "kv_cache", "window", "window_after_prefix", "softcap", "sinks", "packed", "bank",
@@ -50,8 +51,51 @@ def _mark(cases, fast):
 def test_attention_with_each_feature(shim, name, head_dim):
     shape, options = _sizes(name, D=head_dim)
     dtype = torch.float16 if head_dim % 128 else torch.bfloat16
-    backward = name != "sinks"
-    bounds.check_backend("cuda", tensors(shape, dtype), options, backward=backward, dlse=backward)
+    bounds.check_backend("cuda", tensors(shape, dtype), options, dlse=True)
+
+
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(s, marks=pytest.mark.slow) for s in range(8, 64))])
+def test_random_combinations(shim, seed):
+    shape, options = combination(seed)
+    for name in ("bias", "dropout_p", "dropout_seed"):
+        options.pop(name, None)
+    shape = dataclasses.replace(shape, D=(16, 40, 64)[seed % 3])
+    bounds.check_backend("cuda", tensors(shape, HALVES[seed % 2], seed=seed), options, dlse=seed % 4 < 2)
+
+
+# what the kernels for one head keep apart: a group of more heads than a pass takes, a prefix of several parts
+OPTIONS_OF_HEADS = {
+    "prefix_bias": {"prefix_bias": torch.linspace(-1, 1, 12 * 70).view(12, 70)},
+    "of_heads": {"prefix_bias": torch.linspace(-1, 1, 12)[:, None], "sinks": torch.linspace(-1, 2, 12)},
+    "of_tokens": {"prefix_bias": torch.linspace(-1, 1, 70)[None], "softcap": 2.0},
+    "gate": {"gate": torch.linspace(-1, 1, 12), "sinks": torch.linspace(-1, 2, 12), "window": 60},
+    "all": {
+        "gate": torch.linspace(-1, 1, 12), "prefix_bias": torch.linspace(-1, 1, 12 * 70).view(12, 70),
+        "sinks": torch.linspace(-1, 2, 12),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS_OF_HEADS)
+@pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (80, 128, 256))])
+def test_what_differs_by_head(shim, name, head_dim):
+    shape = Shape(B=2, Hq=12, Hkv=2, S=13, P=70, D=head_dim)
+    bounds.check_backend("cuda", tensors(shape, torch.bfloat16), OPTIONS_OF_HEADS[name], dlse=True)
+
+
+@pytest.mark.parametrize("name", ["sinks", "prefix_bias", "gate", "q", "prefix_v"])
+def test_one_gradient_alone_is_the_one_among_all(shim, name):
+    shape, options = _sizes("plain", P=70)
+    given = {**tensors(shape, torch.bfloat16), **options, "sinks": torch.randn(4), "prefix_bias": torch.randn(4, 70)}
+    if name == "gate":
+        given["gate"] = torch.randn(4)
+
+    def gradient(*names: str):
+        leaves = {n: x.clone().requires_grad_(n in names) for n, x in given.items()}
+        peftkern.prefix_attention(**leaves, backend="cuda").square().sum().backward()
+        return leaves[name].grad
+
+    torch.testing.assert_close(gradient(name), gradient(*given), rtol=2e-2, atol=2e-2)
 
 
 SIZES = [
@@ -274,7 +318,7 @@ def test_slot(shim, name, prefix_dtype):
 # -- decoding and embedding ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", "ragged_bank", "key_mask", "sinks"])
+@pytest.mark.parametrize("name", ["plain", "ragged_bank", "key_mask", "sinks", "prefix_bias", "gate"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_decoding(shim, name, rows):
     """Rows of many samples share the tiles that a shared prefix meets."""
@@ -378,15 +422,6 @@ def test_what_it_has_not_is_refused_by_name(shim, name):
     assert len(reasons) == 1
     assert reasons[0].endswith("use backend='triton'")
     assert name.removesuffix("_row") in reasons[0]
-
-
-def test_the_gradient_of_sinks_is_refused(shim):
-    """It takes more of the softmax than the rounded out and lse."""
-    shape, options = _sizes("sinks")
-    given = {n: x.requires_grad_() for n, x in tensors(shape, torch.float16).items()}
-    assert peftkern.explain(**given, **options).reasons["cuda"] == [
-        "has no backward beside sinks: use backend='triton'"
-    ]
 
 
 def test_other_dtypes_and_head_dims_are_refused(shim):

@@ -21,8 +21,8 @@ from .shim import Shim
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=19, P=7, D=64)
 #: What one of the backends or the kernels refuses; a bias' gradient is the fused kernels'.
 REFUSED = {
-    "two_part": {"softcap", "dropout", "bias", "bias_row", "prefix_bias", "gate", "sinks"},
-    "slot": {"softcap", "dropout", "bias", "bias_row", "prefix_bias", "gate", "sinks", "packed_bank"},
+    "two_part": {"softcap", "dropout", "bias", "bias_row"},
+    "slot": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank"},
 }
 ROUNDED_TERMS = {"two_part": 1, "slot": 2}  # as in test_two_part.py
 
