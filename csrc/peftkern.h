@@ -138,6 +138,8 @@ typedef struct peftkern_cuda_attention {
   const float* part_lse;     // [batch, num_heads, q_len], times part_lse_unit in natural logarithm; may be `lse`
   int64_t part_out_stride[3], part_lse_stride[3];
   double part_lse_unit;
+  void* workspace;           // of peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
+  int64_t workspace_size;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention;
@@ -202,6 +204,7 @@ PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_
 PEFTKERN_API int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args);
 
 // All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias.
+PEFTKERN_API int64_t peftkern_cuda_split_workspace_size(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
 

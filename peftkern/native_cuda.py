@@ -43,7 +43,7 @@ _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or us
 DEVICE_TYPE = "cuda"
 
 # The structs of peftkern.h; see peftkern.native.
-_ATTENTION = struct.Struct("=62q3d8qd2q")
+_ATTENTION = struct.Struct("=62q3d8qd4q")
 _ATTENTION_BACKWARD = struct.Struct("=62q3d32q6q")
 _SLOT = struct.Struct("=36q")
 _SLOT_BACKWARD = struct.Struct("=15q")
@@ -68,12 +68,14 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.peftkern_cuda_error_string.restype = ctypes.c_char_p
     library.peftkern_cuda_architectures.restype = ctypes.c_char_p
     library.peftkern_cuda_workspace_size.restype = ctypes.c_int64
+    library.peftkern_cuda_split_workspace_size.restype = ctypes.c_int64
     for name in (
         "merge_prefix",
         "merge_prefix_backward",
         "prefix_attention",
         "prefix_attention_backward",
         "workspace_size",
+        "split_workspace_size",
         "softmax_sums",
         "kv_slot",
         "kv_slot_backward",
@@ -152,19 +154,26 @@ def merge_prefix(
     """
     fields, _kept = _fields(args, out, lse)
     fields += [
-        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, *_queue(args.q)
+        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, 0, 0,
+        *_queue(args.q),
     ]  # fmt: skip
     _call("merge_prefix", _ATTENTION.pack(*fields))
 
 
-def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor) -> None:
-    """Write ``out`` and ``lse`` (contiguous).
+def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool = False) -> None:
+    """Write ``out`` and ``lse`` (contiguous). ``split``: several blocks divide a row's keys; not with cu_seqlens.
 
     Raises:
         NativeError: with the library's reason.
     """
+    if _library is None:
+        raise NativeError(MISSING)
     fields, _kept = _fields(args, out, lse)
-    _call("prefix_attention", _ATTENTION.pack(*fields, *[0] * 8, 1.0, *_queue(args.q)))
+    fields += [*[0] * 8, 1.0]
+    queue = _queue(args.q)
+    size = _library.peftkern_cuda_split_workspace_size(_ATTENTION.pack(*fields, 0, 0, *queue)) if split else 0
+    workspace = lse.new_empty(size // 4)
+    _call("prefix_attention", _ATTENTION.pack(*fields, workspace.data_ptr() if size else 0, size, *queue))
 
 
 def _backward(

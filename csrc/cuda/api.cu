@@ -147,7 +147,7 @@ void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward&
   }
 }
 
-void attention(Queue& queue, const peftkern_attention& a) {
+SequenceForward sequence_forward_of(const peftkern_attention& a) {
   SequenceForward forward{};
   forward.call = call_of(a);
   forward.q = matrices(a.q, a.q_stride);
@@ -160,8 +160,48 @@ void attention(Queue& queue, const peftkern_attention& a) {
   forward.sinks = a.sinks;
   forward.key_mask = a.key_mask;
   forward.key_mask_batch = a.key_mask_stride[0], forward.key_mask_key = a.key_mask_stride[1];
+  forward.splits = 1;
+  return forward;
+}
+
+void attention(Queue& queue, const peftkern_attention& a) {
+  const SequenceForward forward = sequence_forward_of(a);
   with_kernels(a.head_dim,
                [&](auto kernels) { kernels.sequence_forward(queue, a.dtype, extent_of(forward.call), forward); });
+}
+
+// An attention of few rows in two parts, each cut into splits of its keys: the prefix, which the rows of all samples meet
+// together if they share it, and the sequence.
+struct Decoding {
+  SequenceForward prefix, sequence;
+  int64_t rows, width;  // of `partial`
+
+  Decoding(const Queue& queue, const peftkern_attention& a)
+      : prefix(sequence_forward_of(a)), sequence(prefix), rows(a.batch * a.num_heads * a.q_len), width(a.head_dim + 2) {
+    prefix.call = prefix_call_of(a);
+    prefix.k = prefix.v = {};
+    sequence.call.prefix_len = 0;
+    sequence.call.prefix_ids = sequence.call.prefix_lens = {};
+    with_kernels(a.head_dim, [&](auto kernels) {
+      prefix.splits = kernels.splits(queue, extent_of(prefix.call), (int)a.num_kv_heads, a.prefix_len);
+      sequence.splits = kernels.splits(queue, extent_of(sequence.call), (int)a.num_kv_heads, a.kv_len);
+    });
+  }
+  int splits() const { return prefix.splits + sequence.splits; }
+  int64_t bytes() const { return splits() * rows * width * (int64_t)sizeof(float); }
+};
+
+void decode(Queue& queue, const peftkern_attention& a, Decoding decoding, float* partial) {
+  decoding.prefix.partial = partial;
+  decoding.sequence.partial = partial + decoding.prefix.splits * decoding.rows * decoding.width;
+  with_kernels(a.head_dim, [&](auto kernels) {
+    for (const SequenceForward& part : {decoding.prefix, decoding.sequence})
+      kernels.sequence_forward(queue, a.dtype, extent_of(part.call), part);
+    const CombineSplits combine{partial,       matrices(a.out, a.out_stride), a.lse,           a.sinks,
+                                decoding.rows, (int)a.num_heads,              (int)a.q_len, (int)a.head_dim,
+                                decoding.splits()};
+    kernels.combine_splits(queue, a.dtype, combine);
+  });
 }
 
 SequenceBackward sequence_backward_of(const peftkern_cuda_attention_backward& args) {
@@ -263,6 +303,12 @@ int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args) {
   return queue.status();
 }
 
+int64_t peftkern_cuda_split_workspace_size(const peftkern_cuda_attention* args) {
+  if (!args || check(args->attention) || empty(args->attention)) return 0;
+  const Queue queue(args->device, args->stream);
+  return queue.status() == PEFTKERN_OK ? Decoding(queue, args->attention).bytes() : 0;
+}
+
 int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args) {
   if (!args) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_attention& a = args->attention;
@@ -270,7 +316,13 @@ int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args) {
   if (const int status = check_sequence(a)) return status;
   if (empty(a)) return PEFTKERN_OK;
   Queue queue(args->device, args->stream);
-  attention(queue, a);
+  if (!args->workspace) {
+    attention(queue, a);
+    return queue.status();
+  }
+  const Decoding decoding(queue, a);
+  if (a.cu_seqlens || args->workspace_size < decoding.bytes()) return PEFTKERN_INVALID_ARGUMENT;
+  decode(queue, a, decoding, static_cast<float*>(args->workspace));
   return queue.status();
 }
 

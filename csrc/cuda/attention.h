@@ -12,6 +12,7 @@ struct PrefixBackward;
 struct PrefixBiasBackward;
 struct SequenceForward;
 struct SequenceBackward;
+struct CombineSplits;
 
 // `tiles(rows)` bounds the number of tiles of so many rows that a key head has.
 struct Extent {
@@ -29,6 +30,9 @@ struct Kernels {
   static void prefix_backward(Queue& queue, int64_t dtype, int shares, const PrefixBackward& args);
   static void prefix_bias_backward(Queue& queue, int64_t dtype, int shares, const PrefixBiasBackward& args);
   static void sequence_forward(Queue& queue, int64_t dtype, const Extent& extent, const SequenceForward& args);
+  // Parts that so many keys of each tile are cut into: fixed by sizes and device.
+  static int splits(const Queue& queue, const Extent& extent, int num_kv_heads, int64_t keys);
+  static void combine_splits(Queue& queue, int64_t dtype, const CombineSplits& args);
   static void sequence_backward(Queue& queue, int64_t dtype, const Extent& extent, const SequenceBackward& args);
   // delta from out, or from scores.
   static void row_sums(Queue& queue, int64_t dtype, const SequenceBackward& args);

@@ -77,11 +77,13 @@ def _prepared(args: AttentionArgs) -> AttentionArgs:
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     out, lse = allocate_outputs(args)
     prepared = _prepared(args)
-    if args.gate is not None or _is_decoding(args):
-        native_cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse)
+    few_rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1] <= _FEW_ROWS and args.cu_seqlens is None
+    split = few_rows and args.k.shape[2] + args.prefix_k.shape[-2] >= _SPLIT_KEYS
+    if args.gate is not None or (few_rows and not split and _shares_prefix(args)):
+        native_cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse, split)
         native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
     else:
-        native_cuda.prefix_attention(prepared, out, lse)
+        native_cuda.prefix_attention(prepared, out, lse, split)
     return out, lse
 
 
@@ -91,13 +93,13 @@ def _sequence(args: AttentionArgs) -> AttentionArgs:
     return args._replace(prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, gate=None)
 
 
-def _is_decoding(args: AttentionArgs) -> bool:
-    """Whether few rows of many samples share a prefix: then their rows fill tiles together, once it is read."""
-    rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1]
-    return args.prefix_ids is None and args.q.shape[0] > 1 and rows <= _DECODE_ROWS and args.prefix_k.shape[-2] > 0
+def _shares_prefix(args: AttentionArgs) -> bool:
+    """Whether samples share a prefix: if they have few rows, these fill tiles together, once it is read."""
+    return args.prefix_ids is None and args.q.shape[0] > 1 and args.prefix_k.shape[-2] > 0
 
 
-_DECODE_ROWS = 32  # half a tile
+_FEW_ROWS = 32  # of a key head: half a tile
+_SPLIT_KEYS = 1024  # from where on two more launches pay
 
 
 def prefix_attention_backward(

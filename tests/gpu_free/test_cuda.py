@@ -326,6 +326,38 @@ def test_decoding(shim, name, rows):
     bounds.check_backend("cuda", tensors(shape, torch.bfloat16), options, backward=False)
 
 
+LONG = [
+    Shape(B=1, Hq=4, Hkv=2, S=1, T=700, P=400, D=64), Shape(B=3, Hq=8, Hkv=2, S=3, T=333, P=130, D=64),
+    Shape(B=2, Hq=4, Hkv=1, S=2, T=5, P=301, D=64), Shape(B=2, Hq=4, Hkv=4, S=1, T=257, P=0, D=64),
+    Shape(B=1, Hq=4, Hkv=2, S=1, T=0, P=300, D=64), Shape(B=1, Hq=2, Hkv=2, S=1, T=200, P=33, D=256),
+    Shape(B=1, Hq=8, Hkv=2, S=2, T=130, P=190, D=80), Shape(B=1, Hq=1, Hkv=1, S=1, T=0, P=0, D=64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_decoding_over_splits_of_the_keys(shim, monkeypatch, shape):
+    monkeypatch.setattr(cuda, "_SPLIT_KEYS", 0)
+    options = {"causal": shape.kv_len >= shape.S}
+    bounds.check_backend("cuda", tensors(shape, torch.bfloat16), options, backward=False)
+    assert shim.counters()["launches"] == 1 + bool(shape.P) + bool(shape.kv_len)
+
+
+@pytest.mark.parametrize("name", [n for n in SUPPORTED if not n.startswith("packed")])
+def test_decoding_over_splits_with_each_feature(shim, monkeypatch, name):
+    monkeypatch.setattr(cuda, "_SPLIT_KEYS", 0)
+    shape, options = _sizes(name, B=3, Hq=8, S=3)
+    shape, options = feature(name, dataclasses.replace(shape, P=140, T=190))
+    bounds.check_backend("cuda", tensors(shape, torch.float16), options, backward=False)
+
+
+def test_splits_occupy_the_device(shim):
+    """Of 1100 keys and one sample: as many blocks as two for each of the 4 multiprocessors, all of them in order."""
+    given = tensors(Shape(B=1, Hq=4, Hkv=2, S=1, T=1000, P=100, D=64), torch.bfloat16)
+    results = [peftkern.prefix_attention(**given, backend="cuda") for _ in range(2)]
+    assert torch.equal(*results)
+    assert shim.counters()["launches"] == 2 * 3
+
+
 def test_decoding_reads_a_shared_prefix_once_per_block(shim):
     shape = Shape(B=8, Hq=8, Hkv=2, S=1, T=16, P=64, D=64)
     peftkern.prefix_attention(**tensors(shape, torch.bfloat16), backend="cuda")

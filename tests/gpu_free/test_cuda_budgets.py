@@ -72,7 +72,8 @@ KERNELS = {
     "copies": {"kv_slot", "kv_slot_backward", "soft_prompt_embedding", "soft_prompt_embedding_backward"},
     "prefix": {"prefix_forward", "prefix_backward", "prefix_bias_backward", "add_shares"},
     "sequence": {
-        "sequence_forward", "row_sums", "softmax_sums", "sequence_backward_queries", "sequence_backward_keys",
+        "sequence_forward", "combine_splits", "row_sums", "softmax_sums", "sequence_backward_queries",
+        "sequence_backward_keys",
     },
 }  # fmt: skip
 FAST = {("sm_80", "prefix", 128), ("sm_80", "copies", 0), ("sm_120", "prefix", 64)}
