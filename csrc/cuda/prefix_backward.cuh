@@ -17,7 +17,7 @@ struct PrefixBackward {
   Matrices dq;           // added to; null: nobody needs it
   const float* lse;      // [B, Hq, S]
   Matrices dlse;         // null: there is none. `row` is the stride of its last dimension
-  const float* delta;    // [B, Hq, S], less dlse; null: to be taken from out
+  const float* delta;    // [B, Hq, S], less dlse, of a call with options; null: to be taken from out
   float *dprefix_k, *dprefix_v;  // [share, bank, Hkv, P, D]; null: nobody needs it
 };
 
@@ -44,13 +44,14 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
   const int kv_head = blockIdx.y, prefix = blockIdx.z, share = blockIdx.x;
   const int prefix_len = call.prefix_lens.pointer ? call.prefix_lens[prefix] : call.prefix_len;
 
+  const bool known = kOptions && args.delta;  // plain calls have no register left for it
   // The threads of a row's sums: kRowThreads share a row.
   const int sum_row = threadIdx.x / kRowThreads, sum_part = threadIdx.x % kRowThreads;
   // delta = rowsum(dout * out) - dlse, and lse, of the tile's rows to shared memory, when dout is there
   const auto load_sums = [&](const TileWalk<Shape::kRows>& walk) {
     const Row row = row_at(call, walk.sequence, kv_head, walk.first_row() + sum_row);
     uint4 out[kRowChunks];
-    if (!args.delta) {
+    if (!known) {
       const T* from = args.out.at<T>(row.batch, row.head, row.row);
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
@@ -63,14 +64,14 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
     if (row.valid && sum_part == 0) {
       row_lse = args.lse[index_of(call, row)] * kLog2e;
       if (row_lse == -INFINITY) row_lse = INFINITY;  // a row that sees nothing weighs nothing
-      if (args.delta)
+      if (known)
         delta = args.delta[index_of(call, row)];
       else if (args.dlse.pointer)
         row_dlse = *args.dlse.at<float>(row.batch, row.head, row.row);
     }
     copy_async_wait<0>();
     __syncthreads();
-    if (!args.delta) {
+    if (!known) {
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
         const uint4 dout =
