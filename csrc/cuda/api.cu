@@ -6,6 +6,7 @@
 #include "prefix_forward.cuh"
 #include "sequence_backward.cuh"
 #include "sequence_forward.cuh"
+#include "shares.cuh"
 
 #ifndef PEFTKERN_CUDA_ARCHITECTURES
 #define PEFTKERN_CUDA_ARCHITECTURES ""

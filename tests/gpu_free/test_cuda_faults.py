@@ -44,7 +44,7 @@ FAULTS = {
         "sequence_backward.cuh", "__syncthreads();\n  if (threadIdx.x >=", "if (threadIdx.x >=",
         "shared memory|shared-memory race"),
     "a sum that leaves a share out": (
-        "prefix_backward.cuh", "for (int share = 1;", "for (int share = 2;", "numbers"),
+        "shares.cuh", "for (int share = 1;", "for (int share = 2;", "numbers"),
     "keys of the other stage": (
         "sequence_forward.cuh", "blocks + block % 2 * 2 *", "blocks + (block + 1) % 2 * 2 *", "shared memory|race"),
     "a row that sees its future": (

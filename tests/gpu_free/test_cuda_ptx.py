@@ -21,7 +21,7 @@ from peftkern.backends import cuda
 
 from .. import bounds
 from ..cases import Shape, tensors
-from .shim import ROOT, Shim
+from .shim import FAMILIES, ROOT, Shim
 from .test_cuda import Merging, _args, _sizes
 
 machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
@@ -78,7 +78,7 @@ class Emulated(Shim):
         super().__init__(monkeypatch, head_dims=(head_dim,))
         self.seed, self.error, self.names = seed, None, []
         self._kernels = {}
-        for source in ("api", "copies", "prefix", "sequence"):
+        for source in ("api", "copies", *FAMILIES):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
