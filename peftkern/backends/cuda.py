@@ -126,22 +126,22 @@ def prefix_attention_backward(
 def _gated_backward(
     dout: Tensor, dlse: Tensor | None, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients, delta: Tensor
 ) -> None:
-    """Two attentions, whose results are computed again: out is only their sum."""
+    """Those of two attentions, whose results are computed again: out is only their sum."""
+    out, part_lse = allocate_outputs(args)
     seq = _sequence(args)
-    out, seq_lse = allocate_outputs(args)
     exact = bool(gradients.dsinks.numel())
     if exact:
         native_cuda.softmax_sums(dout, dlse, lse, seq, delta)
     else:
-        native_cuda.prefix_attention(seq, out, seq_lse)
+        native_cuda.prefix_attention(seq, out, part_lse)
     native_cuda.prefix_attention_backward(dout, dlse, out, lse, seq, _of_sequence(gradients), delta, exact)
     _sink_gradient(args, lse, delta, gradients)
 
-    alone = args._replace(sinks=None, gate=None)
-    native_cuda.merge_prefix(alone, None, None, 1.0, out, seq_lse)
-    native_cuda.softmax_sums(dout, None, seq_lse, alone, delta, sequence=False)
-    gated = args._replace(sinks=None)
-    native_cuda.merge_prefix_backward(dout, None, out, seq_lse, gated, gradients, delta)
+    prefix = args._replace(sinks=None, gate=None)
+    native_cuda.merge_prefix(prefix, None, None, 1.0, out, part_lse)
+    native_cuda.softmax_sums(dout, None, part_lse, prefix, delta, sequence=False)
+    gated = prefix._replace(gate=args.gate)
+    native_cuda.merge_prefix_backward(dout, None, out, part_lse, gated, gradients, delta)
     if gradients.dgate.numel():
         assert args.gate is not None
         torch.mul(delta.sum((0, 2)), 1 - args.gate.tanh().square(), out=gradients.dgate)
