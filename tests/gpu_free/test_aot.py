@@ -106,6 +106,24 @@ def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dt
                 assert c.count(MATRIX_UNIT.get(arch, "HMMA")) > 0, str(c)
 
 
+#: Where decoding converts an fp32 prefix, in bytes: wide rows in few warps.
+CONVERSION = 256
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), _table((64, 128, 256), {("sm_86", 128)}, torch.bfloat16), ids=str
+)
+def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
+    """As PEFT has it beside a model in half precision."""
+    launches = decode_launches(arch, head_dim, dtype, torch.float32)
+    for backend, prefix_len in (("triton", 32), ("two_part", 32), ("two_part", 160)):
+        launches += attention_launches(arch, head_dim, dtype, torch.float32, prefix_len, backend=backend)
+    for c in {launch[0]: compile_launch(arch, launch) for launch in launches}.values():
+        assert c.shared <= SHARED_MEMORY[arch], f"more shared memory than a block can have: {c}"
+        few = 0 if head_dim in EXACT_HEAD_DIMS or arch.startswith("gfx") else FEW
+        assert c.spills <= (CONVERSION if c.kernel == "decode_prefix" else few), f"registers spill: {c}"
+
+
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_the_slots_kernels_compile(arch):
     compiled = [compile_launch(arch, x) for x in attention_launches(arch, 64, torch.bfloat16, backend="slot")]
