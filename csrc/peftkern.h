@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #define PEFTKERN_ABI_VERSION 1
+#define PEFTKERN_CUDA_ABI_VERSION 2
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -129,23 +130,26 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
 // libpeftkern_cuda: device pointers, fp16 and bf16, head_dim a multiple of 8 up to 256, a prefix of q's dtype. Work is queued
-// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. `prefix_bias` and `gate`
-// must be null and dropout 0, `bias` as well where the sequence is read; `isa` and `num_threads` are not read.
+// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. Dropout must be 0, `bias`
+// and `gate` null where the sequence is read; `gate` holds its tanh; `isa` and `num_threads` are not read.
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
   const void* part_out;      // [batch, num_heads, q_len, head_dim]: an attention over the sequence alone; may be `out`
   const float* part_lse;     // [batch, num_heads, q_len], times part_lse_unit in natural logarithm; may be `lse`
   int64_t part_out_stride[3], part_lse_stride[3];
   double part_lse_unit;
+  void* workspace;           // of peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
+  int64_t workspace_size;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention;
 
 typedef struct peftkern_cuda_attention_backward {
   peftkern_attention_backward backward;
-  float* delta;              // [batch, num_heads, q_len], contiguous: room for rowsum(out * dout) - dlse
+  float* delta;              // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, or room for it
   void* workspace;           // of peftkern_cuda_workspace_size bytes
   int64_t workspace_size;
+  int64_t delta_is_given;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention_backward;
@@ -163,7 +167,7 @@ typedef struct peftkern_cuda_slot {
   void* stream;
 } peftkern_cuda_slot;
 
-// total = the sum of dslot before the sequence, over the samples of each prefix
+// total = the sum of dslot before the sequence, over the samples of each prefix; dtype may be fp32.
 typedef struct peftkern_cuda_slot_backward {
   const void* dslot;         // [batch, num_kv_heads, at least prefix_len, head_dim]
   const void* prefix_ids;    // [batch], contiguous
@@ -189,11 +193,18 @@ PEFTKERN_API const char* peftkern_cuda_architectures(void);
 // out and lse of the prefix, the sinks and the attention over the sequence in `part_out` and `part_lse`, merged (k and v are
 // not read). A null part stands for no sequence, a part_lse of +inf or -inf for a row that saw no key.
 PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args);
-// Given the merged `forward.out` and `forward.lse`: adds the prefix's part to dq, writes dprefix_k and dprefix_v.
+// Given the merged `forward.out` and `forward.lse`: adds the prefix's part to dq, writes dprefix_k, dprefix_v, dprefix_bias.
+// The latter is [num_heads, prefix_len] in a buffer of a multiple of 16 bytes and needs a given delta. With a gate, out and
+// lse are the prefix's own.
 PEFTKERN_API int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args);
 PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* args);
 
-// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k and dprefix_v.
+// Writes `delta`, not from out but as the sum over prefix and sequence of what out and dout are products of: exact where out
+// has been rounded. With k null, over the prefix alone.
+PEFTKERN_API int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args);
+
+// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias.
+PEFTKERN_API int64_t peftkern_cuda_split_workspace_size(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
 

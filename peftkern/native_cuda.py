@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .backends.protocol import AttentionArgs, AttentionGradients
-from .native import ABI_VERSION, DTYPES, NativeError, _attention_fields, _embedding_fields, _pointer
+from .native import DTYPES, NativeError, _attention_fields, _embedding_fields, _pointer
 
 __all__ = [
+    "ABI_VERSION",
     "MISSING",
     "architectures",
     "kv_slot",
@@ -28,8 +29,12 @@ __all__ = [
     "prefix_attention_backward",
     "soft_prompt_embedding",
     "soft_prompt_embedding_backward",
+    "softmax_sums",
     "unsupported",
 ]
+
+#: Version of the structs below; the library must have the same.
+ABI_VERSION = 2
 
 _PATH = Path(__file__).with_name("libpeftkern_cuda.so")
 _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
@@ -38,8 +43,8 @@ _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or us
 DEVICE_TYPE = "cuda"
 
 # The structs of peftkern.h; see peftkern.native.
-_ATTENTION = struct.Struct("=62q3d8qd2q")
-_ATTENTION_BACKWARD = struct.Struct("=62q3d32q5q")
+_ATTENTION = struct.Struct("=62q3d8qd4q")
+_ATTENTION_BACKWARD = struct.Struct("=62q3d32q6q")
 _SLOT = struct.Struct("=36q")
 _SLOT_BACKWARD = struct.Struct("=15q")
 _EMBEDDING = struct.Struct("=30q")
@@ -63,12 +68,15 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.peftkern_cuda_error_string.restype = ctypes.c_char_p
     library.peftkern_cuda_architectures.restype = ctypes.c_char_p
     library.peftkern_cuda_workspace_size.restype = ctypes.c_int64
+    library.peftkern_cuda_split_workspace_size.restype = ctypes.c_int64
     for name in (
         "merge_prefix",
         "merge_prefix_backward",
         "prefix_attention",
         "prefix_attention_backward",
         "workspace_size",
+        "split_workspace_size",
+        "softmax_sums",
         "kv_slot",
         "kv_slot_backward",
         "soft_prompt_embedding",
@@ -131,6 +139,11 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
+def _fields(args: AttentionArgs, out: Tensor, lse: Tensor) -> tuple[list[int | float], object]:
+    """The fields of ``peftkern_attention``, the gate by its tanh, and temporaries that must live until the call."""
+    return _attention_fields(args._replace(gate=None if args.gate is None else args.gate.tanh()), out, lse, "auto")
+
+
 def merge_prefix(
     args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float, out: Tensor, lse: Tensor
 ) -> None:
@@ -139,63 +152,99 @@ def merge_prefix(
     Raises:
         NativeError: with the library's reason.
     """
-    fields, _kept = _attention_fields(args, out, lse, "auto")
+    fields, _kept = _fields(args, out, lse)
     fields += [
-        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, *_queue(args.q)
+        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, 0, 0,
+        *_queue(args.q),
     ]  # fmt: skip
     _call("merge_prefix", _ATTENTION.pack(*fields))
 
 
-def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor) -> None:
-    """Write ``out`` and ``lse`` (contiguous).
+def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool = False) -> None:
+    """Write ``out`` and ``lse`` (contiguous). ``split``: several blocks divide a row's keys; not with cu_seqlens.
 
     Raises:
         NativeError: with the library's reason.
     """
-    fields, _kept = _attention_fields(args, out, lse, "auto")
-    _call("prefix_attention", _ATTENTION.pack(*fields, *[0] * 8, 1.0, *_queue(args.q)))
+    if _library is None:
+        raise NativeError(MISSING)
+    fields, _kept = _fields(args, out, lse)
+    fields += [*[0] * 8, 1.0]
+    queue = _queue(args.q)
+    size = _library.peftkern_cuda_split_workspace_size(_ATTENTION.pack(*fields, 0, 0, *queue)) if split else 0
+    workspace = lse.new_empty(size // 4)
+    _call("prefix_attention", _ATTENTION.pack(*fields, workspace.data_ptr() if size else 0, size, *queue))
 
 
 def _backward(
     name: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs,
-    gradients: AttentionGradients, delta: Tensor | None,
+    gradients: AttentionGradients, delta: Tensor | None, delta_is_given: bool,
 ) -> None:  # fmt: skip
     if _library is None:
         raise NativeError(MISSING)
     lse = lse.contiguous()
-    fields, _kept = _attention_fields(args, out, lse, "auto")
+    fields, _kept = _fields(args, out, lse)
     wanted = [x if x.numel() else None for x in gradients[:5]]
+    heads, prefix_len = args.q.shape[1], args.prefix_k.shape[-2]
+    dbias = lse.new_empty(-(heads * prefix_len) // 4 * -4 if gradients.dprefix_bias.numel() else 0)
     fields += [
-        dout.data_ptr(), _pointer(dlse), *map(_pointer, wanted), 0, 0, 0, 0,
+        dout.data_ptr(), _pointer(dlse), *map(_pointer, wanted), 0, 0, dbias.data_ptr() if dbias.numel() else 0, 0,
         *_strides(dout), *_strides(dlse), *(stride for x in wanted[:3] for stride in _strides(x)), *[0] * 6,
     ]  # fmt: skip
     queue = _queue(args.q)
-    size = _library.peftkern_cuda_workspace_size(_ATTENTION_BACKWARD.pack(*fields, 0, 0, 0, *queue))
+    size = _library.peftkern_cuda_workspace_size(_ATTENTION_BACKWARD.pack(*fields, 0, 0, 0, delta_is_given, *queue))
     workspace = lse.new_empty(size // 4)
-    _call(name, _ATTENTION_BACKWARD.pack(*fields, _pointer(delta), workspace.data_ptr(), size, *queue))
+    pointers = _pointer(delta), workspace.data_ptr()
+    _call(name, _ATTENTION_BACKWARD.pack(*fields, *pointers, size, delta_is_given, *queue))
+    if dbias.numel():
+        full = dbias[: heads * prefix_len].view(heads, prefix_len)
+        gradients.dprefix_bias.copy_(full.sum_to_size(gradients.dprefix_bias.shape))
 
 
 def merge_prefix_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients
-) -> None:
-    """Add the prefix's part to dq, write dprefix_k and dprefix_v; what is empty nobody needs.
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
+    delta: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Add the prefix's part to dq, write dprefix_k, dprefix_v and dprefix_bias; what is empty nobody needs.
+
+    ``delta`` [B, Hq, S], contiguous, is that of :func:`softmax_sums`; dprefix_bias needs it. With a gate, ``out`` and
+    ``lse`` are those of the prefix alone.
 
     Raises:
         NativeError: with the library's reason.
     """
-    _backward("merge_prefix_backward", dout, dlse, out, lse, args, gradients, None)
+    _backward("merge_prefix_backward", dout, dlse, out, lse, args, gradients, delta, delta is not None)
 
 
 def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
-    delta: Tensor,
+    delta: Tensor, delta_is_given: bool = False,
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv, dprefix_k, dprefix_v; what is empty nobody needs. ``delta`` [B, Hq, S] is scratch memory.
+    """Write dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias; what is empty nobody needs.
+
+    ``delta`` [B, Hq, S] is that of :func:`softmax_sums` or scratch memory.
 
     Raises:
         NativeError: with the library's reason.
     """
-    _backward("prefix_attention_backward", dout, dlse, out, lse, args, gradients, delta)
+    _backward("prefix_attention_backward", dout, dlse, out, lse, args, gradients, delta, delta_is_given)
+
+
+def softmax_sums(
+    dout: Tensor, dlse: Tensor | None, lse: Tensor, args: AttentionArgs, delta: Tensor, sequence: bool = True
+) -> None:
+    """Write ``delta`` [B, Hq, S] = sum_j p_ij <dout_i, v_j> - dlse_i, contiguous: rowsum(out * dout) - dlse without
+    the rounding of out. Over prefix and sequence, or the prefix alone; ``lse`` is that of the softmax.
+
+    Raises:
+        NativeError: with the library's reason.
+    """
+    lse = lse.contiguous()
+    fields, _kept = _fields(args, args.q, lse)
+    if not sequence:
+        fields[1:3] = 0, 0
+    fields += [dout.data_ptr(), _pointer(dlse), *[0] * 9, *_strides(dout), *_strides(dlse), *[0] * 15]
+    _call("softmax_sums", _ATTENTION_BACKWARD.pack(*fields, delta.data_ptr(), 0, 0, 0, *_queue(args.q)))
 
 
 def kv_slot(args: AttentionArgs, slot_k: Tensor, slot_v: Tensor) -> None:

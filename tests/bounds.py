@@ -14,7 +14,7 @@ The floor is one rounding of the largest value in the dtype and, for a gradient,
 of it. delta_i = sum_d out_id dout_id is taken from all gradients of row i's scores, ds_ij = p_ij (dp_ij - delta_i).
 Where a row sees one key nothing else is left of them: eager's softmax, which sums p_ij dp_ij, gets the true 0, while
 FlashAttention and all that take delta from out get its rounding. To change delta_i is to change -dlse_i, so the
-reference's own gradient says how much that is.
+reference's own gradient says how much that is. A gated prefix is a softmax of its own, with a delta of its own.
 """
 
 from __future__ import annotations
@@ -154,6 +154,9 @@ def check_backend(
         delta_rounding = torch.finfo(torch.float32).eps * (true.out * dout.double()).abs().sum(-1)
         zeros = torch.zeros_like(dout)
         floors = run(exact, _double(rounded), _double(options), zeros, delta_rounding).gradients
+        if options.get("gate") is not None:
+            own = _own_floors(exact, _double(rounded), _double(options), dout.double())
+            floors = {name: x.abs() + own[name].abs() if name in own else x for name, x in floors.items()}
 
     assert_bound("out", got.out, true.out, _worst(true.out, [e.out for e in eager]), factor=2, dtype=q.dtype)
     finite = torch.isfinite(true.lse)
@@ -170,6 +173,16 @@ def check_backend(
             floor = _largest(floors[name])
             assert_bound(f"d{name}", value, reference_value, allowed, factor=3, dtype=q.dtype, floor=floor)
     return got
+
+
+def _own_floors(exact, tensors: dict[str, Tensor], options: dict, dout: Tensor) -> dict[str, Tensor]:
+    """What one rounding of delta makes of a gated prefix' gradients, whose softmax is that of a hidden sequence."""
+    alone = {**options, "gate": None, "sinks": None}
+    alone["bias"] = torch.full((1, 1, 1, tensors["k"].shape[2]), -torch.inf, dtype=torch.float64)
+    out = run(exact, tensors, alone, None, None).out * torch.tanh(options["gate"])[:, None, None]
+    delta_rounding = torch.finfo(torch.float32).eps * (out * dout).abs().sum(-1)
+    gradients = run(exact, tensors, alone, torch.zeros_like(dout), delta_rounding).gradients
+    return {name: gradients[name] for name in ("q", "prefix_k", "prefix_bias") if name in gradients}
 
 
 def _orders(head_dim: int) -> list[Tensor]:

@@ -30,6 +30,21 @@ class Shape:
         return "-".join(f"{name}{n}" for name, n in vars(self).items() if n is not None)
 
 
+#: No vector, tile or group is filled by all of these: few and many rows, tokens, heads and columns, each with a rest.
+ODD = [
+    Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1), Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
+    Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64), Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
+    Shape(B=1, Hq=9, Hkv=3, S=31, P=20, D=64), Shape(B=1, Hq=5, Hkv=1, S=128, P=96, D=80),
+    Shape(B=1, Hq=1, Hkv=1, S=64, P=47, D=128), Shape(B=1, Hq=2, Hkv=2, S=50, P=3, D=256),
+    Shape(B=1, Hq=80, Hkv=1, S=3, P=9, D=16), Shape(B=1, Hq=4, Hkv=2, S=2, P=130, D=48, T=201),
+    Shape(B=5, Hq=8, Hkv=2, S=1, P=1, D=64), Shape(B=3, Hq=8, Hkv=1, S=17, P=130, D=64),
+    Shape(B=1, Hq=4, Hkv=4, S=63, P=7, D=96), Shape(B=1, Hq=2, Hkv=2, S=131, P=0, D=64),
+    Shape(B=2, Hq=6, Hkv=2, S=33, P=65, D=128), Shape(B=2, Hq=4, Hkv=2, S=3, P=70, D=80),
+    Shape(B=1, Hq=4, Hkv=2, S=333, P=5, D=64),
+]  # fmt: skip
+EMPTY = [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0), Shape(S=3, T=0)]
+
+
 def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0):
     """q, k, v, prefix_k, prefix_v by name, cut out of larger tensors: no two have the same strides."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from peftkern import backends, functional, native
 from peftkern.backends import AttentionGradients
 
 from .bounds import check_backend, run
-from .cases import FEATURES, Shape, combination, feature, tensors
+from .cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -61,22 +61,7 @@ def test_more_combinations(seed):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1),
-        Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
-        Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64),
-        Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
-        Shape(B=1, Hq=9, Hkv=3, S=31, P=20, D=64),
-        Shape(B=1, Hq=5, Hkv=1, S=128, P=96, D=80),
-        Shape(B=1, Hq=1, Hkv=1, S=64, P=47, D=128),
-        Shape(B=1, Hq=2, Hkv=2, S=50, P=3, D=256),
-        Shape(B=1, Hq=80, Hkv=1, S=3, P=9, D=16),
-        Shape(B=1, Hq=4, Hkv=2, S=2, P=130, D=48, T=201),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", ODD, ids=str)
 def test_odd_shapes(isa, shape):
     for dtype in (torch.float32, torch.bfloat16):
         check_backend("cpu", tensors(shape, dtype), {})
@@ -105,16 +90,10 @@ def test_prefix_gradients_are_right_to_fp32(dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    "shape", [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0)], ids=str
-)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_empty(shape):
-    check_backend("cpu", tensors(shape, torch.float32), {}, dlse=True)
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_no_sequence_keys():
-    check_backend("cpu", tensors(Shape(S=5, T=0), torch.float32), {"causal": False}, dlse=True)
+    options = {"causal": shape.kv_len >= shape.S}
+    check_backend("cpu", tensors(shape, torch.float32), options, dlse=True)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI of libpeftkern_cuda: checks arguments, turns them into the kernels' and queues the launches.
+// The C ABI of attention: checks arguments, turns them into the kernels' and queues the launches.
+#include "arguments.h"
 #include "attention.h"
-#include "copies.cuh"
 #include "prefix_backward.cuh"
 #include "prefix_forward.cuh"
 #include "sequence_backward.cuh"
 #include "sequence_forward.cuh"
+#include "shares.cuh"
 
 #ifndef PEFTKERN_CUDA_ARCHITECTURES
 #define PEFTKERN_CUDA_ARCHITECTURES ""
@@ -24,23 +25,12 @@ auto with_kernels(int64_t head_dim, Run run) {
   return run(Kernels<256>());
 }
 
-bool is_half(int64_t dtype) { return dtype == PEFTKERN_FLOAT16 || dtype == PEFTKERN_BFLOAT16; }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-template <int kCount>
-bool aligned(const void* pointer, const int64_t (&strides)[kCount]) {
-  bool all = aligned(pointer);
-  for (int64_t stride : strides) all &= pointer == nullptr || stride % 8 == 0;
-  return all;
-}
-
 int check(const peftkern_attention& a) {
   const int64_t largest = 0x7fffffff;
   if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 || a.num_kv_heads <= 0 ||
       a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 || a.bank_size <= 0 ||
       a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest || a.kv_len > largest ||
-      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.prefix_bias || a.gate || a.dropout_p != 0)
+      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
     return PEFTKERN_INVALID_ARGUMENT;
   if (a.head_dim % 8 || !aligned(a.q, a.q_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
       !aligned(a.prefix_v, a.prefix_v_stride) || !aligned(a.out, a.out_stride))
@@ -57,15 +47,10 @@ int check(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   if (const int status = check(g.forward)) return status;
   const bool all = aligned(g.dout, g.dout_stride) && aligned(g.dq, g.dq_stride) &&
-                   aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(args.workspace);
-  return all ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
+                   aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(g.dprefix_bias) && aligned(args.workspace);
+  if (!all) return PEFTKERN_MISALIGNED;
+  return g.dprefix_bias && !args.delta_is_given ? PEFTKERN_INVALID_ARGUMENT : PEFTKERN_OK;
 }
-
-Matrices matrices(const void* pointer, const int64_t (&stride)[3]) {
-  return {const_cast<void*>(pointer), stride[0], stride[1], stride[2]};
-}
-
-Indices indices(const void* pointer, int64_t dtype) { return {pointer, dtype == PEFTKERN_INT64}; }
 
 Call call_of(const peftkern_attention& a) {
   Call call{};
@@ -78,6 +63,9 @@ Call call_of(const peftkern_attention& a) {
   call.cu_seqlens = indices(a.cu_seqlens, a.cu_seqlens_dtype);
   call.prefix_ids = indices(a.prefix_ids, a.prefix_ids_dtype);
   call.prefix_lens = indices(a.prefix_lens, a.prefix_lens_dtype);
+  call.prefix_bias = a.prefix_bias;
+  call.bias_head = a.prefix_bias_stride[0], call.bias_key = a.prefix_bias_stride[1];
+  call.gate = a.gate;
   return call;
 }
 
@@ -97,6 +85,9 @@ Extent extent_of(const Call& call) {
 bool empty(const peftkern_attention& a) { return a.batch == 0 || a.q_len == 0; }
 
 int64_t prefix_elements(const peftkern_attention& a) { return a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim; }
+
+// Of dprefix_bias, up to a multiple of 16 bytes.
+int64_t bias_elements(const peftkern_attention& a) { return (a.num_heads * a.prefix_len + 3) / 4 * 4; }
 
 int prefix_shares(const Queue& queue, const peftkern_attention& a) {
   const Call call = prefix_call_of(a);
@@ -121,7 +112,8 @@ void merge_prefix(Queue& queue, const peftkern_cuda_attention& args) {
                [&](auto kernels) { kernels.prefix_forward(queue, a.dtype, extent_of(forward.call), forward); });
 }
 
-void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+// `delta`: null if it is to be taken from out.
+void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward& args, const float* delta) {
   const peftkern_attention_backward& g = args.backward;
   const peftkern_attention& a = g.forward;
   const int64_t elements = prefix_elements(a);
@@ -135,18 +127,28 @@ void merge_prefix_backward(Queue& queue, const peftkern_cuda_attention_backward&
   backward.dq = matrices(g.dq, g.dq_stride);
   backward.lse = a.lse;
   backward.dlse = matrices(g.dlse, g.dlse_stride);
+  backward.delta = delta;
   const int shares = prefix_shares(queue, a);
   float* const workspace = static_cast<float*>(args.workspace);
   backward.dprefix_k = shares > 1 && g.dprefix_k ? workspace : g.dprefix_k;
   backward.dprefix_v = shares > 1 && g.dprefix_v ? workspace + shares * elements : g.dprefix_v;
-  with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_backward(queue, a.dtype, shares, backward); });
-  if (shares > 1) {
-    const AddShares sums{workspace, {g.dprefix_k, g.dprefix_v}, elements, shares};
-    queue.launch(add_shares, (int)min((elements + 1023) / 1024, (int64_t)4096), 2, 1, 256, 0, sums);
+  if (g.dq || g.dprefix_k || g.dprefix_v)
+    with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_backward(queue, a.dtype, shares, backward); });
+  const auto add = [&](const AddShares& sums, int results) {
+    queue.launch(add_shares, (int)min((sums.elements + 1023) / 1024, (int64_t)4096), results, 1, 256, 0, sums);
+  };
+  if (shares > 1 && (g.dprefix_k || g.dprefix_v)) add({workspace, {g.dprefix_k, g.dprefix_v}, elements, shares}, 2);
+  if (g.dprefix_bias) {
+    float* const sums = workspace + (shares > 1 ? 2 * shares * elements : 0);
+    const PrefixBiasBackward bias{backward.call, backward.q, backward.prefix_k, backward.prefix_v,
+                                  backward.dout, a.lse,      delta,             sums,
+                                  bias_elements(a)};
+    with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_bias_backward(queue, a.dtype, shares, bias); });
+    add({sums, {g.dprefix_bias, nullptr}, bias.elements, shares * (int)a.bank_size}, 1);
   }
 }
 
-void attention(Queue& queue, const peftkern_attention& a) {
+SequenceForward sequence_forward_of(const peftkern_attention& a) {
   SequenceForward forward{};
   forward.call = call_of(a);
   forward.q = matrices(a.q, a.q_stride);
@@ -159,11 +161,51 @@ void attention(Queue& queue, const peftkern_attention& a) {
   forward.sinks = a.sinks;
   forward.key_mask = a.key_mask;
   forward.key_mask_batch = a.key_mask_stride[0], forward.key_mask_key = a.key_mask_stride[1];
+  forward.splits = 1;
+  return forward;
+}
+
+void attention(Queue& queue, const peftkern_attention& a) {
+  const SequenceForward forward = sequence_forward_of(a);
   with_kernels(a.head_dim,
                [&](auto kernels) { kernels.sequence_forward(queue, a.dtype, extent_of(forward.call), forward); });
 }
 
-void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+// An attention of few rows in two parts, each cut into splits of its keys: the prefix, which the rows of all samples meet
+// together if they share it, and the sequence.
+struct Decoding {
+  SequenceForward prefix, sequence;
+  int64_t rows, width;  // of `partial`
+
+  Decoding(const Queue& queue, const peftkern_attention& a)
+      : prefix(sequence_forward_of(a)), sequence(prefix), rows(a.batch * a.num_heads * a.q_len), width(a.head_dim + 2) {
+    prefix.call = prefix_call_of(a);
+    prefix.k = prefix.v = {};
+    sequence.call.prefix_len = 0;
+    sequence.call.prefix_ids = sequence.call.prefix_lens = {};
+    with_kernels(a.head_dim, [&](auto kernels) {
+      prefix.splits = kernels.splits(queue, extent_of(prefix.call), (int)a.num_kv_heads, a.prefix_len);
+      sequence.splits = kernels.splits(queue, extent_of(sequence.call), (int)a.num_kv_heads, a.kv_len);
+    });
+  }
+  int splits() const { return prefix.splits + sequence.splits; }
+  int64_t bytes() const { return splits() * rows * width * (int64_t)sizeof(float); }
+};
+
+void decode(Queue& queue, const peftkern_attention& a, Decoding decoding, float* partial) {
+  decoding.prefix.partial = partial;
+  decoding.sequence.partial = partial + decoding.prefix.splits * decoding.rows * decoding.width;
+  with_kernels(a.head_dim, [&](auto kernels) {
+    for (const SequenceForward& part : {decoding.prefix, decoding.sequence})
+      kernels.sequence_forward(queue, a.dtype, extent_of(part.call), part);
+    const CombineSplits combine{partial,       matrices(a.out, a.out_stride), a.lse,           a.sinks,
+                                decoding.rows, (int)a.num_heads,              (int)a.q_len, (int)a.head_dim,
+                                decoding.splits()};
+    kernels.combine_splits(queue, a.dtype, combine);
+  });
+}
+
+SequenceBackward sequence_backward_of(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   const peftkern_attention& a = g.forward;
   SequenceBackward backward{};
@@ -171,6 +213,8 @@ void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& ar
   backward.q = matrices(a.q, a.q_stride);
   backward.k = matrices(a.k, a.k_stride);
   backward.v = matrices(a.v, a.v_stride);
+  backward.prefix_k = matrices(a.prefix_k, a.prefix_k_stride);
+  backward.prefix_v = matrices(a.prefix_v, a.prefix_v_stride);
   backward.out = matrices(a.out, a.out_stride);
   backward.dout = matrices(g.dout, g.dout_stride);
   backward.dq = matrices(g.dq, g.dq_stride);
@@ -181,25 +225,31 @@ void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& ar
   backward.delta = args.delta;
   backward.key_mask = a.key_mask;
   backward.key_mask_batch = a.key_mask_stride[0], backward.key_mask_key = a.key_mask_stride[1];
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.sequence_backward(queue, a.dtype, extent_of(backward.call), backward); });
+  return backward;
+}
+
+void attention_backward(Queue& queue, const peftkern_cuda_attention_backward& args) {
+  const peftkern_attention& a = args.backward.forward;
+  const SequenceBackward backward = sequence_backward_of(args);
+  const bool sequence = backward.dq.pointer || backward.dk.pointer || backward.dv.pointer;
+  with_kernels(a.head_dim, [&](auto kernels) {
+    if (sequence && !args.delta_is_given) kernels.row_sums(queue, a.dtype, backward);
+    kernels.sequence_backward(queue, a.dtype, extent_of(backward.call), backward);
+  });
+  merge_prefix_backward(queue, args, sequence || args.delta_is_given ? args.delta : nullptr);
 }
 
 // What the kernels over the sequence ask for beside check().
 int check_sequence(const peftkern_attention& a) {
-  if (a.bias) return PEFTKERN_INVALID_ARGUMENT;
+  if (a.bias || a.gate) return PEFTKERN_INVALID_ARGUMENT;
   return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
-
-int copy_blocks(int64_t chunks) { return (int)((chunks + kCopyThreads - 1) / kCopyThreads); }
-
-bool copyable(int64_t elements) { return elements >= 0 && elements / 8 < (int64_t)kCopyThreads * 0x7fffffff; }
 
 }  // namespace
 
 extern "C" {
 
-int peftkern_cuda_abi_version(void) { return PEFTKERN_ABI_VERSION; }
+int peftkern_cuda_abi_version(void) { return PEFTKERN_CUDA_ABI_VERSION; }
 
 const char* peftkern_cuda_architectures(void) { return PEFTKERN_CUDA_ARCHITECTURES; }
 
@@ -227,7 +277,9 @@ int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* arg
   const peftkern_attention& a = args->backward.forward;
   const Queue queue(args->device, args->stream);
   const int shares = queue.status() == PEFTKERN_OK ? prefix_shares(queue, a) : 1;
-  return shares > 1 ? 2 * shares * prefix_elements(a) * (int64_t)sizeof(float) : 0;
+  const int64_t matrices = shares > 1 ? 2 * shares * prefix_elements(a) : 0;
+  const int64_t bias = args->backward.dprefix_bias ? shares * a.bank_size * bias_elements(a) : 0;
+  return (matrices + bias) * (int64_t)sizeof(float);
 }
 
 int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args) {
@@ -235,8 +287,27 @@ int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* 
   if (const int status = check(*args)) return status;
   if (args->workspace_size < peftkern_cuda_workspace_size(args)) return PEFTKERN_INVALID_ARGUMENT;
   Queue queue(args->device, args->stream);
-  merge_prefix_backward(queue, *args);
+  merge_prefix_backward(queue, *args, args->delta_is_given ? args->delta : nullptr);
   return queue.status();
+}
+
+int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args) {
+  if (!args || !args->delta) return PEFTKERN_INVALID_ARGUMENT;
+  const peftkern_attention& a = args->backward.forward;
+  if (const int status = check(*args)) return status;
+  if (const int status = check_sequence(a)) return status;
+  if (empty(a)) return PEFTKERN_OK;
+  Queue queue(args->device, args->stream);
+  const SequenceBackward backward = sequence_backward_of(*args);
+  with_kernels(a.head_dim,
+               [&](auto kernels) { kernels.softmax_sums(queue, a.dtype, extent_of(backward.call), backward); });
+  return queue.status();
+}
+
+int64_t peftkern_cuda_split_workspace_size(const peftkern_cuda_attention* args) {
+  if (!args || check(args->attention) || empty(args->attention)) return 0;
+  const Queue queue(args->device, args->stream);
+  return queue.status() == PEFTKERN_OK ? Decoding(queue, args->attention).bytes() : 0;
 }
 
 int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args) {
@@ -246,7 +317,13 @@ int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args) {
   if (const int status = check_sequence(a)) return status;
   if (empty(a)) return PEFTKERN_OK;
   Queue queue(args->device, args->stream);
-  attention(queue, a);
+  if (!args->workspace) {
+    attention(queue, a);
+    return queue.status();
+  }
+  const Decoding decoding(queue, a);
+  if (a.cu_seqlens || args->workspace_size < decoding.bytes()) return PEFTKERN_INVALID_ARGUMENT;
+  decode(queue, a, decoding, static_cast<float*>(args->workspace));
   return queue.status();
 }
 
@@ -258,107 +335,6 @@ int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backwa
   if (args->workspace_size < peftkern_cuda_workspace_size(args)) return PEFTKERN_INVALID_ARGUMENT;
   Queue queue(args->device, args->stream);
   attention_backward(queue, *args);
-  merge_prefix_backward(queue, *args);
-  return queue.status();
-}
-
-int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args) {
-  if (!args || !is_half(args->dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot& a = *args;
-  const bool prefix_is_float = a.prefix_dtype == PEFTKERN_FLOAT32;
-  const int64_t elements = a.batch * a.num_kv_heads * (a.prefix_len + a.kv_len) * a.head_dim;
-  if ((!prefix_is_float && a.prefix_dtype != a.dtype) || !copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.head_dim % 8 || !aligned(a.k, a.k_stride) || !aligned(a.v, a.v_stride) || !aligned(a.out_k, a.out_k_stride) ||
-      !aligned(a.out_v, a.out_v_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
-      !aligned(a.prefix_v, a.prefix_v_stride))
-    return PEFTKERN_MISALIGNED;
-  const Slot slot{{matrices(a.k, a.k_stride), matrices(a.v, a.v_stride)},
-                  {matrices(a.prefix_k, a.prefix_k_stride), matrices(a.prefix_v, a.prefix_v_stride)},
-                  {matrices(a.out_k, a.out_k_stride), matrices(a.out_v, a.out_v_stride)},
-                  indices(a.prefix_ids, a.prefix_ids_dtype),
-                  (int)a.num_kv_heads,
-                  (int)a.kv_len,
-                  (int)a.prefix_len,
-                  (int)(a.head_dim / 8),
-                  prefix_is_float,
-                  elements / 8};
-  Queue queue(a.device, a.stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? kv_slot<fp16> : kv_slot<bf16>, copy_blocks(slot.count), 2, 1, kCopyThreads, 0,
-               slot);
-  return queue.status();
-}
-
-int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args) {
-  if (!args || !is_half(args->dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot_backward& a = *args;
-  const int64_t elements = a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim;
-  if (!copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.head_dim % 8 || !aligned(a.dslot, a.dslot_stride) || !aligned(a.total)) return PEFTKERN_MISALIGNED;
-  const SlotBackward slot{matrices(a.dslot, a.dslot_stride),
-                          a.total,
-                          indices(a.prefix_ids, a.prefix_ids_dtype),
-                          (int)a.batch,
-                          (int)a.num_kv_heads,
-                          (int)a.prefix_len,
-                          (int)(a.head_dim / 8),
-                          elements / 8};
-  Queue queue(a.device, a.stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? kv_slot_backward<fp16> : kv_slot_backward<bf16>, copy_blocks(slot.count), 1, 1,
-               kCopyThreads, 0, slot);
-  return queue.status();
-}
-
-int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding* args) {
-  if (!args || !is_half(args->backward.forward.dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_embedding& a = args->backward.forward;
-  const bool prompt_is_float = a.prompt_dtype == PEFTKERN_FLOAT32;
-  const int64_t elements = a.batch * (a.prompt_len + a.seq_len) * a.dim;
-  if ((!prompt_is_float && a.prompt_dtype != a.dtype) || !copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.dim % 8 || !aligned(a.weight) || a.weight_stride[0] % 8 || !aligned(a.prompt) || a.prompt_stride[0] % 8 ||
-      a.prompt_stride[1] % 8 || !aligned(a.out))
-    return PEFTKERN_MISALIGNED;
-  const Embedding embedding{indices(a.input_ids, a.input_ids_dtype),
-                            indices(a.prompt_ids, a.prompt_ids_dtype),
-                            a.weight,
-                            a.prompt,
-                            a.out,
-                            a.input_ids_stride[0],
-                            a.input_ids_stride[1],
-                            a.weight_stride[0],
-                            a.prompt_stride[0],
-                            a.prompt_stride[1],
-                            elements / 8,
-                            (int)a.seq_len,
-                            (int)a.prompt_len,
-                            (int)a.vocab_size,
-                            (int)(a.dim / 8),
-                            prompt_is_float};
-  Queue queue(args->device, args->stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? soft_prompt_embedding<fp16> : soft_prompt_embedding<bf16>,
-               copy_blocks(embedding.count), 1, 1, kCopyThreads, 0, embedding);
-  return queue.status();
-}
-
-int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding* args) {
-  if (!args || !is_half(args->backward.forward.dtype) || args->backward.dweight) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_embedding_backward& g = args->backward;
-  const peftkern_embedding& a = g.forward;
-  const int64_t elements = a.bank_size * a.prompt_len * a.dim;
-  if (!copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.dim % 8 || !aligned(g.dout) || g.dout_stride[0] % 8 || g.dout_stride[1] % 8 || !aligned(g.dprompt))
-    return PEFTKERN_MISALIGNED;
-  const EmbeddingBackward backward{g.dout,
-                                   g.dprompt,
-                                   indices(a.prompt_ids, a.prompt_ids_dtype),
-                                   g.dout_stride[0],
-                                   g.dout_stride[1],
-                                   elements / 8,
-                                   (int)a.batch,
-                                   (int)a.prompt_len,
-                                   (int)(a.dim / 8)};
-  Queue queue(args->device, args->stream);
-  queue.launch(a.dtype == PEFTKERN_FLOAT16 ? soft_prompt_embedding_backward<fp16> : soft_prompt_embedding_backward<bf16>,
-               copy_blocks(backward.count), 1, 1, kCopyThreads, 0, backward);
   return queue.status();
 }
 

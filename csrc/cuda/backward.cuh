@@ -69,14 +69,15 @@ struct BackwardTile {
     load_rows<T, kHeadDim, Shape::kThreads>(base + at, rows, head_dim, any, source);
   }
 
-  // p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
-  template <class ScoreOf>
-  PEFTKERN_DEVICE void weights(ScoreOf score) const {
-    constexpr int kTiles = Shape::kWarpKeys / 8;
-    const int key0 = warp / Shape::kRowWarps * Shape::kWarpKeys, row0 = first_row();
+  // This warp's keys of the scores.
+  PEFTKERN_DEVICE int first_score_key() const { return warp / Shape::kRowWarps * Shape::kWarpKeys; }
+
+  // q k' and dout v' of all rows and keys, in this warp's accumulators.
+  template <int kTiles>
+  PEFTKERN_DEVICE void products(float (&s)[kTiles][4], float (&dp)[kTiles][4]) const {
+    const int key0 = first_score_key(), row0 = first_row();
     const uint32_t query_at = base + Layout::offset(row0 + lane % 16, lane / 16);
     const uint32_t key_at = base + Layout::offset(key0 + lane % 8, lane / 8);
-    float s[kTiles][4], dp[kTiles][4];
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
 #pragma unroll
@@ -101,6 +102,15 @@ struct BackwardTile {
         mma<T>(dp[n], dout[1], b[2], b[3]);
       }
     }
+  }
+
+  // p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
+  template <class ScoreOf>
+  PEFTKERN_DEVICE void weights(ScoreOf score) const {
+    constexpr int kTiles = Shape::kWarpKeys / 8;
+    const int key0 = first_score_key(), row0 = first_row();
+    float s[kTiles][4], dp[kTiles][4];
+    products(s, dp);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = row0 + lane / 4 + 8 * r;
@@ -112,13 +122,34 @@ struct BackwardTile {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const Score x = score(s[n][2 * r + i], row, key + i);
-          p[i] = exp2_approx(x.value - row_lse);
+          p[i] = exp2_approx(x.value - row_lse) * x.weight;
           ds[i] = p[i] * (dp[n][2 * r + i] - row_delta) * x.slope;
         }
         const uint32_t at = Square::offset(row, key / 8) + key % 8 * 2;
         *reinterpret_cast<uint32_t*>(shared + Shape::kWeightsAt + at) = pack<T>(p[0], p[1]);
         *reinterpret_cast<uint32_t*>(shared + Shape::kDscoresAt + at) = pack<T>(ds[0], ds[1]);
       }
+    }
+  }
+
+  // Calls take(r, row, key, p, dp) for this lane's rows, g + 8 r of the warp's, and keys; score() as for weights().
+  template <class ScoreOf, class Take>
+  PEFTKERN_DEVICE void each_weight(ScoreOf score, Take take) const {
+    constexpr int kTiles = Shape::kWarpKeys / 8;
+    float s[kTiles][4], dp[kTiles][4];
+    products(s, dp);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = first_row() + lane / 4 + 8 * r;
+      const float row_lse = lse()[row];
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int key = first_score_key() + n * 8 + lane % 4 * 2 + i;
+          const Score x = score(s[n][2 * r + i], row, key);
+          take(r, row, key, exp2_approx(x.value - row_lse) * x.weight, dp[n][2 * r + i]);
+        }
     }
   }
 

@@ -42,6 +42,9 @@ struct Call {
   int causal, window, prefix_window;  // windows: 0 for none
   float scale, softcap;               // softcap: 0 for none
   Indices cu_seqlens, prefix_ids, prefix_lens;
+  const float* prefix_bias;  // [Hq, P] by strides; null: none
+  int64_t bias_head, bias_key;
+  const float* gate;  // [Hq], its tanh: the prefix has a softmax of its own, weighted by it; null: one joint softmax
 };
 
 // Queries of one sequence, and the prefix that they see (-1: none).
@@ -194,9 +197,10 @@ PEFTKERN_DEVICE float max_quad(float x) {
   return fmaxf(x, exchange_lanes(x, 2));
 }
 
-// Score of a product q k, in log2, and its derivative by (scale * product) in units of log2(e).
+// Score of a product q k, in log2, and its derivative by (scale * product) in units of log2(e). `weight` multiplies the
+// key's part of the softmax.
 struct Score {
-  float value, slope;
+  float value, slope, weight = 1.f;
 };
 template <bool kOptions>
 PEFTKERN_DEVICE Score score_of(const Call& call, float product) {
@@ -209,6 +213,12 @@ PEFTKERN_DEVICE Score score_of(const Call& call, float product) {
 template <bool kOptions>
 PEFTKERN_DEVICE bool sees_prefix(const Call& call, int place, int slot, int length) {
   return slot < length && (!kOptions || call.prefix_window == 0 || length + place - slot < call.prefix_window);
+}
+
+// What a head adds to the score of a token of the prefix, in log2.
+template <bool kOptions>
+PEFTKERN_DEVICE float prefix_bias_of(const Call& call, int head, int slot) {
+  return kOptions && call.prefix_bias ? call.prefix_bias[head * call.bias_head + slot * call.bias_key] * kLog2e : 0.f;
 }
 
 // A warp's 16 rows of a softmax over keys that come block by block: the weighted sum of values for kColumns columns, the

@@ -20,6 +20,13 @@ PEFTKERN_DEVICE uint4 load_as(const void* pointer, int64_t at, bool is_float) {
 }
 
 // Adds 8 elements to `sum`.
+PEFTKERN_DEVICE void add_chunk(float (&sum)[8], const float* from) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 x = *reinterpret_cast<const float4*>(from + i);
+    sum[i] += x.x, sum[i + 1] += x.y, sum[i + 2] += x.z, sum[i + 3] += x.w;
+  }
+}
 template <class T>
 PEFTKERN_DEVICE void add_chunk(float (&sum)[8], const T* from) {
   const uint4 chunk = *reinterpret_cast<const uint4*>(from);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of the part of an attention that its prefix contributes, given the merged out and lse.
 //
-// One pass over the rows: delta, p and ds of a tile, dq added in place, dprefix_k and dprefix_v summed in registers over a
-// fixed share of the rows. The shares are then added in order, so the sums are the same from run to run.
+// One pass over the rows for each part of the prefix that fits shared memory: delta, p and ds of a tile, dq added in place,
+// dprefix_k and dprefix_v summed in registers over a fixed share of the rows. The shares are then added in order, so the sums
+// are the same from run to run.
 #ifndef PEFTKERN_CUDA_PREFIX_BACKWARD_H_
 #define PEFTKERN_CUDA_PREFIX_BACKWARD_H_
 
@@ -16,9 +17,20 @@ struct PrefixBackward {
   Matrices dq;           // added to; null: nobody needs it
   const float* lse;      // [B, Hq, S]
   Matrices dlse;         // null: there is none. `row` is the stride of its last dimension
+  const float* delta;    // [B, Hq, S], less dlse, of a call with options; null: to be taken from out
   float *dprefix_k, *dprefix_v;  // [share, bank, Hkv, P, D]; null: nobody needs it
-  int first_key;                 // of the part of the prefix that this launch covers
 };
+
+// The score of a row and a token of a prefix of `length` tokens, with all options.
+PEFTKERN_DEVICE Score prefix_score(const Call& call, const Row& row, int slot, int length, float product) {
+  Score score = score_of<true>(call, product);
+  if (sees_prefix<true>(call, row.place, slot, length))
+    score.value += prefix_bias_of<true>(call, row.head, slot);
+  else
+    score.value = -INFINITY;
+  if (call.gate) score.weight = call.gate[row.head];
+  return score;
+}
 
 // grid: (shares, key heads, prefixes)
 template <class T, int kHeadDim, bool kOptions>
@@ -31,57 +43,39 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
   const Call& call = args.call;
   const int kv_head = blockIdx.y, prefix = blockIdx.z, share = blockIdx.x;
   const int prefix_len = call.prefix_lens.pointer ? call.prefix_lens[prefix] : call.prefix_len;
-  const int length = max(0, min(Shape::kKeys, prefix_len - args.first_key));
 
-  Sums<Shape::kSumGroups> dk, dv;
-  TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, share, length > 0 ? gridDim.x : 0x7fffffff);
-  const auto load_queries = [&] {
-    for (int d = 0; d < 2; d++) {
-      const Matrices& matrices = d ? args.dout : args.q;
-      tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
-        const Row row = row_at(call, walk.sequence, kv_head, walk.first_row() + i);
-        return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
-      });
-    }
-    copy_async_commit();
-  };
-  if (walk.more()) {
-    for (int v = 0; v < 2; v++) {
-      const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
-      tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
-        return i < length ? matrices.at<T>(prefix, kv_head, args.first_key + i) : nullptr;
-      });
-    }
-    load_queries();
-  }
-
-  while (walk.more()) {
-    const Sequence sequence = walk.sequence;
-    const int first_row = walk.first_row();
-    {
-      // delta = rowsum(dout * out) - dlse; kRowThreads threads share a row
-      const int i = threadIdx.x / kRowThreads, part = threadIdx.x % kRowThreads;
-      const Row row = row_at(call, sequence, kv_head, first_row + i);
+  const bool known = kOptions && args.delta;  // plain calls have no register left for it
+  // The threads of a row's sums: kRowThreads share a row.
+  const int sum_row = threadIdx.x / kRowThreads, sum_part = threadIdx.x % kRowThreads;
+  // delta = rowsum(dout * out) - dlse, and lse, of the tile's rows to shared memory, when dout is there
+  const auto load_sums = [&](const TileWalk<Shape::kRows>& walk) {
+    const Row row = row_at(call, walk.sequence, kv_head, walk.first_row() + sum_row);
+    uint4 out[kRowChunks];
+    if (!known) {
       const T* from = args.out.at<T>(row.batch, row.head, row.row);
-      uint4 out[kRowChunks];
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
-        const int column = (part + c * kRowThreads) * 8;
+        const int column = (sum_part + c * kRowThreads) * 8;
         out[c] = make_uint4(0, 0, 0, 0);
         if (row.valid && column < call.head_dim) out[c] = *reinterpret_cast<const uint4*>(from + column);
       }
-      float row_lse = INFINITY, row_dlse = 0.f;
-      if (row.valid && part == 0) {
-        row_lse = args.lse[index_of(call, row)] * kLog2e;
-        if (row_lse == -INFINITY) row_lse = INFINITY;  // a row that sees nothing weighs nothing
-        if (args.dlse.pointer) row_dlse = *args.dlse.at<float>(row.batch, row.head, row.row);
-      }
-      copy_async_wait<0>();
-      __syncthreads();
-      float delta = 0.f;
+    }
+    float row_lse = INFINITY, row_dlse = 0.f, delta = 0.f;
+    if (row.valid && sum_part == 0) {
+      row_lse = args.lse[index_of(call, row)] * kLog2e;
+      if (row_lse == -INFINITY) row_lse = INFINITY;  // a row that sees nothing weighs nothing
+      if (known)
+        delta = args.delta[index_of(call, row)];
+      else if (args.dlse.pointer)
+        row_dlse = *args.dlse.at<float>(row.batch, row.head, row.row);
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+    if (!known) {
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
-        const uint4 dout = *reinterpret_cast<const uint4*>(shared + Shape::kDoutAt + Layout::offset(i, part + c * kRowThreads));
+        const uint4 dout =
+            *reinterpret_cast<const uint4*>(shared + Shape::kDoutAt + Layout::offset(sum_row, sum_part + c * kRowThreads));
         const uint32_t x[4] = {out[c].x, out[c].y, out[c].z, out[c].w}, y[4] = {dout.x, dout.y, dout.z, dout.w};
 #pragma unroll
         for (int w = 0; w < 4; w++) {
@@ -91,64 +85,147 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
       }
 #pragma unroll
       for (int lanes = 1; lanes < kRowThreads; lanes *= 2) delta += exchange_lanes(delta, lanes);
-      if (part == 0) {
-        tile.lse()[i] = row_lse;
-        tile.delta()[i] = delta - row_dlse;
+    }
+    if (sum_part == 0) {
+      tile.lse()[sum_row] = row_lse;
+      tile.delta()[sum_row] = delta - row_dlse;
+    }
+  };
+
+  for (int first_key = 0; first_key < call.prefix_len; first_key += Shape::kKeys) {
+    const int length = max(0, min(Shape::kKeys, prefix_len - first_key));
+    Sums<Shape::kSumGroups> dk, dv;
+    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, share, length > 0 ? gridDim.x : 0x7fffffff);
+    const auto load_queries = [&] {
+      for (int d = 0; d < 2; d++) {
+        const Matrices& matrices = d ? args.dout : args.q;
+        tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+          const Row row = row_at(call, walk.sequence, kv_head, walk.first_row() + i);
+          return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
+        });
+      }
+      copy_async_commit();
+    };
+    if (first_key > 0) __syncthreads();  // the last tile's dq may still read the keys
+    if (walk.more()) {
+      for (int v = 0; v < 2; v++) {
+        const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
+        tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+          return i < length ? matrices.at<T>(prefix, kv_head, first_key + i) : nullptr;
+        });
+      }
+      load_queries();
+    }
+
+    while (walk.more()) {
+      const Sequence sequence = walk.sequence;
+      const int first_row = walk.first_row();
+      load_sums(walk);
+      __syncthreads();
+      tile.weights([&](float product, int i, int key) -> Score {
+        if (!kOptions) return {key < length ? score_of<false>(call, product).value : -INFINITY, 1.f};
+        return prefix_score(call, row_at(call, sequence, kv_head, first_row + i), first_key + key, prefix_len, product);
+      });
+      __syncthreads();
+      tile.add_keys_and_values(dk, dv);
+      walk.advance();
+      __syncthreads();
+      if (walk.more()) load_queries();  // while dq is under way
+      if (args.dq.pointer) {
+        Sums<Shape::kQueryGroups> dq;
+        tile.add_queries(dq);
+        tile.store_queries(dq, call.scale, true, call.head_dim, [&](int i) -> T* {
+          const Row row = row_at(call, sequence, kv_head, first_row + i);
+          return row.valid ? args.dq.at<T>(row.batch, row.head, row.row) : nullptr;
+        });
       }
     }
-    __syncthreads();
-    tile.weights([&](float product, int i, int key) -> Score {
-      bool visible = key < length;
-      if (kOptions)
-        visible &= sees_prefix<true>(call, row_at(call, sequence, kv_head, first_row + i).place, args.first_key + key, prefix_len);
-      const Score score = score_of<kOptions>(call, product);
-      return {visible ? score.value : -INFINITY, score.slope};
-    });
-    __syncthreads();
-    tile.add_keys_and_values(dk, dv);
-    walk.advance();
-    __syncthreads();
-    if (walk.more()) load_queries();  // while dq is under way
-    if (args.dq.pointer) {
-      Sums<Shape::kQueryGroups> dq;
-      tile.add_queries(dq);
-      tile.store_queries(dq, call.scale, true, call.head_dim, [&](int i) -> T* {
-        const Row row = row_at(call, sequence, kv_head, first_row + i);
-        return row.valid ? args.dq.at<T>(row.batch, row.head, row.row) : nullptr;
-      });
-    }
-  }
 
-  const int64_t matrix = ((int64_t)share * call.bank_size + prefix) * call.num_kv_heads + kv_head;
-  const auto store = [&](const Sums<Shape::kSumGroups>& sums, float scale, float* matrices) {
-    float* const target = matrices + (matrix * call.prefix_len + args.first_key) * call.head_dim;
-    tile.store_sums(sums, scale, call.head_dim, [&](int key, int column, float2 pair) {
-      if (args.first_key + key < call.prefix_len)
-        *reinterpret_cast<float2*>(target + (int64_t)key * call.head_dim + column) = pair;
-    });
-  };
-  if (args.dprefix_k) store(dk, call.scale, args.dprefix_k);
-  if (args.dprefix_v) store(dv, 1.f, args.dprefix_v);
+    const int64_t matrix = ((int64_t)share * call.bank_size + prefix) * call.num_kv_heads + kv_head;
+    const auto store = [&](const Sums<Shape::kSumGroups>& sums, float scale, float* matrices) {
+      float* const target = matrices + (matrix * call.prefix_len + first_key) * call.head_dim;
+      tile.store_sums(sums, scale, call.head_dim, [&](int key, int column, float2 pair) {
+        if (first_key + key < call.prefix_len)
+          *reinterpret_cast<float2*>(target + (int64_t)key * call.head_dim + column) = pair;
+      });
+    };
+    if (args.dprefix_k) store(dk, call.scale, args.dprefix_k);
+    if (args.dprefix_v) store(dv, 1.f, args.dprefix_v);
+  }
 }
 
-struct AddShares {
-  const float* shares;  // [2, shares, elements]
-  float* sums[2];         // null: nobody needs it
-  int64_t elements;  // a multiple of 4
-  int num_shares;
+struct PrefixBiasBackward {
+  Call call;
+  Matrices q, prefix_k, prefix_v, dout;
+  const float *lse, *delta;  // [B, Hq, S]; delta less dlse
+  float* dprefix_bias;       // [share, bank, elements], of which Hq * P
+  int64_t elements;
 };
 
-// sums[i] = shares[i, 0] + shares[i, 1] + ..., in order. grid: (blocks, 2)
-PEFTKERN_KERNEL(256, 1) inline add_shares(PEFTKERN_PARAMS AddShares args) {
-  const float* from = args.shares + blockIdx.y * args.num_shares * args.elements;
-  if (args.sums[blockIdx.y] == nullptr) return;
-  for (int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4; i < args.elements; i += (int64_t)gridDim.x * 1024) {
-    float4 sum = *reinterpret_cast<const float4*>(from + i);
-    for (int share = 1; share < args.num_shares; share++) {
-      const float4 x = *reinterpret_cast<const float4*>(from + share * args.elements + i);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+// dprefix_bias[h, p] = sum of ds over the rows of head h, which neither the softcap nor a rounding has touched. ds of a tile
+// passes through shared memory in fp32. grid: (shares, key heads, prefixes)
+template <class T, int kHeadDim>
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTKERN_PARAMS PrefixBiasBackward args) {
+  using Shape = BackwardShape<kHeadDim>;
+  PEFTKERN_SHARED(shared);
+  const BackwardTile<T, kHeadDim> tile(shared);
+  const Call& call = args.call;
+  const int kv_head = blockIdx.y, prefix = blockIdx.z, share = blockIdx.x;
+  const int prefix_len = call.prefix_lens.pointer ? call.prefix_lens[prefix] : call.prefix_len;
+  float* const dscores = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [rows, keys], in the place of both
+  float* const sums = args.dprefix_bias + ((int64_t)share * call.bank_size + prefix) * args.elements;
+  if (kv_head == 0)
+    for (int64_t i = (int64_t)call.num_kv_heads * call.group * call.prefix_len + threadIdx.x; i < args.elements;
+         i += Shape::kThreads)
+      sums[i] = 0.f;
+
+  for (int first_key = 0; first_key < call.prefix_len; first_key += Shape::kKeys) {
+    const int length = max(0, min(Shape::kKeys, prefix_len - first_key));
+    // A thread owns one key, and every kThreads / kKeys-th head of the group.
+    const int own_key = threadIdx.x % Shape::kKeys;
+    const auto each_sum = [&](auto take) {
+      if (first_key + own_key >= call.prefix_len) return;
+      for (int head = threadIdx.x / Shape::kKeys; head < call.group; head += Shape::kThreads / Shape::kKeys)
+        take(head, sums[(int64_t)(kv_head * call.group + head) * call.prefix_len + first_key + own_key]);
+    };
+    each_sum([](int, float& sum) { sum = 0.f; });
+    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, share, length > 0 ? gridDim.x : 0x7fffffff);
+    if (walk.more())
+      for (int v = 0; v < 2; v++) {
+        const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
+        tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+          return i < length ? matrices.at<T>(prefix, kv_head, first_key + i) : nullptr;
+        });
+      }
+    for (; walk.more(); walk.advance()) {
+      const int first_row = walk.first_row();
+      const auto row_of = [&](int i) { return row_at(call, walk.sequence, kv_head, first_row + i); };
+      for (int d = 0; d < 2; d++) {
+        const Matrices& matrices = d ? args.dout : args.q;
+        tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+          const Row row = row_of(i);
+          return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
+        });
+      }
+      copy_async_commit();
+      if (threadIdx.x < Shape::kRows) {
+        const Row row = row_of(threadIdx.x);
+        const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
+        tile.lse()[threadIdx.x] = lse == -INFINITY ? INFINITY : lse;  // a row that sees nothing weighs nothing
+        tile.delta()[threadIdx.x] = row.valid ? args.delta[index_of(call, row)] : 0.f;
+      }
+      copy_async_wait<0>();
+      __syncthreads();
+      tile.each_weight(
+          [&](float product, int i, int key) { return prefix_score(call, row_of(i), first_key + key, prefix_len, product); },
+          [&](int, int i, int key, float p, float dp) { dscores[i * Shape::kKeys + key] = p * (dp - tile.delta()[i]); });
+      __syncthreads();
+      each_sum([&](int head, float& sum) {
+        for (int i = (head + call.group - first_row % call.group) % call.group; i < Shape::kRows; i += call.group)
+          sum += dscores[i * Shape::kKeys + own_key];
+      });
+      __syncthreads();
     }
-    *reinterpret_cast<float4*>(args.sums[blockIdx.y] + i) = sum;
   }
 }
 

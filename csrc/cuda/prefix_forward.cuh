@@ -44,7 +44,6 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
 
   for (TileWalk<Shape::kRows> walk(call, -1, blockIdx.x, gridDim.x); walk.more(); walk.advance()) {
     const Sequence sequence = walk.sequence;
-    if (sequence.prefix_len == 0 && args.sinks == nullptr && args.part_out.pointer == args.out.pointer) continue;
     Row row[2];
     float part_lse[2];
     uint32_t q[kHeadDim / 16][4];
@@ -114,26 +113,31 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
               [&](float product, int key, int r) {
                 const bool visible = sees_prefix<kOptions>(call, row[r].place, part + block + key, sequence.prefix_len) &&
                                      block + key < length;
-                return visible ? score_of<kOptions>(call, product).value : -INFINITY;
+                if (!visible) return -INFINITY;
+                return score_of<kOptions>(call, product).value +
+                       prefix_bias_of<kOptions>(call, row[r].head, part + block + key);
               });
         }
       }
 
-      // out = (exp(part_lse) part_out + exp(peak) acc) / (exp(lse) + exp(peak) sum + exp(sink)), all by the largest exponent
+      // out = (exp(part_lse) part_out + exp(peak) acc) / (exp(lse) + exp(peak) sum + exp(sink)), all by the largest exponent;
+      // gated: out = exp(part_lse) part_out / (exp(part_lse) + exp(sink)) + gate acc / sum
       float keep[2], add[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float seq = from_lane(part_lse[r], lane - quad_lane);
         if (isinf(seq)) seq = -INFINITY;  // some attention kernels say +inf for a row without keys
         const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
-        const float peak = fmaxf(fmaxf(state.peak[r], seq), sink);
+        const bool gated = kOptions && call.gate;
+        const float peak = fmaxf(fmaxf(gated ? -INFINITY : state.peak[r], seq), sink), sum = sum_quad(state.sum[r]);
         const float pivot = peak == -INFINITY ? 0.f : peak;
         keep[r] = exp2_approx(seq - pivot);
-        add[r] = exp2_approx(state.peak[r] - pivot);
-        const float total = keep[r] + add[r] * sum_quad(state.sum[r]) + exp2_approx(sink - pivot);
+        add[r] = gated ? 0.f : exp2_approx(state.peak[r] - pivot);
+        const float total = keep[r] + add[r] * sum + exp2_approx(sink - pivot);
         const float inverse = peak == -INFINITY ? 0.f : 1.f / total;
         keep[r] *= inverse;
         add[r] *= inverse;
+        if (gated && sum > 0.f) add[r] = call.gate[row[r].head] / sum;
         if (row[r].valid && quad_lane == 0 && column + kColumns == kHeadDim)
           args.lse[index_of(call, row[r])] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
       }

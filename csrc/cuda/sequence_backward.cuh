@@ -12,6 +12,7 @@ namespace peftkern {
 struct SequenceBackward {
   Call call;
   Matrices q, k, v, out, dout, dq, dk, dv;  // gradients: null if nobody needs them
+  Matrices prefix_k, prefix_v;              // of softmax_sums
   const float* lse;                         // [B, Hq, S]
   Matrices dlse;                            // null: there is none. `row` is the stride of its last dimension
   float* delta;                             // [B, Hq, S]
@@ -39,10 +40,10 @@ PEFTKERN_KERNEL(256, 1) row_sums(PEFTKERN_PARAMS SequenceBackward args) {
   if (lane == 0) args.delta[i] = sum - (args.dlse.pointer ? *args.dlse.at<float>(b, h, row) : 0.f);
 }
 
-// Rows of q and dout, their lse and delta, for the rows of a tile from `first_row` on.
+// Rows of q and dout, their lse and, if it is known, delta, for the rows of a tile from `first_row` on.
 template <class T, int kHeadDim>
 PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
-                                  const Sequence& sequence, int kv_head, int first_row) {
+                                  const Sequence& sequence, int kv_head, int first_row, bool with_delta = true) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
   for (int d = 0; d < 2; d++) {
@@ -56,38 +57,104 @@ PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const S
     const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
     const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
     tile.lse()[threadIdx.x] = lse == -INFINITY ? INFINITY : lse;
-    tile.delta()[threadIdx.x] = row.valid ? args.delta[index_of(call, row)] : 0.f;
+    if (with_delta) tile.delta()[threadIdx.x] = row.valid ? args.delta[index_of(call, row)] : 0.f;
   }
 }
 
-// Keys and values of a block from `first_key` of a sequence on.
+// Keys and values of a block from `first_key` of a sequence on, or of its prefix.
 template <class T, int kHeadDim>
 PEFTKERN_DEVICE void load_keys(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
-                               const Sequence& sequence, int kv_head, int first_key, int end) {
+                               const Sequence& sequence, int kv_head, int first_key, int end, bool is_prefix = false) {
   using Shape = BackwardShape<kHeadDim>;
+  const int batch = is_prefix ? sequence.prefix : sequence.batch, first = is_prefix ? 0 : sequence.first;
   for (int v = 0; v < 2; v++) {
-    const Matrices& matrices = v ? args.v : args.k;
+    const Matrices& matrices = is_prefix ? (v ? args.prefix_v : args.prefix_k) : (v ? args.v : args.k);
     tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, args.call.head_dim, args.q.pointer,
               [&](int i) -> const T* {
                 const int key = first_key + i;
-                return key < end ? matrices.at<T>(sequence.batch, kv_head, sequence.first + key) : nullptr;
+                return key < end ? matrices.at<T>(batch, kv_head, first + key) : nullptr;
               });
   }
+}
+
+// The score of a row of a tile and a key of a sequence, whose keys end at `end`.
+template <bool kOptions>
+PEFTKERN_DEVICE Score sequence_score(const SequenceBackward& args, const Sequence& sequence, const Row& row, int key, int end,
+                                     float product) {
+  const Call& call = args.call;
+  bool visible = key < end && sees_key(call, row, key);
+  if (visible && args.key_mask)
+    visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
+  const Score score = score_of<kOptions>(call, product);
+  return {visible ? score.value : -INFINITY, score.slope};
 }
 
 // p and ds of a tile of rows and a block of keys.
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_DEVICE void sequence_weights(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
                                       const Sequence& sequence, int kv_head, int first_row, int first_key, int end) {
-  const Call& call = args.call;
   tile.weights([&](float product, int i, int k) -> Score {
-    const int key = first_key + k;
-    bool visible = key < end && sees_key(call, row_at(call, sequence, kv_head, first_row + i), key);
-    if (visible && args.key_mask)
-      visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
-    const Score score = score_of<kOptions>(call, product);
-    return {visible ? score.value : -INFINITY, score.slope};
+    const Row row = row_at(args.call, sequence, kv_head, first_row + i);
+    return sequence_score<kOptions>(args, sequence, row, first_key + k, end, product);
   });
+}
+
+// delta = sum of p dout v' over the keys, less dlse: what rowsum(dout * out) would be, had out not been rounded. A block owns
+// a tile of rows and walks the prefix, then the sequence unless k is null. grid: (tiles, key heads)
+template <class T, int kHeadDim>
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARAMS SequenceBackward args) {
+  using Shape = BackwardShape<kHeadDim>;
+  PEFTKERN_SHARED(shared);
+  const BackwardTile<T, kHeadDim> tile(shared);
+  const Call& call = args.call;
+  const int kv_head = blockIdx.y;
+  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
+  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const Sequence sequence = walk.sequence;
+  const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
+  const int last_place = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int low = first_key_of(call, first_row / call.group + offset) / Shape::kKeys * Shape::kKeys;
+  const int high = args.k.pointer ? end_key_of(call, sequence, last_place) : low;
+  const int prefix_keys = (sequence.prefix_len + Shape::kKeys - 1) / Shape::kKeys * Shape::kKeys;
+
+  float sums[2] = {0.f, 0.f};
+  load_queries(tile, args, sequence, kv_head, first_row, false);
+  for (int at = 0; at < prefix_keys + high - low; at += Shape::kKeys) {
+    const bool is_prefix = at < prefix_keys;
+    const int first_key = is_prefix ? at : low + at - prefix_keys, end = is_prefix ? sequence.prefix_len : high;
+    load_keys(tile, args, sequence, kv_head, first_key, end, is_prefix);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    const auto score_at = [&](float product, int i, int k) -> Score {
+      const Row row = row_at(call, sequence, kv_head, first_row + i);
+      const int key = first_key + k;
+      if (!is_prefix) return sequence_score<true>(args, sequence, row, key, end, product);
+      Score score = score_of<true>(call, product);
+      const bool visible = sees_prefix<true>(call, row.place, key, sequence.prefix_len);
+      score.value = visible ? score.value + prefix_bias_of<true>(call, row.head, key) : -INFINITY;
+      return score;
+    };
+    tile.each_weight(score_at, [&](int r, int, int, float p, float dp) { sums[r] += p * dp; });
+    __syncthreads();
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  // the warps beside each other add up their keys' sums, in order
+  float* const shares = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [side warps, rows]
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float sum = sum_quad(sums[r]);
+    if (tile.lane % 4 == 0)
+      shares[tile.warp / Shape::kRowWarps * Shape::kRows + tile.first_row() + tile.lane / 4 + 8 * r] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x >= Shape::kRows) return;
+  const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
+  if (!row.valid) return;
+  float sum = args.dlse.pointer ? -*args.dlse.at<float>(row.batch, row.head, row.row) : 0.f;
+  for (int side = 0; side < Shape::kSideWarps; side++) sum += shares[side * Shape::kRows + threadIdx.x];
+  args.delta[index_of(call, row)] = sum;
 }
 
 // dq: a block owns a tile of rows and walks the keys. grid: (tiles, key heads)

@@ -2,7 +2,8 @@
 // Attention over [prefix | sequence] in one kernel: a baseline for those without another library's.
 //
 // A block owns a tile of 64 rows of one key head and one sequence; keys and values pass through shared memory in two stages,
-// the prefix first, then the sequence up to the last key that the tile sees.
+// the prefix first, then the sequence up to the last key that the tile sees. Where there are few rows and many keys, several
+// blocks divide the keys of a tile among them, and combine_splits() adds up in order.
 #ifndef PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 #define PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 
@@ -17,6 +18,8 @@ struct SequenceForward {
   const float* sinks;
   const uint8_t* key_mask;  // null: all keys are visible
   int64_t key_mask_batch, key_mask_key;
+  int splits;      // of the keys
+  float* partial;  // [split, B, Hq, S, D + 2]: values by their weights, peak, sum; null: out and lse are written
 };
 
 template <int kHeadDim>
@@ -41,7 +44,7 @@ PEFTKERN_DEVICE bool sees_key(const Call& call, const Row& row, int key) {
   return (!call.causal || key <= row.place) && (call.window == 0 || row.place - key < call.window);
 }
 
-// grid: (tiles, key heads, groups of columns)
+// No sequence if k is null. grid: (tiles, key heads, groups of columns times splits)
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
   using Shape = SequenceForwardShape<kHeadDim>;
@@ -50,7 +53,8 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
   PEFTKERN_SHARED(shared);
   const Call& call = args.call;
   const uint32_t queries = shared_address(shared), blocks = queries + Shape::kQueryBytes;
-  const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4, column = blockIdx.z * kColumns;
+  const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4;
+  const int column = blockIdx.z % (kHeadDim / kColumns) * kColumns, split = blockIdx.z / (kHeadDim / kColumns);
   const int first = threadIdx.x / kWarp * 16;
   // tiles in reverse: those that see most keys start first
   TileWalk<Shape::kRows> walk(call, -1, 0, 1);
@@ -64,7 +68,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
   const int last_place = min((walk.first_row() + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
   const int prefix_blocks = (sequence.prefix_len + Shape::kKeys - 1) / Shape::kKeys;
   const int low = first_key_of(call, first_place) / Shape::kKeys * Shape::kKeys;
-  const int high = end_key_of(call, sequence, last_place);
+  const int high = args.k.pointer ? end_key_of(call, sequence, last_place) : low;
   const int count = prefix_blocks + max(0, (high - low + Shape::kKeys - 1) / Shape::kKeys);
 
   const auto load_block = [&](int block) {
@@ -84,14 +88,15 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
     const Row r = row_at(call, sequence, kv_head, walk.first_row() + i);
     return r.valid ? args.q.at<T>(r.batch, r.head, r.row) : nullptr;
   });
-  if (count > 0) load_block(0);
+  const int begin = (int)((int64_t)count * split / args.splits), end = (int)((int64_t)count * (split + 1) / args.splits);
+  if (begin < end) load_block(begin);
   copy_async_commit();
 
   RowState<kColumns> state;
-  for (int block = 0; block < count; block++) {
+  for (int block = begin; block < end; block++) {
     copy_async_wait<0>();
     __syncthreads();
-    if (block + 1 < count) load_block(block + 1);
+    if (block + 1 < end) load_block(block + 1);
     copy_async_commit();
     const bool is_prefix = block < prefix_blocks;
     const int key0 = is_prefix ? block * Shape::kKeys : low + (block - prefix_blocks) * Shape::kKeys;
@@ -104,18 +109,38 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
         [&](float product, int i, int r) {
           const int key = key0 + i;
           bool visible;
+          float bias = 0.f;
           if (is_prefix) {
             visible = sees_prefix<kOptions>(call, row[r].place, key, sequence.prefix_len);
+            if (visible) bias = prefix_bias_of<kOptions>(call, row[r].head, key);
           } else {
             visible = key < high && sees_key(call, row[r], key);
             if (visible && args.key_mask)
               visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
           }
-          return visible ? score_of<kOptions>(call, product).value : -INFINITY;
+          return visible ? score_of<kOptions>(call, product).value + bias : -INFINITY;
         });
   }
   copy_async_wait<0>();
 
+  if (args.partial) {
+    const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float sum = sum_quad(state.sum[r]);
+      if (!row[r].valid) continue;
+      float* const to = args.partial + (split * rows + index_of(call, row[r])) * (call.head_dim + 2);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; n++) {
+        const int at = column + n * 8 + quad_lane * 2;
+        if (at < call.head_dim)
+          *reinterpret_cast<float2*>(to + at) = make_float2(state.acc[n][2 * r], state.acc[n][2 * r + 1]);
+      }
+      if (quad_lane == 0 && column == 0)
+        *reinterpret_cast<float2*>(to + call.head_dim) = make_float2(state.peak[r], sum);
+    }
+    return;
+  }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
@@ -138,6 +163,46 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
             make_uint4(x[0], x[1], x[2], x[3]);
     }
   }
+}
+
+struct CombineSplits {
+  const float* partial;  // of sequence_forward
+  Matrices out;
+  float* lse;  // [B, Hq, S]
+  const float* sinks;
+  int64_t rows;
+  int heads, q_len, head_dim, splits;
+};
+
+// out and lse of the splits and the sink, a warp per row. grid: rows / 8
+template <class T>
+PEFTKERN_KERNEL(256, 1) combine_splits(PEFTKERN_PARAMS CombineSplits args) {
+  const int lane = threadIdx.x % kWarp, width = args.head_dim + 2;
+  const int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / kWarp;
+  if (i >= args.rows) return;
+  const int b = (int)(i / args.q_len / args.heads), h = (int)(i / args.q_len % args.heads), row = (int)(i % args.q_len);
+  const float sink = args.sinks ? args.sinks[h] * kLog2e : -INFINITY;
+  const auto split_at = [&](int split) { return args.partial + (split * args.rows + i) * width; };
+  float peak = sink;
+  for (int split = 0; split < args.splits; split++) peak = fmaxf(peak, split_at(split)[args.head_dim]);
+  const float pivot = peak == -INFINITY ? 0.f : peak;
+  float total = exp2_approx(sink - pivot);
+  for (int split = 0; split < args.splits; split++) {
+    const float2 stats = *reinterpret_cast<const float2*>(split_at(split) + args.head_dim);
+    total += exp2_approx(stats.x - pivot) * stats.y;
+  }
+  const float inverse = peak == -INFINITY ? 0.f : 1.f / total;
+  for (int column = lane * 2; column < args.head_dim; column += 2 * kWarp) {
+    float2 sum = make_float2(0.f, 0.f);
+    for (int split = 0; split < args.splits; split++) {
+      const float* const from = split_at(split);
+      const float weight = exp2_approx(from[args.head_dim] - pivot);
+      const float2 x = *reinterpret_cast<const float2*>(from + column);
+      sum.x += weight * x.x, sum.y += weight * x.y;
+    }
+    *reinterpret_cast<uint32_t*>(args.out.at<T>(b, h, row) + column) = pack<T>(sum.x * inverse, sum.y * inverse);
+  }
+  if (lane == 0) args.lse[i] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
 }
 
 }  // namespace peftkern

@@ -91,8 +91,14 @@ class Explanation:
         lines = [f"{self.call.op}: {self.call}"]
         for name, reasons in self.reasons.items():
             taken = ", taken by 'auto'" if self.requested == "auto" else f", asked for by {self.by}"
-            lines.append(f"  {name}: {'; '.join(reasons) or 'ok' + taken * (name == self.chosen)}")
+            runs = f"ok{self._kernels(name)}{taken if name == self.chosen else ''}"
+            lines.append(f"  {name}: {'; '.join(reasons) or runs}")
         return "\n".join(lines)
+
+    def _kernels(self, name: str) -> str:
+        """Of a backend that has several, those that it takes."""
+        made_of = getattr(get_backend(name), "made_of", None)
+        return f" ({made_of(self.call)})" if made_of else ""
 
 
 def get_backend(name: str) -> Backend:

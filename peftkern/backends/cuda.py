@@ -15,7 +15,7 @@ from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradient
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
-_REFUSED = {"bias": "bias", "prefix_bias": "prefix_bias", "gate": "gate", "dropout": "dropout"}
+_REFUSED = ("bias", "dropout")
 
 
 def why_not(call: Call) -> list[str]:
@@ -35,9 +35,7 @@ def limits(call: Call) -> list[str]:
         head_dim = call.q_shape[-1]
         if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
             reasons.append(f"head dim {head_dim} is no multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
-        refused = [name for feature, name in _REFUSED.items() if feature in call.features]
-        if "sinks" in call.features and call.needs_grad:
-            refused.append("backward beside sinks")
+        refused = [name for name in _REFUSED if name in call.features]
         if refused:
             reasons.append(f"has no {', '.join(refused)}: use backend='triton'")
     return reasons
@@ -79,23 +77,29 @@ def _prepared(args: AttentionArgs) -> AttentionArgs:
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     out, lse = allocate_outputs(args)
     prepared = _prepared(args)
-    if _is_decoding(args):
-        empty = prepared.prefix_k.new_empty(prepared.prefix_k.shape[-3], 0, args.q.shape[3])
-        alone = prepared._replace(prefix_k=empty, prefix_v=empty, sinks=None, prefix_ids=None, prefix_lens=None)
-        native_cuda.prefix_attention(alone, out, lse)
+    few_rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1] <= _FEW_ROWS and args.cu_seqlens is None
+    split = few_rows and args.k.shape[2] + args.prefix_k.shape[-2] >= _SPLIT_KEYS
+    if args.gate is not None or (few_rows and not split and _shares_prefix(args)):
+        native_cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse, split)
         native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
     else:
-        native_cuda.prefix_attention(prepared, out, lse)
+        native_cuda.prefix_attention(prepared, out, lse, split)
     return out, lse
 
 
-def _is_decoding(args: AttentionArgs) -> bool:
-    """Whether few rows of many samples share a prefix: then their rows fill tiles together, once it is read."""
-    rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1]
-    return args.prefix_ids is None and args.q.shape[0] > 1 and rows <= _DECODE_ROWS and args.prefix_k.shape[-2] > 0
+def _sequence(args: AttentionArgs) -> AttentionArgs:
+    """The attention over the sequence and sinks alone."""
+    none = args.prefix_k.new_empty(args.k.shape[1], 0, args.q.shape[3])
+    return args._replace(prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, gate=None)
 
 
-_DECODE_ROWS = 32  # half a tile
+def _shares_prefix(args: AttentionArgs) -> bool:
+    """Whether samples share a prefix: if they have few rows, these fill tiles together, once it is read."""
+    return args.prefix_ids is None and args.q.shape[0] > 1 and args.prefix_k.shape[-2] > 0
+
+
+_FEW_ROWS = 32  # of a key head: half a tile
+_SPLIT_KEYS = 1024  # from where on two more launches pay
 
 
 def prefix_attention_backward(
@@ -106,9 +110,54 @@ def prefix_attention_backward(
         for x in gradients:
             x.zero_()
         return gradients
+    dout, prepared = _aligned(dout), _prepared(args)
     delta = lse.new_empty(lse.shape)
-    native_cuda.prefix_attention_backward(_aligned(dout), dlse, _aligned(out), lse, _prepared(args), gradients, delta)
+    if args.gate is not None:
+        _gated_backward(dout, dlse, lse, prepared, gradients, delta)
+        return gradients
+    exact = bool(gradients.dsinks.numel() or gradients.dprefix_bias.numel())
+    if exact:
+        native_cuda.softmax_sums(dout, dlse, lse, prepared, delta)
+    native_cuda.prefix_attention_backward(dout, dlse, _aligned(out), lse, prepared, gradients, delta, exact)
+    _sink_gradient(args, lse, delta, gradients)
     return gradients
+
+
+def _gated_backward(
+    dout: Tensor, dlse: Tensor | None, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients, delta: Tensor
+) -> None:
+    """Those of two attentions, whose results are computed again: out is only their sum."""
+    out, part_lse = allocate_outputs(args)
+    seq = _sequence(args)
+    exact = bool(gradients.dsinks.numel())
+    if exact:
+        native_cuda.softmax_sums(dout, dlse, lse, seq, delta)
+    else:
+        native_cuda.prefix_attention(seq, out, part_lse)
+    native_cuda.prefix_attention_backward(dout, dlse, out, lse, seq, _of_sequence(gradients), delta, exact)
+    _sink_gradient(args, lse, delta, gradients)
+
+    prefix = args._replace(sinks=None, gate=None)
+    native_cuda.merge_prefix(prefix, None, None, 1.0, out, part_lse)
+    native_cuda.softmax_sums(dout, None, part_lse, prefix, delta, sequence=False)
+    gated = prefix._replace(gate=args.gate)
+    native_cuda.merge_prefix_backward(dout, None, out, part_lse, gated, gradients, delta)
+    if gradients.dgate.numel():
+        assert args.gate is not None
+        torch.mul(delta.sum((0, 2)), 1 - args.gate.tanh().square(), out=gradients.dgate)
+
+
+def _of_sequence(gradients: AttentionGradients) -> AttentionGradients:
+    """Those of q, k and v."""
+    none = gradients.dq.new_empty(0)
+    return AttentionGradients(*gradients[:3], *[none] * 6)
+
+
+def _sink_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor, gradients: AttentionGradients) -> None:
+    """A sink's weight is exp(sink - lse), and its value 0."""
+    if gradients.dsinks.numel():
+        assert args.sinks is not None
+        torch.sum(torch.exp(args.sinks[:, None] - lse) * -delta, (0, 2), out=gradients.dsinks)
 
 
 def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:

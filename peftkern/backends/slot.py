@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""[prefix | keys] laid out once by a Triton kernel and read by another library's attention kernel.
+"""[prefix | keys] laid out once by a kernel of ours and read by another library's attention kernel.
 
 The vendor's kernel sees P + T keys, aligned bottom-right, so that the prefix is nothing special to it. Its dk and dv
 are taken apart again, the prefix's gradients summed over the batch in fp32 in a fixed order; what is summed has been
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import triton
+from . import prefix_parts, triton
+from .prefix_parts import PrefixPart, soft_prompt_embedding, soft_prompt_embedding_backward
 from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients
-from .triton import soft_prompt_embedding, soft_prompt_embedding_backward
 from .two_part import NO_VENDOR_HAS, chosen, laid_out, needs_exact_softmax, with_sequence
 from .vendor import Problem, Vendor, additive_mask, attention, attention_backward, choose
 
 __all__ = [
-    "limits", "prefix_attention", "prefix_attention_backward", "soft_prompt_embedding",
+    "limits", "made_of", "prefix_attention", "prefix_attention_backward", "soft_prompt_embedding",
     "soft_prompt_embedding_backward", "why_not",
 ]  # fmt: skip
 
@@ -34,7 +34,12 @@ _OF_THE_SLOT = {
 
 
 def why_not(call: Call) -> list[str]:
-    return limits(call) + triton._lacks(call.device)
+    return limits(call) or prefix_parts.choose(call)[1]
+
+
+def made_of(call: Call) -> str:
+    """The kernels that run a call, for messages."""
+    return prefix_parts.names(call, _features(call.features), call.kv_shape[2] + call.prefix_shape[-2])
 
 
 def limits(call: Call) -> list[str]:
@@ -61,35 +66,33 @@ def _features(features: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    from .triton.prefix_part import merge_prefix
-
+    part = prefix_parts.of_attention(args)
     if _nothing_to_see(args):
-        return merge_prefix(_without_prefix(args), None, None)
-    vendor, problem = _joined(args)
+        return part.merge_prefix(_without_prefix(args), None, None, 1.0)
+    vendor, problem = _joined(args, part)
     out, lse = attention(vendor, problem)
     if args.sinks is not None or problem.empty is not None or vendor.lse_unit != 1.0:
-        return merge_prefix(_without_prefix(args), out, lse, vendor.lse_unit)
+        return part.merge_prefix(_without_prefix(args), out, lse, vendor.lse_unit)
     return laid_out(out, args.q.dtype), lse.contiguous()
 
 
 def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
 ) -> AttentionGradients:
-    from .triton.prefix_part import sum_slot
-
+    part = prefix_parts.of_attention(args, backward=True)
     if needs_exact_softmax(dlse, args, needs):
-        return triton.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+        return part.backend.prefix_attention_backward(dout, dlse, out, lse, args, needs)
     if _nothing_to_see(args):
         gradients = allocate_gradients(args, needs)
         for x in gradients:
             x.zero_()
         return gradients
-    vendor, problem = _joined(args)
+    vendor, problem = _joined(args, part)
     dq, dk, dv = attention_backward(vendor, dout, out, lse, problem)
     gradients = allocate_gradients(args, [False, False, False, *needs[3:]])
     for dslot, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
         if total.numel():
-            sum_slot(args, dslot, total)
+            part.sum_slot(args, dslot, total)
     prefix_len = args.prefix_k.shape[-2]
     parts = (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:])
     return with_sequence(gradients, parts, needs)
@@ -108,11 +111,9 @@ def _without_prefix(args: AttentionArgs) -> AttentionArgs:
     )
 
 
-def _joined(args: AttentionArgs) -> tuple[Vendor, Problem]:
+def _joined(args: AttentionArgs, part: PrefixPart) -> tuple[Vendor, Problem]:
     """Attention over the slot, and the kernel for it."""
-    from .triton.prefix_part import lay_slot
-
-    slot_k, slot_v = lay_slot(args)
+    slot_k, slot_v = part.lay_slot(args)
     vendor = chosen(args, _features, slot_k.shape[2])
     problem = Problem(args.q, slot_k, slot_v, args.scale, args.causal, args.window, None, mask=None, empty=None)
     masked = (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another library's kernel on the sequence, Triton kernels on the prefix, merged in place; exact in both directions.
+"""Another library's kernel on the sequence, ours on the prefix, merged in place; exact in both directions.
 
 Forward: the vendor's (out, lse) over the sequence is one state of the softmax, the prefix another; one pass over the
 rows merges them where the vendor left them. Backward: the vendor's kernel, given the merged out and lse, computes the
 joint gradient of the sequence; one pass over the rows adds the prefix's part to its dq and sums the prefix's own
 gradients.
 
-Gradients of lse, sinks, biases and the gate are those of the ``triton`` backend, for the vendors' ops have none.
+The prefix's kernels are CUDA C++ or Triton, :mod:`.prefix_parts` says which. Gradients of lse, sinks, biases and the
+gate are those of the ``cuda`` or ``triton`` backend, for the vendors' ops have none.
 The prefix's gradients are bitwise repeatable; dq, dk and dv are as repeatable as the vendor's op, on CUDA under
 ``torch.use_deterministic_algorithms(True)``.
 """
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import triton
+from . import prefix_parts, triton
+from .prefix_parts import soft_prompt_embedding, soft_prompt_embedding_backward
 from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, call_of
-from .triton import soft_prompt_embedding, soft_prompt_embedding_backward
 from .vendor import Problem, Vendor, additive_mask, attention, attention_backward, choose
 
 __all__ = [
-    "limits", "prefix_attention", "prefix_attention_backward", "soft_prompt_embedding",
+    "limits", "made_of", "prefix_attention", "prefix_attention_backward", "soft_prompt_embedding",
     "soft_prompt_embedding_backward", "why_not",
 ]  # fmt: skip
 
@@ -35,11 +36,16 @@ NO_VENDOR_HAS = {"softcap": "softcap", "dropout": "peftkern's dropout"}
 
 
 def why_not(call: Call) -> list[str]:
-    return limits(call) + triton._lacks(call.device)
+    return limits(call) or prefix_parts.choose(call)[1]
+
+
+def made_of(call: Call) -> str:
+    """The kernels that run a call, for messages."""
+    return prefix_parts.names(call, _sequence_features(call.features), call.kv_shape[2])
 
 
 def limits(call: Call) -> list[str]:
-    """What the Triton kernels and the vendors' ops cannot do on ``call``'s device."""
+    """What the prefix's kernels and the vendors' ops cannot do on ``call``'s device; Triton's can do most."""
     reasons = triton.limits(call)
     if call.op == "prefix_attention":
         reasons += [
@@ -57,31 +63,29 @@ def _sequence_features(features: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    from .triton.prefix_part import merge_prefix
-
+    part = prefix_parts.of_attention(args)
     if _nothing_to_see(args):
-        return merge_prefix(args, None, None)
+        return part.merge_prefix(args, None, None, 1.0)
     vendor, problem = _sequence(args)
-    return merge_prefix(args, *attention(vendor, problem), vendor.lse_unit)
+    return part.merge_prefix(args, *attention(vendor, problem), vendor.lse_unit)
 
 
 def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
 ) -> AttentionGradients:
-    from .triton.prefix_part import merge_prefix_backward
-
+    part = prefix_parts.of_attention(args, backward=True)
     if needs_exact_softmax(dlse, args, needs):
-        return triton.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+        return part.backend.prefix_attention_backward(dout, dlse, out, lse, args, needs)
     if _nothing_to_see(args) or not any(needs[:3]):
         gradients = allocate_gradients(args, needs)
         gradients.dk.zero_()
         gradients.dv.zero_()
-        merge_prefix_backward(dout, out, lse, args, None, gradients)
+        part.merge_prefix_backward(dout, out, lse, args, None, gradients)
         return gradients
     vendor, problem = _sequence(args)
     parts = attention_backward(vendor, dout, out, lse, problem)
     gradients = with_sequence(allocate_gradients(args, [False, False, False, *needs[3:]]), parts, needs)
-    merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
+    part.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
     return gradients
 
 

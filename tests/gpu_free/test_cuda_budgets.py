@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from . import aot
-from .shim import HEAD_DIMS, ROOT
+from .shim import FAMILIES, HEAD_DIMS, ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles them")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -66,25 +66,30 @@ def compile_kernels(arch: str, family: str, head_dim: int, folder) -> list[Kerne
     return kernels
 
 
-FAST = {("sm_80", "prefix", 128), ("sm_120", "prefix", 64)}
+#: Kernels of each source file, which is compiled once per head dim where they depend on it.
+KERNELS = {
+    "api": {"add_shares"},
+    "copies": {"kv_slot", "kv_slot_backward", "soft_prompt_embedding", "soft_prompt_embedding_backward"},
+    "prefix_forward": {"prefix_forward"},
+    "prefix_backward": {"prefix_backward", "prefix_bias_backward"},
+    "sequence_forward": {"sequence_forward", "combine_splits"},
+    "sequence_backward": {"row_sums", "softmax_sums", "sequence_backward_queries", "sequence_backward_keys"},
+}  # fmt: skip
+FAST = {("sm_80", "prefix_forward", 128), ("sm_80", "copies", 0), ("sm_120", "prefix_backward", 64)}
 
 
 @pytest.mark.parametrize(
     ("arch", "family", "head_dim"),
     [
         pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
-        for case in ((a, f, d) for a in ARCHITECTURES for f in ("prefix", "sequence") for d in HEAD_DIMS)
+        for case in ((a, f, d) for a in ARCHITECTURES for f in KERNELS for d in (HEAD_DIMS if f in FAMILIES else [0]))
     ],
 )
 def test_registers_spills_and_occupancy(arch, family, head_dim, tmp_path):
     start = time.perf_counter()
     kernels = compile_kernels(arch, family, head_dim, tmp_path)
     print(f"{arch} {family} D={head_dim}: {time.perf_counter() - start:.1f} s")
-    expected = {
-        "prefix": {"prefix_forward", "prefix_backward", "add_shares"},
-        "sequence": {"sequence_forward", "row_sums", "sequence_backward_queries", "sequence_backward_keys"},
-    }[family]
-    assert {k.name for k in kernels} == expected
+    assert {k.name for k in kernels} == KERNELS[family]
     for kernel in kernels:
         print(f"  {kernel.name} {kernel.element} options={kernel.options}: {kernel.registers} registers")
         assert kernel.spills == 0, f"{arch}: registers spill: {kernel}"
@@ -127,9 +132,9 @@ def _disassemble(cubin, kernel: str) -> str:
 @pytest.mark.slow
 def test_instructions_per_mma_are_no_more_than_tritons(tmp_path, monkeypatch):
     """Of the same tile: 64 rows, 64 keys, 4 warps."""
-    compile_kernels("sm_80", "prefix", 128, tmp_path)
+    compile_kernels("sm_80", "prefix_forward", 128, tmp_path)
     ours = instructions_per_mma(
-        _disassemble(tmp_path / "prefix_128_sm_80.cubin", "prefix_forwardINS_4bf16ELi128ELb0E")
+        _disassemble(tmp_path / "prefix_forward_128_sm_80.cubin", "prefix_forwardINS_4bf16ELi128ELb0E")
     )
     monkeypatch.setattr(aot.backend, "tile", lambda *_: aot.tiles.Tile(64, 64, 4, 2))
     launch = next(x for x in aot.attention_launches("sm_80", 128, torch.bfloat16) if "fwd" in x[0].__name__)

@@ -28,12 +28,23 @@ FAULTS = {
     "fragments in the wrong order": (
         "common.cuh", "pack<T>(s[2 * k + 1][0], s[2 * k + 1][1])", "pack<T>(s[2 * k][0], s[2 * k][1])", "numbers"),
     "no barrier before p and ds are read": (
-        "prefix_backward.cuh", "__syncthreads();\n    tile.add_keys_and_values", "tile.add_keys_and_values",
+        "prefix_backward.cuh", "__syncthreads();\n      tile.add_keys_and_values", "tile.add_keys_and_values",
         "shared memory|shared-memory race"),
     "no barrier before the next rows are loaded": (
-        "prefix_backward.cuh", "walk.advance();\n    __syncthreads();", "walk.advance();", "shared-memory race"),
+        "prefix_backward.cuh", "walk.advance();\n      __syncthreads();", "walk.advance();", "shared-memory race"),
+    "no barrier before the next part of a prefix is loaded": (
+        "prefix_backward.cuh", "if (first_key > 0) __syncthreads();", "", "shared-memory race"),
+    "no barrier before ds is summed by head": (
+        "prefix_backward.cuh", "__syncthreads();\n      each_sum", "each_sum", "shared memory|shared-memory race"),
+    "rows of another head": (
+        "prefix_backward.cuh", "(head + call.group - first_row % call.group) % call.group", "head", "numbers"),
+    "half of the keys left out of delta": (
+        "sequence_backward.cuh", "side < Shape::kSideWarps", "side < 1", "numbers"),
+    "no barrier before the halves of delta are added": (
+        "sequence_backward.cuh", "__syncthreads();\n  if (threadIdx.x >=", "if (threadIdx.x >=",
+        "shared memory|shared-memory race"),
     "a sum that leaves a share out": (
-        "prefix_backward.cuh", "for (int share = 1;", "for (int share = 2;", "numbers"),
+        "shares.cuh", "for (int share = 1;", "for (int share = 2;", "numbers"),
     "keys of the other stage": (
         "sequence_forward.cuh", "blocks + block % 2 * 2 *", "blocks + (block + 1) % 2 * 2 *", "shared memory|race"),
     "a row that sees its future": (
@@ -56,6 +67,8 @@ def _run(monkeypatch, file: str, right: str, wrong: str) -> None:
             given = tensors(Shape(B=2, Hq=4, Hkv=2, S=45, P=300, D=64), torch.bfloat16)
             bounds.check_backend("merging", given, {})
             bounds.check_backend("cuda", tensors(Shape(B=2, Hq=4, Hkv=2, S=45, P=70, D=64), torch.float16), {})
+            by_head = {"sinks": torch.linspace(-1, 2, 6), "prefix_bias": torch.linspace(-1, 1, 6)[:, None]}
+            bounds.check_backend("cuda", tensors(Shape(B=1, Hq=6, Hkv=2, S=45, P=70, D=64), torch.float16), by_head)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FAULTS])

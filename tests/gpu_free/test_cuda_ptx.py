@@ -21,7 +21,7 @@ from peftkern.backends import cuda
 
 from .. import bounds
 from ..cases import Shape, tensors
-from .shim import ROOT, Shim
+from .shim import FAMILIES, ROOT, Shim
 from .test_cuda import Merging, _args, _sizes
 
 machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
@@ -78,7 +78,7 @@ class Emulated(Shim):
         super().__init__(monkeypatch, head_dims=(head_dim,))
         self.seed, self.error, self.names = seed, None, []
         self._kernels = {}
-        for source in ("api", "prefix", "sequence"):
+        for source in ("api", "copies", *FAMILIES):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
@@ -123,14 +123,24 @@ def emulated(monkeypatch):
             raise shim.error
 
 
-FAST = {("plain", 64), ("ragged_bank", 64)}
+FAST = {("plain", 64), ("ragged_bank", 64), ("prefix_bias", 64)}
 
 
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [
         pytest.param(name, dim, marks=() if (name, dim) in FAST else pytest.mark.slow)
-        for name in ("plain", "window", "softcap", "packed", "packed_bank", "ragged_bank")
+        for name in (
+            "plain",
+            "window",
+            "softcap",
+            "sinks",
+            "prefix_bias",
+            "gate",
+            "packed",
+            "packed_bank",
+            "ragged_bank",
+        )
         for dim in (64, 96, 128, 256)
     ],
 )
@@ -162,14 +172,22 @@ def test_slot_and_embedding(emulated):
 
 
 FAULTS = {
+    "softmax_sums": r"bar\.sync\s+0;",
+    "prefix_bias_backward": r"bar\.sync\s+0;",
     "prefix_forward": r"cp\.async\.wait_group\s+0;|bar\.sync\s+0;",
     "prefix_backward": r"bar\.sync\s+0;",
 }
 
 
-@pytest.mark.parametrize(("kernel", "index"), [("prefix_forward", 1), ("prefix_forward", 2), ("prefix_backward", 2)])
+@pytest.mark.parametrize(
+    ("kernel", "index"),
+    [
+        ("prefix_forward", 1), ("prefix_forward", 2), ("prefix_backward", 3),
+        ("softmax_sums", 0), ("prefix_bias_backward", 1),
+    ],
+)  # fmt: skip
 def test_a_dropped_instruction_is_named(emulated, monkeypatch, kernel, index):
-    """The wait for the prefix and the barrier after it; the one between p, ds and the sums over rows."""
+    """The wait for the prefix and the barrier after it; those between p, ds and the sums over rows."""
 
     def edit(name: str, text: str) -> str:
         if kernel not in name:
@@ -179,7 +197,9 @@ def test_a_dropped_instruction_is_named(emulated, monkeypatch, kernel, index):
 
     shim = emulated(64, edit=edit)
     monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    by_head = {"prefix_bias": torch.zeros(6, 1)}
+    backend, options = ("merging", {}) if kernel in ("prefix_forward", "prefix_backward") else ("cuda", by_head)
     with pytest.raises(native_cuda.NativeError, match="the launcher failed"):
-        bounds.check_backend("merging", tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=70, D=64), torch.bfloat16), {})
+        bounds.check_backend(backend, tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=70, D=64), torch.bfloat16), options)
     assert isinstance(shim.error, machine.Violation)
     shim.error = None

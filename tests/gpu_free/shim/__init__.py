@@ -26,6 +26,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 _CACHE = ROOT / "build" / "shim"
 HEAD_DIMS = (64, 96, 128, 256)
+#: Source files that are compiled once per head dim.
+FAMILIES = ("prefix_forward", "prefix_backward", "sequence_forward", "sequence_backward")
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
     f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}",

@@ -1,32 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of the kernels over [prefix | sequence] for one head dim, PEFTKERN_HEAD_DIM.
+// Launches of the sequence's backward for one head dim, PEFTKERN_HEAD_DIM.
 #include "attention.h"
 #include "sequence_backward.cuh"
-#include "sequence_forward.cuh"
 
 namespace peftkern {
-
-template <int kHeadDim>
-void Kernels<kHeadDim>::sequence_forward(Queue& queue, int64_t dtype, const Extent& extent, const SequenceForward& args) {
-  using Shape = SequenceForwardShape<kHeadDim>;
-  const auto run = [&](void (*kernel)(SequenceForward)) {
-    queue.launch(kernel, extent.tiles(Shape::kRows), args.call.num_kv_heads, kHeadDim / Shape::kColumns, Shape::kThreads,
-                 Shape::kSharedBytes, args);
-  };
-  const bool options = has_options(args.call);
-  if (dtype == PEFTKERN_FLOAT16)
-    run(options ? peftkern::sequence_forward<fp16, kHeadDim, true> : peftkern::sequence_forward<fp16, kHeadDim, false>);
-  else
-    run(options ? peftkern::sequence_forward<bf16, kHeadDim, true> : peftkern::sequence_forward<bf16, kHeadDim, false>);
-}
 
 template <class T, int kHeadDim>
 static void run_sequence_backward(Queue& queue, const Extent& extent, const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
-  if (!args.dq.pointer && !args.dk.pointer && !args.dv.pointer) return;
-  const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
-  queue.launch(row_sums<T>, (int)((rows + 7) / 8), 1, 1, 256, 0, args);
   const bool options = has_options(call);
   if (args.dq.pointer)
     queue.launch(options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
@@ -45,7 +27,23 @@ void Kernels<kHeadDim>::sequence_backward(Queue& queue, int64_t dtype, const Ext
     run_sequence_backward<bf16, kHeadDim>(queue, extent, args);
 }
 
-template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Queue&, int64_t, const Extent&, const SequenceForward&);
+template <int kHeadDim>
+void Kernels<kHeadDim>::row_sums(Queue& queue, int64_t dtype, const SequenceBackward& args) {
+  const Call& call = args.call;
+  const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
+  queue.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::row_sums<fp16> : peftkern::row_sums<bf16>, (int)((rows + 7) / 8), 1, 1,
+               256, 0, args);
+}
+
+template <int kHeadDim>
+void Kernels<kHeadDim>::softmax_sums(Queue& queue, int64_t dtype, const Extent& extent, const SequenceBackward& args) {
+  using Shape = BackwardShape<kHeadDim>;
+  queue.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::softmax_sums<fp16, kHeadDim> : peftkern::softmax_sums<bf16, kHeadDim>,
+               extent.tiles(Shape::kRows), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+}
+
 template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Queue&, int64_t, const Extent&, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::row_sums(Queue&, int64_t, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::softmax_sums(Queue&, int64_t, const Extent&, const SequenceBackward&);
 
 }  // namespace peftkern
