@@ -28,7 +28,7 @@ EXACT_HEAD_DIMS, FEW = (64, 128), 48
 #: What else spills, in bytes: exact fp32 products, of the widest rows in the smallest tile, and beside a bias.
 SPILLS = {
     ("dq", 256, torch.float32): 192, ("fwd", 64, torch.float32): 8, ("decode_prefix", 64, torch.float32): 8,
-    ("bias", 64, torch.float32): 16,
+    ("bias", 64, torch.float32): 16, ("prefix", 128, torch.float32): 8,
 }  # fmt: skip
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
