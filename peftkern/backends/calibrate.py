@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures how long this machine's backends take, for the choice that ``"auto"`` makes: :func:`calibrate`.
 
-The result, a pair of factors per backend, dtype and kind of call, goes into a file of the user's cache folder, one for
-the CPU and one for the GPU, and takes the place of the rates that come with the package. A file of another machine, of
-another version's model or without sense is ignored, with a warning.
+The result, a pair of factors per backend, dtype and kind of call, goes into a file of the user's cache folder, one
+for the CPU and one for the GPU, and takes the place of the rates that come with the package. A file of another
+machine, of another format or without sense is ignored, with a warning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,9 @@ def calibrate(
 
 
 def fit(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
-    """Per kind the factors (a, b), none negative, with the least sum of ((a launches + b work) / seconds - 1)^2.
+    """Per kind the factors (a, b) with the least sum of ((a launches + b work) / seconds - 1)^2.
+
+    One factor for both where the rows do not tell them apart, or one would be negative.
 
     >>> rows = [Row("cpu", "x", (), 2 * a + 3 * b, a, b) for a, b in ((1.0, 1.0), (1.0, 10.0))]
     >>> {name: tuple(round(s, 6) for s in scale) for name, scale in fit(rows).items()}
@@ -152,8 +155,9 @@ def _least_squares(points: list[tuple[float, float]]) -> tuple[float, float]:
         launches, work = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
         if launches >= 0 and work >= 0:
             return launches, work
-    alone = [(a / aa if aa else 0.0, 0.0), (0.0, b / bb if bb else 0.0)]
-    return min(alone, key=lambda s: sum((s[0] * x + s[1] * y - 1) ** 2 for x, y in points))
+    total = aa + 2 * ab + bb
+    common = (a + b) / total if total else 1.0
+    return common, common
 
 
 def measure(
@@ -192,8 +196,13 @@ def call_of_shape(shape: tuple[int, ...], device: torch.device, dtype: torch.dty
     )  # fmt: skip
 
 
-def timings(call: Call, names: list[str], seconds: float, at_least: int = 5) -> dict[str, float]:
-    """Median seconds of ``call`` on each of the backends, which take turns; at least ``at_least`` rounds."""
+def timings(
+    call: Call, names: list[str], seconds: float, at_least: int = 5, options: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, float]:
+    """Median seconds of ``call`` on each of the backends, which take turns; at least ``at_least`` rounds.
+
+    ``options`` are further arguments of :func:`peftkern.prefix_attention`.
+    """
     from ..functional import prefix_attention
 
     generator = torch.Generator().manual_seed(0)
@@ -208,7 +217,7 @@ def timings(call: Call, names: list[str], seconds: float, at_least: int = 5) -> 
 
     def run(name: str) -> float:
         start = time.perf_counter()
-        out = prefix_attention(*inputs, backend=name)
+        out = prefix_attention(*inputs, backend=name, **options)
         if call.needs_grad:
             torch.autograd.grad(out, inputs, dout)
         if call.device.type == "cuda":

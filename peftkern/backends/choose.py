@@ -137,13 +137,13 @@ def _embedding(call: Call, backend: str) -> list[Pass]:
 
 
 def _reference(call: Call) -> list[Pass]:
-    """Scores of all pairs in fp32, some fifteen times through memory, as often again in each backward product."""
+    """Scores of all pairs in fp32, some forty times through memory, twice as often in backward."""
     x = _sizes(call)
     scores = 4.0 * x.batch * x.heads * x.queries * (x.keys + x.prefix)
     flops = x.full_flops + x.prefix_flops
-    work = [Pass("reference", 1, flops, 15 * scores + 4 * x.q + 4 * x.group * (x.kv + x.prefix_each))]
+    work = [Pass("reference", 1, flops, 40 * scores + 4 * x.q)]
     if call.needs_grad:
-        work.append(Pass("reference", 2, 3.5 * flops, 35 * scores, True))
+        work.append(Pass("reference", 2, 3.5 * flops, 80 * scores, True))
     return work
 
 
@@ -157,7 +157,7 @@ def _fused(call: Call, backend: str, machine: Machine) -> list[Pass]:
         kernels = 2 if backend == "cuda" and x.batch > 1 and rows <= 32 and x.prefix else 1
     work = [Pass(backend, kernels, flops, 2 * x.q + x.lse + once)]
     if call.needs_grad:
-        launches = 1 if backend == "cpu" else 6
+        launches = 2 if backend == "cpu" else 6
         work.append(Pass(backend, launches, (2.5 if backend == "cpu" else 3.5) * flops, 9 * x.q + 3 * once, True))
         if backend == "triton" and _exact(call):
             work.append(Pass(backend, 1, flops, 2 * x.q + once))
@@ -172,7 +172,7 @@ def _exact(call: Call) -> bool:
 def _vendor(call: Call, machine: Machine, features: tuple[str, ...], keys: int) -> tuple[Vendor, bool] | None:
     """The kernel that takes a call over ``keys`` keys, and whether it needs a dense mask."""
     vendor, _ = choose_vendor(call, features, keys, machine.vendors)
-    if vendor is None:
+    if vendor is None or not two_part.NO_VENDOR_HAS.keys().isdisjoint(features):
         return None
     queries = call.q_shape[2]
     shifted = vendor.top_left and "non-causal" not in features and queries not in (1, keys)
