@@ -8,6 +8,7 @@ machine, of another format or without sense is ignored, with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -110,15 +111,18 @@ def calibrate(
     shapes: Iterable[tuple[int, ...]] | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
     note: Callable[[str], object] = lambda line: None,
+    at_most: float = math.inf,
 ) -> Path:
-    """Measure for about ``seconds``, write what was found, use it from now on in this process; the file's path.
+    """Measure, write what was found, use it from now on in this process; the file's path.
 
-    ``note`` is given a line for each measurement.
+    About ``seconds`` are spent on measurements, beside what the kernels' compilation takes; after ``at_most`` seconds
+    no shape is begun. ``note`` is given a line for each measurement.
     """
     device = torch.device(device)
     if shapes is None:
         shapes = SHAPES + LARGE * (device.type == "cuda")
-    rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note))
+    end = time.monotonic() + at_most
+    rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note, end))
     file = path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -130,6 +134,11 @@ def calibrate(
     partial.replace(file)
     choose.forget()
     return file
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The measurements in a file of :func:`calibrate`'s."""
+    return [Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(file.read_text())["rows"]]
 
 
 def fit(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
@@ -166,16 +175,19 @@ def measure(
     shapes: tuple[tuple[int, ...], ...],
     dtypes: tuple[torch.dtype, ...],
     note: Callable[[str], object],
+    end: float = math.inf,
 ) -> Iterator[Row]:
     """Every backend that can run a shape, taking turns on it: medians, forward and forward with backward."""
     from . import explain
 
-    machine = choose.machine_of(device, dtypes[0], None, torch.get_num_threads())
     share = seconds / max(1, 2 * len(shapes) * len(dtypes))
     for dtype in dtypes:
         machine = choose.machine_of(device, dtype, choose.registered_flash(), torch.get_num_threads())
         for shape in shapes:
             for training in (False, True)[: 2 if shape[3] > 1 else 1]:
+                if time.monotonic() > end:
+                    note("out of time")
+                    return
                 call = call_of_shape(shape, device, dtype, training)
                 names = [name for name, reasons in explain(call).reasons.items() if not reasons]
                 modelled = {name: choose.model(call, name, machine) for name in names}
@@ -201,7 +213,8 @@ def timings(
 ) -> dict[str, float]:
     """Median seconds of ``call`` on each of the backends, which take turns; at least ``at_least`` rounds.
 
-    ``options`` are further arguments of :func:`peftkern.prefix_attention`.
+    Those for which memory does not suffice are left out. ``options`` are further arguments of
+    :func:`peftkern.prefix_attention`.
     """
     from ..functional import prefix_attention
 
@@ -224,13 +237,15 @@ def timings(
             torch.cuda.synchronize(call.device)
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {}
     for name in names:
-        run(name)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run(name)
+            times[name] = []
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < at_least or (time.perf_counter() < end and rounds < 1000):
-        for name in names:
+        for name in times:
             times[name].append(run(name))
         rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}

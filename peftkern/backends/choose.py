@@ -140,10 +140,10 @@ def _reference(call: Call) -> list[Pass]:
     """Scores of all pairs in fp32, some forty times through memory, twice as often in backward."""
     x = _sizes(call)
     scores = 4.0 * x.batch * x.heads * x.queries * (x.keys + x.prefix)
-    flops = x.full_flops + x.prefix_flops
-    work = [Pass("reference", 1, flops, 40 * scores + 4 * x.q)]
+    flops, keys = x.full_flops + x.prefix_flops, 4 / x.element * (x.kv + x.prefix_once)
+    work = [Pass("reference", 1, flops, 40 * scores + 4 * x.q + 3 * keys)]
     if call.needs_grad:
-        work.append(Pass("reference", 2, 3.5 * flops, 80 * scores, True))
+        work.append(Pass("reference", 2, 3.5 * flops, 80 * scores + 20 * keys, True))
     return work
 
 
