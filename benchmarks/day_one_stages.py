@@ -238,7 +238,8 @@ def _names(context: Context, dtype: torch.dtype) -> list[str]:
 
 def opcheck(context: Context) -> None:
     dtype = torch.float16
-    for backend in context.in_time(_names(context, dtype)):
+    names = _names(context, dtype)
+    for backend in context.in_time(names[:1] if context.dry_run else names):
         inputs = [x.detach() for x in _inputs((2, 4, 2, 17, 17, 64, 7), context.device, dtype)]
         args = functional._attention_args(*inputs, *[True, *[None] * 6, True, *[None] * 5, 0.0, None])
         torch.library.opcheck(ops.prefix_attention, (*args, backend))
@@ -418,7 +419,8 @@ def _flex(shape: tuple[int, ...], device: str) -> Callable[..., Tensor]:
 #: (model, (B, Hq, Hkv, S, T, D, P)).
 MICRO = (
     ("Llama-3-8B", (4, 32, 8, 2048, 2048, 128, 128)), ("Llama-3-8B, short", (8, 32, 8, 512, 512, 128, 16)),
-    ("Llama-3-8B, cartridge", (8, 32, 8, 512, 512, 128, 2048)), ("Llama-3-8B, long", (1, 32, 8, 8192, 8192, 128, 128)),
+    ("Llama-3-8B, cartridge", (8, 32, 8, 512, 512, 128, 2048)),
+    ("Llama-3-8B, long", (1, 32, 8, 8192, 8192, 128, 128)),
     ("GPT-2", (8, 12, 12, 512, 512, 64, 32)), ("SmolLM2-135M", (16, 9, 3, 512, 512, 64, 20)),
     ("Llama-3-8B, decoding", (32, 32, 8, 1, 512, 128, 2048)),
     ("Llama-3-8B, decoding long", (1, 32, 8, 1, 16384, 128, 64)),

@@ -100,13 +100,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _known(folder: Path, name: str, again: list[str]) -> dict[str, Any] | None:
-    """The result of a stage that an earlier run has finished."""
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    """What a stage has left, in this run or an earlier one."""
     try:
         result = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError):
+        return result if {"status", "seconds", "lines"} <= result.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
-    return dict(result) if result.get("status") in DONE and name not in again else None
 
 
 def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limit: float) -> list[dict[str, Any]]:
@@ -115,7 +115,9 @@ def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limi
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def one(name: str, most: float) -> dict[str, Any]:
-        result, left = _known(folder, name, again), start + limit - time.monotonic()
+        result, left = _read(folder, name), start + limit - time.monotonic()
+        if result is not None and (result["status"] not in DONE or name in again):
+            result = None
         if result is None and left < 5:
             result = {"stage": name, "status": "no time left", "seconds": 0, "lines": ["the same command goes on"]}
         elif result is None:
@@ -126,12 +128,13 @@ def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limi
     for group in GROUPS:
         with concurrent.futures.ThreadPoolExecutor(max(1, min(8, cores))) as pool:
             results += pool.map(lambda stage: one(*stage), [s for s in group.items() if not only or s[0] in only])
-        report(folder, results, dry_run)
+        report(folder, dry_run)
     return results
 
 
-def report(folder: Path, results: list[dict[str, Any]], dry_run: bool) -> None:
-    """report.md: a table of the stages, then what each has to say."""
+def report(folder: Path, dry_run: bool) -> None:
+    """report.md: a table of the stages that have run so far, then what each has to say."""
+    results = [r for group in GROUPS for name in group if (r := _read(folder, name)) is not None]
     what = "**Dry run on a CPU: tiny sizes, no GPU; nothing here is a measurement.**" if dry_run else ""
     lines = ["# peftkern on this machine", "", what, "", "| stage | result | s | |", "|---|---|---|---|"]
     for r in results:
