@@ -26,8 +26,8 @@ import torch
 
 from peftkern.bench.checks import Truth
 from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DIRECTIONS, DTYPES, PROVIDERS, Calls, Problem, prepare
-from peftkern.bench.shapes import DECODE, QUICK, QUICK_DECODE, TRAINING, Shape
+from peftkern.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
+from peftkern.bench.shapes import DECODE, DIRECTIONS, QUICK, QUICK_DECODE, TRAINING, Shape
 from peftkern.bench.show import add_options, progress, show, write
 
 KEYS = {"peftkern": "peftkern", "peft": "peft", "no-prefix": "no_prefix"}  # a provider's name in columns

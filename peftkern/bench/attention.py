@@ -16,12 +16,8 @@ from . import memory
 from .checks import Truth
 from .measuring import Clock, clock_for, stamp, take_turns
 from .providers import DTYPES, PROVIDERS, Calls, Problem, Unavailable, chosen_by_auto, prepare
+from .rows import PROBLEM, Row
 from .shapes import Shape
-
-Row = dict[str, Any]
-#: What a row is about; no two rows of a file agree in all of them.
-KEYS = ("model", "B", "Hq", "Hkv", "S", "cached", "D", "P", "window", "softcap", "dtype", "device", "threads",
-        "direction", "provider")  # fmt: skip
 
 
 def measure(
@@ -78,8 +74,8 @@ def measure(
 
 
 def key_columns(shape: Shape) -> Row:
-    """The columns of :data:`KEYS` that are the shape's."""
-    return {name: getattr(shape, name) for name in KEYS if hasattr(shape, name)}
+    """The columns of :data:`~peftkern.bench.rows.PROBLEM` that are the shape's."""
+    return {name: getattr(shape, name) for name in PROBLEM if hasattr(shape, name)}
 
 
 def _guarded(make: Callable[[], Any]) -> Any:

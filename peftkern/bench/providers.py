@@ -23,9 +23,8 @@ import peftkern
 from peftkern import backends, reference
 from peftkern.backends import vendor
 
-from .shapes import Shape
+from .shapes import DIRECTIONS, Shape
 
-DIRECTIONS = ("forward", "backward", "forward+backward")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 #: q, k, v, prefix_k, prefix_v -> out

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+DIRECTIONS = ("forward", "backward", "forward+backward")
+
 
 @dataclass(frozen=True)
 class Model:
