@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+from peftkern.bench.measuring import take_turns
+from peftkern.bench.providers import Problem, Provider
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STAMP = {"cpu", "cores", "threads", "torch", "peftkern", "git", "date"}
 
@@ -41,11 +44,12 @@ def test_cpu_attention(script, tmp_path, capsys, decode):
 def test_a_row_that_is_wrong_is_not_timed(script, monkeypatch):
     module = script("cpu_attention")
     right = module.PROVIDERS["peftkern"]
-    monkeypatch.setitem(module.PROVIDERS, "peftkern", lambda *inputs: right(*inputs) * 1.01)
-    inputs = module.make_inputs(module.QUICK[0], torch.float32)
+    wrong = Provider("one percent off", lambda problem: lambda *inputs: right.make(problem)(*inputs) * 1.01)
+    monkeypatch.setitem(module.PROVIDERS, "peftkern", wrong)
+    problem = Problem.make(module.QUICK[0], torch.float32)
     for with_gradients in (False, True):
         with pytest.raises(AssertionError, match="errs by"):
-            module.check(module.QUICK[0], inputs, with_gradients)
+            module.check(problem, module.calls_of(problem), with_gradients)
 
 
 @pytest.mark.slow
@@ -57,9 +61,9 @@ def test_training_step(script, tmp_path):
     assert (rows[["peft_s", "peftkern_s", "no_prefix_s", "over_peft", "over_no_prefix"]] > 0).all(axis=None)
 
 
-def test_calls_take_turns(script):
+def test_calls_take_turns():
     calls = []
-    script("measuring").take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, at_least=4)
+    take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, at_least=4)
     assert "".join(calls) == "ab" + "abbaabba", "once to warm up, then each round from another call on"
 
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a call needs: the peak beside what is there before it, and what its forward keeps for backward.
+
+On a GPU the peak is that of torch's allocator. On a CPU it is how far the process's resident memory rises (the
+kernel's high-water mark), so that what native code allocates counts too; for that, a process of its own gives freed
+blocks back at once (:func:`return_freed_memory`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def return_freed_memory() -> None:
+    """Have glibc give each large block back when it is freed, or one call's leftovers would serve the next."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+def reset_peak() -> bool:
+    """Start the high-water mark again; false where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident(key: str) -> int | None:
+    """Bytes: ``VmRSS``, or ``VmHWM``, its high-water mark."""
+    try:
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> float | None:
+    """How far memory rises during a call, what it returns included; None where the system does not tell."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - held)
+    before = resident("VmRSS") if reset_peak() else None
+    call()
+    after = resident("VmHWM")
+    return None if before is None or after is None else float(after - before)
+
+
+def saved_bytes(forward: Callable[[], Any], resident: Iterable[Any]) -> int:
+    """Bytes that a forward pass keeps for backward: distinct storages, those of the ``resident`` tensors excluded."""
+    import torch
+
+    known = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(storages.values())
+    del result  # the graph, which kept every storage's address its own
+    return total
+
+
+def in_own_process(module: str, order: dict[str, Any]) -> Any:
+    """The answer of ``python -m module``, which reads ``order`` as JSON and ends with a line of JSON.
+
+    Raises:
+        RuntimeError: with the last words of the process.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", module], input=json.dumps(order), capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(words[-1])
+    return json.loads(done.stdout.splitlines()[-1])
