@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import DTYPES, progress, show, stamp, write
 from report import RESULTS
 
 import peftkern
 from peftkern.backends import Call, calibrate
+from peftkern.bench.measuring import stamp
+from peftkern.bench.providers import DTYPES
+from peftkern.bench.show import progress, show, write
 
 #: Shapes beside those that are calibrated with: (B, Hq, Hkv, S, T, D, P).
 SHAPES = (

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import peftkern
-from peftkern import backends, doctor, functional, ops, reference
+from peftkern import backends, doctor, functional, ops
 from peftkern.backends import calibrate, choose
+from peftkern.bench import shapes as bench_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -377,128 +377,47 @@ def crossovers(context: Context) -> None:
     context.lines.append(f"the calibrated profile is in {file}, where 'auto' reads it, and in this folder")
 
 
-def _peft(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    group, masked = q.shape[1] // k.shape[1], prefix_k.shape[1] + k.shape[2] - q.shape[2]
-    k, v = (
-        torch.cat([p[None].expand(len(x), -1, -1, -1), x], 2).repeat_interleave(group, 1)
-        for p, x in ((prefix_k, k), (prefix_v, v))
-    )
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(masked)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(len(q), 1, -1, -1))
-
-
-def _concatenated(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    from torch.nn.attention.bias import causal_lower_right
-
-    k, v = (torch.cat([p[None].expand(len(x), -1, -1, -1), x], 2) for p, x in ((prefix_k, k), (prefix_v, v)))
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
-
-
-def _no_prefix(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
-
-
-def _flex(shape: tuple[int, ...], device: str) -> Callable[..., Tensor]:
-    """FlexAttention over the concatenation, compiled."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    queries, keys, prefix = shape[3], shape[4], shape[6]
-    shift = prefix + keys - queries
-    mask = create_block_mask(lambda b, h, i, j: i + shift >= j, None, None, queries, prefix + keys, device=device)
-    attention = torch.compile(flex_attention)
-
-    def call(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        k, v = (torch.cat([p[None].expand(len(x), -1, -1, -1), x], 2) for p, x in ((prefix_k, k), (prefix_v, v)))
-        return attention(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[no-any-return]
-
-    return call
-
-
-#: (model, (B, Hq, Hkv, S, T, D, P)).
+#: Of the microbenchmarks: training shapes, then decoding.
 MICRO = (
-    ("Llama-3-8B", (4, 32, 8, 2048, 2048, 128, 128)), ("Llama-3-8B, short", (8, 32, 8, 512, 512, 128, 16)),
-    ("Llama-3-8B, cartridge", (8, 32, 8, 512, 512, 128, 2048)),
-    ("Llama-3-8B, long", (1, 32, 8, 8192, 8192, 128, 128)),
-    ("GPT-2", (8, 12, 12, 512, 512, 64, 32)), ("SmolLM2-135M", (16, 9, 3, 512, 512, 64, 20)),
-    ("Llama-3-8B, decoding", (32, 32, 8, 1, 512, 128, 2048)),
-    ("Llama-3-8B, decoding long", (1, 32, 8, 1, 16384, 128, 64)),
-)  # fmt: skip
-
-
-def _error(call: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """Of the first kv head of the first sample, against fp64."""
-    group = inputs[0].shape[1] // inputs[1].shape[1]
-    with torch.no_grad():
-        q, k, v, prefix_k, prefix_v = (x.detach() for x in inputs)
-        got = call(q, k, v, prefix_k, prefix_v)[:1, :group].double()
-        head = (q[:1, :group], k[:1, :1], v[:1, :1], prefix_k[:1], prefix_v[:1])
-        true, _ = reference.prefix_attention(*(x.double() for x in head))
-    return ((got - true).norm() / true.norm()).item()
+    *bench_shapes.sweep(["llama-3-8b"], [2048], [128], [4]),
+    *bench_shapes.sweep(["llama-3-8b"], [512], [16, 2048], [8]),
+    *bench_shapes.sweep(["gpt2"], [512], [32], [8]),
+    *bench_shapes.sweep(["llama-3-8b"], [8192], [128], [1]),
+    *bench_shapes.sweep(["llama-3-8b"], [1], [2048], [32], cached=511),
+    *bench_shapes.sweep(["llama-3-8b"], [1], [64], [1], cached=16383),
+    *bench_shapes.sweep(["smollm2-135m"], [512], [20], [16]),
+    *bench_shapes.sweep(["gemma-2-9b"], [1024], [64], [2]),
+)
 
 
 def microbenchmarks(context: Context) -> None:
-    """Peers and backends on each shape; what errs more than twice as PEFT's way is not timed."""
-    shapes = [("tiny", (2, 4, 2, 33, 33, 16, 5))] if context.dry_run else MICRO
-    rows: list[dict[str, Any]] = []
-    wrong = []
-    flexed = 0
-    for model, shape in context.in_time(shapes):
-        inputs = _inputs(shape, context.device, torch.bfloat16)
-        providers: dict[str, Callable[..., Tensor]] = {"PEFT's way": _peft, "concatenated": _concatenated}
-        providers["no prefix"] = _no_prefix
-        if not context.dry_run and shape[3] > 1 and flexed < 3:
-            providers["FlexAttention"], flexed = _flex(shape, context.device), flexed + 1
-        for name in ("auto", *_names(context, torch.bfloat16)):
-            if name != "reference" or context.dry_run:
-                providers[name] = functools.partial(peftkern.prefix_attention, backend=name)
-        allowed = 2 * _error(_peft, inputs) + torch.finfo(torch.bfloat16).eps
-        for name, provider in context.in_time(providers.items()):
-            row: dict[str, Any] = {"model": model, "B,Hq,Hkv,S,T,D,P": ",".join(map(str, shape)), "provider": name}
-            try:
-                if name != "no prefix":
-                    row["error"] = _error(provider, inputs)
-                    if not row["error"] <= allowed:
-                        wrong.append(f"{model}: {name} errs by {row['error']:.1e}, allowed {allowed:.1e}")
-                        continue
-                with torch.no_grad():
-                    row["forward_ms"] = 1e3 * _seconds(context, lambda p=provider, i=inputs: p(*i))
-                if shape[3] > 1:
-                    wanted = inputs[:3] if name == "no prefix" else inputs
+    """`peftkern bench` on each shape: all peers and backends; what is wrong is not timed."""
+    from peftkern.bench import attention, rows
 
-                    def step(p: Callable = provider, i: list = inputs, w: list = wanted) -> object:
-                        out = p(*i)
-                        return torch.autograd.grad(out, w, torch.ones_like(out))
-
-                    row["training_ms"] = 1e3 * _seconds(context, step)
-                    if not context.dry_run:
-                        torch.cuda.reset_peak_memory_stats()
-                        base = torch.cuda.memory_allocated()
-                        step()
-                        row["peak_mb"] = (torch.cuda.max_memory_allocated() - base) / 1e6
-            except (RuntimeError, NotImplementedError) as error:  # a peer that cannot
-                row["failed"] = str(error).splitlines()[0][:120]
-                if name in backends.BACKENDS:
-                    wrong.append(f"{model}: {name}: {row['failed']}")
-            rows.append(row)
-        context.table("microbenchmarks", rows)
-        context.tables = ["microbenchmarks.csv"]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for what in ("forward_ms", "training_ms"):
-            times = {r["provider"]: r[what] for r in rows if r["model"] == model and what in r}
-            if times:
-                context.lines.append(f"{model}, {what}: " + ", ".join(f"{n} {t:.4g}" for n, t in times.items()))
-    steps = {(r["model"], r["provider"]): r["training_ms"] for r in rows if "training_ms" in r}
-    ratios = [
-        steps[model, "PEFT's way"] / ms
-        for (model, name), ms in steps.items()
-        if name == "auto" and (model, "PEFT's way") in steps
-    ]
-    if ratios:
-        context.lines.insert(0, f"auto trains {min(ratios):.2f} to {max(ratios):.2f} times as fast as PEFT's way")
-    if wrong:
-        raise AssertionError(f"{len(wrong)} rows are wrong: {wrong[0]}")
+    results = rows.Results(context.folder / "microbenchmarks.csv")
+    shapes = bench_shapes.QUICK[:1] if context.dry_run else MICRO
+    for shape in context.in_time(shapes):
+        directions = ["forward"] if shape.cached else ["forward", "forward+backward"]
+        key = attention.key_columns(shape)
+        if any(all(str(row[n]) == str(x) for n, x in key.items() if x is not None) for row in results.rows):
+            continue  # of a run that was stopped here
+        results.add(attention.measure(
+            shape, "bf16", directions, device=context.device, seconds=0.0 if context.dry_run else 1.0, at_least=3,
+            with_memory=not context.dry_run,
+        ))  # fmt: skip
+    context.tables.append("microbenchmarks.csv")
+    speedups = []
+    for group in rows.groups(results.rows):
+        times = {row["provider"]: row["p50_ms"] for row in group if row["status"] == "ok"}
+        context.lines.append(f"{rows.title(group[0])}: " + ", ".join(f"{n} {t:.4g} ms" for n, t in times.items()))
+        context.lines += [f"  {r['provider']}: {r['status']}, {r['reason']}" for r in group if r["status"] != "ok"]
+        if {"peft", "peftkern"} <= times.keys():
+            speedups.append(times["peft"] / times["peftkern"])
+    if speedups:
+        context.lines.insert(0, f"auto is {min(speedups):.2f} to {max(speedups):.2f} times as fast as PEFT's way")
+    bad = [r for r in results.rows if r["status"] in ("wrong", "failed") and rows.is_ours(r["provider"])]
+    if bad:
+        raise AssertionError(f"{len(bad)} rows of ours are bad: {bad[0]['provider']}, {bad[0]['reason']}")
 
 
 def training(context: Context) -> None:

@@ -118,6 +118,8 @@ def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limi
         result, left = _read(folder, name), start + limit - time.monotonic()
         if result is not None and (result["status"] not in DONE or name in again):
             result = None
+        if name in again:
+            (folder / f"{name}.csv").unlink(missing_ok=True)
         if result is None and left < 5:
             result = {"stage": name, "status": "no time left", "seconds": 0, "lines": ["the same command goes on"]}
         elif result is None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends
+from peftkern import backends, cli
 from peftkern.backends import Call, calibrate, choose
 from peftkern.backends.vendor import VENDORS
 
@@ -161,6 +161,13 @@ def test_calibrate_writes_what_load_reads():
     assert len(notes) == len(rows) == 8
     assert len(calibrate.load(torch.device("cpu"))) == 6, "decode, forward and training of two backends"
     assert choose.estimates(_call(device="cpu", queries=64, dtype=torch.float32))["cpu"].measured
+
+
+def test_bench_calibrates(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "SHAPES", calibrate.SHAPES[:1])
+    assert cli.main(["bench", "--calibrate", "--seconds", "0", "--device", "cpu"]) == 0
+    assert f"'auto' chooses by {calibrate.path(torch.device('cpu'))}" in capsys.readouterr().out
+    assert choose.estimates(_call(device="cpu", queries=64))["cpu"].measured
 
 
 def test_resolving_is_cheap():

@@ -18,7 +18,7 @@ import argparse
 import importlib.util
 import sys
 
-from .options import BenchError, add_arguments
+from .options import BenchError, add_arguments, check
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,9 +30,24 @@ def run(options: argparse.Namespace) -> int:
     try:
         if missing:
             raise BenchError(f'not installed: {", ".join(missing)}. Install with `pip install "peftkern[bench]"`.')
+        if options.calibrate:
+            return _calibrate(options)
         from .session import run_session
 
         return run_session(options)
     except (BenchError, OSError) as error:  # OSError: a full disk, say
         print(f"peftkern bench: error: {error}", file=sys.stderr)
         return 2
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    """Write the file that ``auto`` reads; 0."""
+    import torch
+
+    from ..backends import calibrate
+
+    check(options)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file = calibrate.calibrate(device, 20 * options.seconds, note=print)
+    print(f"'auto' chooses by {file} from now on; delete it to go back")
+    return 0

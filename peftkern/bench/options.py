@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, metavar="FOLDER", help="attention.csv, report.html, report.md and plots")
     add("--resume", action="store_true", help="go on after the rows that --output has")
     add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing: the report of this file")
+    add(
+        "--calibrate", action="store_true",
+        help="time the backends, for the choice that auto makes on this machine, and stop; 20 x --seconds",
+    )  # fmt: skip
     add("--list", action="store_true", help="name providers and models, and stop")
 
 
