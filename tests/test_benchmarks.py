@@ -104,3 +104,31 @@ def test_plots_are_made_from_results(script, tmp_path, suffix):
     script("plot").main([*map(str, paths), "--format", suffix])
     for path in paths:
         assert path.with_suffix(f".{suffix}").stat().st_size > 1000
+
+
+def test_scaling(script, tmp_path, capsys):
+    path = tmp_path / "scaling.csv"
+    module = script("scaling")
+    module.main(["--quick", "--dtype", "fp32", "--output", str(path)])
+    rows = pd.read_csv(path)
+    assert set(rows) >= STAMP
+    assert set(rows["axis"]) == set(module.AXES)
+    assert path.with_suffix(".svg").stat().st_size > 1000
+    assert "wall at" in capsys.readouterr().out
+    kept = rows[rows["axis"].eq("B") & rows["direction"].eq("forward")].groupby("provider")["prefix_mb"].agg(list)
+    assert len(set(kept["peftkern"])) == 1, "what is kept of the prefix grows with the batch"
+    assert kept["peft"] == sorted(set(kept["peft"])), "PEFT's way keeps the prefix once per sample"
+
+
+def test_scalings_lines_are_fitted(script):
+    module = script("scaling")
+    x = pd.Series([1.0, 2.0, 4.0, 64.0]).to_numpy()
+    assert module.fit("P", x, 3 + 2 * x) == pytest.approx((3, 2, 0), abs=1e-9)
+    assert module.fit("S", x, 3 * x + 2 * x**2) == pytest.approx((3, 2, 0), abs=1e-9)
+
+
+def test_every_backend_takes_a_turn(script, tmp_path):
+    path = tmp_path / "choice.csv"
+    rows = script("backend_choice").main(["--quick", "--dtypes", "fp32", "--output", str(path)])
+    assert set(pd.read_csv(path)) >= {"cpu_ms", "reference_ms", "chosen", "over_best"}
+    assert all(row["chosen"] == "cpu" for row in rows)
