@@ -120,7 +120,7 @@ def build(context: Context) -> None:
     shutil.rmtree(made, ignore_errors=True)
     options = [f"-DPEFTKERN_OUTPUT_DIR={out}", f"-DPEFTKERN_CUDA={'ON' if 'cuda' in wanted else 'OFF'}"]
     environment = dict(os.environ)
-    if "cuda" in wanted:
+    if "cuda" in wanted and "TORCH_CUDA_ARCH_LIST" not in environment:
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
