@@ -4,7 +4,7 @@
     python benchmarks/scaling.py                     on the CPU, into results/scaling_cpu.csv and .svg
     python benchmarks/scaling.py --device cuda
 
-One size grows, the others stay at those of the base (llama-3.2-1b's heads, B = 4, S = 256, P = 64). Ours and PEFT's
+One size grows, the others stay at those of the base (smollm2-135m's heads, B = 4, S = 256, P = 64). Ours and PEFT's
 way take turns, forward and backward apart. Each line is fitted with least relative squares:
 
     B, P, A   ms = fixed + slope x         turns at x = fixed / slope, where what grows costs as much as the rest
@@ -39,9 +39,9 @@ from peftkern.bench.show import progress, show, write
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-BASE = Shape(4, 32, 8, 256, 64, 64, model="llama-3.2-1b")
+BASE = Shape(4, 9, 3, 256, 64, 64, model="smollm2-135m")
 AXES = {
-    "B": (1, 2, 4, 8, 16), "S": (32, 64, 128, 256, 512, 1024), "P": (0, 16, 64, 256, 1024, 4096),
+    "B": (1, 2, 4, 8, 16), "S": (128, 256, 512, 1024, 2048), "P": (0, 16, 64, 256, 1024, 4096),
     "A": (1, 2, 4, 16, 64),
 }  # fmt: skip
 QUICK_BASE = Shape(2, 4, 2, 24, 16, 8, model="quick")
@@ -168,7 +168,7 @@ def draw(rows: pd.DataFrame) -> plt.Figure:
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     r = rows.iloc[0]
-    about = f"B={r.B} S={r.S} P={r.P} Hq={r.Hq} Hkv={r.Hkv} D={r.D} {r.dtype}, {r.threads} threads"
+    about = f"B={r.B} S={r.S} P={r.P} Hq={r.Hq} Hkv={r.Hkv} D={r.D} {r['dtype']}, {r.threads} threads"
     figure.supxlabel(f"{about}; {r.cpu}, torch {r.torch}, peftkern {r.git}", x=0.99, ha="right", fontsize=6)
     return figure
 
