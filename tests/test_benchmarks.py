@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from peftkern.bench import memory
 from peftkern.bench.measuring import take_turns
 from peftkern.bench.providers import Problem, Provider
 
@@ -132,3 +133,102 @@ def test_every_backend_takes_a_turn(script, tmp_path):
     rows = script("backend_choice").main(["--quick", "--dtypes", "fp32", "--output", str(path)])
     assert set(pd.read_csv(path)) >= {"cpu_ms", "reference_ms", "chosen", "over_best"}
     assert all(row["chosen"] == "cpu" for row in rows)
+
+
+def test_the_longest_length_that_fits(script):
+    longest = script("end_to_end").longest
+    tried = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= 1000
+
+    assert 1000 - 1000 // 8 <= longest(fits, 64, 8192) <= 1000
+    assert len(tried) < 12
+    assert longest(lambda length: False, 64, 512) == 0
+    assert longest(lambda length: True, 64, 512) == 512
+
+
+def test_models_are_cut_in_depth_and_vocabulary(script):
+    module = script("end_to_end")
+    for name, model in module.MODELS.items():
+        config = module.config_of(name, 2)
+        assert config.num_hidden_layers == 2
+        assert config.hidden_size == model.hidden
+        assert config.num_attention_heads == model.Hq
+        assert config.vocab_size == max(64, model.vocab * 2 // model.layers)
+
+
+def test_memory_can_be_limited():
+    def allocate() -> None:
+        torch.ones(100_000_000, dtype=torch.uint8)
+
+    with memory.limited(400_000_000):
+        allocate()
+    with pytest.raises(RuntimeError) as error, memory.limited(20_000_000):
+        allocate()
+    assert memory.is_out_of_memory(error.value)
+    assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
+    allocate()
+
+
+def test_end_to_end_steps_and_generation(script, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    arguments = ["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)]
+    script("end_to_end").main(arguments)
+    rows = pd.read_csv(path)
+    assert set(rows) >= STAMP
+    steps = rows[rows["part"] == "step"]
+    assert list(steps[steps["data"] == "padded"]["arm"]) == ["PEFT", "patch", "patch + gc", "patch + packing"]
+    assert (rows[["median_s", "tokens_per_s", "over_peft"]] > 0).all(axis=None)
+    assert (steps["gradient_difference"] < 1e-3).all()
+    assert set(rows["status"]) == {"ok"}
+    printed = capsys.readouterr().out
+    assert "patch + packing" in printed
+    assert "generate" in printed
+
+
+def test_a_step_that_is_wrong_is_not_timed(script, monkeypatch):
+    module = script("end_to_end")
+    right = module.load
+
+    def wrong(order, arm, *arguments):
+        model = right(order, arm, *arguments)
+        if arm == "patch":
+            model.prompt_encoder["default"].embedding.weight.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(module, "load", wrong)
+    order = {"model": "tiny", "path": None, "layers": 2, "P": 5}
+    with pytest.raises(AssertionError, match="tiny, patch: losses differ by"):
+        module.compare(order, ["PEFT", "patch"], module.make_batch(64, 2, 9, True))
+
+
+def test_generation_without_room_is_out_of_memory(script):
+    module = script("end_to_end")
+    order = {"model": "tiny", "path": None, "layers": 2, "vocab": 128, "dtype": "fp32", "threads": 1, "B": 64, "S": 3,
+             "P": 2000, "new_tokens": 2, "part": "generate", "data": "full", "budget_mb": 20}  # fmt: skip
+    rows = {row["arm"]: row for row in module.measure_generate(order, 0.0)}
+    assert rows["PEFT"]["status"] == "out of memory"
+    assert rows["PEFT"]["tokens_per_s"] is None
+    assert rows["patch"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_end_to_end_longest(script, tmp_path):
+    path = tmp_path / "rows.csv"
+    script("end_to_end").main(["--quick", "--part", "longest", "--threads", "1", "--output", str(path)])
+    rows = pd.read_csv(path).set_index("arm")
+    assert 0 < rows.loc["PEFT", "longest_S"] < rows.loc["patch", "longest_S"]
+
+
+def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
+    module = script("end_to_end")
+
+    def interrupted(order, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "measure_generate", interrupted)
+    path = tmp_path / "rows.csv"
+    module.main(["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)])
+    assert set(pd.read_csv(path)["part"]) == {"step"}

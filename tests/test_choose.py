@@ -71,6 +71,17 @@ def test_features_without_a_vendor_are_not_ranked():
     assert next(iter(ranked)) == "triton"
 
 
+def test_amd_gpus_have_no_cuda_kernels():
+    assert choose.rank(_call(), choose.Machine("gfx942", VENDOR_ROWS))["cuda"] is None
+
+
+def test_decoding_copies_no_keys():
+    """A slot would copy each sample's keys at every token."""
+    decoding = _call(batch=32, queries=1, keys=512, prefix=2048, needs_grad=False)
+    for arch in choose.RATES["gpu"]:
+        assert _first(decoding, arch) in ("triton", "cuda"), arch
+
+
 def test_an_unknown_gpu_keeps_the_order_of_the_table():
     assert tuple(choose.rank(_call(), choose.Machine("gfx90a"))) == choose.NAMES
     assert set(choose.NAMES) == set(backends.BACKENDS)

@@ -257,7 +257,7 @@ def _time(part: Pass, call: Call, machine: Machine) -> tuple[float, float] | Non
         flops = (rates["matmul"] if part.engine == "reference" else own) * 1e12 * machine.threads
     else:
         rates = RATES["gpu"].get(machine.arch)
-        if rates is None:
+        if rates is None or (part.engine == "cuda" and "cuda" not in rates["flops"]):
             return None
         launch, bandwidth, flops = rates["launch"], rates["bandwidth"], _flops(part, call, machine.arch)
         if part.engine == "reference":

@@ -104,7 +104,7 @@ def add_memory(rows: list[Row], shape: Shape, dtype: str, device: str) -> None:
     wanted = [(row["provider"], row["direction"]) for row in rows if row["status"] == "ok"]
     order = {"shape": asdict(shape), "dtype": dtype, "device": device, "wanted": wanted,
              "threads": torch.get_num_threads()}  # fmt: skip
-    weigh = functools.partial(memory.in_own_process, __name__) if device == "cpu" else _weigh
+    weigh = functools.partial(memory.in_own_process, ["-m", __name__]) if device == "cpu" else _weigh
     weighed = _guarded(lambda: weigh(order)) if wanted else []
     measured = iter([] if isinstance(weighed, str) else weighed)
     for row in rows:

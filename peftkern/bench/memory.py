@@ -8,6 +8,7 @@ blocks back at once (:func:`return_freed_memory`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -15,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def reset_peak() -> bool:
 
 
 def resident(key: str) -> int | None:
-    """Bytes: ``VmRSS``, or ``VmHWM``, its high-water mark."""
+    """Bytes: ``VmRSS``, ``VmHWM``, its high-water mark, or ``VmData``, what the process has allocated."""
     try:
         found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -85,15 +86,38 @@ def saved_bytes(forward: Callable[[], Any], resident: Iterable[Any]) -> int:
     return total
 
 
-def in_own_process(module: str, order: dict[str, Any]) -> Any:
-    """The answer of ``python -m module``, which reads ``order`` as JSON and ends with a line of JSON.
+@contextlib.contextmanager
+def limited(budget: int) -> Iterator[None]:
+    """Within the block, allocations fail that would have this process hold ``budget`` bytes more than it does now."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    held = resident("VmData")
+    if held is None:
+        raise RuntimeError("this system does not tell how much memory a process has")
+    resource.setrlimit(resource.RLIMIT_DATA, (held + budget, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, in the words of Python, torch, oneDNN or CUDA."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation", "could not create a memory",
+             "could not create a primitive", "cannot allocate")  # fmt: skip
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def in_own_process(program: list[str], order: dict[str, Any]) -> Any:
+    """The answer of a program (``["-m", module]``) that reads ``order`` as JSON and ends with a line of JSON.
 
     Raises:
         RuntimeError: with the last words of the process.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps(order), capture_output=True, text=True, env=environment
+        [sys.executable, *program], input=json.dumps(order), capture_output=True, text=True, env=environment
     )
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -12,6 +12,7 @@ matplotlib.use("agg")
 
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
 
 from .rows import PROBLEM, Row, groups, is_ours, title
 
@@ -50,23 +51,23 @@ def _bars(rows: list[Row], column: str, label: str, most: int = 12) -> Any:
     lines = -(-len(shown) // columns)
     tall = max(map(len, shown))
     figure, axes = plt.subplots(
-        lines, columns, figsize=(5.2 * columns, lines * (0.8 + 0.2 * tall)), squeeze=False, layout="constrained"
+        lines, columns, figsize=(5.2 * columns, lines * (1 + 0.2 * tall)), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, group in zip(axes.flat, shown, strict=False):
         group = sorted(group, key=lambda row: row[column])
         values = [row[column] for row in group]
-        bars = axis.barh([row["provider"] for row in group], values, color=[_colour(r["provider"]) for r in group])
+        names = [f"{row['provider']}  {row[column]:.3g}" for row in group]
+        axis.barh(names, values, color=[_colour(row["provider"]) for row in group])
         if column == "p50_ms":
             low = [row["p50_ms"] - row["p20_ms"] for row in group]
             high = [row["p80_ms"] - row["p50_ms"] for row in group]
             axis.errorbar(values, range(len(group)), xerr=[low, high], fmt="none", ecolor="black", elinewidth=0.8)
-        axis.bar_label(bars, fmt="%.3g", fontsize=6, padding=6)
         axis.invert_yaxis()
-        axis.margins(x=0.15)
+        axis.margins(x=0.05)
         axis.tick_params(labelsize=7)
-        axis.set_title(title(group[0]), fontsize=7, loc="left")
+        axis.set_title(title(group[0]).replace(" Hq=", "\nHq="), fontsize=7, loc="left")
         axis.set_xlabel(label, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     _say_where(figure, rows)
@@ -96,7 +97,12 @@ def _curves(rows: list[Row], axis_name: str, words: str, most: int = 6) -> Any:
         axis.set(xscale="symlog" if axis_name == "P" else "log", yscale="log", xlabel=words, ylabel="ms")
         fixed = [f"{name}={part[0][name]}" for name in ("B", "S", "P") if name != axis_name]
         axis.set_title(" ".join([part[0]["model"], *fixed, part[0]["dtype"], part[0]["direction"]]), fontsize=8)
-        axis.legend(fontsize=6, frameon=False)
+        sizes = sorted({row[axis_name] for row in part})
+        axis.set_xticks(sizes, map(str, sizes), fontsize=7)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         axis.spines[["top", "right"]].set_visible(False)
     _say_where(figure, rows)
     return figure

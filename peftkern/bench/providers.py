@@ -417,7 +417,7 @@ PROVIDERS: dict[str, Provider] = {
     "flex": Provider(
         "cat, FlexAttention compiled",
         _flex,
-        by_default=_slow_on_cpu("compiles for minutes on a CPU"),
+        by_default=_slow_on_cpu("compiles each shape anew, which takes half a minute on a CPU"),
         why_no_backward=_flex_no_backward,
     ),
     "two-calls": Provider("torch's kernel twice, merged by log-sum-exp", _two_calls),

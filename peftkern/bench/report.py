@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .plot import figures, save
-from .rows import Comparison, Row, groups, is_ours, title
+from .rows import Comparison, Row, absent, groups, is_ours, title
 
 _HOW = (
     "Medians (p50) with the second and eighth decile. The providers of a problem take turns in one process. The "
@@ -58,11 +58,8 @@ def sections(rows: list[Row]) -> list[Section]:
     if bad:
         lines = [("bad", [title(row), row["provider"], row["status"], row["reason"]]) for row in bad]
         found.append(("Wrong or failed, and so not timed", ("problem", "provider", "", ""), lines, ""))
-    absent = {
-        (r["provider"], r["status"], r["reason"]): r for r in rows if r["status"] in ("unavailable", "not timed")
-    }
-    if absent:
-        lines = [("none", list(key)) for key in absent]
+    if missing := absent(rows):
+        lines = [("none", list(line)) for line in missing]
         found.append(("Not timed here", ("provider", "", "why"), lines, ""))
     found += [_group(c) for c in compared]
     return found

@@ -29,7 +29,7 @@ def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str
     """
     order = {"source": source, "options": as_dict(options), "batch": [t.tolist() for t in batch], "threads": threads}
     try:
-        result: dict[str, Measured] = memory.in_own_process(__name__, order)
+        result: dict[str, Measured] = memory.in_own_process(["-m", __name__], order)
     except RuntimeError as error:
         raise DemoError(f"memory and rounding could not be measured: {error}") from error
     return result
