@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,9 +34,10 @@ LIMIT = 525.0  # seconds for everything
 GROUPS: tuple[dict[str, float], ...] = (
     {"environment": 60},
     {
-        "build": 150, "correct_triton_bf16": 150, "correct_triton_fp16": 120, "correct_triton_fp32": 120,
-        "correct_two_part_bf16": 120, "correct_two_part_fp32": 120, "correct_slot_bf16": 120,
-        "correct_slot_fp32": 120, "correct_reference_bf16": 90, "planted": 60,
+        "build": 150, **{f"correct_triton_bf16_{part}of4": 150 for part in range(1, 5)}, "correct_triton_fp16": 120,
+        "correct_triton_fp32": 120, **{f"correct_two_part_bf16_{part}of2": 150 for part in range(1, 3)},
+        "correct_two_part_fp32": 120, "correct_slot_bf16": 120, "correct_slot_fp32": 120,
+        "correct_reference_bf16": 90, "planted": 60,
     },
     {
         "correct_cpu_bf16": 60, "correct_cpu_fp32": 60, "correct_cuda_bf16": 60, "correct_cuda_fp16": 60,
@@ -58,6 +60,8 @@ def run_stage(name: str, folder: Path, limit: float, dry_run: bool) -> dict[str,
     command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--folder", str(folder)]
     command += ["--limit", f"{limit:.0f}", *["--dry-run"] * dry_run]
     environment = dict(os.environ)
+    if name.startswith("correct_"):
+        environment.setdefault("OMP_NUM_THREADS", "2")  # several run at once
     if dry_run:
         environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         if name.startswith("correct_") and name.split("_")[1] in ("triton", "two", "slot"):
@@ -112,6 +116,7 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limit: float) -> list[dict[str, Any]]:
     """Results of all stages, the report written after each group."""
     start, results = time.monotonic(), []
+    skipped = re.compile(r"_[2-9]of\d$|_fp16$|(two_part|slot)_fp32$")  # by a dry run, which shows that stages run
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def one(name: str, most: float) -> dict[str, Any]:
@@ -128,8 +133,9 @@ def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limi
         return result
 
     for group in GROUPS:
-        with concurrent.futures.ThreadPoolExecutor(max(1, min(8, cores))) as pool:
-            results += pool.map(lambda stage: one(*stage), [s for s in group.items() if not only or s[0] in only])
+        stages = [stage for stage in group.items() if not (dry_run and skipped.search(stage[0]))]
+        with concurrent.futures.ThreadPoolExecutor(max(1, min(12, cores))) as pool:
+            results += pool.map(lambda stage: one(*stage), [s for s in stages if not only or s[0] in only])
         report(folder, dry_run)
     return results
 

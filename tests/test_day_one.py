@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_day_one.py"
-NEED_A_GPU = {"correct_cuda_bf16", "correct_cuda_fp16", "cuda_graph"}
+NEED_A_GPU = {"correct_cuda_bf16", "cuda_graph"}
 
 
 def _run(folder, *arguments, cwd):
@@ -45,6 +50,31 @@ def test_dry_run(tmp_path):
     changed = {name for name, t in times.items() if (folder / f"{name}.json").stat().st_mtime_ns != t}
     assert changed == {"ceilings"}
     assert json.loads((folder / "ceilings.json").read_text())["status"] == "ok"
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_the_checks_of_a_gpu(monkeypatch, tmp_path, part):
+    """All features and shapes, on copies with the same strides, as on a device of its own."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    stages = importlib.import_module("day_one_stages")
+    monkeypatch.setattr(stages.Context, "device", "cpu:0")
+    for dtype, parts in (("bf16", 3), ("fp32", 3)):
+        context = stages.Context(tmp_path, dry_run=False, end=math.inf)
+        stages.correct(context, "reference", dtype, part, parts)
+        assert re.fullmatch(r"\d+ calls right, 0 refused", context.lines[0])
+
+
+def test_the_parts_are_the_whole(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("gpu_day_one")
+    names = [name for group in script.GROUPS for name in group]
+    assert len(set(names)) == len(names)
+    parts = {re.sub(r"\dof", "", name) for name in names if "of" in name}
+    for whole in parts:
+        stem, count = whole.rsplit("_", 1)
+        assert [n for n in names if n.startswith(f"{stem}_")] == [
+            f"{stem}_{i + 1}of{count}" for i in range(int(count))
+        ]
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
