@@ -27,6 +27,7 @@ import functools
 import gc
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers.utils.logging import disable_progress_bar
 
 import peftkern
 from peftkern.bench import memory
@@ -153,7 +155,7 @@ def serve(order: Row) -> Any:
         try:
             with memory.limited(order["budget_mb"] * 1_000_000):
                 step(model, batch)
-        except (RuntimeError, MemoryError) as error:
+        except memory.ALLOCATION_ERRORS as error:
             if not memory.is_out_of_memory(error):
                 raise
             return False
@@ -250,12 +252,12 @@ def measure_generate(order: Row, seconds: float) -> list[Row]:
         for arm in arms:
             try:
                 ready[arm]()
-            except (RuntimeError, MemoryError) as error:
+            except memory.ALLOCATION_ERRORS as error:
                 if not memory.is_out_of_memory(error):
                     raise
                 del ready[arm]
                 gc.collect()
-        times = take_turns(ready, seconds, at_least=3)
+    times = take_turns(ready, seconds, at_least=3)
     rows = []
     for arm in arms:
         row: Row = {"arm": arm, "status": "ok" if arm in times else "out of memory"}
@@ -343,6 +345,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's and transformers' names of arguments
     if options.serve:
         memory.return_freed_memory()
         print(json.dumps(serve(json.load(sys.stdin))))
