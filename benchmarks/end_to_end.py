@@ -17,7 +17,8 @@ generate  Prefill of --prompt tokens and greedy decoding of --tokens, by the sam
           cache is the prefix expanded over the batch. The tokens are compared first, in fp32. What needs more than
           --budget-generate MB beside the model is "out of memory".
 
-The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv.
+The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv,
+where rows of parts and models that are not measured stay.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
@@ -302,6 +304,16 @@ def tasks_of(options: argparse.Namespace, path: str | None) -> list[tuple[str, C
     return tasks
 
 
+def kept(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a file that are about other parts, models, dtypes or numbers of threads than ``rows``."""
+    if not path.exists():
+        return []
+    keys = ("part", "model", "dtype", "threads")
+    measured = {tuple(str(row[name]) for name in keys) for row in rows}
+    there = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    return [row for row in there if tuple(str(row[name]) for name in keys) not in measured]
+
+
 def show_rows(rows: list[Row]) -> None:
     """A table per part."""
 
@@ -370,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         show_rows(rows)
         if output and rows:
-            write(rows, output)
+            write(kept(output, rows) + rows, output)
 
 
 if __name__ == "__main__":

@@ -205,8 +205,14 @@ def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "measure_generate", interrupted)
     path = tmp_path / "rows.csv"
+    before = [{"part": "step", "model": "tiny", "dtype": "bf16", "threads": 1, "arm": "replaced"},
+              {"part": "longest", "model": "tiny", "dtype": "bf16", "threads": 1, "arm": "stays"}]  # fmt: skip
+    pd.DataFrame(before).to_csv(path, index=False)
     module.main(["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)])
-    assert set(pd.read_csv(path)["part"]) == {"step"}
+    rows = pd.read_csv(path)
+    assert set(rows["part"]) == {"step", "longest"}
+    assert "replaced" not in set(rows["arm"])
+    assert "stays" in set(rows["arm"])
 
 
 def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
