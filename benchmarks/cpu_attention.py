@@ -43,16 +43,15 @@ def calls_of(problem: Problem) -> dict[str, Calls]:
     return calls
 
 
-def check(problem: Problem, calls: dict[str, Calls], backward: bool) -> tuple[float, float]:
+def check(truth: Truth, calls: dict[str, Calls], backward: bool) -> tuple[float, float]:
     """Errors of out, or of the worst gradient, ours and PEFT's: of every provider it is checked that it is right.
 
     Raises:
         AssertionError: if one is much larger than PEFT's.
     """
-    truth = Truth(problem)
     for name in KEYS:
         verdict = truth.judge(calls[name], backward, PROVIDERS[name].uses_prefix)
-        assert not verdict.wrong, f"{problem.shape}: {name}: {verdict.wrong}"
+        assert not verdict.wrong, f"{truth.problem.shape}: {name}: {verdict.wrong}"
     verdict = truth.judge(calls["peftkern"], backward)
     return verdict.error, verdict.baseline
 
@@ -77,7 +76,9 @@ def measure(
     torch.manual_seed(0)
     problem = Problem.make(shape, DTYPES[dtype])
     calls = calls_of(problem)
-    errors = functools.cache(functools.partial(check, problem, calls))  # the same for both directions with a backward
+    errors = functools.cache(
+        functools.partial(check, Truth(problem), calls)
+    )  # the same for both directions with a backward
     rows = []
     for direction in directions:
         error, error_peft = errors(direction != "forward")

@@ -17,7 +17,8 @@ generate  Prefill of --prompt tokens and greedy decoding of --tokens, by the sam
           cache is the prefix expanded over the batch. The tokens are compared first, in fp32. What needs more than
           --budget-generate MB beside the model is "out of memory".
 
-The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv.
+The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv,
+where rows of parts and models that are not measured stay.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ import functools
 import gc
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, logging
+from transformers.utils.logging import disable_progress_bar
 
 import peftkern
 from peftkern.bench import memory
@@ -153,7 +157,7 @@ def serve(order: Row) -> Any:
         try:
             with memory.limited(order["budget_mb"] * 1_000_000):
                 step(model, batch)
-        except (RuntimeError, MemoryError) as error:
+        except memory.ALLOCATION_ERRORS as error:
             if not memory.is_out_of_memory(error):
                 raise
             return False
@@ -250,12 +254,12 @@ def measure_generate(order: Row, seconds: float) -> list[Row]:
         for arm in arms:
             try:
                 ready[arm]()
-            except (RuntimeError, MemoryError) as error:
+            except memory.ALLOCATION_ERRORS as error:
                 if not memory.is_out_of_memory(error):
                     raise
                 del ready[arm]
                 gc.collect()
-        times = take_turns(ready, seconds, at_least=3)
+    times = take_turns(ready, seconds, at_least=3)
     rows = []
     for arm in arms:
         row: Row = {"arm": arm, "status": "ok" if arm in times else "out of memory"}
@@ -298,6 +302,16 @@ def tasks_of(options: argparse.Namespace, path: str | None) -> list[tuple[str, C
                     call = functools.partial(measure_generate, one, options.seconds)
                     tasks.append((f"generate B={B} P={P}, {about}", call))
     return tasks
+
+
+def kept(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a file that are about other parts, models, dtypes or numbers of threads than ``rows``."""
+    if not path.exists():
+        return []
+    keys = ("part", "model", "dtype", "threads")
+    measured = {tuple(str(row[name]) for name in keys) for row in rows}
+    there = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    return [row for row in there if tuple(str(row[name]) for name in keys) not in measured]
 
 
 def show_rows(rows: list[Row]) -> None:
@@ -343,6 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's and transformers' names of arguments
     if options.serve:
         memory.return_freed_memory()
         print(json.dumps(serve(json.load(sys.stdin))))
@@ -366,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         show_rows(rows)
         if output and rows:
-            write(rows, output)
+            write(kept(output, rows) + rows, output)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from peftkern import cli
-from peftkern.bench import attention, rows, session
+from peftkern.bench import attention, measuring, rows, session
 from peftkern.bench.checks import Truth
-from peftkern.bench.measuring import Timing, take_turns
+from peftkern.bench.measuring import Timing, clock_for, take_turns
 from peftkern.bench.providers import PROVIDERS, Calls, Problem, Provider, Unavailable, prepare, visible_keys
 from peftkern.bench.report import sections, write_report
 from peftkern.bench.rows import Comparison, Results
@@ -237,6 +238,45 @@ def test_memory_counts_what_is_allocated_and_kept():
     eager, sdpa = measured
     assert eager["peak_mb"] > scores
     assert eager["saved_mb"] > scores > sdpa["saved_mb"] > 0
+
+
+def test_memory_that_cannot_be_measured_is_said(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no more processes")
+
+    monkeypatch.setattr(attention.memory, "in_own_process", fail)
+    measured = attention.measure(Shape(1, 2, 2, 9, 8, 3), "fp32", ["forward"], ["peft"], seconds=0.0)
+    assert measured[0]["status"] == "ok"
+    assert measured[0]["reason"] == "memory was not measured: RuntimeError: no more processes"
+
+
+def test_gpu_times_come_from_do_bench(monkeypatch):
+    """On a stand-in: milliseconds of single calls become seconds."""
+    testing = pytest.importorskip("triton.testing")
+    asked = {}
+
+    def do_bench(call, **options):
+        asked.update(options)
+        call()
+        return [1.0, 3.0]
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    called = []
+    figures = take_turns({"a": lambda: called.append(1)}, 0.0, at_least=4, measure=clock_for("cuda"))
+    assert figures["a"].median == 0.002
+    assert len(called) == 3, "one to warm up, two rounds of two figures"
+    assert asked["return_mode"] == "all"
+
+
+def test_gpu_rows_say_on_which_gpu(monkeypatch):
+    facts = SimpleNamespace(name="A GPU", major=9, minor=0, gcnArchName="gfx942")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(measuring.shutil, "which", lambda name: name)
+    monkeypatch.setattr(measuring, "_output", lambda command: "580.1, 1980, 2619")
+    row = measuring.stamp("cuda")
+    assert (row["gpu"], row["arch"], row["driver"], row["sm_mhz"]) == ("A GPU", "sm_90", "580.1", "1980")
+    assert set(row) <= set(rows.COLUMNS)
 
 
 # results

@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from peftkern.bench import memory
+from peftkern.bench import memory, rows
+from peftkern.bench.checks import Truth
 from peftkern.bench.measuring import take_turns
 from peftkern.bench.providers import Problem, Provider
+
+from . import readme_tables
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STAMP = {"cpu", "cores", "threads", "torch", "peftkern", "git", "date"}
@@ -50,7 +53,7 @@ def test_a_row_that_is_wrong_is_not_timed(script, monkeypatch):
     problem = Problem.make(module.QUICK[0], torch.float32)
     for with_gradients in (False, True):
         with pytest.raises(AssertionError, match="errs by"):
-            module.check(problem, module.calls_of(problem), with_gradients)
+            module.check(Truth(problem), module.calls_of(problem), with_gradients)
 
 
 @pytest.mark.slow
@@ -230,5 +233,44 @@ def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "measure_generate", interrupted)
     path = tmp_path / "rows.csv"
+    before = [{"part": "step", "model": "tiny", "dtype": "bf16", "threads": 1, "arm": "replaced"},
+              {"part": "longest", "model": "tiny", "dtype": "bf16", "threads": 1, "arm": "stays"}]  # fmt: skip
+    pd.DataFrame(before).to_csv(path, index=False)
     module.main(["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)])
-    assert set(pd.read_csv(path)["part"]) == {"step"}
+    rows = pd.read_csv(path)
+    assert set(rows["part"]) == {"step", "longest"}
+    assert "replaced" not in set(rows["arm"])
+    assert "stays" in set(rows["arm"])
+
+
+def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
+    """The worst alternative first; what ran out of memory and what PEFT could not do are said."""
+    assert readme_tables.RESULTS == BENCHMARKS / "results"
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    assert readme_tables.alternatives() == ""
+    assert readme_tables.end_to_end() == ""
+
+    problem = {"model": "m", "B": 1, "Hq": 2, "Hkv": 2, "S": 8, "cached": 0, "D": 8, "P": 4, "dtype": "bf16",
+               "device": "cpu", "threads": 1, "direction": "forward", "status": "ok", "error_ratio": 1}  # fmt: skip
+    times = [("peft", 8, 2.0), ("peftkern", 8, 1.0), ("two-calls", 16, 1.0), ("peft", 16, 3.0), ("peftkern", 16, 2.0)]
+    results = rows.Results(tmp_path / "bench" / "attention.csv")
+    results.add(problem | {"provider": name, "S": S, "p50_ms": ms} for name, S, ms in times)
+    lines = readme_tables.alternatives().splitlines()
+    assert lines[2] == "| m, B=1 S=16 P=4, bf16 | forward | 1 | 1.50 | 0.50 (two-calls) | - |"
+    assert lines[3] == "| m, B=1 S=8 P=4, bf16 | forward | 1 | 2.00 | 2.00 (peft) | - |"
+
+    base = {"model": "smollm2", "layers": 30, "dtype": "bf16", "threads": 2, "B": 4, "S": 256, "P": 32}
+    end = [
+        base | {"part": "step", "data": "full", "arm": "PEFT", "over_peft": 1.0},
+        base | {"part": "step", "data": "full", "arm": "patch", "over_peft": 1.5, "peak_over_peft": 4.0},
+        base | {"part": "longest", "arm": "PEFT", "longest_S": 0, "budget_mb": 9, "status": "out of memory"},
+        base | {"part": "longest", "arm": "patch", "longest_S": 512, "budget_mb": 9, "status": "the longest tried"},
+        base | {"part": "generate", "arm": "PEFT", "status": "out of memory"},
+        base | {"part": "generate", "arm": "patch", "status": "ok", "tokens_per_s": 100.0},
+    ]
+    pd.DataFrame(end).to_csv(tmp_path / "end_to_end.csv", index=False)
+    text = readme_tables.end_to_end()
+    assert "| SmolLM2-135M, bf16, threads=2, B=4 P=32 S=256 | full | patch | 1.50 | 0.25 |" in text
+    assert "| 9 | PEFT | 0 |" in text
+    assert "| 9 | patch | 512 or more |" in text
+    assert "| SmolLM2-135M, bf16, threads=2 | 4 | 32 | 100 | out of memory | - |" in text

@@ -106,10 +106,11 @@ def add_memory(rows: list[Row], shape: Shape, dtype: str, device: str) -> None:
              "threads": torch.get_num_threads()}  # fmt: skip
     weigh = functools.partial(memory.in_own_process, ["-m", __name__]) if device == "cpu" else _weigh
     weighed = _guarded(lambda: weigh(order)) if wanted else []
-    measured = iter([] if isinstance(weighed, str) else weighed)
+    failed = {"reason": f"memory was not measured: {weighed}"}
+    measured = iter([failed] * len(wanted) if isinstance(weighed, str) else weighed)
     for row in rows:
         if row["status"] == "ok":
-            row |= next(measured, {})
+            row |= next(measured)
 
 
 def _weigh(order: dict[str, Any]) -> list[Row]:

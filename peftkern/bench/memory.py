@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,32 @@ def saved_bytes(forward: Callable[[], Any], resident: Iterable[Any]) -> int:
 
 @contextlib.contextmanager
 def limited(budget: int) -> Iterator[None]:
-    """Within the block, allocations fail that would have this process hold ``budget`` bytes more than it does now."""
+    """Within the block, allocations fail that would have this process hold ``budget`` bytes more than it does now.
+
+    So does what torch would compute by a slower way for want of memory, which it says in a warning.
+    """
     import resource
+
+    import torch
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     held = resident("VmData")
     if held is None:
         raise RuntimeError("this system does not tell how much memory a process has")
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
     resource.setrlimit(resource.RLIMIT_DATA, (held + budget, before[1]))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="mkldnn_.* failed")
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+        torch.set_warn_always(always)
+
+
+#: What failing allocations may raise; :func:`is_out_of_memory` tells whether they did.
+ALLOCATION_ERRORS = (RuntimeError, MemoryError, UserWarning)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

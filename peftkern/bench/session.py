@@ -131,6 +131,7 @@ def table(measured: list[Row]) -> Table:
         note = (
             "taken by auto" if row["auto"] else "computes less: the floor" if row["provider"] == "no-prefix" else ""
         )
+        note = row["reason"] or note
         shown.add_row(
             row["provider"], f"{row['p50_ms']:.3g}", f"{row['p20_ms']:.3g} to {row['p80_ms']:.3g}",
             f"{row['tflops']:.3g}", f"{row['gb_s']:.3g}", ratio, _number(row.get("peak_mb")),
