@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import DTYPES, stamp, take_turns, write
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +33,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import peftkern
+from peftkern.bench import memory
+from peftkern.bench.measuring import stamp, take_turns
+from peftkern.bench.providers import DTYPES
+from peftkern.bench.show import write
 from peftkern.demo import assets
-from peftkern.demo import measuring as memory
 from peftkern.demo.reviews import Task, split, training_rows
 
 RESULTS = Path(__file__).parent / "results" / "packing.csv"
@@ -136,14 +138,11 @@ def peak(arguments: list[str], index: int, provider: str, dtype: str) -> float |
 
 def serve_peak(bench: Workbench, case: Case, provider: str, dtype: torch.dtype) -> None:
     """Print the peak of a second step."""
-    memory._return_freed_memory()
+    memory.return_freed_memory()
     model, batch = bench.model(case, provider, dtype), bench.batch(case)
     step(model, batch)
     gc.collect()
-    before = memory._resident("VmRSS") if memory._reset_peak() else None
-    step(model, batch)
-    after = memory._resident("VmHWM")
-    print(json.dumps(None if before is None or after is None else after - before))
+    print(json.dumps(memory.peak_bytes(lambda: step(model, batch))))
 
 
 def measure(
