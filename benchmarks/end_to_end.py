@@ -378,12 +378,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for row in progress(tasks_of(options, path)):
             rows.append(row)
+            if output:
+                write(kept(output, rows) + rows, output)
     except KeyboardInterrupt:
         print("stopped: what was measured is kept", file=sys.stderr)
     finally:
         show_rows(rows)
-        if output and rows:
-            write(kept(output, rows) + rows, output)
 
 
 if __name__ == "__main__":
