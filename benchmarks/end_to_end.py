@@ -214,7 +214,8 @@ def measure_longest(order: Row) -> list[Row]:
     for row in rows:
         row |= {"status": "the longest tried" if row["longest_S"] == order["most"] else "ok"}
         row |= {} if row["longest_S"] else {"status": "out of memory"}
-        row |= {"over_peft": row["longest_S"] / rows[0]["longest_S"] if rows[0]["longest_S"] else None}
+        if row["status"] == rows[0]["status"] == "ok":
+            row["over_peft"] = row["longest_S"] / rows[0]["longest_S"]
     return [_row(order, row) for row in rows]
 
 
@@ -377,12 +378,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for row in progress(tasks_of(options, path)):
             rows.append(row)
+            if output:
+                write(kept(output, rows) + rows, output)
     except KeyboardInterrupt:
         print("stopped: what was measured is kept", file=sys.stderr)
     finally:
         show_rows(rows)
-        if output and rows:
-            write(kept(output, rows) + rows, output)
 
 
 if __name__ == "__main__":

@@ -461,3 +461,14 @@ def test_measuring_needs_torch_alone():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
     assert done.stdout.strip() == "['ok', 'ok']", done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "checks", "measuring", "memory", "providers", "rows", "shapes", "show"]
+)
+def test_each_module_can_be_imported_first(name):
+    code = f"import peftkern.bench.{name} as module; getattr(module, 'stamp', dict)()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import peftkern
+from .. import __version__, backends, native
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def take_turns(
 def stamp(device: torch.device | str = "cpu") -> dict[str, object]:
     """Columns that say on what, with what and from which sources a row was measured."""
     row: dict[str, object] = {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__, "peftkern": peftkern.__version__,
+        "cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__, "peftkern": __version__,
         "git": git_sha(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     return row | gpu_facts() if torch.device(device).type == "cuda" else row
@@ -104,7 +104,7 @@ def cpu_name() -> str:
     """As the kernel names it, with what decides which kernels run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    isa = peftkern.native.default_isa(torch.bfloat16) if not peftkern.native.MISSING else "no native library"
+    isa = native.default_isa(torch.bfloat16) if not native.MISSING else "no native library"
     return f"{names[0] if names else 'unknown'} ({isa})"
 
 
@@ -134,7 +134,7 @@ def gpu_facts() -> dict[str, object]:
 @functools.cache
 def git_sha() -> str:
     """Of the commit of a checkout, with ``+`` where files differ from it; ``unknown`` for an installed package."""
-    root = Path(peftkern.__file__).parents[1]
+    root = Path(backends.__file__).parents[2]
     if not (root / ".git").exists():
         return "unknown"
     git = ["git", "-C", str(root)]
