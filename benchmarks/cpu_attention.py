@@ -23,82 +23,37 @@ from collections.abc import Callable
 
 import report
 import torch
-from measuring import DTYPES, add_options, progress, show, stamp, take_turns, write
-from providers import PROVIDERS
-from shapes import DECODE, QUICK, QUICK_DECODE, TRAINING, Shape
-from torch import Tensor
 
-from peftkern import reference
+from peftkern.bench.checks import Truth
+from peftkern.bench.measuring import stamp, take_turns
+from peftkern.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
+from peftkern.bench.shapes import DECODE, DIRECTIONS, QUICK, QUICK_DECODE, TRAINING, Shape
+from peftkern.bench.show import add_options, progress, show, write
 
-DIRECTIONS = ("forward", "backward", "forward+backward")
-KEYS = {"peftkern": "peftkern", "PEFT": "peft", "no prefix": "no_prefix"}  # a provider's name in columns
-GRADIENTS = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
+KEYS = {"peftkern": "peftkern", "peft": "peft", "no-prefix": "no_prefix"}  # a provider's name in columns
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v as a model has them ([B, S, H, D] in memory), and a prefix."""
-    g = torch.Generator().manual_seed(0)
-    sizes = [(shape.B, shape.S, shape.Hq), (shape.B, shape.T, shape.Hkv), (shape.B, shape.T, shape.Hkv)]
-    qkv = [torch.randn(*size, shape.D, generator=g).to(dtype).transpose(1, 2) for size in sizes]
-    return qkv + [torch.randn(shape.Hkv, shape.P, shape.D, generator=g).to(dtype) for _ in range(2)]
+def calls_of(problem: Problem) -> dict[str, Calls]:
+    """Of each provider."""
+    calls = {}
+    for name in KEYS:
+        prepared = prepare(name, problem)
+        assert isinstance(prepared, Calls), f"{problem.shape}: {name}: {prepared}"
+        calls[name] = prepared
+    return calls
 
 
-def _first_group(x: Tensor, heads: int) -> Tensor:
-    """What belongs to the first kv head: ``heads`` heads of a [B, H, ...] tensor, one of a prefix [H, P, D]."""
-    return x[:, :heads] if x.dim() == 4 else x[:1]
-
-
-def _outputs(attention: Callable, inputs: list[Tensor], dout: Tensor | None) -> list[Tensor]:
-    """[out], or the five gradients."""
-    if dout is None:
-        with torch.no_grad():
-            return [attention(*inputs)]
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return list(torch.autograd.grad(attention(*leaves), leaves, dout))
-
-
-def check(shape: Shape, inputs: list[Tensor], with_gradients: bool) -> tuple[float, float]:
-    """Errors of out, or of the worst gradient, ours and PEFT's: Frobenius norms against fp64, on the first kv head.
+def check(truth: Truth, calls: dict[str, Calls], backward: bool) -> tuple[float, float]:
+    """Errors of out, or of the worst gradient, ours and PEFT's: of every provider it is checked that it is right.
 
     Raises:
-        AssertionError: if ours is much the larger one.
+        AssertionError: if one is much larger than PEFT's.
     """
-    group, dtype = shape.Hq // shape.Hkv, inputs[0].dtype
-    dout = torch.randn(inputs[0].shape).to(dtype) if with_gradients else None
-    heads = (group, 1, 1, 1, 1)
-    doubles = [_first_group(x, n).double() for x, n in zip(inputs, heads, strict=True)]
-    true = _outputs(
-        lambda *x: reference.prefix_attention(*x)[0], doubles, None if dout is None else dout[:, :group].double()
-    )
-    names, heads = (("out",), (group,)) if dout is None else (GRADIENTS, heads)
-    ours, peft = (
-        [
-            ((_first_group(x, n).double() - y).norm() / y.norm()).item()
-            for x, y, n in zip(_outputs(PROVIDERS[provider], inputs, dout), true, heads, strict=True)
-        ]
-        for provider in ("peftkern", "PEFT")
-    )
-    factor, floor = 2 if dout is None else 3, torch.finfo(dtype).eps
-    for name, error, error_peft in zip(names, ours, peft, strict=True):
-        assert error <= factor * error_peft + floor, f"{shape}: {name} errs by {error:.1e}, PEFT by {error_peft:.1e}"
-    return max(ours), max(peft)
-
-
-def calls_of(inputs: list[Tensor], direction: str) -> dict[str, Callable[[], object]]:
-    """A call per provider. Gradients are those of q, k, v and the prefix; ``backward`` is of a graph that is kept."""
-    if direction == "forward":
-        return {name: functools.partial(provider, *inputs) for name, provider in PROVIDERS.items()}
-    calls: dict[str, Callable[[], object]] = {}
-    dout = torch.randn_like(inputs[0])
-    for name, provider in PROVIDERS.items():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        wanted = leaves[:3] if name == "no prefix" else leaves
-        if direction == "backward":
-            out = provider(*leaves)
-            calls[name] = functools.partial(torch.autograd.grad, out, wanted, dout, retain_graph=True)
-        else:
-            calls[name] = lambda p=provider, x=leaves, w=wanted: torch.autograd.grad(p(*x), w, dout)
-    return calls
+    for name in KEYS:
+        verdict = truth.judge(calls[name], backward, PROVIDERS[name].uses_prefix)
+        assert not verdict.wrong, f"{truth.problem.shape}: {name}: {verdict.wrong}"
+    verdict = truth.judge(calls["peftkern"], backward)
+    return verdict.error, verdict.baseline
 
 
 def matmul_gflops(dtype: torch.dtype, size: int, seconds: float, clock: Callable[[], float]) -> float:
@@ -119,13 +74,15 @@ def measure(
     """A row per direction; ``matmul`` holds the yardstick by (dtype, threads)."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    inputs = make_inputs(shape, DTYPES[dtype])
-    errors = functools.cache(functools.partial(check, shape, inputs))  # the same for both directions with a backward
+    problem = Problem.make(shape, DTYPES[dtype])
+    calls = calls_of(problem)
+    errors = functools.cache(
+        functools.partial(check, Truth(problem), calls)
+    )  # the same for both directions with a backward
     rows = []
     for direction in directions:
         error, error_peft = errors(direction != "forward")
-        with torch.set_grad_enabled(direction != "forward"):
-            times = take_turns(calls_of(inputs, direction), seconds, clock=clock)
+        times = take_turns({name: c.of(direction) for name, c in calls.items()}, seconds, clock=clock)
         ours, rate = times["peftkern"].median, matmul[dtype, threads]
         gflops = shape.flops(direction) / ours / 1e9
         row = {"shape": str(shape), "model": shape.model, "dtype": dtype, "threads": threads, "direction": direction}
@@ -133,8 +90,8 @@ def measure(
             row |= {f"{key}_ms": times[provider].median * 1e3, f"{key}_spread": times[provider].spread}
         row |= {
             "gflops": gflops, "matmul_gflops": rate, "over_matmul": gflops / rate,
-            "speedup_over_peft": times["PEFT"].median / ours,
-            "speedup_over_no_prefix": times["no prefix"].median / ours, "error": error, "error_peft": error_peft,
+            "speedup_over_peft": times["peft"].median / ours,
+            "speedup_over_no_prefix": times["no-prefix"].median / ours, "error": error, "error_peft": error_peft,
         }  # fmt: skip
         rows.append(row | {"S": shape.S, "P": shape.P} | stamp())
         gc.collect()

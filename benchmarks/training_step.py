@@ -20,11 +20,13 @@ from pathlib import Path
 
 import report
 import torch
-from measuring import DTYPES, add_options, progress, show, stamp, take_turns, write
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 import peftkern
+from peftkern.bench.measuring import stamp, take_turns
+from peftkern.bench.providers import DTYPES
+from peftkern.bench.show import add_options, progress, show, write
 from peftkern.demo import assets
 
 KEYS = {"peftkern": "peftkern", "PEFT": "peft", "no prefix": "no_prefix"}  # a provider's name in columns

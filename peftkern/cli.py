@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, build_wheel, demo, doctor
+from . import __version__, bench, build_wheel, demo, doctor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in (("doctor", doctor), ("demo", demo), ("build-wheel", build_wheel)):
+    for name, module in (("doctor", doctor), ("bench", bench), ("demo", demo), ("build-wheel", build_wheel)):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

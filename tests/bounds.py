@@ -121,12 +121,12 @@ def _double(options: dict) -> dict:
 
 def check_backend(
     backend: str, tensors: dict[str, Tensor], options: dict, *, backward: bool = True, dlse: bool = False,
-    sum_factor: float = 1, **kwargs,
+    sum_factor: float = 1, device: str = "cpu", **kwargs,
 ) -> Results:  # fmt: skip
     """Run ``backend`` on ``tensors`` (q, k, v, prefix_k, prefix_v) and ``options``; assert the bound on every output.
 
-    Returns the backend's results. ``sum_factor`` is that of sums over rows in half precision. ``kwargs`` go to
-    :func:`peftkern.prefix_attention`.
+    Returns the backend's results. ``sum_factor`` is that of sums over rows in half precision. The backend alone runs
+    on ``device``, on copies with the same strides. ``kwargs`` go to :func:`peftkern.prefix_attention`.
     """
     q = tensors["q"]
     generator = torch.Generator().manual_seed(1)
@@ -134,7 +134,11 @@ def check_backend(
     lse_grad = torch.randn(q.shape[:3], generator=generator) if backward and dlse else None
 
     def kernel(**inputs):
-        return functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
+        if device == "cpu":
+            return functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
+        inputs = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        outputs = functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
+        return tuple(x.cpu() for x in outputs)
 
     def exact(**inputs):
         seed = inputs.pop("dropout_seed", None)
@@ -183,6 +187,14 @@ def _own_floors(exact, tensors: dict[str, Tensor], options: dict, dout: Tensor) 
     delta_rounding = torch.finfo(torch.float32).eps * (out * dout).abs().sum(-1)
     gradients = run(exact, tensors, alone, torch.zeros_like(dout), delta_rounding).gradients
     return {name: gradients[name] for name in ("q", "prefix_k", "prefix_bias") if name in gradients}
+
+
+def _moved(x: Tensor, device: str) -> Tensor:
+    """A differentiable copy on ``device`` that has x's strides."""
+    if x.numel() == 0:
+        return x.to(device)
+    size = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    return torch.empty(size, dtype=x.dtype, device=device).as_strided(x.shape, x.stride()).copy_(x)
 
 
 def _orders(head_dim: int) -> list[Tensor]:

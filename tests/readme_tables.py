@@ -12,6 +12,7 @@ import torch
 
 import peftkern
 from peftkern import backends
+from peftkern.bench.rows import Comparison, groups, read
 
 from .cases import FEATURES, Shape, feature, tensors
 
@@ -84,10 +85,89 @@ def numbers() -> str:
         f"| {float(r['over_no_prefix']):.2f} |"
         for r in _rows("training_step.csv")
     ]
+    columns = ("training step without padding, the prompt once (bf16)", "times fewer rows", "times as fast",
+               "times less memory")  # fmt: skip
+    lines += ["", f"| {' | '.join(columns)} |", "|---|---|---|---|"]
+    for r in _rows("packing.csv"):
+        title = f"{r['case']}, B={r['B']}, P={r['P']}, S={r['S']}"
+        if r["case"] == "prompt, one label a row":
+            title += ': `logits="labelled"` against all logits'
+        lines.append(f"| {title} | {float(r['rows']):.2f} | {float(r['ratio']):.2f} | {float(r['peak_ratio']):.2f} |")
     return "\n".join(lines)
 
 
-TABLES = {"support table": support, "numbers": numbers}
+def alternatives() -> str:
+    """Markdown: a line per problem of ``peftkern bench``'s rows, the worst first; nothing where there are none."""
+    path = RESULTS / "bench" / "attention.csv"
+    if not path.exists():
+        return ""
+    compared = [Comparison.of(group) for group in groups(read(path))]
+    lines = [
+        "| shape | direction | threads | times as fast as PEFT's way | as the best alternative | as no prefix |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in sorted(compared, key=lambda c: c.over(c.best) or math.inf):
+        row = c.rows[0]
+        sizes = f"{row['model']}, B={row['B']} S={row['S']} P={row['P']}, {row['dtype']}"
+        best = f"{c.over(c.best):.2f} ({c.best['provider']})" if c.best else "-"
+        lines.append(
+            f"| {sizes} | {row['direction']} | {row['threads']} | {_ratio(c.over(c.peft))} | {best} "
+            f"| {_ratio(c.over(c.floor))} |"
+        )
+    return "\n".join(lines)
+
+
+def end_to_end() -> str:
+    """Markdown: whole models, from ``benchmarks/end_to_end.py``; nothing where there are no results."""
+    if not (RESULTS / "end_to_end.csv").exists():
+        return ""
+    rows, tables = _rows("end_to_end.csv"), []
+    steps = [r for r in rows if r["part"] == "step" and r["arm"] != "PEFT"]
+    if steps:
+        lines = ["| training step | batch | | times as fast as PEFT | of its peak memory |", "|---|---|---|---|---|"]
+        for r in steps:
+            peak = _ratio(1 / float(r["peak_over_peft"])) if r["peak_over_peft"] else "-"
+            lines.append(f"| {_model(r)} | {r['data']} | {r['arm']} | {_ratio(r['over_peft'])} | {peak} |")
+        tables.append("\n".join(lines))
+    longest = [r for r in rows if r["part"] == "longest"]
+    if longest:
+        lines = ["| longest sequence in a training step | MB beside the model | | tokens |", "|---|---|---|---|"]
+        for r in longest:
+            most = {"ok": "", "the longest tried": " or more", "out of memory": ""}[r["status"]]
+            tokens = f"{float(r['longest_S']):.0f}{most}"
+            lines.append(f"| {_model(r)} | {float(r['budget_mb']):.0f} | {r['arm']} | {tokens} |")
+        tables.append("\n".join(lines))
+    stock = {_key(r): r for r in rows if r["part"] == "generate" and r["arm"] == "PEFT"}
+    if stock:
+        lines = ["| generation | B | P | tokens/s | PEFT's | times as fast |", "|---|---|---|---|---|---|"]
+        for r in rows:
+            if r["part"] == "generate" and r["arm"] != "PEFT":
+                peft = stock[_key(r)]
+                speeds = (f"{float(x['tokens_per_s']):.3g}" if x["tokens_per_s"] else x["status"] for x in (r, peft))
+                shown = (_model(r), r["B"], r["P"], *speeds, _ratio(r["over_peft"]))
+                lines.append("| " + " | ".join(shown) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("model", "dtype", "threads", "B", "S", "P"))
+
+
+def _model(row: dict[str, str]) -> str:
+    cut = "SmolLM2-135M" if row["model"] == "smollm2" else f"{row['model']} cut to {row['layers']} layers"
+    where = "" if row["part"] == "generate" else f", B={row['B']} P={row['P']}"
+    sizes = f" S={row['S']}" if row["part"] == "step" else ""
+    return f"{cut}, {row['dtype']}, threads={row['threads']}{where}{sizes}"
+
+
+def _ratio(value: str | float | None) -> str:
+    return "-" if value in (None, "") else f"{float(value):.2f}"
+
+
+TABLES = {
+    "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end
+}  # fmt: skip
 
 
 def in_readme(name: str) -> str:

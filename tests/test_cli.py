@@ -78,7 +78,9 @@ def test_every_public_name_loads():
         _ = peftkern.nonsense
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["demo", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["doctor", "--help"], ["bench", "--help"], ["demo", "--help"], ["--version"]]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(arguments)

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peftkern.bench import memory
 from peftkern.cli import main
-from peftkern.demo import assets, checkpoint, measuring, session, training
+from peftkern.demo import assets, checkpoint, session, training
 from peftkern.demo.assets import Review
 from peftkern.demo.options import DemoError, Options, add_arguments, resolve
 from peftkern.demo.report import Findings, as_json, headline, table, write_files
@@ -505,8 +506,6 @@ def test_smollm2_learns_alike_with_and_without_peftkern(dtype, apart, tmp_path):
 
 
 def test_peak_memory_is_measured_on_linux():
-    if not measuring._reset_peak():
-        pytest.fail("the high-water mark of this process cannot be reset: run the tests on Linux with /proc")
-    before = measuring._resident("VmRSS")
-    torch.ones(50_000_000, dtype=torch.uint8).sum()
-    assert measuring._resident("VmHWM") - before > 45_000_000
+    peak = memory.peak_bytes(lambda: torch.ones(50_000_000, dtype=torch.uint8).sum())
+    assert peak is not None, "the high-water mark of this process cannot be reset: run the tests on Linux with /proc"
+    assert peak > 45_000_000

@@ -13,7 +13,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -29,7 +29,7 @@ from .protocol import (
     lse_dtype,
 )
 
-from . import cpu, cuda, reference, slot, triton, two_part  # isort: skip  (they import the names above)
+from . import choose, cpu, cuda, reference, slot, triton, two_part  # isort: skip  (they import the names above)
 
 __all__ = [
     "AttentionArgs",
@@ -49,7 +49,7 @@ __all__ = [
     "use_backend",
 ]
 
-#: Every backend, in the order in which ``"auto"`` tries them: a table, since the compiler cannot trace an import.
+#: Every backend; :mod:`.choose` orders them. A table, since the compiler cannot trace an import.
 BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
     "two_part": cast(Backend, two_part),
@@ -58,13 +58,6 @@ BACKENDS: dict[str, Backend] = {
     "cpu": cast(Backend, cpu),
     "reference": cast(Backend, reference),
 }
-
-_ON_TRITON = ("triton", "two_part", "slot")
-
-
-def _order(device: torch.device) -> tuple[str, ...]:
-    """Names in the order for ``device``: CPU tensors go to Triton's interpreter only where it is named."""
-    return tuple(sorted(BACKENDS, key=lambda name: device.type == "cpu" and name in _ON_TRITON))
 
 
 class BackendUnavailable(RuntimeError):
@@ -80,6 +73,8 @@ class Explanation:
     #: The backend that is asked for, or "auto", and by what.
     requested: str = "auto"
     by: str = ""
+    #: How long each takes, as far as that is known.
+    estimates: dict[str, choose.Estimate | None] = field(default_factory=dict)
 
     @property
     def chosen(self) -> str | None:
@@ -91,7 +86,8 @@ class Explanation:
         lines = [f"{self.call.op}: {self.call}"]
         for name, reasons in self.reasons.items():
             taken = ", taken by 'auto'" if self.requested == "auto" else f", asked for by {self.by}"
-            runs = f"ok{self._kernels(name)}{taken if name == self.chosen else ''}"
+            time = f", {self.estimates[name]}" if self.estimates.get(name) else ""
+            runs = f"ok{self._kernels(name)}{taken if name == self.chosen else ''}{time}"
             lines.append(f"  {name}: {'; '.join(reasons) or runs}")
         return "\n".join(lines)
 
@@ -121,9 +117,9 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = 
 
 def explain(call: Call, backend: str = "auto") -> Explanation:
     """Why each backend can or cannot run ``call``, and which one does; arguments as for :func:`resolve`."""
-    return Explanation(
-        call, {name: get_backend(name).why_not(call) for name in _order(call.device)}, *_request(backend)
-    )
+    estimates = choose.estimates(call)
+    reasons = {name: get_backend(name).why_not(call) for name in estimates}
+    return Explanation(call, reasons, *_request(backend), estimates)
 
 
 # One default for the whole process and not per thread: autograd recomputes checkpointed layers in its own threads,
@@ -179,7 +175,7 @@ def resolve(call: Call, backend: str = "auto") -> str:
         if get_backend(requested).why_not(call):
             raise BackendUnavailable(f"backend={requested!r} cannot run {explain(call, backend)}")
         return requested
-    for name in _order(call.device):
+    for name in choose.order(call):
         if not get_backend(name).why_not(call):
             if name == "reference" and call.device.type != "cpu":
                 _warn_slow(call.device.type)

@@ -39,7 +39,7 @@ def why_not(call: Call) -> list[str]:
 
 def made_of(call: Call) -> str:
     """The kernels that run a call, for messages."""
-    return prefix_parts.names(call, _features(call.features), call.kv_shape[2] + call.prefix_shape[-2])
+    return prefix_parts.names(call, joined_features(call.features), call.kv_shape[2] + call.prefix_shape[-2])
 
 
 def limits(call: Call) -> list[str]:
@@ -56,11 +56,11 @@ def limits(call: Call) -> list[str]:
         if {"cu_seqlens", "bank"} <= set(call.features):
             reasons.append("a slot holds one prefix per batch entry, not per packed sequence: use backend='two_part'")
         if not reasons:
-            reasons += choose(call, _features(call.features), call.kv_shape[2] + call.prefix_shape[-2])[1]
+            reasons += choose(call, joined_features(call.features), call.kv_shape[2] + call.prefix_shape[-2])[1]
     return reasons
 
 
-def _features(features: tuple[str, ...]) -> tuple[str, ...]:
+def joined_features(features: tuple[str, ...]) -> tuple[str, ...]:
     """What the vendor's op must be able to do."""
     return tuple(_OF_THE_SLOT.get(name, name) for name in features if name != "sinks")
 
@@ -114,7 +114,7 @@ def _without_prefix(args: AttentionArgs) -> AttentionArgs:
 def _joined(args: AttentionArgs, part: PrefixPart) -> tuple[Vendor, Problem]:
     """Attention over the slot, and the kernel for it."""
     slot_k, slot_v = part.lay_slot(args)
-    vendor = chosen(args, _features, slot_k.shape[2])
+    vendor = chosen(args, joined_features, slot_k.shape[2])
     problem = Problem(args.q, slot_k, slot_v, args.scale, args.causal, args.window, None, mask=None, empty=None)
     masked = (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias)
     window_skips_prefix = args.window is not None and not args.prefix_in_window

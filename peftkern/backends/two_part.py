@@ -41,7 +41,7 @@ def why_not(call: Call) -> list[str]:
 
 def made_of(call: Call) -> str:
     """The kernels that run a call, for messages."""
-    return prefix_parts.names(call, _sequence_features(call.features), call.kv_shape[2])
+    return prefix_parts.names(call, sequence_features(call.features), call.kv_shape[2])
 
 
 def limits(call: Call) -> list[str]:
@@ -54,11 +54,11 @@ def limits(call: Call) -> list[str]:
             if feature in call.features
         ]
         if not reasons:
-            reasons += choose(call, _sequence_features(call.features), call.kv_shape[2])[1]
+            reasons += choose(call, sequence_features(call.features), call.kv_shape[2])[1]
     return reasons
 
 
-def _sequence_features(features: tuple[str, ...]) -> tuple[str, ...]:
+def sequence_features(features: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in features if name not in _OF_THE_PREFIX)
 
 
@@ -120,7 +120,7 @@ def _nothing_to_see(args: AttentionArgs) -> bool:
 
 def _sequence(args: AttentionArgs) -> tuple[Vendor, Problem]:
     """The part of a call that concerns the sequence, and the kernel for it."""
-    vendor = chosen(args, _sequence_features, args.k.shape[2])
+    vendor = chosen(args, sequence_features, args.k.shape[2])
     problem = Problem(
         args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, mask=None, empty=None
     )

@@ -22,7 +22,7 @@ Sources: torch's ``native_functions.yaml`` (schemas), ``_meta_registrations.py``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,10 +112,15 @@ class Vendor:
         )
 
 
-def choose(call: Call, features: tuple[str, ...], kv_len: int) -> tuple[Vendor | None, list[str]]:
-    """The first row that can run attention over ``kv_len`` keys with these ``features``; else a line of reasons."""
+def choose(
+    call: Call, features: tuple[str, ...], kv_len: int, vendors: Sequence[Vendor] | None = None
+) -> tuple[Vendor | None, list[str]]:
+    """The first row that can run attention over ``kv_len`` keys with these ``features``; else a line of reasons.
+
+    ``vendors``: rows in place of this torch's.
+    """
     reasons = []
-    for vendor in VENDORS:
+    for vendor in VENDORS if vendors is None else vendors:
         if vendor.device == call.device.type:
             lacks = vendor.why_not(call, features, kv_len)
             if not lacks:

@@ -10,19 +10,12 @@ high-water mark and not a sampled value. *Saved* is what the forward pass keeps 
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from ..bench import memory
 from .options import DemoError, Options, as_dict
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 #: "peak" and "saved" in bytes, "rounding" in units of the loss; None where the system does not tell.
 Measured = dict[str, float | None]
@@ -35,14 +28,10 @@ def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str
         DemoError: with the last words of the measuring process.
     """
     order = {"source": source, "options": as_dict(options), "batch": [t.tolist() for t in batch], "threads": threads}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(order), capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise DemoError(f"memory and rounding could not be measured: {words[-1]}")
-    result: dict[str, Measured] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        result: dict[str, Measured] = memory.in_own_process(["-m", __name__], order)
+    except RuntimeError as error:
+        raise DemoError(f"memory and rounding could not be measured: {error}") from error
     return result
 
 
@@ -61,38 +50,11 @@ def _serve(order: dict[str, Any]) -> dict[str, Measured]:
     result: dict[str, Measured] = {}
     for name, arm in arms.items():
         arm.train_step(batch, options.lr)  # creates the optimizer's state
-        gc.collect()
-        before = _resident("VmRSS") if _reset_peak() else None
-        arm.train_step(batch, options.lr)
-        after = _resident("VmHWM")
-        peak = None if before is None or after is None else after - before
+        peak = memory.peak_bytes(lambda arm=arm: arm.train_step(batch, options.lr))  # type: ignore[misc]
         result[name] = {"peak": peak, "saved": saved_bytes(arm.model, batch), "rounding": rounding[name]}
     return result
 
 
-def _return_freed_memory() -> None:
-    """Have glibc give each large block back when it is freed, or the first arm's leftovers would serve the second."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-
-
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(key: str) -> int | None:
-    try:
-        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
 if __name__ == "__main__":
-    _return_freed_memory()
+    memory.return_freed_memory()
     print(json.dumps(_serve(json.load(sys.stdin))))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..bench import memory
 from .assets import ModelSource, Review
 from .options import DTYPES, DemoError, Options
 from .reviews import Batch, Task, training_rows
@@ -209,17 +210,5 @@ def rounding_error(arms: dict[str, Arm], batch: Batch) -> dict[str, float]:
 
 def saved_bytes(model: Any, batch: Batch) -> int:
     """Bytes that a forward pass keeps for backward: distinct storages, parameters and buffers excluded."""
-    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch._asdict()).loss
-    total = sum(storages.values())
-    del loss  # the graph, which kept every storage's address its own
-    return total
+    known = [*model.parameters(), *model.buffers()]
+    return memory.saved_bytes(lambda: model(**batch._asdict()).loss, known)

@@ -22,8 +22,14 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
-#: The one kernel that spills, with its bytes, on NVIDIA: exact fp32 products of wide rows in the smallest tile.
-SPILLS = {("dq", 256, torch.float32): 192}
+#: Head dims whose kernels may not spill at all. For others ptxas may give up a few registers, in bytes, for a further
+#: block on a multiprocessor.
+EXACT_HEAD_DIMS, FEW = (64, 128), 48
+#: What else spills, in bytes: exact fp32 products, of the widest rows in the smallest tile, and beside a bias.
+SPILLS = {
+    ("dq", 256, torch.float32): 192, ("fwd", 64, torch.float32): 8, ("decode_prefix", 64, torch.float32): 8,
+    ("bias", 64, torch.float32): 16, ("prefix", 128, torch.float32): 8,
+}  # fmt: skip
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
 
@@ -35,9 +41,10 @@ def _table(head_dims, fast, dtype):
     ]
 
 
-def _check_budgets(compiled, head_dim=None, dtype=None):
+def _check_budgets(compiled, head_dim=64, dtype=None):
     assert compiled.shared <= SHARED_MEMORY[compiled.arch], f"more shared memory than a block can have: {compiled}"
-    allowed = SPILLS.get((compiled.kernel, head_dim, dtype), 0)
+    few = 0 if head_dim in EXACT_HEAD_DIMS or compiled.arch.startswith("gfx") else FEW
+    allowed = SPILLS.get((compiled.kernel, head_dim, dtype), few)
     assert compiled.spills <= allowed, f"registers spill: {compiled}"
 
 
@@ -78,7 +85,12 @@ MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "dtype"), _table((64, 128), {("sm_80", 64), ("sm_90", 128)}, torch.bfloat16), ids=str
+    ("arch", "head_dim", "dtype"),
+    [
+        *_table((64, 128, 256), {("sm_80", 64), ("sm_90", 128)}, torch.bfloat16),
+        *_table((64, 128), set(), torch.float32),
+    ],
+    ids=str,
 )
 def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dtype):
     """A short prefix in one pass each way, a long one in blocks."""
@@ -87,9 +99,29 @@ def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dt
         compiled = [compile_launch(arch, launch) for launch in launches]
         assert {c.kernel for c in compiled} == {"prefix_merge_fwd", "sum_partials", *backward}
         for c in compiled:
-            _check_budgets(c)
-            assert c.tensor_cores > 0 or c.kernel not in {*MERGE_DOTS, *DOTS}, f"no tensor core instructions: {c}"
-        assert all(c.count(MATRIX_UNIT.get(arch, "HMMA")) > 0 for c in compiled if c.kernel in MERGE_DOTS)
+            _check_budgets(c, head_dim, dtype)
+            dots = dtype != torch.float32 and c.kernel in {*MERGE_DOTS, *DOTS}
+            assert c.tensor_cores > 0 or not dots, f"no tensor core instructions: {c}"
+            if dots and c.kernel in MERGE_DOTS:
+                assert c.count(MATRIX_UNIT.get(arch, "HMMA")) > 0, str(c)
+
+
+#: Where decoding converts an fp32 prefix, in bytes: wide rows in few warps.
+CONVERSION = 256
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), _table((64, 128, 256), {("sm_86", 128)}, torch.bfloat16), ids=str
+)
+def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
+    """As PEFT has it beside a model in half precision."""
+    launches = decode_launches(arch, head_dim, dtype, torch.float32)
+    for backend, prefix_len in (("triton", 32), ("two_part", 32), ("two_part", 160)):
+        launches += attention_launches(arch, head_dim, dtype, torch.float32, prefix_len, backend=backend)
+    for c in {launch[0]: compile_launch(arch, launch) for launch in launches}.values():
+        assert c.shared <= SHARED_MEMORY[arch], f"more shared memory than a block can have: {c}"
+        few = 0 if head_dim in EXACT_HEAD_DIMS or arch.startswith("gfx") else FEW
+        assert c.spills <= (CONVERSION if c.kernel == "decode_prefix" else few), f"registers spill: {c}"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])

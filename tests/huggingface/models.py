@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -308,6 +310,26 @@ def training_step(model: nn.Module, task: str, mask: Tensor | None = None, **inp
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Step(output.detach(), loss.detach(), gradients)
+
+
+@contextlib.contextmanager
+def fp64_throughout() -> Iterator[None]:
+    """Stock norms, softmaxes and losses compute in fp32 whatever the model's dtype; in here fp64 stays fp64."""
+    to, softmax = Tensor.to, nn.functional.softmax
+
+    def keep(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        narrows = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if narrows else to(x, *args, **kwargs)
+
+    def keep_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        return softmax(x, dim=dim, dtype=torch.float64 if x.dtype == torch.float64 else dtype)
+
+    with (
+        mock.patch.object(Tensor, "to", keep),
+        mock.patch.object(Tensor, "float", lambda x: keep(x, torch.float32)),
+        mock.patch.object(nn.functional, "softmax", keep_softmax),
+    ):
+        yield
 
 
 def difference(got: Tensor, want: Tensor) -> float:

@@ -59,29 +59,13 @@ def test_loss_outputs_and_gradients_are_those_of_peft(name):
         assert_same_step(got, want, mask)
 
 
-@pytest.fixture
-def fp64_throughout(monkeypatch):
-    """Stock norms, softmaxes and losses compute in fp32 whatever the model's dtype; here fp64 stays fp64."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-
-    def keep(x, *args, **kwargs):
-        narrows = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
-        return x if narrows else to(x, *args, **kwargs)
-
-    def keep_softmax(x, dim, dtype=None):
-        return softmax(x, dim=dim, dtype=torch.float64 if x.dtype == torch.float64 else dtype)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: keep(x, torch.float32))
-    monkeypatch.setattr(torch.nn.functional, "softmax", keep_softmax)
-
-
 @pytest.mark.parametrize("name", CAUSAL)
-def test_fp64_agrees_to_ten_digits(name, fp64_throughout):
+def test_fp64_agrees_to_ten_digits(name):
     family = FAMILIES[name]
     stock, patched = (models.prompt_model(family, patched=p, dtype=torch.float64) for p in (False, True))
     for mask in (None, RIGHT):
-        want, got = (models.training_step(model, family.task, mask) for model in (stock, patched))
+        with models.fp64_throughout():
+            want, got = (models.training_step(model, family.task, mask) for model in (stock, patched))
         assert_same_step(got, want, mask, FP64_TOLERANCE)
 
 

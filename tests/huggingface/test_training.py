@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 import os
 import socket
 import tempfile
@@ -262,3 +264,65 @@ def test_two_processes(kind, strategy):
         report = os.path.join(folder, "difference")
         torch.multiprocessing.spawn(_worker, args=(_free_port(), report, kind, strategy), nprocs=2)
         assert torch.load(report) <= TOLERANCE
+
+
+def _collectives(step):
+    """Collectives of one step: Counter of (op, elements of its tensors)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        step()
+    found = collections.Counter()
+    for event in profile.events():
+        if event.name.startswith("gloo:"):
+            found[event.name.removeprefix("gloo:"), _elements(event.input_shapes)] += 1
+    return found
+
+
+def _elements(shapes):
+    if shapes and all(isinstance(n, int) for n in shapes):
+        return math.prod(shapes)
+    return sum(_elements(shape) for shape in shapes if isinstance(shape, (list, tuple)))
+
+
+def _counting_worker(rank, port, report, kind, strategy):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    build = models.prompt_model if kind == "prompt" else models.peft_model
+    ids = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(3 + rank))
+    found = {}
+    for patched in (False, True):
+        model = build(LLAMA, patched=patched).train()
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if strategy == "ddp":
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer, mesh=mesh)
+            parallel = fully_shard(model, mesh=mesh)
+
+        def step(parallel=parallel, model=model):
+            model.zero_grad()
+            parallel(input_ids=ids, labels=ids).loss.backward()
+
+        step()
+        step()  # DDP arranges its buckets anew after the first
+        found[patched] = _collectives(step)
+    if rank == 0:
+        torch.save((found[False], found[True], size), report)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["peft", "prompt"])
+def test_two_processes_reduce_the_gradient_once(kind, strategy):
+    """The collectives of a step are those of the same model without the patch: one sum of the prefix's gradient."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = os.path.join(folder, "collectives")
+        torch.multiprocessing.spawn(_counting_worker, args=(_free_port(), report, kind, strategy), nprocs=2)
+        stock, patched, size = torch.load(report, weights_only=False)
+    assert patched == stock
+    sums = [elements for (op, elements), count in patched.items() if "reduce" in op for _ in range(count)]
+    assert len(sums) == 1, f"reductions of {sums} elements, the prefix has {size}"
+    assert size <= sums[0] < 1.5 * size, "FSDP pads to equal shards, nothing else is reduced"

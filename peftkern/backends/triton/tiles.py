@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large a block each kernel takes on each GPU: a fixed table, no tuning when it runs.
 
-The entries compile without spills, with the tensor cores' instructions and, on NVIDIA, with asynchronous copies where
-num_stages > 1 (``python -m tests.gpu_free.report`` prints the figures). They were chosen from that, not from
-measurements; :mod:`.autotune` measures, for those who ask for it.
+The entries compile with the tensor cores' instructions and, on NVIDIA, with asynchronous copies where num_stages > 1;
+for head dims 64 and 128 without spills (16 bytes in fp32), for others with at most 48 bytes, fp32 dq at 256 with 192
+(``python -m tests.gpu_free.report`` prints the figures). They were chosen from that, not from measurements;
+:mod:`.autotune` measures, for those who ask for it.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 # the same for the kernels of the prefix part alone: up to BLOCK_N tokens stay on chip, except in "merge_long"
 _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
-        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 4, 1)),
         128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     },
     "99 KB": {
-        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 4, 1)),
         128: ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     },
@@ -93,8 +94,9 @@ _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
 # fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
-_FLOAT = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
-_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}  # on NVIDIA
+_FLOAT = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}  # of dq and the bias
+_FLOAT_AMD = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
 def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -107,7 +109,9 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
         return Tile(32, 128 if direction in ("merge", "merge_bwd") else 16, 1, 1)
     row = next(size for size in (64, 128, 256) if head_dim <= size)
     if dtype == torch.float32:
-        return (_FLOAT_DQ if direction == "dq" and arch.startswith("sm_") else _FLOAT)[row]
+        if arch.startswith("gfx"):
+            return _FLOAT_AMD[row]
+        return (_FLOAT_DQ if direction in ("dq", "bias") else _FLOAT)[row]
     table, directions = _HALF, _FUSED_DIRECTIONS
     if direction in _MERGE_DIRECTIONS:
         table, directions = _MERGE_HALF, _MERGE_DIRECTIONS

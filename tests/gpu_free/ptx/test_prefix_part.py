@@ -84,11 +84,11 @@ def test_bytes_of_the_merge(shape, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("shape", "bar"), [(SHORT_ROWS, 1.06), (LONG_ROWS, 1.05)], ids=str)
-def test_bytes_of_the_backward(shape, bar, arch):
-    """Beyond q, out, dout and dq read, dq written, lse and the prefix read, its gradients written.
+@pytest.mark.parametrize("shape", [SHORT_ROWS, LONG_ROWS], ids=str)
+def test_bytes_of_the_backward(shape, arch):
+    """At most 5 % beyond q, out, dout and dq read, dq written, lse and the prefix read, its gradients written.
 
-    Each of the eight warps reads lse for itself, which the first-level cache serves: 4 % of the bytes at D = 64.
+    Counted per warp: lse, which each warp of a program reads for itself, is most of what is beyond.
     """
     call = _call(shape)
     out, lse = allocate_outputs(call)
@@ -100,4 +100,4 @@ def test_bytes_of_the_backward(shape, bar, arch):
         prefix_part.merge_prefix_backward(torch.randn_like(out), out, lse, call, gradients.dq, gradients)
     q, statistics, prefix = _sizes(call)
     least, total = 5 * q + statistics + 3 * prefix, moved(watch.of("prefix_merge_bwd"))
-    assert least <= total <= bar * least, f"{total / least:.3f} times the least"
+    assert least <= total <= 1.05 * least, f"{total / least:.3f} times the least"
