@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .backends.protocol import AttentionArgs, AttentionGradients
+if TYPE_CHECKING:
+    from .backends.protocol import AttentionArgs, AttentionGradients
 
 __all__ = [
     "ISAS",

@@ -10,12 +10,15 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .backends.protocol import AttentionArgs, AttentionGradients
 from .native import DTYPES, NativeError, _attention_fields, _embedding_fields, _pointer
+
+if TYPE_CHECKING:
+    from .backends.protocol import AttentionArgs, AttentionGradients
 
 __all__ = [
     "ABI_VERSION",

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +35,12 @@ def _args(shape: Shape | None = None, **options) -> AttentionArgs:
 
 def test_library_is_built():
     assert native.MISSING == "", "build the library before the tests: pip install ."
+
+
+@pytest.mark.parametrize("module", ["native", "native_cuda", "ops", "backends.two_part", "bench.rows"])
+def test_a_module_can_be_the_first_that_is_imported(module):
+    done = subprocess.run([sys.executable, "-c", f"import peftkern.{module}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), PHILOX)
