@@ -25,10 +25,10 @@ DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"
 #: Head dims whose kernels may not spill at all. For others ptxas may give up a few registers, in bytes, for a further
 #: block on a multiprocessor.
 EXACT_HEAD_DIMS, FEW = (64, 128), 48
-#: What else spills, in bytes: exact fp32 products, of the widest rows in the smallest tile, and beside a bias.
+#: What else spills, in bytes: exact fp32 products, most of all of the widest rows in the smallest tile.
 SPILLS = {
-    ("dq", 256, torch.float32): 192, ("fwd", 64, torch.float32): 8, ("decode_prefix", 64, torch.float32): 8,
-    ("bias", 64, torch.float32): 16, ("prefix", 128, torch.float32): 8,
+    ("dq", 256, torch.float32): 256, ("fwd", 64, torch.float32): 8, ("decode_prefix", 64, torch.float32): 8,
+    ("prefix", 128, torch.float32): 8,
 }  # fmt: skip
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 
@@ -103,7 +103,8 @@ def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dt
             dots = dtype != torch.float32 and c.kernel in {*MERGE_DOTS, *DOTS}
             assert c.tensor_cores > 0 or not dots, f"no tensor core instructions: {c}"
             if dots and c.kernel in MERGE_DOTS:
-                assert c.count(MATRIX_UNIT.get(arch, "HMMA")) > 0, str(c)
+                wide = c.tile[0] >= 64 or arch.startswith("gfx")  # rows that wgmma and tcgen05 need
+                assert c.count(MATRIX_UNIT.get(arch, "HMMA") if wide else "HMMA") > 0, str(c)
 
 
 #: Where decoding converts an fp32 prefix, in bytes: wide rows in few warps.

@@ -2,7 +2,7 @@
 """How large a block each kernel takes on each GPU: a fixed table, no tuning when it runs.
 
 The entries compile with the tensor cores' instructions and, on NVIDIA, with asynchronous copies where num_stages > 1;
-for head dims 64 and 128 without spills (16 bytes in fp32), for others with at most 48 bytes, fp32 dq at 256 with 192
+for head dims 64 and 128 without spills (16 bytes in fp32), for others with at most 48 bytes, fp32 dq at 256 with 256
 (``python -m tests.gpu_free.report`` prints the figures). They were chosen from that, not from measurements;
 :mod:`.autotune` measures, for those who ask for it.
 """
@@ -95,7 +95,8 @@ _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "g
 
 # fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
 _FLOAT = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}  # of dq and the bias
+_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+_FLOAT_BIAS = Tile(16, 16, 8, 1)
 _FLOAT_AMD = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
@@ -111,7 +112,9 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         if arch.startswith("gfx"):
             return _FLOAT_AMD[row]
-        return (_FLOAT_DQ if direction in ("dq", "bias") else _FLOAT)[row]
+        if direction == "bias":
+            return _FLOAT_BIAS
+        return (_FLOAT_DQ if direction == "dq" else _FLOAT)[row]
     table, directions = _HALF, _FUSED_DIRECTIONS
     if direction in _MERGE_DIRECTIONS:
         table, directions = _MERGE_HALF, _MERGE_DIRECTIONS
