@@ -94,7 +94,8 @@ MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
 )
 def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dtype):
     """A short prefix in one pass each way, a long one in blocks."""
-    for prefix_len, backward in ((32, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
+    short = min(32, tiles.tile(arch, "merge_bwd", head_dim, dtype).BLOCK_N)
+    for prefix_len, backward in ((short, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
         launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="two_part")
         compiled = [compile_launch(arch, launch) for launch in launches]
         assert {c.kernel for c in compiled} == {"prefix_merge_fwd", "sum_partials", *backward}

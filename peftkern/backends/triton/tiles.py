@@ -95,8 +95,11 @@ _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "g
 
 # fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
 _FLOAT = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-_FLOAT_DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
-_FLOAT_BIAS = Tile(16, 16, 8, 1)
+_FLOAT_MERGE = {**_FLOAT, 64: Tile(16, 32, 8, 1)}
+_FLOAT_OF: dict[Direction, dict[int, Tile]] = {
+    "dq": {**_FLOAT, 128: Tile(16, 16, 8, 1)}, "bias": dict.fromkeys(_FLOAT, Tile(16, 16, 8, 1)),
+    "merge": _FLOAT_MERGE, "merge_long": _FLOAT_MERGE,
+}  # fmt: skip
 _FLOAT_AMD = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
@@ -112,9 +115,7 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
     if dtype == torch.float32:
         if arch.startswith("gfx"):
             return _FLOAT_AMD[row]
-        if direction == "bias":
-            return _FLOAT_BIAS
-        return (_FLOAT_DQ if direction == "dq" else _FLOAT)[row]
+        return _FLOAT_OF.get(direction, _FLOAT)[row]
     table, directions = _HALF, _FUSED_DIRECTIONS
     if direction in _MERGE_DIRECTIONS:
         table, directions = _MERGE_HALF, _MERGE_DIRECTIONS
