@@ -7,8 +7,8 @@ SmolLM2-135M (as `peftkern demo` finds it), forward and backward, no optimizer s
 every position, or movie reviews. The providers take turns in one process; medians and quartiles. The losses and the
 gradients of prompt or prefix are compared first, in fp32; in the row's dtype our loss may lie twice as far from
 PEFT's in fp32 as PEFT's own. "rows" is the ratio of rows that PEFT and peftkern run through the model; "bar" is what
-a row must reach. "labelled" compares logits="labelled" with peftkern's default. Peak memory is how far a process grows
-during a step, in a process of its own. Writes results/packing.csv, row by row.
+a row must reach. "labelled" compares logits="labelled" with peftkern's default. Peak memory is how far a process
+grows during a step, in a process of its own. Writes results/packing.csv, row by row.
 """
 
 from __future__ import annotations

@@ -98,6 +98,13 @@ class _Attention:
         self.scale, self.arch = args.scale, architecture(args.q.device)
         self._tiles: dict[Direction, Tile] = {}
 
+    def round_prefix(self) -> None:
+        """Round a prefix wider than q to q's dtype, once and not by each block of rows, which reads it in tiles that
+        are made for that dtype."""
+        if self.prefix[0].ptr.dtype.itemsize > self.dtype.itemsize:
+            prefix_k, prefix_v = (Matrices.of(x.ptr.to(self.dtype)) for x in self.prefix)
+            self.prefix = prefix_k, prefix_v
+
     def tile(self, direction: Direction) -> Tile:
         """The table's, or the tuned one; the same at each use in one call."""
         if direction not in self._tiles:
@@ -146,22 +153,13 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _rounded(args: AttentionArgs) -> AttentionArgs:
-    """``args`` with a wider prefix rounded to q's dtype, once and not by each block of rows, which reads it in tiles
-    that are made for q's dtype."""
-    dtype = args.q.dtype
-    if args.prefix_k.dtype.itemsize <= dtype.itemsize:
-        return args
-    return args._replace(prefix_k=args.prefix_k.to(dtype), prefix_v=args.prefix_v.to(dtype))
-
-
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     from .forward import _prefix_attention_fwd_kernel
 
     out, lse = allocate_outputs(args)
     call = _Attention(args)
     if not call.decodes():  # which reads a prefix once, and has no time for a bank that few samples use
-        call = _Attention(_rounded(args))
+        call.round_prefix()
     call.tune("decode" if call.decodes() else "forward", lambda: prefix_attention(args))
     if call.decodes():
         _decode(call, out, lse)
@@ -216,7 +214,8 @@ def prefix_attention_backward(
 
     gradients = allocate_gradients(args, needs)
     needed = dict(zip(AttentionGradients._fields, needs, strict=True))
-    call = _Attention(_rounded(args))
+    call = _Attention(args)
+    call.round_prefix()
     for direction, names in _BACKWARD.items():
         only = [need and name in names for name, need in needed.items()]
         if any(only):

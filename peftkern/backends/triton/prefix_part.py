@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import triton as fused
 from ..protocol import AttentionArgs, AttentionGradients, allocate_outputs, lse_dtype
-from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients, _rounded
+from . import _WIDTH, _Attention, _blocks, _launch, _prefix_gradients
 from .arguments import Matrices, Rows, Stats
 from .tiles import Direction
 
@@ -86,7 +86,7 @@ def merge_prefix_backward(
                 partial, total, splits, kv_heads * inner, 1, inner, total.numel(), BLOCK=_WIDTH,
             )  # fmt: skip
         return
-    call = _Attention(_rounded(args))
+    call.round_prefix()
     stats = Stats(lse.new_empty(lse.shape), lse.new_empty(lse.shape), None, None)
     call.launch(
         backward._prefix_attention_bwd_prepare_kernel, "forward", call.row_programs("forward"),
