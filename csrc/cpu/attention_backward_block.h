@@ -37,6 +37,7 @@ struct BackwardScratch {
   float *q_panel, *dout_panel;  // for products with keys and values
   float *q_pairs, *dout_pairs;  // pairs of neighbouring rows, for sums over rows
   float *out, *dq;
+  float* dq_sums;               // dq as sums over keys are made for AMX, [padded_dim][kBlockM]; else dq
   float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
   float *factors, *applied;         // [kBlockN][kBlockM]: of dropout; weights as values see them
   float *row_pairs, *key_pairs;     // a tile of weights or gradients in pairs of rows, of keys
@@ -60,6 +61,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.dout_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
   s.out = arena.take<float>(rows);
   s.dq = arena.take<float>(rows);
+  s.dq_sums = p.amx ? arena.take<float>(rows) : s.dq;
   s.weights = arena.take<float>(tile_keys * kBlockM);
   s.grads = arena.take<float>(tile_keys * kBlockM);
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
@@ -288,6 +290,11 @@ static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64
 #if PEFTKERN_HAS_PAIRS
   if (paired) {
     if (x) pair_rows(x, n, rows, s.row_pairs);
+#if PEFTKERN_HAS_AMX
+    if (p.amx)
+      return gemm_tiles(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
+                        words(pairs) + rows.begin / 2 * dim, dim, add);
+#endif
     return gemm<false>(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
                        words(pairs) + rows.begin / 2 * dim, dim, add);
   }
@@ -304,6 +311,13 @@ static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const
   if (p.pairs) {
     if (grad) pair_keys(grad, n, rows, s.key_pairs);
     grad = s.key_pairs;
+  }
+#endif
+#if PEFTKERN_HAS_AMX
+  if (p.amx) {
+    pad_weights(s.key_pairs, n, rows);
+    return multiply_keys_in_tiles(p, VisibleKeys{high, begin, n, rows.begin, true}, rows.end - rows.begin,
+                                  grad + rows.begin, tile.by_key, s.dq_sums + rows.begin, true);
   }
 #endif
   multiply_keys(p, VisibleKeys{high, begin, n, rows.begin, p.pairs}, count, grad + rows.begin, tile.by_key,
@@ -494,11 +508,14 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   }
 
   const bool prefix_scores_needed = needs.dq || sums.dprefix_k || sums.dprefix_bias;
-  if (needs.dq) memset(s.dq, 0, sizeof(float) * block.count * dim);
+  if (needs.dq) memset(s.dq_sums, 0, sizeof(float) * (p.amx ? kBlockM : block.count) * dim);
   if (prefix_tiles && prefix_scores_needed)
     walk_scores(p, needs, seq, kv_head, s, kPrefix, 0, sums.dprefix_k, sums, nullptr, b);
   if (needs.dq || needs.dk || dbias)
     walk_scores(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dk, sums, dbias, b);
+#if PEFTKERN_HAS_AMX
+  if (p.amx && needs.dq) transpose_sums(p, block, s.dq_sums, s.dq);
+#endif
   if (needs.dq)
     for (int64_t r = 0; r < block.count; r++) {
       const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] +

@@ -19,6 +19,11 @@
 #else
 #define PEFTKERN_HAS_PAIRS 0
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define PEFTKERN_HAS_AMX 1  // products of pairs on tiles: see amx.h
+#else
+#define PEFTKERN_HAS_AMX 0
+#endif
 
 #define PEFTKERN_INLINE_MEMBER inline __attribute__((always_inline))
 #define PEFTKERN_INLINE static PEFTKERN_INLINE_MEMBER
