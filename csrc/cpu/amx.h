@@ -100,10 +100,10 @@ PEFTKERN_INLINE void finish_rows(const float* c, int64_t i, int64_t j, const Fin
   }
 }
 
-// Rows i, i + 1, ... and kTileStep columns j, j + 1, ... of C.
-template <int kRowTiles, typename Finish>
-PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, const uint32_t* B, int64_t ldb, int64_t i,
-                                 int64_t j, int64_t rows, float* c, const Finish& finish) {
+// Rows i, i + 1, ... and kTileStep columns j, j + 1, ... of C; A is the sum of kTerms, `term` words apart.
+template <int kRowTiles, int kTerms, typename Finish>
+PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, int64_t term, const uint32_t* B,
+                                 int64_t ldb, int64_t i, int64_t j, int64_t rows, float* c, const Finish& finish) {
   constexpr bool in_tiles = std::is_same<Finish, Accumulate>::value;
   bool fresh = true;
   if constexpr (in_tiles) {
@@ -130,14 +130,17 @@ PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, cons
   const uint32_t* first = A + i * lda;
   for (int64_t k = sum.begin / kTileWords * kTileWords; k < sum.end; k += kTileWords) {
     load_tile<6>(B + k * ldb + j, 4 * ldb);
-    load_tile<4>(first + k, 4 * lda);
     load_tile<7>(B + k * ldb + j + kTileWords, 4 * ldb);
-    multiply_tiles<0, 4, 6>();
-    multiply_tiles<1, 4, 7>();
-    if (kRowTiles == 2) {
-      load_tile<5>(first + kTileRows * lda + k, 4 * lda);
-      multiply_tiles<2, 5, 6>();
-      multiply_tiles<3, 5, 7>();
+    for (int64_t t = 0; t < kTerms; t++) {
+      const uint32_t* a = first + t * term + k;
+      load_tile<4>(a, 4 * lda);
+      multiply_tiles<0, 4, 6>();
+      multiply_tiles<1, 4, 7>();
+      if (kRowTiles == 2) {
+        load_tile<5>(a + kTileRows * lda, 4 * lda);
+        multiply_tiles<2, 5, 6>();
+        multiply_tiles<3, 5, 7>();
+      }
     }
   }
   float* at = c;
@@ -169,16 +172,16 @@ PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, cons
 
 // C [M, N] = A [M, K] B [K, N]; `sums(i, j)` is the range of k that the step of C at row i and column j sums, and
 // `finish(i, j, c)` receives rows of it. With Accumulate, M is a multiple of kTileRows.
-template <typename Sums, typename Finish>
+template <int kTerms = 1, typename Sums, typename Finish>
 static void gemm_tiles(int64_t M, int64_t N, const Sums& sums, const uint32_t* A, int64_t lda, const uint32_t* B,
-                       int64_t ldb, const Finish& finish) {
+                       int64_t ldb, const Finish& finish, int64_t term = 0) {
   alignas(64) float c[kTileStep * kTileStep];
   for (int64_t i = 0; i < M; i += kTileStep)
     for (int64_t j = 0; j < N; j += kTileStep) {
       if (M - i > kTileRows)
-        tile_kernel<2>(sums(i, j), A, lda, B, ldb, i, j, least(kTileStep, M - i), c, finish);
+        tile_kernel<2, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, least(kTileStep, M - i), c, finish);
       else
-        tile_kernel<1>(sums(i, j), A, lda, B, ldb, i, j, M - i, c, finish);
+        tile_kernel<1, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, M - i, c, finish);
     }
 }
 #endif
