@@ -284,7 +284,8 @@ static void pair_score_gradients(const BackwardScratch& s, const float* weights,
 
 #if PEFTKERN_HAS_AMX
 // A tile x [n][kBlockM] as terms [kTerms][kBlockN][kBlockM], bf16: each the leading eight bits of what the former leave, so
-// that their sum is x. Products with bf16 are exact and sums are fp32, as if x were multiplied in fp32.
+// that their sum is x. Products with bf16 are exact and sums are fp32, as if x were multiplied in fp32; but infinity
+// becomes NaN.
 static void split_rows(const float* x, int64_t n, RowRange rows, float* terms) {
   const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);

@@ -251,7 +251,7 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
     add_tile(p, seq, s, part, tile, begin, n);
   }
 #if PEFTKERN_HAS_AMX
-  if (p.amx && !s.empty) transpose_sums(p, s.block, s.sums, s.out);
+  if (p.amx && !s.empty && (part == kSequence || p.args->gate)) transpose_sums(p, s.block, s.sums, s.out);
 #endif
 }
 

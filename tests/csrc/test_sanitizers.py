@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 
+from peftkern import native
+
 from ..cases import Shape
 from .calls import Recorder, write_calls
 from .program import attempt, build, mutated, run
@@ -61,6 +63,19 @@ def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
         done = attempt(program, tmp_path / "calls", "all", "2")
         assert done.returncode != 0, f"the planted {report} went unseen"
         assert report in done.stdout, done.stdout
+
+
+@pytest.mark.skipif("amx_bf16" not in native.available_isas(), reason="needs a processor with AMX")
+def test_a_planted_tile_out_of_bounds_is_caught(tmp_path):
+    """Tiles are loaded by instructions that sanitizers do not see, so the kernels ask them."""
+    source = mutated(tmp_path / "source", ("amx.h", "k < sum.end; k +=", "k < sum.end + kTileWords; k +="))
+    program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", source=source)
+    recorder = Recorder()
+    recorder.attention("planted", Shape(S=130, P=3, D=64), torch.bfloat16, {}, backward=False)
+    recorder.write(tmp_path / "calls")
+    done = attempt(program, tmp_path / "calls", "amx_bf16", "2")
+    assert done.returncode != 0
+    assert "use-after-poison" in done.stdout, done.stdout
 
 
 RACES = {
