@@ -279,7 +279,8 @@ def test_caches_of_the_caller(cache, message):
 
 
 no_stream = pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(), reason="offloading asks a CUDA build for a stream"
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="offloading asks a CUDA build for a stream",
 )
 
 
