@@ -47,6 +47,7 @@ enum peftkern_isa {
   PEFTKERN_ISA_AVX2 = 2,
   PEFTKERN_ISA_AVX512 = 3,
   PEFTKERN_ISA_AVX512_BF16 = 4,
+  PEFTKERN_ISA_AMX_BF16 = 5,
 };
 
 // Attention over [prefix | sequence]; peftkern/reference.py says what it means.

@@ -135,15 +135,47 @@ def _all_results(shape, options, dtype, threads):
     return {"out": got.out, "lse": got.lse, **got.gradients}
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("case", range(len(THREADED)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_threads_or_on_the_run(case, dtype):
+def test_results_do_not_depend_on_threads_or_on_the_run(isa, case, dtype):
     shape, options = THREADED[case]
     first = _all_results(shape, options, dtype, 1)
     for threads in (1, 2, 3, 5):
         again = _all_results(shape, options, dtype, threads)
         for name, value in first.items():
             assert torch.equal(value, again[name]), f"{name} differs with {threads} threads"
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_beside_the_kernels_is_not_disturbed(isa, threads):
+    """AMX tiles are configured per thread: by torch's libraries for theirs, by these kernels for their own."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = torch.randn(3, 2, 4, 300, 64, generator=generator).bfloat16()
+    sizes = ((128, 256, 64), (77, 130, 33), (5, 96, 160), (1, 1000, 50))
+    factors = [
+        (torch.randn(m, n, generator=generator).bfloat16(), torch.randn(n, r, generator=generator).bfloat16())
+        for m, n, r in sizes
+    ]
+
+    def theirs():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attended = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+        return [a @ b for a, b in factors] + [attended, *torch.autograd.grad(attended, leaves, torch.ones_like(q))]
+
+    def ours():
+        return _all_results(Shape(B=2, Hq=4, Hkv=2, S=150, P=40, D=64), {}, torch.bfloat16, threads)
+
+    their_first, our_first = theirs(), ours()
+    for _ in range(3):
+        for value, expected in zip(theirs(), their_first, strict=True):
+            assert torch.equal(value, expected)
+        for name, value in ours().items():
+            assert torch.equal(value, our_first[name]), name
 
 
 @pytest.mark.parametrize("case", range(len(THREADED)))

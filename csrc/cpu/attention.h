@@ -14,6 +14,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#include "amx.h"
 #include "gemm.h"
 #include "philox.h"
 #include "plan.h"
@@ -48,6 +49,7 @@ struct Arena {
 // last row.
 struct Block {
   int64_t count, vectors;
+  int64_t step;  // rows that are looked at together, a multiple of kLanes
   int64_t sample[kBlockM], head[kBlockM], row[kBlockM];  // of q
   int32_t low[kBlockM], high[kBlockM];                // visible sequence keys: low <= t < high
   int32_t prefix_low[kBlockM];                        // visible prefix keys: prefix_low <= p < prefix_len
@@ -61,7 +63,7 @@ struct Rows {
 };
 
 // A tile's keys and values. Pairs are neighbours along the head's dimension in k and v, neighbouring keys in `by_key`:
-// what a sum over keys multiplies, v in the forward and k in the backward.
+// what a sum over keys multiplies, v in the forward and k in the backward. For AMX `by_key` is transposed, [dim][pairs].
 struct Tile {
   Rows k, v, by_key;
 };
@@ -85,6 +87,9 @@ struct Problem {
   bool backward;
   bool pairs;           // products of bf16 pairs
   bool k_pairs_in_place, v_pairs_in_place;
+  bool amx;               // products of pairs on tiles; sums over keys are then made as [dim][row]
+  int64_t row_step;       // of blocks
+  int64_t diagonal_keys;  // keys that are looked at together on the causal diagonal
   // Packed [bank, num_kv_heads, packed_len, padded_dim]. Of pairs: k's rows and then `by_key`; v's rows.
   const float *prefix_k, *prefix_v;
   int64_t packed_len;
@@ -108,6 +113,9 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan, bo
   p.pairs = p.k_pairs_in_place = p.v_pairs_in_place = false;
   p.prefix_k = p.prefix_v = nullptr;
   p.packed_len = round_up(args.prefix_len, 2);
+  p.amx = false;
+  p.row_step = kLanes;
+  p.diagonal_keys = kDiagonalKeys;
   return p;
 }
 
@@ -122,10 +130,18 @@ static void use_pairs(Problem& p) {
   p.pairs = a.dtype == PEFTKERN_BFLOAT16 && a.head_dim % 2 == 0;
   p.k_pairs_in_place = in_place(a.k, a.k_stride);
   p.v_pairs_in_place = in_place(a.v, a.v_stride);
+#if PEFTKERN_HAS_AMX
+  if (!p.pairs) return;
+  p.amx = true;
+  p.k_pairs_in_place = p.v_pairs_in_place = false;  // tiles are read whole
+  p.padded_dim = round_up(a.head_dim, kTileStep);
+  p.packed_len = round_up(a.prefix_len, kBlockN);
+  p.row_step = p.diagonal_keys = kTileStep;
+#endif
 }
 
 // out[d] = (first[d], second[d]) of bf16 rows, padded with zeros to whole vectors; second may be null (0).
-static void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
+PEFTKERN_INLINE void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
   const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                          36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i sixteen = _mm512_set1_epi16(16);
@@ -141,13 +157,34 @@ static void interleave_rows(const void* first, const void* second, int64_t n, ui
 }
 #endif
 
+#if PEFTKERN_HAS_AMX
+// out[d][i] = (rows[2 i][d], rows[2 i + 1][d]) of n <= kTileStep bf16 rows, zeros beyond n and head_dim.
+template <typename Row>
+static void transpose_pairs(const Problem& p, int64_t n, const Row& row, uint32_t* out, int64_t stride) {
+  alignas(64) uint32_t pairs[kLanes * kMaxHeadDim];
+  const int64_t dim = p.padded_dim;
+  memset(pairs, 0, sizeof(uint32_t) * kLanes * dim);
+  for (int64_t j = 0; j < n; j += 2)
+    interleave_rows(row(j), j + 1 < n ? row(j + 1) : nullptr, p.head_dim, pairs + j / 2 * dim);
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    vf square[kLanes];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<vf>(pairs + i * dim + d);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; i++) __builtin_memcpy(out + (d + i) * stride, &square[i], sizeof square[i]);
+  }
+}
+#endif
+
 static int64_t num_position_blocks(const Plan& plan, const Sequence& s) {
   return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
 }
 
-static void start_block(Block& block, int64_t count) {
+static void start_block(Block& block, int64_t count, int64_t step) {
   block.count = count;
-  block.vectors = round_up(count, kLanes) / kLanes;
+  block.vectors = round_up(count, step) / kLanes;
+  block.step = step;
 }
 
 // The bounds over all rows, once these are set.
@@ -196,7 +233,7 @@ static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int
   const Plan& plan = *p.plan;
   const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
   const int64_t first = position_block * plan.positions_per_block;
-  start_block(block, least(plan.positions_per_block, s.q_len - first) * heads);
+  start_block(block, least(plan.positions_per_block, s.q_len - first) * heads, p.row_step);
   const int64_t head = kv_head * plan.group_size + first_head;
   for (int64_t r = 0; r < block.count; r += heads) {
     set_row(p, s, first + r / heads, head, r, block);
@@ -229,14 +266,15 @@ static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
   return {low / kBlockN * kBlockN, most(end, low / kBlockN * kBlockN)};
 }
 
-// Rows of a block that see something of the tile [begin, begin + n), in whole vectors: what a causal diagonal or a window
+// Rows of a block that see something of the tile [begin, begin + n), in whole steps: what a causal diagonal or a window
 // hides is at the ends, as rows are in the order of their positions.
 static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n) {
   RowRange rows{0, block.vectors * kLanes};
   const int32_t* low = part == kPrefix ? block.prefix_low : block.low;
-  while (rows.end > kLanes && low[rows.end - kLanes] >= begin + n) rows.end -= kLanes;
+  while (rows.end > block.step && low[rows.end - block.step] >= begin + n) rows.end -= block.step;
   if (part == kSequence)
-    while (rows.begin + kLanes < rows.end && block.high[rows.begin + kLanes - 1] <= begin) rows.begin += kLanes;
+    while (rows.begin + block.step < rows.end && block.high[rows.begin + block.step - 1] <= begin)
+      rows.begin += block.step;
   return rows;
 }
 

@@ -202,6 +202,9 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
     BackwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
     take_backward_scratch(problem, needs, own, s);
+#if PEFTKERN_HAS_AMX
+    const TileScope scope(problem.amx);
+#endif
     pack_prefixes(problem, packed_k, packed_v);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < num_tasks; task++)

@@ -32,14 +32,18 @@ struct Sums {
   double *dsinks, *dgate;        // [group_size]
 };
 
+constexpr int64_t kTerms = 3;  // bf16 numbers whose sum is a float
+
 struct BackwardScratch {
   float *q, *dout;              // [kBlockM][padded_dim] floats, for sums over rows that are made in fp32
   float *q_panel, *dout_panel;  // for products with keys and values
   float *q_pairs, *dout_pairs;  // pairs of neighbouring rows, for sums over rows
   float *out, *dq;
+  float* dq_sums;               // dq as sums over keys are made for AMX, [padded_dim][kBlockM]; else dq
   float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
   float *factors, *applied;         // [kBlockN][kBlockM]: of dropout; weights as values see them
   float *row_pairs, *key_pairs;     // a tile of weights or gradients in pairs of rows, of keys
+  float* row_terms;                 // of the prefix, for AMX: see split_rows
   float lse[kBlockM], prefix_lse[kBlockM];  // prefix_lse: of the prefix's own softmax (gate)
   float total[kBlockM], prefix_total[kBlockM];  // sums of weights relative to them, 1 but for rounding
   float delta[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
@@ -60,6 +64,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.dout_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
   s.out = arena.take<float>(rows);
   s.dq = arena.take<float>(rows);
+  s.dq_sums = p.amx ? arena.take<float>(rows) : s.dq;
   s.weights = arena.take<float>(tile_keys * kBlockM);
   s.grads = arena.take<float>(tile_keys * kBlockM);
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
@@ -67,6 +72,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.applied = arena.take<float>(p.args->dropout_p > 0.0 || p.args->gate ? tile : 0);
   s.row_pairs = arena.take<float>(p.pairs ? tile / 2 + kLanes : 0);  // vectors of pairs may end behind the last key
   s.key_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
+  s.row_terms = arena.take<float>(p.amx ? kTerms * (tile / 2) + kLanes : 0);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
   s.dv = arena.take<float>(needs.dv ? length * dim : 0);
   const int64_t widened = p.always_in_place ? 0 : length;
@@ -276,6 +282,25 @@ static void pair_score_gradients(const BackwardScratch& s, const float* weights,
 }
 #endif
 
+#if PEFTKERN_HAS_AMX
+// A tile x [n][kBlockM] as terms [kTerms][kBlockN][kBlockM], bf16: each the leading eight bits of what the former leave, so
+// that their sum is x. Products with bf16 are exact and sums are fp32, as if x were multiplied in fp32.
+static void split_rows(const float* x, int64_t n, RowRange rows, float* terms) {
+  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
+      vf first = load(x + j * kBlockM + r), second = load(x + j * kBlockM + r + kLanes);
+      for (int64_t t = 0; t < kTerms; t++) {
+        const __m512i both = _mm512_permutex2var_epi16((__m512i)first, upper, (__m512i)second);
+        _mm512_store_si512(words(terms) + ((t * kBlockN + j) * kBlockM + r) / 2, both);
+        first -= (vf)((vu)first & 0xffff0000u);
+        second -= (vf)((vu)second & 0xffff0000u);
+      }
+    }
+}
+#endif
+
 // sums [n keys, dim] += x times a block's rows, over the rows; x is [n][kBlockM]. In pairs, which round x to bf16, for the
 // sequence (x null: `row_pairs` holds them); in fp32 for the prefix, whose gradients are what is trained.
 static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64_t begin, int64_t n, RowRange rows,
@@ -288,8 +313,21 @@ static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64
 #if PEFTKERN_HAS_PAIRS
   if (paired) {
     if (x) pair_rows(x, n, rows, s.row_pairs);
+#if PEFTKERN_HAS_AMX
+    if (p.amx)
+      return gemm_tiles(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
+                        words(pairs) + rows.begin / 2 * dim, dim, add);
+#endif
     return gemm<false>(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
                        words(pairs) + rows.begin / 2 * dim, dim, add);
+  }
+#endif
+#if PEFTKERN_HAS_AMX
+  if (p.amx) {
+    split_rows(x, n, rows, s.row_terms);
+    const SeeingRows all{nullptr, begin, rows.begin, count, true};
+    return gemm_tiles<kTerms>(n, dim, all, words(s.row_terms) + rows.begin / 2, kBlockM / 2,
+                              words(pairs) + rows.begin / 2 * dim, dim, add, kBlockN * kBlockM / 2);
   }
 #endif
   gemm<false>(n, dim, seeing, x + rows.begin, kBlockM, floats + rows.begin * dim, dim, add);
@@ -304,6 +342,13 @@ static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const
   if (p.pairs) {
     if (grad) pair_keys(grad, n, rows, s.key_pairs);
     grad = s.key_pairs;
+  }
+#endif
+#if PEFTKERN_HAS_AMX
+  if (p.amx) {
+    pad_weights(s.key_pairs, n, rows);
+    return multiply_keys_in_tiles(p, VisibleKeys{high, begin, n, rows.begin, true}, rows.end - rows.begin,
+                                  grad + rows.begin, tile.by_key, s.dq_sums + rows.begin, true);
   }
 #endif
   multiply_keys(p, VisibleKeys{high, begin, n, rows.begin, p.pairs}, count, grad + rows.begin, tile.by_key,
@@ -447,8 +492,8 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   const Block& block = s.block;
   const int64_t dim = p.padded_dim, rows = block.vectors * kLanes;
   const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
-  load_rows(p, block, a.q, a.q_stride, prefix_tiles && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
-  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (prefix_tiles && sums.dprefix_v), s.dout, s.dout_panel,
+  load_rows(p, block, a.q, a.q_stride, !p.amx && prefix_tiles && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
+  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (!p.amx && prefix_tiles && sums.dprefix_v), s.dout, s.dout_panel,
             s.dout_pairs);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t head = block.head[r], at = block.row[r];
@@ -494,11 +539,14 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   }
 
   const bool prefix_scores_needed = needs.dq || sums.dprefix_k || sums.dprefix_bias;
-  if (needs.dq) memset(s.dq, 0, sizeof(float) * block.count * dim);
+  if (needs.dq) memset(s.dq_sums, 0, sizeof(float) * (p.amx ? kBlockM : block.count) * dim);
   if (prefix_tiles && prefix_scores_needed)
     walk_scores(p, needs, seq, kv_head, s, kPrefix, 0, sums.dprefix_k, sums, nullptr, b);
   if (needs.dq || needs.dk || dbias)
     walk_scores(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dk, sums, dbias, b);
+#if PEFTKERN_HAS_AMX
+  if (p.amx && needs.dq) transpose_sums(p, block, s.dq_sums, s.dq);
+#endif
   if (needs.dq)
     for (int64_t r = 0; r < block.count; r++) {
       const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] +

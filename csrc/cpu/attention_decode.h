@@ -48,7 +48,7 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
   const peftkern_attention& a = *p.args;
   const int64_t G = p.plan->group_size, rows_each = a.q_len * G;
   const Sequence& some = p.plan->sequences[p.plan->units[group.first].sequence];
-  start_block(s.block, least(kBlockM, group.count * rows_each - first));
+  start_block(s.block, least(kBlockM, group.count * rows_each - first), p.row_step);
   for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
     const int64_t row = first + least(r, s.block.count - 1), i = row % rows_each;
     const Sequence& seq = p.plan->sequences[p.plan->units[group.first + row / rows_each].sequence];
@@ -72,7 +72,7 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
 static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, int64_t chunk, ForwardScratch& s,
                             const PartialRows& partial) {
   const int64_t G = p.plan->group_size;
-  start_block(s.block, seq.q_len * G);
+  start_block(s.block, seq.q_len * G, p.row_step);
   for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
     const int64_t row = least(r, s.block.count - 1);
     set_row(p, seq, row / G, kv_head * G + row % G, r, s.block);
@@ -160,7 +160,7 @@ int attention_decode(const peftkern_attention& args, const Plan& plan) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < args.batch * args.num_heads * args.q_len; row++) {
       const Sequence& seq = plan.sequences[row / args.q_len / args.num_heads];
-      start_block(s.block, 1);
+      start_block(s.block, 1, problem.row_step);
       set_row(problem, seq, row % args.q_len, row / args.q_len % args.num_heads, 0, s.block);
       join_row(problem, seq, s, partial);
     }

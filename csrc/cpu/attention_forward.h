@@ -16,6 +16,7 @@ struct ForwardScratch {
   float *rows, *panel;              // queries
   float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the scores' place, or pairs of keys
   float *out, *prefix_out;
+  float* sums;  // out as sums over keys are made for AMX, [padded_dim][kBlockM]; else out
   float pivot[kBlockM], sum[kBlockM];  // weights are 2^(score - pivot); their sum
   float base[kBlockM];                 // the pivot, 0 where it is -inf
   float alpha[kBlockM];                // what a move of the pivot leaves of earlier weights
@@ -34,6 +35,7 @@ static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena,
   s.weights = p.pairs ? arena.take<float>(kBlockM * kBlockN / 2) : s.scores;
   s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? kBlockM * kBlockN : 0);
   s.out = arena.take<float>(kBlockM * dim);
+  s.sums = p.amx ? arena.take<float>(kBlockM * dim) : s.out;
   s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
   s.tiles.k = arena.take<float>(length * dim);
   s.tiles.v = arena.take<float>(length * dim);
@@ -75,6 +77,15 @@ static bool move_pivots(const Problem& p, ForwardScratch& s, RowRange rows, floa
     store(s.base + r, base);
     moved = true;
   }
+#if PEFTKERN_HAS_AMX
+  if (p.amx) {
+    for (int64_t r = rows.begin; r < rows.end && moved && !s.empty; r += kLanes) {
+      const vf alpha = load(s.alpha + r);
+      for (int64_t d = 0; d < p.padded_dim; d++) store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
+    }
+    return moved;
+  }
+#endif
   if (moved && !s.empty)
     for (int64_t r = rows.begin; r < least(rows.end, s.block.count); r++)
       if (s.alpha[r] != 1.0f)
@@ -213,10 +224,19 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
   else
     weigh_products<float>(p, seq, s, part, tile, begin, n, rows);
   if (s.empty && count < s.block.count) {
-    memset(s.out, 0, sizeof(float) * s.block.count * dim);
+    memset(s.sums, 0, sizeof(float) * (p.amx ? kBlockM : s.block.count) * dim);
     s.empty = false;
   }
   const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin, p.pairs};
+#if PEFTKERN_HAS_AMX
+  if (p.amx) {
+    pad_weights(s.weights, n, rows);
+    multiply_keys_in_tiles(p, visible, rows.end - rows.begin, s.weights + rows.begin, tile.by_key, s.sums + rows.begin,
+                           !s.empty);
+    s.empty = false;
+    return;
+  }
+#endif
   multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key,
                 Store{s.out + rows.begin * dim, dim, !s.empty});
   s.empty = false;
@@ -230,6 +250,9 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
                                       : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
     add_tile(p, seq, s, part, tile, begin, n);
   }
+#if PEFTKERN_HAS_AMX
+  if (p.amx && !s.empty) transpose_sums(p, s.block, s.sums, s.out);
+#endif
 }
 
 static void load_queries(const Problem& p, ForwardScratch& s) {
@@ -331,6 +354,9 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
     ForwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
     take_forward_scratch(problem, length, own, s);
+#if PEFTKERN_HAS_AMX
+    const TileScope scope(problem.amx);
+#endif
     pack_prefixes(problem, packed_k, packed_v);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < num_tasks; task++) {

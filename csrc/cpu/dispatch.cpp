@@ -11,6 +11,12 @@
 #include "philox.h"
 #include "plan.h"
 
+#if defined(PEFTKERN_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__x86_64__) && !defined(PEFTKERN_PORTABLE_ONLY)
 #define PEFTKERN_X86 1
 #else
@@ -195,9 +201,27 @@ bool valid_indices(const peftkern_attention& a) {
   return true;
 }
 
-// AMX-BF16 is left out. Its tiles are configured per thread, and the threads are torch's: oneDNN configures them there too,
-// and its micro-kernels keep their configuration from call to call until they release it. Kernels that share this state
-// would have to be shown right beside oneDNN on a processor that has it; no machine of this project's tests has.
+#if defined(PEFTKERN_AMX) && defined(__linux__)
+// The processor has tiles, the kernel saves them, and lets this process use them: it asks to be asked.
+bool request_amx() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) || !(ecx >> 27 & 1)) return false;  // OSXSAVE
+  asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (eax & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  static const bool granted = request_amx();
+  return granted;
+}
+#else
+bool has_amx() { return false; }
+#endif
+
 bool has_isa(int isa) {
 #if PEFTKERN_X86
   __builtin_cpu_init();
@@ -209,6 +233,7 @@ bool has_isa(int isa) {
     case PEFTKERN_ISA_AVX2: return avx2;
     case PEFTKERN_ISA_AVX512: return avx512;
     case PEFTKERN_ISA_AVX512_BF16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case PEFTKERN_ISA_AMX_BF16: return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
   }
 #endif
   return isa == PEFTKERN_ISA_PORTABLE;
@@ -226,7 +251,7 @@ bool has_fast_bf16() {
 
 int choose_isa(int64_t requested, int64_t dtype) {
   if (requested == PEFTKERN_ISA_AUTO) return peftkern_isa_default(int(dtype));
-  return requested <= PEFTKERN_ISA_AVX512_BF16 && has_isa(int(requested)) ? int(requested) : -1;
+  return requested <= PEFTKERN_ISA_AMX_BF16 && has_isa(int(requested)) ? int(requested) : -1;
 }
 
 // A nested type is not deduced: null is a kernel too.
@@ -239,17 +264,20 @@ using Kernel = typename KernelOf<Args>::type;
 
 template <typename Args>
 int run(const Args& args, int isa, const Plan& plan, Kernel<Args> portable_kernel, Kernel<Args> avx2_kernel,
-        Kernel<Args> avx512_kernel, Kernel<Args> avx512_bf16_kernel) {
-  const Kernel<Args> kernels[] = {nullptr, portable_kernel, avx2_kernel, avx512_kernel, avx512_bf16_kernel};
+        Kernel<Args> avx512_kernel, Kernel<Args> avx512_bf16_kernel, Kernel<Args> amx_bf16_kernel) {
+  const Kernel<Args> kernels[] = {nullptr,       portable_kernel,    avx2_kernel,
+                                  avx512_kernel, avx512_bf16_kernel, amx_bf16_kernel};
   const int status = kernels[isa](args, plan);
   if (scratch.size > kKeptScratch) scratch = {};
   return status;
 }
 
-#if PEFTKERN_X86
-#define PEFTKERN_KERNELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name
+#if PEFTKERN_X86 && defined(PEFTKERN_AMX)
+#define PEFTKERN_KERNELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name, amx_bf16::name
+#elif PEFTKERN_X86
+#define PEFTKERN_KERNELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name, nullptr
 #else
-#define PEFTKERN_KERNELS(name) portable::name, nullptr, nullptr, nullptr
+#define PEFTKERN_KERNELS(name) portable::name, nullptr, nullptr, nullptr, nullptr
 #endif
 
 }  // namespace
@@ -289,11 +317,12 @@ const char* peftkern_error_string(int status) {
 int peftkern_isa_available(int isa) { return has_isa(isa); }
 
 const char* peftkern_isa_name(int isa) {
-  static const char* const names[] = {"auto", "portable", "avx2", "avx512", "avx512_bf16"};
-  return isa >= 0 && isa <= PEFTKERN_ISA_AVX512_BF16 ? names[isa] : nullptr;
+  static const char* const names[] = {"auto", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+  return isa >= 0 && isa <= PEFTKERN_ISA_AMX_BF16 ? names[isa] : nullptr;
 }
 
 int peftkern_isa_default(int dtype) {
+  if (dtype == PEFTKERN_BFLOAT16 && has_isa(PEFTKERN_ISA_AMX_BF16)) return PEFTKERN_ISA_AMX_BF16;
   if (dtype == PEFTKERN_BFLOAT16 && has_fast_bf16()) return PEFTKERN_ISA_AVX512_BF16;
   for (int isa : {PEFTKERN_ISA_AVX512, PEFTKERN_ISA_AVX2})
     if (has_isa(isa)) return isa;

@@ -54,7 +54,7 @@ void* acquire_scratch(size_t bytes);
 
 int64_t read_index(const void* data, int64_t dtype, int64_t i);
 
-#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16)
+#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16) F(amx_bf16)
 
 #define PEFTKERN_DECLARE(isa)                                                               \
   namespace isa {                                                                           \

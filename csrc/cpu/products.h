@@ -19,6 +19,9 @@ static void gather_rows(const Problem& p, const Block& block, const void* data, 
   const int64_t dtype = p.args->dtype;
   for (int64_t r = 0; r < block.count; r++)
     widen_row(row_address(p, block, r, data, stride), dtype, p.head_dim, rows + r * p.padded_dim);
+  const int64_t widened = round_up(p.head_dim, kLanes);
+  for (int64_t r = 0; r < block.count && widened < p.padded_dim; r++)
+    memset(rows + r * p.padded_dim + widened, 0, sizeof(float) * (p.padded_dim - widened));
   memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
 }
 
@@ -53,13 +56,20 @@ static void gather_pair_panel(const Problem& p, const Block& block, const void* 
   }
 }
 
-// by_row[r / 2][d] = (x[r][d], x[r + 1][d])
+// by_row[r / 2][d] = (x[r][d], x[r + 1][d]), zero beyond the rows where tiles read it
 static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride,
                              float* by_row) {
   for (int64_t r = 0; r < block.count; r += 2)
     interleave_rows(row_address(p, block, r, data, stride),
                     r + 1 < block.count ? row_address(p, block, r + 1, data, stride) : nullptr, p.head_dim,
                     words(by_row) + r / 2 * p.padded_dim);
+#if PEFTKERN_HAS_AMX
+  if (!p.amx) return;
+  const int64_t width = p.padded_dim, pairs = (block.count + 1) / 2, written = round_up(p.head_dim, kLanes);
+  for (int64_t i = 0; i < pairs && written < width; i++)
+    memset(by_row + i * width + written, 0, sizeof(float) * (width - written));
+  memset(by_row + pairs * width, 0, sizeof(float) * width * (block.vectors * kLanes / 2 - pairs));
+#endif
 }
 #endif
 
@@ -78,6 +88,11 @@ static void load_panel(const Problem& p, const Block& block, const void* data, c
 template <typename Finish>
 PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t first_key, int64_t n, const float* panel,
                                    int64_t count, const Finish& finish) {
+#if PEFTKERN_HAS_AMX
+  if (p.amx)
+    return gemm_tiles(n, count, All{p.padded_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
+                      words(panel), kBlockM, finish);
+#endif
 #if PEFTKERN_HAS_PAIRS
   if (p.pairs)
     return gemm<false>(n, count, All{p.head_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
@@ -97,6 +112,42 @@ struct VisibleKeys {
     return {0, pairs ? (count + 1) / 2 : count};
   }
 };
+
+#if PEFTKERN_HAS_AMX
+// The pairs of keys that the columns of a step see, which are rows of the block.
+struct VisiblePairs {
+  VisibleKeys visible;
+
+  Range operator()(int64_t, int64_t j) const { return visible(j, kTileStep); }
+};
+
+// sums [dim][kBlockM] (+)= keys or values, transposed, times weights [n / 2][kBlockM], for `columns` rows of the block.
+// Weights are padded with zeros to whole tiles of keys.
+static void multiply_keys_in_tiles(const Problem& p, const VisibleKeys& visible, int64_t columns, const float* weights,
+                                   const Rows& by_key, float* sums, bool accumulate) {
+  gemm_tiles(p.padded_dim, columns, VisiblePairs{visible}, words(by_key.data), by_key.stride, words(weights), kBlockM,
+             Accumulate{sums, kBlockM, accumulate});
+}
+
+// Zeros behind the weights of n keys, up to whole tiles.
+PEFTKERN_INLINE void pad_weights(float* weights, int64_t n, RowRange rows) {
+  for (int64_t j = (n + 1) / 2; j < round_up(n, kTileStep) / 2; j++)
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(weights + j * kBlockM + r, zero());
+}
+
+// rows[r][dim] of sums [dim][kBlockM].
+static void transpose_sums(const Problem& p, const Block& block, const float* sums, float* rows) {
+  for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
+    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+      vf square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) square[i] = load(sums + (d + i) * kBlockM + r);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store(rows + (r + i) * p.padded_dim + d, square[i]);
+    }
+}
+#endif
 
 // C [count rows, dim] = weights^T times keys or values, over the keys. `weights` is [n][kBlockM], or pairs of keys.
 template <typename Finish>
@@ -163,12 +214,13 @@ PEFTKERN_INLINE void for_key_groups(const Problem& p, const Block& block, Part p
                                     RowRange rows, const F& f) {
   const bool diagonal = on_diagonal(block, part, begin, n);
   if (!diagonal) return f(0, n, rows.begin, some_hidden(p, block, part, begin, n));
-  const int64_t below = most(0, block.high_min - begin) / kDiagonalKeys * kDiagonalKeys;
+  const int64_t step = p.diagonal_keys;
+  const int64_t below = most(0, block.high_min - begin) / step * step;
   if (below) f(0, below, rows.begin, some_hidden(p, block, part, begin, below));
-  for (int64_t key = below; key < n; key += kDiagonalKeys) {
+  for (int64_t key = below; key < n; key += step) {
     int64_t first = rows.begin;
-    while (first + kLanes < rows.end && block.high[first + kLanes - 1] <= begin + key) first += kLanes;
-    f(key, least(kDiagonalKeys, n - key), first, true);
+    while (first + block.step < rows.end && block.high[first + block.step - 1] <= begin + key) first += block.step;
+    f(key, least(step, n - key), first, true);
   }
 }
 

@@ -73,6 +73,19 @@ struct SequenceTiles {
   Tile get_pairs(const Problem& p, int64_t place, int64_t n, bool make, const KRow& k_row, const VRow& v_row) {
     const int64_t dim = p.padded_dim, width = dim / 2, bytes = 2 * p.head_dim;
     float *k_rows = k + place * width, *by_key = k + (length + place) * width, *v_rows = v + place * width;
+#if PEFTKERN_HAS_AMX
+    if (p.amx) {
+      if (make) {
+        pad_rows(p, n, k_row, k_rows);
+        if (p.backward) pad_rows(p, n, v_row, v_rows);
+        for (int64_t j = 0; j < n; j += kTileStep) {
+          const auto summed = [&](int64_t i) { return p.backward ? k_row(j + i) : v_row(j + i); };
+          transpose_pairs(p, least(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
+        }
+      }
+      return {{k_rows, width}, {v_rows, width}, {by_key, kBlockN / 2}};
+    }
+#endif
     if (make) {
       for (int64_t j = 0; j < n && !p.k_pairs_in_place; j++) memcpy(k_rows + j * width, k_row(j), bytes);
       for (int64_t j = 0; j < n && p.backward && !p.v_pairs_in_place; j++) memcpy(v_rows + j * width, v_row(j), bytes);
@@ -91,6 +104,19 @@ struct SequenceTiles {
     return tile;
   }
 #endif
+
+#if PEFTKERN_HAS_AMX
+  // n rows and zeros, up to kTileStep rows of padded_dim.
+  template <typename Row>
+  static void pad_rows(const Problem& p, int64_t n, const Row& row, float* out) {
+    const int64_t width = p.padded_dim / 2, bytes = 2 * p.head_dim, padding = 2 * p.padded_dim - bytes;
+    for (int64_t j = 0; j < n; j++) {
+      memcpy(out + j * width, row(j), bytes);
+      if (padding) memset(reinterpret_cast<char*>(out + j * width) + bytes, 0, padding);
+    }
+    memset(out + n * width, 0, sizeof(float) * width * (round_up(n, kTileStep) - n));
+  }
+#endif
 };
 
 static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
@@ -99,7 +125,8 @@ static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, in
   const float *k = p.prefix_k + at, *v = p.prefix_v + at;
   if (!p.pairs) return SequenceTiles::with_by_key(p, {k + begin * dim, dim}, {v + begin * dim, dim});
   const int64_t width = dim / 2;
-  return {{k + begin * width, width}, {v + begin * width, width}, {k + (p.packed_len + begin) * width, dim}};
+  const float* by_key = k + (p.packed_len + begin) * width;
+  return {{k + begin * width, width}, {v + begin * width, width}, {by_key, p.amx ? kBlockN / 2 : dim}};
 }
 
 // Tokens begin, ..., begin + n - 1 of one head of one prefix: widened, rounded to q's dtype.
@@ -124,7 +151,7 @@ static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int6
 // One head of one prefix as pairs, laid out as `prefix_tile` reads them.
 static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* out_k, float* out_v) {
   const int64_t dim = p.padded_dim, length = p.args->prefix_len;
-  alignas(64) float k[2 * kMaxHeadDim], v[2 * kMaxHeadDim];
+  alignas(64) float k[2 * kMaxHeadDim] = {}, v[2 * kMaxHeadDim] = {};
   for (int64_t j = 0; j < length; j += 2) {
     const int64_t n = least(2, length - j);
     widen_prefix(p, prefix, kv_head, j, n, k, v);
@@ -136,7 +163,7 @@ static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
     uint32_t* by_key = words(out_k) + (p.packed_len + j) * dim / 2;
     for (int64_t d = 0; d < dim; d += kLanes) {
       const vu pairs = bf16_pairs(load(summed + d), load(summed + dim + d));
-      __builtin_memcpy(by_key + d, &pairs, sizeof pairs);
+      if (!p.amx) __builtin_memcpy(by_key + d, &pairs, sizeof pairs);
       for (int64_t i = 0; i < n; i++) {
         const vh k_row = to_bf16(load(k + i * dim + d)), v_row = to_bf16(load(v + i * dim + d));
         __builtin_memcpy(reinterpret_cast<uint16_t*>(out_k) + (j + i) * dim + d, &k_row, sizeof k_row);
@@ -144,6 +171,18 @@ static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
       }
     }
   }
+#if PEFTKERN_HAS_AMX
+  if (!p.amx) return;
+  const int64_t padding = sizeof(uint16_t) * dim * (round_up(length, kTileStep) - length);
+  memset(reinterpret_cast<uint16_t*>(out_k) + length * dim, 0, padding);
+  memset(reinterpret_cast<uint16_t*>(out_v) + length * dim, 0, padding);
+  const uint16_t* summed = reinterpret_cast<const uint16_t*>(p.backward ? out_k : out_v);
+  for (int64_t j = 0; j < length; j += kTileStep) {
+    uint32_t* by_key = words(out_k) + (p.packed_len + j / kBlockN * kBlockN) * dim / 2 + j % kBlockN / 2;
+    transpose_pairs(p, least(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key,
+                    kBlockN / 2);
+  }
+#endif
 }
 #endif
 

@@ -19,6 +19,11 @@
 #else
 #define PEFTKERN_HAS_PAIRS 0
 #endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define PEFTKERN_HAS_AMX 1  // products of pairs on tiles: see amx.h
+#else
+#define PEFTKERN_HAS_AMX 0
+#endif
 
 #define PEFTKERN_INLINE_MEMBER inline __attribute__((always_inline))
 #define PEFTKERN_INLINE static PEFTKERN_INLINE_MEMBER
@@ -122,6 +127,16 @@ PEFTKERN_INLINE float reduce_add(vf x) {
   return lane[0];
 }
 
+#if PEFTKERN_LANES == 16 && defined(__AVX512DQ__)
+// 2^f for 0 <= f <= 1, a minimax polynomial, 1 at 0.
+PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
+  vf p = f * 1.867130228e-03f + 9.017029988e-03f;
+  p = p * f + 5.579991334e-02f;
+  p = p * f + 2.401644501e-01f;
+  p = p * f + 6.931513118e-01f;
+  return p * f + 1.0f;
+}
+#else
 // 2^f for |f| <= 1/2, a minimax polynomial.
 PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
   vf p = f * 1.326472708e-03f + 9.671512862e-03f;
@@ -130,14 +145,14 @@ PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
   p = p * f + 6.931469776e-01f;
   return p * f + 1.0f;
 }
+#endif
 
 // 2^x for x <= 127, relative error 2e-7; 0 below 2^-150, or below 2^-126 where it rounds by adding 1.5 2^23 + 127, whose low
 // bits then hold the biased exponent; NaN stays NaN.
 PEFTKERN_INLINE vf exp2(vf x) {
-#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
-  const vf least = max(set1(-150.0f), x);
-  const vf whole = (vf)_mm512_roundscale_ps((__m512)least, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (vf)_mm512_scalef_ps((__m512)exp2_of_fraction(least - whole), (__m512)whole);
+#if PEFTKERN_LANES == 16 && defined(__AVX512DQ__)
+  const vf fraction = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor x
+  return (vf)_mm512_scalef_ps((__m512)exp2_of_fraction(fraction), (__m512)x);
 #else
   const float kMagic = 12582912.0f + 127.0f;
   x = max(set1(-127.0f), x);

@@ -143,6 +143,38 @@ bool compare(const Call& call, const char* isa, int64_t threads, const Tensor& e
   return true;
 }
 
+// The caller's tiles, configured as by no kernel of ours, or released: `kept` says whether a call left them so.
+class ForeignTiles {
+ public:
+#if defined(PEFTKERN_AMX)
+  ForeignTiles(int isa, bool configured) : used_(isa == PEFTKERN_ISA_AMX_BF16) {
+    if (!used_) return;
+    if (configured) {
+      given_[0] = 1;  // the palette
+      given_[16] = 12;  // bytes and rows of the first tile
+      given_[48] = 5;
+      asm volatile("ldtilecfg %0" ::"m"(given_));
+    } else {
+      asm volatile("tilerelease" ::: "memory");
+    }
+  }
+  bool kept() const {
+    if (!used_) return true;
+    alignas(64) unsigned char now[64];
+    asm volatile("sttilecfg %0" : "=m"(now));
+    asm volatile("tilerelease" ::: "memory");
+    return !std::memcmp(now, given_, sizeof now);
+  }
+
+ private:
+  alignas(64) unsigned char given_[64] = {};
+  bool used_;
+#else
+  ForeignTiles(int, bool) {}
+  bool kept() const { return true; }
+#endif
+};
+
 bool replay(const Call& call, int isa, const std::vector<int64_t>& thread_counts) {
   std::vector<std::unique_ptr<char[]>> first;
   for (const int64_t threads : thread_counts) {
@@ -156,7 +188,12 @@ bool replay(const Call& call, int isa, const std::vector<int64_t>& thread_counts
         std::memset(memory.back().get(), 0xff, x.data.size());  // NaN in every dtype
       words[size_t(x.word)] = reinterpret_cast<int64_t>(memory.back().get());
     }
+    const ForeignTiles tiles(isa, first.empty());
     const int status = run(call.op, words.data(), isa, threads);
+    if (!tiles.kept()) {
+      std::fprintf(stderr, "%s, %s: the caller's tiles are configured otherwise\n", call.name.c_str(), peftkern_isa_name(isa));
+      return false;
+    }
     if (status != PEFTKERN_OK) {
       std::fprintf(stderr, "%s, %s: %s\n", call.name.c_str(), peftkern_isa_name(isa), peftkern_error_string(status));
       return false;
