@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def correct(context: Context, backend: str, name_of_dtype: str, part: int, parts
             bounds.check_backend(backend, tensors, options, device=device)
             passed += 1
         except Exception as error:
+            if context.dry_run and "only 0-dimensional arrays can be converted" in str(error):
+                raise LeftOut(f"the interpreter of Triton {version('triton')} needs numpy < 2.4") from error
             wrong.append(f"{name}: {type(error).__name__}: {error}")
             if "CUDA error" in str(error):
                 break  # this process can do no more

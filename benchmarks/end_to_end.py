@@ -29,7 +29,7 @@ import gc
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def ask(order: Row) -> Any:
 
 
 def serve(order: Row) -> Any:
-    """Bytes of a second step's peak, or the longest S that the budget allows."""
+    """Bytes of a second step's peak, the longest S that the budget allows, or whether it allows to generate."""
     torch.set_num_threads(order["threads"])
     model = load(order, order["arm"], order["dtype"], order["P"])
     vocab = model.get_base_model().config.vocab_size
@@ -149,21 +149,30 @@ def serve(order: Row) -> Any:
         batch = make_batch(vocab, order["B"], order["S"], order["data"] == "padded")
         step(model, batch)
         return memory.peak_bytes(lambda: step(model, batch))
-    step(model, make_batch(vocab, 1, 16, False))  # what the first step allocates for good
+    if order["part"] == "generate":
+        model.eval()
+        generate(model, prompt_of(order)[:1], order["P"], 1)  # what the first call allocates for good
+        return fits(order["budget_mb"], lambda: generate(model, prompt_of(order), order["P"], order["new_tokens"]))
+    step(model, make_batch(vocab, 1, 16, False))
 
-    def fits(length: int) -> bool:
-        gc.collect()
+    def length_fits(length: int) -> bool:
         batch = make_batch(vocab, 1, length, False)
-        try:
-            with memory.limited(order["budget_mb"] * 1_000_000):
-                step(model, batch)
-        except memory.ALLOCATION_ERRORS as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            return False
-        return True
+        return fits(order["budget_mb"], lambda: step(model, batch))
 
-    return longest(fits, order["least"], order["most"])
+    return longest(length_fits, order["least"], order["most"])
+
+
+def fits(budget_mb: int, call: Callable[[], object]) -> bool:
+    """Whether a call does with that much memory beside what the process holds."""
+    gc.collect()
+    try:
+        with memory.limited(budget_mb * 1_000_000):
+            call()
+    except memory.ALLOCATION_ERRORS as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def longest(fits: Callable[[int], bool], least: int, most: int) -> int:
@@ -232,35 +241,31 @@ def generate(model: Any, ids: Tensor, prefix: int, new_tokens: int) -> Tensor:
     return torch.cat(tokens, 1)
 
 
-def measure_generate(order: Row, seconds: float) -> list[Row]:
-    """A row per arm."""
-    torch.set_num_threads(order["threads"])
-    ids = torch.randint(0, order["vocab"], (order["B"], order["S"]), generator=torch.Generator().manual_seed(0))
-    arms = ("PEFT", "patch")
+def prompt_of(order: Row) -> Tensor:
+    """Random tokens [B, S]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, order["vocab"], (order["B"], order["S"]), generator=generator)
 
-    def calls(dtype: str, ids: Tensor) -> dict[str, Callable[[], Any]]:
+
+def measure_generate(order: Row, seconds: float) -> list[Row]:
+    """A row per arm. What fits is asked of processes of their own: a limit leaves traces in what torch keeps."""
+    torch.set_num_threads(order["threads"])
+    ids, arms = prompt_of(order), ("PEFT", "patch")
+
+    def calls(dtype: str, ids: Tensor, arms: Iterable[str]) -> dict[str, Callable[[], Any]]:
         models = {arm: load(order, arm, dtype, order["P"]).eval() for arm in arms}
         return {
             arm: functools.partial(generate, model, ids, order["P"], order["new_tokens"])
             for arm, model in models.items()
         }
 
-    few = calls("fp32", ids[:2])
+    few = calls("fp32", ids[:2], arms)
     stock, ours = (few[arm]() for arm in arms)
     assert torch.equal(stock, ours), f"{order['model']}: generated tokens differ from PEFT's"
     del few
     gc.collect()
-    ready = calls(order["dtype"], ids)
-    with memory.limited(order["budget_mb"] * 1_000_000):
-        for arm in arms:
-            try:
-                ready[arm]()
-            except memory.ALLOCATION_ERRORS as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                del ready[arm]
-                gc.collect()
-    times = take_turns(ready, seconds, at_least=3)
+    fitting = [arm for arm in arms if ask(order | {"arm": arm})]
+    times = take_turns(calls(order["dtype"], ids, fitting), seconds, at_least=3)
     rows = []
     for arm in arms:
         row: Row = {"arm": arm, "status": "ok" if arm in times else "out of memory"}

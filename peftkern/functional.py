@@ -18,6 +18,8 @@ __all__ = ["explain", "prefix_attention", "soft_prompt_embedding"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NUM_DIFFERENTIABLE = len(AttentionGradients._fields)
 _NUM_TENSORS = AttentionArgs._fields.index("scale")
+#: Devices that know autocast: others raise when asked whether it is on. A constant, which every torch.compile traces.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
 @overload
@@ -324,7 +326,7 @@ def _attention_args(
         if tensor is not None and not isinstance(tensor, Tensor):
             raise _error(name, "a tensor or None", type(tensor).__name__)
     device = q.device.type
-    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if q.dtype != torch.float64 and device in _AUTOCAST and torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
 
     _check_shape("q", q, "B", "Hq", "S", "D")

@@ -55,7 +55,7 @@ class NativeError(RuntimeError):
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason. torch is loaded by now, so both share one OpenMP runtime."""
+    """The library, or None and the reason. Its OpenMP runtime is torch's, which is global to the process by now."""
     if not _PATH.exists():
         return None, f"the native CPU library is not built; {_BUILD}"
     try:

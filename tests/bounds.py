@@ -8,7 +8,8 @@
 Errors are against the reference in fp64. Forward and backward errors are maxima. Sums over rows (the gradients of the
 prefix, sinks, gate and biases) are compared by root mean square, which a lucky element does not move; in fp32, where
 eager adds up in fp32 too, with the factor 3. In fp32 the error of large scores is the luck of the order in which a
-product is summed, and libraries sum differently on different processors: eager's error is the worst of three orders.
+product is summed, and libraries sum differently on different processors: eager's error is the worst of the library's
+in three orders and that of adding up one after the other.
 
 The floor is one rounding of the largest value in the dtype and, for a gradient, what one fp32 rounding of delta makes
 of it. delta_i = sum_d out_id dout_id is taken from all gradients of row i's scores, ds_ij = p_ij (dp_ij - delta_i).
@@ -19,6 +20,7 @@ reference's own gradient says how much that is. A gated prefix is a softmax of i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +33,15 @@ DIFFERENTIABLE = tuple(name.removeprefix("d") for name in AttentionGradients._fi
 FP32_SUMS = ("prefix_k", "prefix_v", "sinks", "bias", "prefix_bias", "gate")
 
 
-def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Tensor]:
+def one_after_the_other(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b whose sums run through the summed dimension in order, as no library promises to."""
+    total = a.new_zeros(())
+    for d in range(a.shape[-1]):
+        total = total + a[..., d : d + 1] * b[..., d : d + 1, :]
+    return total
+
+
+def eager_attention(q, k, v, prefix_k, prefix_v, *, product=torch.matmul, **options) -> tuple[Tensor, Tensor]:
     """As a model's eager attention computes it: all products in q's dtype, softmax in fp32, weights rounded.
 
     The prefix is expanded over the batch and concatenated, as PEFT does, but what is summed in backward (the prefix,
@@ -52,7 +62,7 @@ def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Ten
         prefix = prefix.transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0).expand(batch, -1, -1, -1)
         return torch.cat([prefix.to(dtype), sequence.repeat_interleave(group, 1)], 2)
 
-    scores = q @ joined(prefix_k, k).transpose(-1, -2) * scale
+    scores = product(q, joined(prefix_k, k).transpose(-1, -2)) * scale
     if numbers["softcap"]:
         scores = torch.tanh(scores / numbers["softcap"]) * numbers["softcap"]
     prefix_scores, seq_scores = scores.split([bank * prefix_len, kv_len], -1)
@@ -153,6 +163,9 @@ def check_backend(
         _in_order(order, eager_attention, exact_sums, _double(options), dout, lse_grad)
         for order in _orders(q.shape[-1] if q.dtype == torch.float32 else 0)
     ]
+    if q.dtype == torch.float32:
+        plain = functools.partial(eager_attention, product=one_after_the_other)
+        eager.append(run(plain, exact_sums, _double(options), dout, lse_grad))
     floors = {}
     if dout is not None:
         delta_rounding = torch.finfo(torch.float32).eps * (true.out * dout.double()).abs().sum(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -72,13 +73,16 @@ def numbers() -> str:
     """Markdown: what the results in ``benchmarks/results`` say, the worst row of each kind included."""
     kernel = _rows("cpu_attention.csv")
     lines = [
-        "| attention kernel over ten shapes | dtype | threads | times as fast as PEFT's way | least |",
-        "|---|---|---|---|---|",
+        "| attention kernel over ten shapes, against PEFT's way: mean (least) | forward | backward | both |",
+        "|---|---|---|---|",
     ]
-    for key in dict.fromkeys((r["direction"], r["dtype"], r["threads"]) for r in kernel):
-        ratios = [float(r["speedup_over_peft"]) for r in kernel if (r["direction"], r["dtype"], r["threads"]) == key]
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
-        lines.append(f"| {' | '.join(key)} | {mean:.1f} | {min(ratios):.1f} |")
+    for key in dict.fromkeys((r["dtype"], r["threads"]) for r in kernel):
+        cells = []
+        for direction in ("forward", "backward", "forward+backward"):
+            found = [r for r in kernel if (r["dtype"], r["threads"]) == key and r["direction"] == direction]
+            ratios = [float(r["speedup_over_peft"]) for r in found]
+            cells.append(f"{math.exp(statistics.fmean(map(math.log, ratios))):.1f} ({min(ratios):.1f})")
+        lines.append(f"| {key[0]}, threads={key[1]} | {' | '.join(cells)} |")
     lines += ["", "| training step, SmolLM2-135M | times as fast as PEFT | as without any prefix |", "|---|---|---|"]
     lines += [
         f"| {r['dtype']}, threads={r['threads']}, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
@@ -97,41 +101,56 @@ def numbers() -> str:
 
 
 def alternatives() -> str:
-    """Markdown: a line per problem of ``peftkern bench``'s rows, the worst first; nothing where there are none."""
-    path = RESULTS / "bench" / "attention.csv"
-    if not path.exists():
+    """Markdown: a line per shape and processor of ``peftkern bench``'s rows; nothing where there are none."""
+    found: dict[tuple[str, ...], dict[str, Comparison]] = {}
+    for path in sorted((RESULTS / "bench").glob("*/attention.csv")):
+        for c in map(Comparison.of, groups(read(path))):
+            row = c.rows[0]
+            shape = f"{row['model']}, B={row['B']} S={row['S']} P={row['P']}, {row['dtype']}"
+            found.setdefault((processor(row["cpu"]), shape), {})[row["direction"]] = c
+    if not found:
         return ""
-    compared = [Comparison.of(group) for group in groups(read(path))]
-    lines = [
-        "| shape | direction | threads | times as fast as PEFT's way | as the best alternative | as no prefix |",
-        "|---|---|---|---|---|---|",
-    ]
-    for c in sorted(compared, key=lambda c: c.over(c.best) or math.inf):
-        row = c.rows[0]
-        sizes = f"{row['model']}, B={row['B']} S={row['S']} P={row['P']}, {row['dtype']}"
-        best = f"{c.over(c.best):.2f} ({c.best['provider']})" if c.best else "-"
-        lines.append(
-            f"| {sizes} | {row['direction']} | {row['threads']} | {_ratio(c.over(c.peft))} | {best} "
-            f"| {_ratio(c.over(c.floor))} |"
-        )
+    directions = ("forward", "forward+backward")
+    lines = ["| processor | shape | " + " | ".join(directions) + " |", "|---|---|---|---|"]
+    for key, by_direction in found.items():
+        cells = (_standing(by_direction.get(direction)) for direction in directions)
+        lines.append(f"| {' | '.join((*key, *cells))} |")
     return "\n".join(lines)
+
+
+def processor(name: str) -> str:
+    """What /proc/cpuinfo calls it and the kernels that run on it, in short."""
+    return re.sub(r"\(R\)| Processor", "", name)
+
+
+def _standing(c: Comparison | None) -> str:
+    """Times as fast as PEFT's way, the best alternative and no prefix."""
+    return "-" if c is None else " / ".join(_ratio(c.over(other)) for other in (c.peft, c.best, c.floor))
 
 
 def end_to_end() -> str:
     """Markdown: whole models, from ``benchmarks/end_to_end.py``; nothing where there are no results."""
     if not (RESULTS / "end_to_end.csv").exists():
         return ""
-    rows, tables = _rows("end_to_end.csv"), []
+    rows = _rows("end_to_end.csv")
+    processors = dict.fromkeys(row["cpu"] for row in rows)
+    return "\n\n".join(table for cpu in processors for table in _end_to_end_on(cpu, rows))
+
+
+def _end_to_end_on(cpu: str, rows: list[dict[str, str]]) -> list[str]:
+    rows, tables, where = [row for row in rows if row["cpu"] == cpu], [], processor(cpu)
     steps = [r for r in rows if r["part"] == "step" and r["arm"] != "PEFT"]
     if steps:
-        lines = ["| training step | batch | | times as fast as PEFT | of its peak memory |", "|---|---|---|---|---|"]
+        lines = [f"| training step, {where} | batch | | times as fast as PEFT | of its peak memory |",
+                 "|---|---|---|---|---|"]  # fmt: skip
         for r in steps:
             peak = _ratio(1 / float(r["peak_over_peft"])) if r["peak_over_peft"] else "-"
             lines.append(f"| {_model(r)} | {r['data']} | {r['arm']} | {_ratio(r['over_peft'])} | {peak} |")
         tables.append("\n".join(lines))
     longest = [r for r in rows if r["part"] == "longest"]
     if longest:
-        lines = ["| longest sequence in a training step | MB beside the model | | tokens |", "|---|---|---|---|"]
+        lines = [f"| longest sequence in a training step, {where} | MB beside the model | | tokens |",
+                 "|---|---|---|---|"]  # fmt: skip
         for r in longest:
             most = {"ok": "", "the longest tried": " or more", "out of memory": ""}[r["status"]]
             tokens = f"{float(r['longest_S']):.0f}{most}"
@@ -139,7 +158,7 @@ def end_to_end() -> str:
         tables.append("\n".join(lines))
     stock = {_key(r): r for r in rows if r["part"] == "generate" and r["arm"] == "PEFT"}
     if stock:
-        lines = ["| generation | B | P | tokens/s | PEFT's | times as fast |", "|---|---|---|---|---|---|"]
+        lines = [f"| generation, {where} | B | P | tokens/s | PEFT's | times as fast |", "|---|---|---|---|---|---|"]
         for r in rows:
             if r["part"] == "generate" and r["arm"] != "PEFT":
                 peft = stock[_key(r)]
@@ -147,7 +166,7 @@ def end_to_end() -> str:
                 shown = (_model(r), r["B"], r["P"], *speeds, _ratio(r["over_peft"]))
                 lines.append("| " + " | ".join(shown) + " |")
         tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    return tables
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:
@@ -158,7 +177,7 @@ def _model(row: dict[str, str]) -> str:
     cut = "SmolLM2-135M" if row["model"] == "smollm2" else f"{row['model']} cut to {row['layers']} layers"
     where = "" if row["part"] == "generate" else f", B={row['B']} P={row['P']}"
     sizes = f" S={row['S']}" if row["part"] == "step" else ""
-    return f"{cut}, {row['dtype']}, threads={row['threads']}{where}{sizes}"
+    return f"{cut}, {row['dtype']}{where}{sizes}"
 
 
 def _ratio(value: str | float | None) -> str:

@@ -244,22 +244,25 @@ def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
 
 
 def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
-    """The worst alternative first; what ran out of memory and what PEFT could not do are said."""
+    """Losses are shown; what ran out of memory and what PEFT could not do are said."""
     assert readme_tables.RESULTS == BENCHMARKS / "results"
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     assert readme_tables.alternatives() == ""
     assert readme_tables.end_to_end() == ""
 
     problem = {"model": "m", "B": 1, "Hq": 2, "Hkv": 2, "S": 8, "cached": 0, "D": 8, "P": 4, "dtype": "bf16",
-               "device": "cpu", "threads": 1, "direction": "forward", "status": "ok", "error_ratio": 1}  # fmt: skip
+               "device": "cpu", "threads": 1, "direction": "forward", "status": "ok", "error_ratio": 1,
+               "cpu": "Intel(R) Xeon(R) Processor (avx512)"}  # fmt: skip
     times = [("peft", 8, 2.0), ("peftkern", 8, 1.0), ("two-calls", 16, 1.0), ("peft", 16, 3.0), ("peftkern", 16, 2.0)]
-    results = rows.Results(tmp_path / "bench" / "attention.csv")
+    results = rows.Results(tmp_path / "bench" / "xeon" / "attention.csv")
     results.add(problem | {"provider": name, "S": S, "p50_ms": ms} for name, S, ms in times)
+    backward = {"direction": "forward+backward", "provider": "peftkern", "p50_ms": 3.0}
+    results.add([problem | backward, problem | backward | {"provider": "no-prefix", "p50_ms": 1.5}])
     lines = readme_tables.alternatives().splitlines()
-    assert lines[2] == "| m, B=1 S=16 P=4, bf16 | forward | 1 | 1.50 | 0.50 (two-calls) | - |"
-    assert lines[3] == "| m, B=1 S=8 P=4, bf16 | forward | 1 | 2.00 | 2.00 (peft) | - |"
+    assert lines[2] == "| Intel Xeon (avx512) | m, B=1 S=8 P=4, bf16 | 2.00 / 2.00 / - | - / - / 0.50 |"
+    assert lines[3] == "| Intel Xeon (avx512) | m, B=1 S=16 P=4, bf16 | 1.50 / 0.50 / - | - |"
 
-    base = {"model": "smollm2", "layers": 30, "dtype": "bf16", "threads": 2, "B": 4, "S": 256, "P": 32}
+    base = {"model": "smollm2", "layers": 30, "dtype": "bf16", "threads": 2, "B": 4, "S": 256, "P": 32, "cpu": "CPU"}
     end = [
         base | {"part": "step", "data": "full", "arm": "PEFT", "over_peft": 1.0},
         base | {"part": "step", "data": "full", "arm": "patch", "over_peft": 1.5, "peak_over_peft": 4.0},
@@ -270,7 +273,7 @@ def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
     ]
     pd.DataFrame(end).to_csv(tmp_path / "end_to_end.csv", index=False)
     text = readme_tables.end_to_end()
-    assert "| SmolLM2-135M, bf16, threads=2, B=4 P=32 S=256 | full | patch | 1.50 | 0.25 |" in text
+    assert "| SmolLM2-135M, bf16, B=4 P=32 S=256 | full | patch | 1.50 | 0.25 |" in text
     assert "| 9 | PEFT | 0 |" in text
     assert "| 9 | patch | 512 or more |" in text
-    assert "| SmolLM2-135M, bf16, threads=2 | 4 | 32 | 100 | out of memory | - |" in text
+    assert "| SmolLM2-135M, bf16 | 4 | 32 | 100 | out of memory | - |" in text

@@ -98,7 +98,9 @@ def test_build_wheel_without_gpu_or_arch_says_so(capsys):
     assert "--arch 9.0" in capsys.readouterr().err
 
 
-WHEELS = [("none", ""), ("cpu", ""), ("cuda", "8.0"), ("cuda", "9.0"), ("cuda", "8.0;8.6;8.9;9.0;10.0;12.0")]
+WHEELS = [("none", ""), ("cpu", ""), ("cuda", "8.0"), ("cuda", "9.0"), ("cuda", "8.0;8.6;8.9;9.0;10.0;12.0"),
+          ("all", "9.0+PTX")]  # fmt: skip
+LIBRARIES = {"none": set(), "cpu": {"cpu"}, "cuda": {"cuda"}, "all": {"cpu", "cuda"}}
 
 
 @pytest.mark.slow
@@ -124,19 +126,35 @@ def test_a_wheel_builds_installs_and_holds_what_it_says(tmp_path, choice, archit
         files.extractall(tmp_path / "installed")
     package = tmp_path / "installed" / "peftkern"
     built = {path.name for path in package.glob("*.so")}
-    assert built == {"none": set(), "cpu": {"libpeftkern_cpu.so"}, "cuda": {"libpeftkern_cuda.so"}}[choice]
-    if choice != "cuda":
-        return
+    assert built == {f"libpeftkern_{name}.so" for name in LIBRARIES[choice]}
+    if "cuda" in LIBRARIES[choice]:
+        _check_architectures(package, architectures.split(";"))
+    if built:
+        _check_platform(wheel)
+
+
+def _check_platform(wheel: Path) -> None:
+    """auditwheel finds no library from outside the platform, and no glibc newer than the tag's."""
+    pytest.importorskip("auditwheel", reason="auditwheel (pip install auditwheel) knows what a platform tag promises")
+    command = [sys.executable, "-m", "auditwheel", "show", "--json", "--disable-isa-ext-check", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert verdict["external_libs"] == {}, verdict
+    glibc = [int(re.search(r"manylinux_2_(\d+)", name)[1]) for name in (wheel.name, verdict["overall_tag"])]
+    # its policies have gaps: 2.29 is within the next one, 2.31
+    assert glibc[0] <= glibc[1] <= glibc[0] + 2, verdict
+
+
+def _check_architectures(package: Path, architectures: list[str]) -> None:
     library = ctypes.CDLL(str(package / "libpeftkern_cuda.so"))
     library.peftkern_cuda_architectures.restype = ctypes.c_char_p
-    assert library.peftkern_cuda_architectures().decode() == architectures.replace(";", ",")
+    assert library.peftkern_cuda_architectures().decode() == ",".join(architectures)
     info = json.loads((package / "_build_info.json").read_text())
-    assert info["cuda"]["architectures"] == architectures.split(";")
+    assert info["cuda"]["architectures"] == architectures
     tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
-    listed = subprocess.run(
-        [tools / "cuobjdump", "--list-elf", package / "libpeftkern_cuda.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert set(re.findall(r"\.(sm_\d+)\.", listed)) == {f"sm_{a.replace('.', '')}" for a in architectures.split(";")}
+    for kind, suffix in (("elf", ""), ("ptx", "+PTX")):
+        command = [tools / "cuobjdump", f"--list-{kind}", package / "libpeftkern_cuda.so"]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout
+        expected = {f"sm_{a.removesuffix('+PTX').replace('.', '')}" for a in architectures if a.endswith(suffix)}
+        assert set(re.findall(r"\.(sm_\d+)\.", listed)) == expected, listed

@@ -3,7 +3,8 @@
 
 An error is ||got - true|| / ||true|| (Frobenius norms), of out or of the worst gradient. A provider may err twice
 (gradients: three times) as much as PEFT's way in the same dtype, and one rounding; its largest element twice as much
-again, so that a few wrong elements do not hide in a norm. The truth is the reference in fp64, block by block.
+again, so that a few wrong elements do not hide in a norm. What leaves the prefix out is compared with PEFT's way
+without it. The truth is the reference in fp64, block by block.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Truth:
         scores = shape.B * shape.Hq * shape.S * (shape.P + shape.T)
         self.heads = list(range(shape.Hkv)) if scores <= _ALL_HEADS else sorted({0, shape.Hkv - 1})
         self._true: dict[tuple[bool, bool], list[Tensor]] = {}
-        self._errors: dict[bool, list[tuple[float, float]]] = {}
+        self._errors: dict[tuple[bool, bool], list[tuple[float, float]]] = {}
 
     def judge(self, calls: Calls, backward: bool, uses_prefix: bool = True) -> Verdict:
         """Of out, or of the gradients."""
@@ -61,7 +62,7 @@ class Truth:
         result: Any = call()
         got: list[Tensor] = list(result) if backward else [result]
         true = self.results(backward, uses_prefix)
-        names, allowed = GRADIENTS if backward else OUTPUTS, self.baseline(backward)
+        names, allowed = GRADIENTS if backward else OUTPUTS, self.baseline(backward, uses_prefix)
         factor, eps = 3 if backward else 2, torch.finfo(self.problem.dtype).eps
         errors, wrong = [], []
         for name, x, y, (norm, largest) in zip(names, got, true, allowed, strict=False):
@@ -75,17 +76,24 @@ class Truth:
                 )
         return Verdict(max(errors, default=0.0), max((a for a, _ in allowed), default=0.0), "; ".join(wrong))
 
-    def baseline(self, backward: bool) -> list[tuple[float, float]]:
+    def baseline(self, backward: bool, uses_prefix: bool = True) -> list[tuple[float, float]]:
         """PEFT's errors per output: (by norm, by the largest element); eager attention's where SDPA cannot."""
-        if backward not in self._errors:
-            calls = prepare("peft", self.problem)
-            calls = prepare("peft-eager", self.problem) if isinstance(calls, Unavailable) else calls
+        key = (backward, uses_prefix)
+        if key not in self._errors:
+            problem = self.problem if uses_prefix else self._without_prefix()
+            calls = prepare("peft", problem)
+            calls = prepare("peft-eager", problem) if isinstance(calls, Unavailable) else calls
             assert isinstance(calls, Calls)
             assert calls.both is not None
             got = list(calls.both()) if backward else [calls.forward()]
-            true = self.results(backward, True)
-            self._errors[backward] = [self._error(x, y) for x, y in zip(got, true, strict=True)]
-        return self._errors[backward]
+            true = self.results(backward, uses_prefix)
+            self._errors[key] = [self._error(x, y) for x, y in zip(got, true, strict=uses_prefix)]
+        return self._errors[key]
+
+    def _without_prefix(self) -> Problem:
+        *sequence, prefix_k, prefix_v = self.problem.inputs
+        inputs = (*sequence, prefix_k[:, :0], prefix_v[:, :0])
+        return replace(self.problem, shape=replace(self.problem.shape, P=0), inputs=inputs)
 
     def results(self, backward: bool, uses_prefix: bool) -> list[Tensor]:
         """[out], or the five gradients (three without a prefix), in fp64, of the heads that are compared."""
@@ -98,9 +106,8 @@ class Truth:
         return self._true[key]
 
     def _compute(self, backward: bool, uses_prefix: bool) -> tuple[Tensor, list[Tensor]]:
-        shape, (q, k, v, *prefix) = self.problem.shape, self.problem.inputs
-        if not uses_prefix:
-            shape, prefix = replace(shape, P=0), [x[:, :0] for x in prefix]
+        problem = self.problem if uses_prefix else self._without_prefix()
+        shape, (q, k, v, *prefix) = problem.shape, problem.inputs
         q, k, v, dout = (self._heads(x).double() for x in (q, k, v, self.problem.dout))
         prefix_k, prefix_v = (x[self.heads].double() for x in prefix)
         leaves = [x.requires_grad_(backward) for x in (q, k, v, prefix_k, prefix_v)]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,13 +15,12 @@ from .cache import KeyValue, PrefixCache, PrefixOptions
 from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packing import Stream
 
-__all__ = ["LayerPrefix", "PrefixPatch"]
+__all__ = ["LayerPrefix", "PrefixPatch", "is_layer_prefix"]
 
 #: Name of the prefix as a submodule of the model.
 SUBMODULE = "peftkern_prefix"
 
 
-@runtime_checkable
 class LayerPrefix(Protocol):
     """What a patch needs of a prefix; :class:`peftkern.PrefixKV` is one."""
 
@@ -32,6 +31,11 @@ class LayerPrefix(Protocol):
 
     def layer_kv(self) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; anything for a layer of length 0, which is left out."""
+
+
+def is_layer_prefix(value: object) -> TypeGuard[LayerPrefix]:
+    """Not by ``isinstance``, which from Python 3.12 on does not see a module's parameters and buffers."""
+    return all(hasattr(value, name) for name in (*LayerPrefix.__annotations__, "layer_kv"))
 
 
 class PrefixPatch(ModelPatch):

@@ -12,9 +12,16 @@ from transformers import PreTrainedModel
 
 from .cache import SITE, PrefixOptions
 from .model_patch import PATCH, ModelPatch
-from .native import LayerPrefix, PrefixPatch
+from .native import PrefixPatch, is_layer_prefix
 from .peft import PeftPatch, has_prompt, is_peft_model
-from .prompt import PROMPT_TYPES, EmbeddingPrompt, PeftConcatenation, PeftPromptPatch, SoftPromptPatch, Unpackable
+from .prompt import (
+    PROMPT_TYPES,
+    PeftConcatenation,
+    PeftPromptPatch,
+    SoftPromptPatch,
+    Unpackable,
+    is_embedding_prompt,
+)
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -107,7 +114,7 @@ def patch(
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
     # A window can hide the prefix only where the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
-    is_prompt = _adapts_prompt(model) if prefix is None else isinstance(prefix, EmbeddingPrompt)
+    is_prompt = _adapts_prompt(model) if prefix is None else is_embedding_prompt(prefix)
     if is_prompt and not (shift_positions and prefix_in_window and packing):
         raise ValueError(
             "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows of the model's, got False"
@@ -130,9 +137,9 @@ def patch(
             raise ValueError(
                 "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
             )
-        if isinstance(prefix, EmbeddingPrompt):
+        if is_embedding_prompt(prefix):
             change = SoftPromptPatch(model, _find_base(model), prefix, freeze=freeze, options=options, logits=logits)
-        elif isinstance(prefix, LayerPrefix):
+        elif is_layer_prefix(prefix):
             change = PrefixPatch(
                 model, _find_base(model), prefix, shift_positions=shift_positions, freeze=freeze, options=options,
                 packing=packing, logits=logits,

@@ -12,7 +12,7 @@ import inspect
 import types
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,15 @@ from .model_patch import PATCH, ModelPatch, check_replaceable, place_behind, sel
 from .packing import Stream
 from .peft import GenerationInputs
 
-__all__ = ["PROMPT_TYPES", "EmbeddingPrompt", "PeftConcatenation", "PeftPromptPatch", "SoftPromptPatch", "Unpackable"]
+__all__ = [
+    "PROMPT_TYPES",
+    "EmbeddingPrompt",
+    "PeftConcatenation",
+    "PeftPromptPatch",
+    "SoftPromptPatch",
+    "Unpackable",
+    "is_embedding_prompt",
+]
 
 PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
@@ -34,12 +42,16 @@ PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 SUBMODULE = "peftkern_prompt"
 
 
-@runtime_checkable
 class EmbeddingPrompt(Protocol):
     """What a patch needs of a prompt; :class:`peftkern.SoftPrompt` is one."""
 
     weight: Tensor
     embed_dim: int
+
+
+def is_embedding_prompt(value: object) -> TypeGuard[EmbeddingPrompt]:
+    """Not by ``isinstance``, which from Python 3.12 on does not see a module's parameters."""
+    return hasattr(value, "weight") and hasattr(value, "embed_dim")
 
 
 class Unpackable(ValueError):
