@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// C = A B of bf16 pairs on AMX tiles, 16 rows of 64 bytes: A [M][K] in words that are pairs along K, B [K][N] in words, C
-// fp32. Tiles are read and written whole, so every buffer is padded: A to 32 rows, the summed dimension to 16 words, N to
-// 32. The padding of the summed dimension is zero on one side and finite on the other.
+// C = A B of bf16 pairs on AMX tiles, 16 rows of 64 bytes: A [M][K] in words that are pairs along K, B [K][N] in words,
+// C fp32. Tiles are read and written whole, so every buffer is padded: A to 32 rows, the summed dimension to 16 words,
+// N to 32. The padding of the summed dimension is zero on one side and finite on the other.
 #ifndef PEFTKERN_CPU_AMX_H_
 #define PEFTKERN_CPU_AMX_H_
 

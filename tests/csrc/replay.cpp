@@ -191,7 +191,8 @@ bool replay(const Call& call, int isa, const std::vector<int64_t>& thread_counts
     const ForeignTiles tiles(isa, first.empty());
     const int status = run(call.op, words.data(), isa, threads);
     if (!tiles.kept()) {
-      std::fprintf(stderr, "%s, %s: the caller's tiles are configured otherwise\n", call.name.c_str(), peftkern_isa_name(isa));
+      std::fprintf(stderr, "%s, %s: the caller's tiles are configured otherwise\n", call.name.c_str(),
+                   peftkern_isa_name(isa));
       return false;
     }
     if (status != PEFTKERN_OK) {
