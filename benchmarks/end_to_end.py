@@ -15,7 +15,8 @@ step      Forward and backward on a full batch and on one whose sequences are --
 longest   The longest S of one sample whose step succeeds with --budget MB beside the model, within one part in eight.
 generate  Prefill of --prompt tokens and greedy decoding of --tokens, by the same loop over the base model; PEFT's
           cache is the prefix expanded over the batch. The tokens are compared first, in fp32. What needs more than
-          --budget-generate MB beside the model is "out of memory".
+          --budget-generate MB beside the model is "out of memory". A prompt of one token, as torch's CPU kernels
+          copy the last layer's weights once a row where logits of the last of several tokens are asked for.
 
 The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv,
 where rows of parts and models that are not measured stay.
@@ -356,8 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shortest", type=int, default=256, help="S that longest begins with (default %(default)s)")
     parser.add_argument("--longest", type=int, default=8192, help="S that it ends with (default %(default)s)")
     parser.add_argument("--budget-generate", type=int, default=6000, help="MB, generate (default %(default)s)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before generated ones (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=8, help="to generate (default %(default)s)")
+    parser.add_argument("--prompt", type=int, default=1, help="tokens before generated ones (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="to generate (default %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128], help="generate (default %(default)s)")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 1024, 8192], help="generate")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends, cli
+from peftkern import backends, cli, native
 from peftkern.backends import Call, calibrate, choose
 from peftkern.backends.vendor import VENDORS
 
@@ -237,3 +237,7 @@ def test_auto_is_within_its_bound_on_this_cpu(monkeypatch):
             if ratios[-1] <= 1.15:
                 break
         assert min(ratios) <= 1.15, f"{call}: 'auto' takes {peftkern.explain(call).chosen}, {ratios} times the best"
+
+
+def test_every_instruction_set_has_rates():
+    assert set(native.ISAS) - {"auto"} == set(choose.RATES["cpu"])
