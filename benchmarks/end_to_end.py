@@ -118,8 +118,8 @@ def compare(order: Row, arms: list[str], batch: dict[str, Tensor]) -> dict[str, 
     """Relative differences to PEFT's loss and prefix gradient, in fp32.
 
     Raises:
-        AssertionError: if a loss differs by more than rounding explains, or a gradient is three times as far from PEFT's
-            in fp64 as PEFT's own in fp32, or as one rounding of the prefix moves that: a thousandth in a deep model.
+        AssertionError: if a loss differs by more than rounding explains, or a gradient is more than three times as
+            far from PEFT's in fp64 as PEFT's in fp32, or as where one rounding of the prefix moves that.
     """
 
     def run(arm: str, dtype: str, rounding: float = 0.0) -> tuple[float, Tensor]:
@@ -145,8 +145,9 @@ def compare(order: Row, arms: list[str], batch: dict[str, Tensor]) -> dict[str, 
     differences = {}
     for arm, (loss, gradient) in results.items():
         off, error = abs(loss - stock_loss) / abs(stock_loss), apart(gradient, true)
-        assert off < 1e-5, f"{order['model']}, {arm}: losses differ by {off:.1e} of {stock_loss:.2f}"
-        assert error <= allowed, f"{order['model']}, {arm}: prefix gradients err by {error:.1e}, allowed {allowed:.1e}"
+        who = f"{order['model']}, {arm}"
+        assert off < 1e-5, f"{who}: losses differ by {off:.1e} of {stock_loss:.2f}"
+        assert error <= allowed, f"{who}: prefix gradients err by {error:.1e}, allowed {allowed:.1e}"
         differences[arm] = off, apart(gradient, stock)
     return differences
 

@@ -162,7 +162,7 @@ def _end_to_end_on(cpu: str, rows: list[dict[str, str]]) -> list[str]:
         for r in rows:
             if r["part"] == "generate" and r["arm"] != "PEFT":
                 peft = stock[_key(r)]
-                speeds = (f"{float(x['tokens_per_s']):.3g}" if x["tokens_per_s"] else x["status"] for x in (r, peft))
+                speeds = (f"{float(x['tokens_per_s']):.0f}" if x["tokens_per_s"] else x["status"] for x in (r, peft))
                 shown = (_model(r), r["B"], r["P"], *speeds, _ratio(r["over_peft"]))
                 lines.append("| " + " | ".join(shown) + " |")
         tables.append("\n".join(lines))
