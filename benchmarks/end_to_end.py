@@ -19,7 +19,7 @@ generate  Prefill of --prompt tokens and greedy decoding of --tokens, by the sam
           copy the last layer's weights once a row where logits of the last of several tokens are asked for.
 
 The providers take turns in one process; medians and (third - first quartile) / median. Writes results/end_to_end.csv,
-where rows of parts and models that are not measured stay.
+where rows of parts, models and processors that are not measured stay.
 """
 
 from __future__ import annotations
@@ -328,10 +328,10 @@ def tasks_of(options: argparse.Namespace, path: str | None) -> list[tuple[str, C
 
 
 def kept(path: Path, rows: list[Row]) -> list[Row]:
-    """The rows of a file that are about other parts, models, dtypes or numbers of threads than ``rows``."""
+    """The rows of a file that are about other parts, models, dtypes, threads or processors than ``rows``."""
     if not path.exists():
         return []
-    keys = ("part", "model", "dtype", "threads")
+    keys = ("part", "model", "dtype", "threads", "cpu")
     measured = {tuple(str(row[name]) for name in keys) for row in rows}
     there = pd.read_csv(path, keep_default_na=False).to_dict("records")
     return [row for row in there if tuple(str(row[name]) for name in keys) not in measured]

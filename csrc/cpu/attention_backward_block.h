@@ -493,8 +493,9 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   const Block& block = s.block;
   const int64_t dim = p.padded_dim, rows = block.vectors * kLanes;
   const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
-  load_rows(p, block, a.q, a.q_stride, !p.amx && prefix_tiles && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
-  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (!p.amx && prefix_tiles && sums.dprefix_v), s.dout, s.dout_panel,
+  const bool floats = prefix_tiles && !p.amx;  // what sums of the prefix's gradients multiply
+  load_rows(p, block, a.q, a.q_stride, floats && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
+  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (floats && sums.dprefix_v), s.dout, s.dout_panel,
             s.dout_pairs);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t head = block.head[r], at = block.row[r];

@@ -127,25 +127,19 @@ PEFTKERN_INLINE float reduce_add(vf x) {
   return lane[0];
 }
 
+// 2^f, a minimax polynomial that is 1 at 0: for 0 <= f <= 1 where exp2 takes the floor off, else for |f| <= 1/2.
+PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512DQ__)
-// 2^f for 0 <= f <= 1, a minimax polynomial, 1 at 0.
-PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
-  vf p = f * 1.867130228e-03f + 9.017029988e-03f;
-  p = p * f + 5.579991334e-02f;
-  p = p * f + 2.401644501e-01f;
-  p = p * f + 6.931513118e-01f;
-  return p * f + 1.0f;
-}
+  constexpr float c[] = {1.867130228e-03f, 9.017029988e-03f, 5.579991334e-02f, 2.401644501e-01f, 6.931513118e-01f};
 #else
-// 2^f for |f| <= 1/2, a minimax polynomial.
-PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
-  vf p = f * 1.326472708e-03f + 9.671512862e-03f;
-  p = p * f + 5.550733746e-02f;
-  p = p * f + 2.402224208e-01f;
-  p = p * f + 6.931469776e-01f;
+  constexpr float c[] = {1.326472708e-03f, 9.671512862e-03f, 5.550733746e-02f, 2.402224208e-01f, 6.931469776e-01f};
+#endif
+  vf p = f * c[0] + c[1];
+  p = p * f + c[2];
+  p = p * f + c[3];
+  p = p * f + c[4];
   return p * f + 1.0f;
 }
-#endif
 
 // 2^x for x <= 127, relative error 2e-7; 0 below 2^-150, or below 2^-126 where it rounds by adding 1.5 2^23 + 127, whose low
 // bits then hold the biased exponent; NaN stays NaN.
