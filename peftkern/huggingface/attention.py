@@ -18,11 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
 from .cache import SITE, KeyValue, PrefixCache
-from .masks import CompactMask, LazyMask, additive
+from .masks import CompactMask, LazyMask, additive, described, mask_function
 
 __all__ = ["Implementation", "attention_forward", "register"]
 
 NAME = "peftkern"
+
+#: Devices that support autocast; others raise when asked whether it is on. A constant, which torch.compile can trace.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
 class Implementation(str):
@@ -37,7 +40,9 @@ class Implementation(str):
 
     over: str
 
-    def __new__(cls, over: str) -> Implementation:  # noqa: D102
+    def __new__(cls, over: str) -> Implementation:
+        """Also registers the implementation, so that a model unpickled in a new process finds it."""
+        register()
         self = super().__new__(cls, NAME)
         self.over = over
         return self
@@ -49,7 +54,7 @@ class Implementation(str):
 def register() -> None:
     """Make ``transformers`` know the implementation. Without the mask function it would drop masks without a word."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, LazyMask)
+    AttentionMaskInterface.register(NAME, mask_function)
 
 
 def attention_forward(
@@ -67,7 +72,7 @@ def attention_forward(
         module: the attention module.
         query: [B, Hq, S, D].
         key, value: [B, Hkv, T, D], of the sequence.
-        attention_mask: as made by :class:`.masks.LazyMask`, or a user's own [B, 1, S, T or P + T], bool or additive.
+        attention_mask: as made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or additive.
         peftkern_prefix: the cache that a patched model's forward hook put into the keyword arguments.
         kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and what else
             the model hands down.
@@ -75,6 +80,9 @@ def attention_forward(
     Returns:
         ([B, S, Hq, D] contiguous, None).
     """
+    attention_mask = described(attention_mask) or attention_mask
+    if peftkern_prefix is not None:
+        query, key, value = _autocast(query, key, value)
     prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
     if prefix is None and peftkern_prefix is not None and peftkern_prefix.stream is not None:
         if not hasattr(module, SITE):
@@ -104,9 +112,11 @@ def _attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    for name in ("output_attentions", "cu_seq_lens_q"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(f"{name}: a model with a peftkern prefix has no {_UNSUPPORTED[name]}")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q: expected None, since the model cannot run packed sequences behind a prefix; pass padded "
+            "ones with an attention_mask"
+        )
     options, stream = cache.options, cache.stream
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     mask_bias = None
@@ -155,10 +165,12 @@ def _attend(
     return out.transpose(1, 2)
 
 
-_UNSUPPORTED = {
-    "output_attentions": "attention weights to return; look at them after unpatch(model)",
-    "cu_seq_lens_q": "packed sequences; pass padded ones with an attention_mask",
-}
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in its dtype. Rotary positions leave keys in fp32 there, but not values."""
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _on(device: torch.device, x: Tensor | None) -> Tensor | None:

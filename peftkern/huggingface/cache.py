@@ -82,6 +82,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     Attributes:
         stream: how the batch of this forward is packed; None for one that is not.
+        paused: modules whose activation checkpointing is switched off during this forward.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._offset_outside = offset_outside
         self._running: _Forward | None = None
         self._used = False
+        self.paused: list[Any] = []
 
     @property
     def offset(self) -> int:
@@ -113,9 +115,29 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         return self._offset if self._offset_outside or self._running is not None else 0
 
     @property
+    def counts_outside(self) -> bool:
+        """Whether callers of the model count the prefix in masks and positions, as PEFT does."""
+        return self._offset_outside
+
+    @property
     def taken_positions(self) -> int:
-        """Positions of the sequence's that the prefix takes."""
+        """Positions of the sequence that the prefix takes."""
         return self.offset
+
+    def as_stock(self, batch: int, dtype: torch.dtype) -> DynamicCache:
+        """A stock cache that holds the prefix once per sample, as PEFT hands it to the model.
+
+        Args:
+            batch: B.
+            dtype: of the model.
+        """
+        cache = DynamicCache()
+        for layer, kv in enumerate(self.prefix):
+            if kv is None:
+                raise ValueError(f"prefix: expected one in every layer of a stock cache, got none in layer {layer}")
+            key, value = (x.to(dtype).expand(batch, *x.shape[-3:]) for x in kv)
+            cache.update(key, value, layer)
+        return cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before this call: prefix and sequence."""
@@ -171,9 +193,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             return None
         if self._running is not None:  # a layer recomputed in the backward pass has been counted before
             self._running.taken.add(site.name)
-        prefix_k, prefix_v = prefix
-        dtype = torch.float32 if prefix_k.dtype == torch.float32 else key.dtype
-        return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
+        return _like_key(prefix, key)
+
+
+def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
+    """A prefix on the key's device, in fp32 if all of it is and in the key's dtype otherwise."""
+    dtype = torch.float32 if all(x.dtype == torch.float32 for x in prefix) else key.dtype
+    prefix_k, prefix_v = prefix
+    return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 
 class StreamCache(PrefixCache):
@@ -210,7 +237,7 @@ class StreamCache(PrefixCache):
         if self._running is not None:
             self._running.taken.add(site.name)
         assert self.stream is not None
-        return self.stream.bank(key), self.stream.bank(value)
+        return _like_key((self.stream.bank(key), self.stream.bank(value)), key)
 
     def unpacked(self) -> PrefixCache:
         """The same keys and values as a cache of the padded batch, behind the prompts as a shared prefix."""

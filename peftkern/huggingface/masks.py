@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks as descriptions: the S x S tensor is built only for a reader who cannot do without it."""
+"""Attention masks as descriptions: the S x S tensor is built only when something other than our attention reads it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import (
     and_masks,
@@ -20,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-__all__ = ["CompactMask", "LazyMask", "additive"]
+__all__ = ["CompactMask", "LazyMask", "MaskTensor", "additive", "described", "mask_function"]
 
 
 class CompactMask(NamedTuple):
@@ -37,10 +38,10 @@ class CompactMask(NamedTuple):
 
 
 class LazyMask:
-    """What ``transformers`` asks of a mask function, kept until a layer says in which form it needs the answer.
+    """The arguments of a mask function, kept until a layer says in which form it needs the mask.
 
-    Registered in ``AttentionMaskInterface``; models hand the object from the mask's creation to the attention
-    function without looking into it. All layers of a forward share it, and so the forms that it has built.
+    Registered in ``AttentionMaskInterface``. Most models hand the object from the mask's creation to the attention
+    function unread. All layers of a forward share it and the forms that it has built.
 
     Args:
         request: the keyword arguments of a mask function (:func:`transformers.masking_utils.sdpa_mask`).
@@ -49,6 +50,26 @@ class LazyMask:
     def __init__(self, **request: Any) -> None:
         self._request = request
         self._forms: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def metadata(self) -> tuple[tuple[int, ...], torch.dtype, Any]:
+        """Shape, dtype and device of the dense mask."""
+        request = self._request
+        shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
+        is_additive = request["config"]._attn_implementation.over == "eager"
+        dtype = request.get("dtype", torch.float32) if is_additive else torch.bool
+        return tuple(map(int, shape)), dtype, request["device"]
+
+    def dense(self) -> Tensor:
+        """The mask as the implementation below makes it, or bool [B, 1, S, T] where that one makes none."""
+        num_keys = self._request["kv_length"]
+        mask = self.for_implementation(self._request["config"]._attn_implementation.over, num_keys)
+        if isinstance(mask, Tensor):
+            return mask
+        key = ("dense", num_keys)
+        if key not in self._forms:
+            self._forms[key] = self._visible(num_keys)
+        return self._forms[key]  # type: ignore[no-any-return]
 
     @property
     def _end(self) -> int:
@@ -82,13 +103,32 @@ class LazyMask:
         return CompactMask(causal, window, self._key_mask(num_keys))
 
     def bias(self, num_keys: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask has no prefix columns."""
-        columns = num_keys + (prefix_len if self._end - num_keys >= prefix_len else 0)
-        key = ("bias", columns, dtype)
+        """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask does not hide prefix keys.
+
+        A mask made before the prefix was known has no columns for it. Its windows then count the prefix as positions
+        before the sequence, as in a mask that was made with the prefix in the cache.
+        """
+        knows_prefix = self._end - num_keys >= prefix_len
+        columns = num_keys + (prefix_len if knows_prefix else 0)
+        key = ("bias", columns, prefix_len, dtype)
         if key not in self._forms:
-            unskipped = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            self._forms[key] = additive(sdpa_mask(**{**self._last_columns(columns), **unskipped}), dtype)
+            visible = self._visible(columns)
+            window = None if knows_prefix else min(_windows_in(self._request["mask_function"]), default=None)
+            if window is not None and prefix_len:
+                visible = torch.cat([self._prefix_in_window(window, prefix_len, visible), visible], -1)
+            self._forms[key] = additive(visible, dtype)
         return self._forms[key]  # type: ignore[no-any-return]
+
+    def _visible(self, columns: int) -> Tensor:
+        """bool [B, 1, S, columns] of the last columns."""
+        unskipped = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(**{**self._last_columns(columns), **unskipped})  # type: ignore[no-any-return]
+
+    def _prefix_in_window(self, window: int, prefix_len: int, like: Tensor) -> Tensor:
+        """bool [B, 1, S, P]: whether prefix positions, which precede position 0, are less than a window away."""
+        queries = self._request["q_offset"] + torch.arange(like.shape[2], device=like.device)
+        prefix = torch.arange(-prefix_len, 0, device=like.device)
+        return (queries[:, None] - prefix < window).expand(*like.shape[:2], -1, -1)
 
     def for_implementation(self, name: str, num_keys: int) -> Any:
         """The mask that the attention implementation ``name`` expects over the last ``num_keys`` keys."""
@@ -119,6 +159,64 @@ class LazyMask:
         return None if not is_tracing(key_mask) and bool(key_mask.all()) else key_mask
 
 
+class MaskTensor(Tensor):
+    """A :class:`LazyMask` as a tensor [B, 1, S, T], for model code that slices it, adds to it or asks for its shape.
+
+    Its own memory is one element. Every operation but a look at shape, dtype and device runs on the dense mask.
+
+    Attributes:
+        lazy: the description.
+    """
+
+    lazy: LazyMask
+
+    @classmethod
+    def of(cls, lazy: LazyMask) -> MaskTensor:
+        """A tensor without values, which makes them when they are read."""
+        shape, dtype, device = lazy.metadata
+        self = torch.empty(1, dtype=dtype, device=device).expand(shape).as_subclass(cls)
+        self.lazy = lazy
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on the dense mask, unless it asks for no values."""
+        kwargs = kwargs or {}
+        if func in _METADATA or func is Tensor.to:
+            with torch._C.DisableTorchFunctionSubclass():
+                output = func(*args, **kwargs)
+            if func is not Tensor.to or output is args[0]:
+                return output
+
+        def dense(x: Any) -> Any:
+            return x.lazy.dense() if type(x) is MaskTensor else x
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+
+
+_METADATA = frozenset(
+    {Tensor.dim, Tensor.size, Tensor.is_floating_point}
+    | {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn",
+                                                  "is_leaf", "layout", "is_cuda", "is_meta", "is_sparse")}
+)  # fmt: skip
+
+
+def mask_function(**request: Any) -> LazyMask | MaskTensor:
+    """The mask function that is registered in ``AttentionMaskInterface``.
+
+    A tensor, but for torch.compile, which does not trace tensor subclasses with attributes.
+    """
+    lazy = LazyMask(**request)
+    return lazy if torch.compiler.is_compiling() else MaskTensor.of(lazy)
+
+
+def described(mask: Any) -> LazyMask | None:
+    """The description of what :func:`mask_function` returned; None for any other mask."""
+    if type(mask) is MaskTensor:
+        return mask.lazy
+    return mask if isinstance(mask, LazyMask) else None
+
+
 # A pattern is recognised by what it is, not by its effect: the very functions of masking_utils, or closures made from
 # their code. Whatever else a model composes is unknown and gets the dense form.
 _AND = and_masks(causal_mask_function).__code__
@@ -143,6 +241,17 @@ def _read_pattern(mask_function: Callable[..., Any]) -> tuple[bool, int | None] 
             windows = [window for _, window in known if window is not None]
             return any(causal for causal, _ in known), min(windows, default=None)
     return None
+
+
+def _windows_in(mask_function: Callable[..., Any]) -> list[int]:
+    """The sliding windows anywhere in a composed mask function."""
+    code = getattr(mask_function, "__code__", None)
+    if code is None or torch.compiler.is_compiling():
+        return []
+    values = inspect.getclosurevars(mask_function).nonlocals
+    if code is _SLIDING:
+        return [int(values["sliding_window"])]
+    return [window for part in values.get("mask_functions", ()) for window in _windows_in(part)]
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,18 +10,15 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from .cache import SITE, PrefixOptions
-from .model_patch import PATCH, ModelPatch
-from .native import PrefixPatch, is_layer_prefix
-from .peft import PeftPatch, has_prompt, is_peft_model
-from .prompt import (
-    PROMPT_TYPES,
-    PeftConcatenation,
-    PeftPromptPatch,
-    SoftPromptPatch,
-    Unpackable,
-    is_embedding_prompt,
-)
+from .cache import PrefixOptions
+from .model_patch import PATCH
+from .prefix_patch import PrefixPatch
+from .prompt_patch import PromptPatch
+from .sources.module_prefix import ModulePrefix, is_layer_prefix
+from .sources.module_prompt import ConcatenatedPrompt, ModulePrompt, is_embedding_prompt
+from .sources.peft_model import PeftWay, has_prompt, is_peft_model
+from .sources.peft_prefix import KEY_VALUE_TYPES, PeftPrefix
+from .sources.peft_prompt import PROMPT_TYPES, PeftPrompt
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -39,6 +36,7 @@ def patch(
     packing: bool = True,
     logits: str = "all",
     peft_bugs: bool = False,
+    strict: bool = False,
     backend: str = "auto",
 ) -> Model:
     """Makes a model compute its attention with :func:`peftkern.prefix_attention`, the prefix read where it lies.
@@ -89,6 +87,8 @@ def patch(
         peft_bugs: have PEFT's numbers also where its prompts are put wrong: sequences padded on the left and
             ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
             PEFT's own code then runs such calls. By default they are right, and a notice says so once.
+        strict: raise where the default is to run PEFT's own code, or to put a prompt before every sample, with one
+            warning.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -108,7 +108,7 @@ def patch(
     >>> ids = torch.ones(2, 6, dtype=torch.long)
     >>> loss = peftkern.patch(model)(ids, labels=ids).loss
     """
-    if any(SITE in module.__dict__ for module in model.modules()):
+    if any(PATCH in module.__dict__ for module in model.modules()):
         raise ValueError("model: expected one that is not patched, got a patched one; unpatch(model) first")
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
@@ -126,27 +126,24 @@ def patch(
             raise ValueError(f"prefix: expected a PrefixKV, as {type(model).__name__} is no PEFT model, got None")
         if not shift_positions:
             raise ValueError("shift_positions: expected True, as PEFT counts the prefix's positions, got False")
+        _check_adapters(model)
         if is_prompt:
-            _patch_peft_prompt(model, peft_bugs=peft_bugs, options=options, logits=logits)
-            return model
-        change: ModelPatch = PeftPatch(
-            model, fix_seq2seq_layout=fix_seq2seq_layout, options=options, packing=packing, logits=logits
-        )
-    else:
-        if fix_seq2seq_layout:
-            raise ValueError(
-                "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
-            )
-        if is_embedding_prompt(prefix):
-            change = SoftPromptPatch(model, _find_base(model), prefix, freeze=freeze, options=options, logits=logits)
-        elif is_layer_prefix(prefix):
-            change = PrefixPatch(
-                model, _find_base(model), prefix, shift_positions=shift_positions, freeze=freeze, options=options,
-                packing=packing, logits=logits,
-            )  # fmt: skip
+            _patch_peft_prompt(model, peft_bugs, options, logits, strict)
         else:
-            raise ValueError(f"prefix: expected a PrefixKV or a SoftPrompt, got {type(prefix).__name__}")
-    change.install()
+            _patch_peft_prefix(model, fix_seq2seq_layout, options, packing, logits, strict)
+        return model
+    if fix_seq2seq_layout:
+        raise ValueError(
+            "fix_seq2seq_layout: expected False, as a PrefixKV knows its layout (peft_seq2seq_layout), got True"
+        )
+    base = _find_base(model)
+    if is_embedding_prompt(prefix):
+        _patch_prompt(model, base, ModulePrompt(prefix, base, freeze=freeze), options, logits, strict)
+    elif is_layer_prefix(prefix):
+        source = ModulePrefix(prefix, shift_positions=shift_positions, freeze=freeze)
+        PrefixPatch(model, base, source, options, packing=packing, logits=logits).install()
+    else:
+        raise ValueError(f"prefix: expected a PrefixKV or a SoftPrompt, got {type(prefix).__name__}")
     return model
 
 
@@ -182,7 +179,46 @@ def _adapts_prompt(model: nn.Module) -> bool:
     )
 
 
-def _patch_peft_prompt(model: nn.Module, *, peft_bugs: bool, options: PrefixOptions, logits: str) -> None:
+def _check_adapters(model: nn.Module) -> None:
+    """Raise ValueError unless the adapters of a PEFT model are ones that peftkern knows."""
+    known = (*KEY_VALUE_TYPES, *PROMPT_TYPES)
+    for name, config in cast(Any, model).peft_config.items():
+        kind = config.peft_type.value
+        if kind not in known:
+            raise ValueError(
+                f"model: expected {', '.join(known[:-1])} or {known[-1]} adapters, got {kind} ({name!r}); to train a "
+                "prefix beside it, patch(model, PrefixKV(...))"
+            )
+
+
+def _fall_back(
+    model: nn.Module, way: str, error: ValueError, logits: str, strict: bool, keeps_bugs: bool = False
+) -> None:
+    """Leave a PEFT model to PEFT, or raise."""
+    reason = str(error).removeprefix("model: ")
+    if strict:
+        raise ValueError(f"model: {reason}; PEFT's own code would run it, which strict=True rules out") from error
+    if logits != "all":
+        raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
+    PeftWay(model, way, reason, keeps_bugs=keeps_bugs).install()
+
+
+def _patch_peft_prefix(
+    model: nn.Module, fix_seq2seq_layout: bool, options: PrefixOptions, packing: bool, logits: str, strict: bool
+) -> None:
+    base = _outermost(model)
+    try:
+        source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout)
+        PrefixPatch(model, base, source, options, packing=packing, logits=logits).install()
+    except ValueError as error:
+        if fix_seq2seq_layout or str(error).startswith("logits"):
+            raise
+        _fall_back(model, "the prefix is copied for every sample", error, logits, strict)
+
+
+def _patch_peft_prompt(
+    model: nn.Module, peft_bugs: bool, options: PrefixOptions, logits: str, strict: bool
+) -> None:
     for name, config in cast(Any, model).peft_config.items():
         if config.task_type is None:
             raise ValueError(
@@ -190,19 +226,39 @@ def _patch_peft_prompt(model: nn.Module, *, peft_bugs: bool, options: PrefixOpti
                 "prompt, got None"
             )
     try:
-        PeftPromptPatch(model, peft_bugs=peft_bugs, options=options, logits=logits).install()
-    except Unpackable as error:
+        source = PeftPrompt(model, peft_bugs=peft_bugs)
+        PromptPatch(model, _outermost(model), source, options, logits=logits).install()
+    except ValueError as error:
+        if str(error).startswith("logits"):
+            raise
+        _fall_back(model, "the prompt is put before every sample", error, logits, strict, peft_bugs)
+
+
+def _patch_prompt(
+    model: nn.Module, base: PreTrainedModel, source: ModulePrompt, options: PrefixOptions, logits: str, strict: bool
+) -> None:
+    try:
+        PromptPatch(model, base, source, options, logits=logits).install()
+    except ValueError as error:
+        reason = str(error).removeprefix("model: ")
+        if strict or str(error).startswith("logits"):
+            raise
         if logits != "all":
-            raise ValueError(f"logits: expected 'all', got {logits!r}; {error}") from error
-        PeftConcatenation(model, str(error), peft_bugs=peft_bugs).install()
+            raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
+        ConcatenatedPrompt(model, base, source, reason).install()
 
 
 def _find_base(model: nn.Module) -> PreTrainedModel:
-    """The outermost Hugging Face model in ``model``."""
-    if is_peft_model(model) and has_prompt(model):
-        raise ValueError(
-            "prefix: expected None, as the PEFT model has a prompt or prefix of its own, got another one"
-        )
+    """The outermost Hugging Face model in ``model``, which has no prompt or prefix of PEFT's."""
+    for module in model.modules():
+        if is_peft_model(module) and has_prompt(module):
+            raise ValueError(
+                "prefix: expected None, as the PEFT model has a prompt or prefix of its own, got another one"
+            )
+    return _outermost(model)
+
+
+def _outermost(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

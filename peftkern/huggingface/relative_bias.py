@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .wiring import Wiring
+
 __all__ = ["SpanningBias"]
 
 
@@ -30,17 +32,14 @@ class SpanningBias:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.handles = [
-            module.register_forward_pre_hook(self.begin, with_kwargs=True),
-            module.register_forward_hook(self.finish, always_call=True),
-        ]
-        module.compute_bias = self.compute_bias
 
-    def remove(self) -> None:
-        """Give the module its own method back."""
-        for handle in self.handles:
-            handle.remove()
-        self.module.__dict__.pop("compute_bias", None)
+    def install(self, wiring: Wiring) -> None:
+        """Put :meth:`compute_bias` in place of the module's own."""
+        wiring.add_hooks(
+            self.module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            self.module.register_forward_hook(self.finish, always_call=True),
+        )
+        wiring.set_attribute(self.module, "compute_bias", self.compute_bias)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: note how many prefix tokens this call has."""

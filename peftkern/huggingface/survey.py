@@ -7,7 +7,7 @@ returned. Cross attention and encoders do not, layers that share the keys of ano
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..base_model import cache_argument
-from .masks import LazyMask
+from .masks import described
+from .probing import is_transient
 
 __all__ = ["Site", "find_backbone", "survey"]
 
@@ -31,6 +32,7 @@ class Site:
         num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
         pattern: (causal, window) of its mask, or None for any other mask.
         counts_rows: whether the model counts positions by the cache while its layers run.
+        scale: root mean squares of the keys and values of the survey's tokens.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Site:
     head_dim: int
     pattern: tuple[bool, int | None] | None = None
     counts_rows: bool = False
+    scale: tuple[float, float] = field(default=(1.0, 1.0), compare=False)
 
 
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -91,7 +94,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
     def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
-        pattern = mask.pattern if isinstance(mask, LazyMask) else None
+        pattern = None if described(mask) is None else described(mask).pattern
         address = key.untyped_storage().data_ptr()
         for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
@@ -99,13 +102,16 @@ class _Survey(DynamicCache):  # type: ignore[misc]
                 if values.shape != key.shape:
                     shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
                     raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
+                scale = tuple(float(x.float().square().mean().sqrt()) or 1.0 for x in (returned, values))
+                site = replace(site, scale=scale)
                 if self.sites.setdefault(module, site) != site:
                     raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
 
 
-@torch.no_grad()
 def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Module, Site]:
-    """The attention modules of ``backbone`` that take a prefix. Its implementation must be peftkern's already.
+    """The attention modules of ``backbone`` that take a prefix.
+
+    Its implementation must be peftkern's already, and it must be in eval mode (:func:`.trial.quiet`).
 
     Args:
         names: path of each module, for messages.
@@ -114,18 +120,15 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
         ValueError: if the model cannot be run, or keys of its cache go to an attention that is not dispatched.
     """
     record = _Survey(names)
-    training = [module for module in backbone.modules() if module.training]
     input_ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs[cache_argument(backbone)] = record
-    backbone.eval()
     try:
         backbone(**inputs, peftkern_prefix=record)
     except Exception as error:
+        if is_transient(error):
+            raise
         raise ValueError(f"model: {type(backbone).__name__} could not be run with a cache: {error}") from error
-    finally:
-        for module in training:
-            module.training = True
     unseen = {layer for layer, _, _ in record.returned} - {site.layer for site in record.sites.values()}
     if unseen or not record.sites:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"

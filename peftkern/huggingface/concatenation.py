@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt before every sample, for models and calls that cannot run it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..base_model import given_cache
+from .packer import tokens_of
+from .packing import IGNORED
+
+__all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
+
+#: Attribute of a cache that holds a concatenated prompt: its length.
+_LENGTH = "_peftkern_prompt_len"
+
+
+@dataclass
+class Concatenated:
+    """What a call with a concatenated prompt has to undo in its outputs.
+
+    Attributes:
+        prompt_len: rows of the prompt.
+        rows: P + S.
+        keeps: the caller has chosen rows by ``logits_to_keep``.
+    """
+
+    prompt_len: int
+    rows: int
+    keeps: bool
+    cut: frozenset[str] = field(default=frozenset({"logits", "hidden_states", "last_hidden_state"}))
+
+    def strip(self, output: Any) -> Any:
+        """The outputs of the sequence alone."""
+        if isinstance(output, tuple):
+            return tuple(self._strip(x) for x in output)
+        for name in self.cut:
+            if isinstance(output, ModelOutput) and output.get(name) is not None:
+                output[name] = self._strip(output[name])
+        cache = given_cache(output) if isinstance(output, ModelOutput) else None
+        if cache is not None:
+            setattr(cache, _LENGTH, self.prompt_len)
+        return output
+
+    def _strip(self, x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(self._strip, x))
+        per_token = isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] == self.rows
+        return x[:, self.prompt_len :] if per_token else x
+
+
+def shows_prompt(base: PreTrainedModel, labels: Tensor | None) -> bool:
+    """Whether the loss compares a row with the next label, so that the prompt's last row predicts the first token."""
+    return labels is not None and labels.dim() == 2 and getattr(base, "loss_type", None) != "ForTokenClassification"
+
+
+def concatenate(base: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -> Concatenated:
+    """Put the prompt [B, P, E] before every sample of a call; arguments and outputs speak of the sequence alone."""
+    tokens = tokens_of(kwargs)
+    rows, prompt_len = tokens.shape[0], prompt.shape[1]
+    if kwargs.pop("input_ids", None) is not None:
+        embedding: nn.Module = base.get_input_embeddings()
+        tokens = embedding(tokens)
+    kwargs["inputs_embeds"] = torch.cat([prompt.to(tokens.device, tokens.dtype), tokens], 1)
+    mask, labels, position_ids = (kwargs.get(name) for name in ("attention_mask", "labels", "position_ids"))
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask: expected [B, S] beside a prompt, got {list(mask.shape)}")
+        kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
+    if position_ids is not None:
+        before = torch.arange(prompt_len, device=position_ids.device).expand(position_ids.shape[0], -1)
+        kwargs["position_ids"] = torch.cat([before, position_ids + prompt_len], 1)
+    if labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
+        kwargs["labels"] = torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        kwargs["logits_to_keep"] = keep + prompt_len
+    types = kwargs.get("token_type_ids")
+    if types is not None:
+        kwargs["token_type_ids"] = torch.nn.functional.pad(types, (prompt_len, 0))
+    assert rows == kwargs["inputs_embeds"].shape[0]
+    return Concatenated(prompt_len, prompt_len + tokens.shape[1], keep is not None)
+
+
+def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``cache`` holds a concatenated prompt; masks and positions of the call are put behind it then."""
+    prompt_len = getattr(cache, _LENGTH, None)
+    if prompt_len is None:
+        return False
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        seen = cache.get_seq_length()
+        expected = seen - prompt_len + tokens_of(kwargs).shape[1]
+        if seen and mask.shape[1] != expected:
+            raise ValueError(
+                f"attention_mask: expected {expected} columns, as many as tokens in the cache and in this call, got "
+                f"{mask.shape[1]}; to generate from a returned cache, the prompt must be one that runs once"
+            )
+        kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids + prompt_len
+    return True

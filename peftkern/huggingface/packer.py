@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether, and how, the calls of a model run as streams of rows (:mod:`.packing`)."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .cache import PrefixOptions
+from .packing import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
+from .positions import PositionTable
+from .survey import Site
+from .trial import try_head, try_stream
+
+__all__ = ["BOUNDARIES", "Packer", "tokens_of"]
+
+#: Where packed sequences begin, for flash kernels; positions say the same.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+_PACKABLE = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
+    "logits_to_keep", "num_items_in_batch", "prompt_ids",
+)  # fmt: skip
+
+#: Packages whose wrappers around a forward leave shapes alone (autocast, casts of outputs).
+_TRANSPARENT = ("accelerate.", "torch.")
+
+
+class Packer:
+    """Decides how calls of one model are packed.
+
+    Args:
+        base: the Hugging Face model.
+        backbone: the model in it that runs the layers.
+        sites: its attention modules that take a prefix.
+        tables: its tables of learned positions.
+
+    Attributes:
+        reasons: why the model cannot run on a stream; empty if it can.
+        head_forward: the forward of the base model whose output layer was tried on rows of a stream; None where it
+            has to see the batch.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, backbone: PreTrainedModel, sites: dict[nn.Module, Site],
+        tables: list[PositionTable],
+    ) -> None:  # fmt: skip
+        self.base = base
+        self.backbone = backbone
+        self.sites = sites
+        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        patterns = [site.pattern for site in sites.values()]
+        self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
+        self.count_mask = any(table.reads_mask for table in tables)
+        self.reasons = _why_not(base, backbone, sites)
+        #: How far the stock model and peftkern round apart, as :func:`.trial.try_prefix` has measured it.
+        self.noise = 0.0
+        self.head_forward: Callable[..., Any] | None = None
+
+    @property
+    def has_row_head(self) -> bool:
+        """Whether the base model is a causal language model that says which rows its output layer shall run on."""
+        return "logits_to_keep" in self.base_arguments
+
+    def try_out(self, options: PrefixOptions) -> None:
+        """Run the model on a few rows: add to :attr:`reasons`, and find out whether its head runs on rows."""
+        if self.reasons:
+            return
+
+        def layout_of(tokens: Tensor, mask: Tensor) -> Layout:
+            return Layout.of(
+                (tokens.shape[0], tokens.shape[1]), tokens.device, mask=mask, keep_gaps=self.has_windows,
+                from_first=True, count_mask=self.count_mask,
+            )  # fmt: skip
+
+        reason = try_stream(self.backbone, self.sites, layout_of, options, self.noise)
+        if reason is not None:
+            self.reasons = [reason]
+        elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self):
+            self.head_forward = type(self.base).forward
+
+    def head_is_packed(self) -> bool:
+        """Whether the output layer of this call runs on rows of the stream.
+
+        It does where the base model's own forward and loss run, which were tried at patch time. A forward or loss
+        that somebody has put in their place, or hooks on the output layer, see the batch.
+        """
+        if self.head_forward is None or self.base.loss_function is not ForCausalLMLoss:
+            return False
+        head = self.base.get_output_embeddings()
+        if head is None or head._forward_hooks or head._forward_pre_hooks:
+            return False
+        if type(self.base).forward is not self.head_forward:
+            return False
+        return "forward" not in self.base.__dict__ or _innermost(self.base.forward) is self.head_forward
+
+    def why_head_sees_batch(self) -> str:
+        """Why the output layer does not run on rows of a stream."""
+        kind = type(self.base).__name__
+        return f"{kind} computes its loss from the whole batch" if self.has_row_head else f"{kind} has no logits of tokens"
+
+    def why_not(self, kwargs: Mapping[str, Any]) -> str | None:
+        """Why a call of the base model cannot run on a stream; None if it can.
+
+        ``kwargs`` are its arguments, which speak of the sequence alone.
+        """
+        if self.reasons:
+            return "; ".join(self.reasons)
+        mask, position_ids, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
+        told_by_positions = BOUNDARIES if mask is None and position_ids is not None else ()
+        for name, argument in kwargs.items():
+            if isinstance(argument, Tensor) and name not in _PACKABLE and name not in told_by_positions:
+                return f"{name} cannot be packed"
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return "attention_mask is not [B, S]"
+        if position_ids is not None and position_ids.dim() != 2:
+            return "position_ids are not [B, S]"
+        keep = kwargs.get("logits_to_keep")
+        if labels is not None and self.has_row_head and (isinstance(keep, Tensor) or keep):
+            return "logits_to_keep is given beside labels"
+        if kwargs.get("output_attentions", getattr(self.base.config, "output_attentions", False)):
+            return "output_attentions are requested"
+        if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
+            return "output_router_logits are requested, whose loss counts prompts and padding"
+        return _rows_know_their_sample(self.backbone)
+
+    def plan(
+        self,
+        kwargs: Mapping[str, Any],
+        numbers: HostNumbers,
+        *,
+        from_first: bool = False,
+        pools_last_column: bool = False,
+        count_labels: bool = False,
+    ) -> LayoutPlan:
+        """How the batch of a call of the base model is packed.
+
+        Padding is left out where labels, or ``logits_to_keep``, say that nothing looks at it.
+
+        Args:
+            kwargs: arguments of the call, which speak of the sequence alone.
+            numbers: asked for what the host must know.
+            from_first: a sequence begins at its first token instead of at column 0.
+            pools_last_column: a classification head reads the last column.
+            count_labels: also count the labels.
+        """
+        tokens = tokens_of(kwargs)
+        labels = kwargs.get("labels")
+        keep_padding, needed = self._padding(kwargs, tokens, pools_last_column)
+        return LayoutPlan(
+            (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
+            keep_gaps=self.has_windows, from_first=from_first, count_mask=self.count_mask,
+            pool_last=pools_last_column, labels=labels if count_labels else None,
+        )  # fmt: skip
+
+    def _padding(
+        self, kwargs: Mapping[str, Any], tokens: Tensor, pools_last_column: bool
+    ) -> tuple[bool, Tensor | None]:
+        """(whether all padding is kept, bool [B, S] of padding to keep all the same)."""
+        labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
+        shows_hidden = kwargs.get("output_hidden_states", getattr(self.base.config, "output_hidden_states", False))
+        if tokens.shape[1] == 0 or shows_hidden:
+            return True, None
+        if pools_last_column:
+            return False, None
+        if self.has_row_head and labels is not None:
+            own_loss = self.base.loss_function is not ForCausalLMLoss
+            return own_loss, None if own_loss else next_labels(labels) != IGNORED
+        keep = kwargs.get("logits_to_keep")
+        if self.has_row_head and isinstance(keep, int) and keep > 0:
+            columns = torch.arange(tokens.shape[1], device=tokens.device)
+            return False, (columns >= tokens.shape[1] - keep).expand(tokens.shape[:2])
+        if loss_type == "ForTokenClassification" and labels is not None:
+            return False, labels != IGNORED
+        if loss_type == "ForSequenceClassification":  # pools the last token that is not the padding's number
+            ids, pad = kwargs.get("input_ids"), self.base.config.get_text_config().pad_token_id
+            if ids is not None and pad is not None:
+                return False, ids != pad
+        return True, None
+
+
+def tokens_of(kwargs: Mapping[str, Any]) -> Tensor:
+    """The argument of a call that has one entry [B, S, ...] a token."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]  # type: ignore[no-any-return]
+    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
+
+
+def _why_not(base: PreTrainedModel, backbone: PreTrainedModel, sites: Mapping[nn.Module, Site]) -> list[str]:
+    """What rules out streams before anything has been run."""
+    kind, reasons = type(backbone).__name__, []
+    if backbone.config.is_encoder_decoder or base.config.is_encoder_decoder:
+        reasons.append(f"{kind} reads another sequence beside its own")
+    if any(model.config.get_text_config() is not model.config for model in (backbone, base)):
+        reasons.append(f"{type(base).__name__} has inputs beside text")
+    for name, model in ((kind, backbone), (type(base).__name__, base)):
+        parameters = inspect.signature(type(model).forward).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            reasons.append(f"{name} does not accept additional keyword arguments")
+    if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
+        reasons.append(f"{kind} takes no position_ids")
+    for module, site in sites.items():
+        if hasattr(module, "compute_bias"):
+            reasons.append(f"{site.name} has relative position biases")
+        elif site.pattern is None or not site.pattern[0]:
+            reasons.append(f"{site.name} has a mask other than a causal one with at most a window")
+        elif site.counts_rows:
+            reasons.append(f"{site.name} counts positions by itself")
+        else:
+            continue
+        break
+    return reasons
+
+
+def _rows_know_their_sample(backbone: nn.Module) -> str | None:
+    """PEFT's hooks on adapter layers choose an adapter, or an offset, per sample of a batch."""
+    if "peft" not in sys.modules or torch.compiler.is_compiling():
+        return None
+    for module in backbone.modules():
+        for hook in module._forward_pre_hooks.values():
+            function = getattr(hook, "func", hook)
+            if getattr(function, "__module__", "").startswith("peft."):
+                return "adapter_names (or offsets) are given per sample, so layers must see the batch"
+    return None
+
+
+def _innermost(function: Any) -> Any:
+    """What wrappers that leave shapes alone call in the end; anybody else's wrapper itself."""
+    while True:
+        function = getattr(function, "__func__", function)
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is None:
+            return function
+        # functools.wraps copies __module__, but not the globals in which the wrapper was defined.
+        home = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+        if not home.startswith(_TRANSPARENT):
+            return function
+        function = wrapped

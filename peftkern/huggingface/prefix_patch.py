@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prefix of keys and values in every layer: prefix tuning, cartridges and :class:`peftkern.PrefixKV`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.import_utils import is_tracing
+
+from ..base_model import given_cache
+from .cache import KeyValue, PrefixCache, PrefixOptions
+from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
+from .packer import tokens_of
+from .packing import HostNumbers, Stream
+from .trial import try_prefix
+
+__all__ = ["PrefixPatch", "PrefixSource"]
+
+
+class PrefixSource(ABC):
+    """Where a prefix of keys and values comes from.
+
+    Attributes:
+        is_given: whether calls of the base model bring the prefix in their cache, as PEFT's do. Otherwise every call
+            that does not continue a sequence gets one.
+    """
+
+    is_given: bool
+
+    @property
+    @abstractmethod
+    def offset(self) -> int:
+        """Positions that the model counts for the prefix."""
+
+    @abstractmethod
+    def check(self, patch: PrefixPatch) -> None:
+        """Raise ValueError unless the shape of the prefix fits the model."""
+
+    @abstractmethod
+    def wire(self, patch: PrefixPatch) -> None:
+        """Install what the source needs in the model."""
+
+    @abstractmethod
+    def layer_kv(self) -> Sequence[KeyValue | None]:
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without one."""
+
+    def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
+        """The prefix in a stock cache, once per sample."""
+        return cache.as_stock(batch, dtype)
+
+
+class PrefixPatch(ModelPatch):
+    """A prefix of keys and values in one model.
+
+    Args:
+        source: where the prefix comes from.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: PreTrainedModel, source: PrefixSource, options: PrefixOptions, *, packing: bool,
+        logits: str,
+    ) -> None:  # fmt: skip
+        super().__init__(model, base, options, packing=packing, logits=logits)
+        self.source = source
+
+    def check(self) -> None:
+        """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
+        self.source.check(self)
+        reason, self.packer.noise = try_prefix(self.backbone, self.sites, self.options)
+        if reason is not None:
+            raise ValueError(f"model: {reason}")
+
+    def wire(self) -> None:
+        """Install what depends on where the prefix comes from."""
+        self.source.wire(self)
+
+    def explain(self) -> str:
+        """How batches run, and why not otherwise."""
+        because = "; ".join(self.packer.reasons)
+        how = f"with their padding: {because}" if because else "without their padding"
+        layers = len({site.layer for site in self.sites.values()})
+        return (
+            f"{type(self.base).__name__}: a prefix in {layers} layers, read where it lies; training batches run {how}"
+        )
+
+    def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """Raise ValueError unless a prefix of this shape fits the model."""
+        for site in self.sites.values():
+            if site.layer >= num_layers:
+                raise ValueError(
+                    f"{name}: expected a prefix for layer {site.layer} ({site.name}), got {num_layers} layers"
+                )
+            if (site.num_kv_heads, site.head_dim) != (num_kv_heads, head_dim):
+                raise ValueError(
+                    f"{name}: expected {site.num_kv_heads} key-value heads of {site.head_dim}, as {site.name} has, "
+                    f"got {num_kv_heads} of {head_dim}"
+                )
+
+    def new_cache(self, *, stores: bool, offset_outside: bool) -> PrefixCache:
+        """A cache with the prefix, for a call that has none."""
+        prefix = self.source.layer_kv()
+        if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
+            self._check_reentrant(prefix)
+        return PrefixCache(
+            prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options
+        )
+
+    def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
+        """Raise where reentrant checkpointing fails, or loses gradients without a word."""
+        keys = [kv[0] for kv in prefix if kv is not None]
+        if any(_saves_tensors(key) for key in keys[:1]):
+            reason = "the prefix is computed (projection, MLP), and backward would run through it once per layer"
+        elif len(self.sites) > len({site.layer for site in self.sites.values()}):
+            reason = "layers share keys, whose gradients it loses"
+        else:
+            return
+        advice = 'gradient_checkpointing_enable({"use_reentrant": False})'
+        raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
+
+    def open_stream(self, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream | None:
+        """A training step on a padded batch, or on packed rows."""
+        cache, offset = self_attention_cache(kwargs), 0
+        if isinstance(cache, PrefixCache):
+            if cache.stores:
+                return None
+            offset = cache.offset if cache.counts_outside else 0
+        elif self.source.is_given or cache is not None or not self.is_training_step:
+            return None
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask[:, offset:]
+        if position_ids is not None:
+            position_ids = position_ids - offset
+        sequence = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
+        if (mask is None and position_ids is None and not self.logits == "labelled") or (
+            self.packer.why_not(sequence) is not None
+        ):
+            return None
+        if mask is not None and is_tracing(mask):  # the number of rows would depend on values
+            return None
+        selects = self.selects_labels(kwargs)
+        if mask is None and position_ids is None and not selects:
+            return None
+        plan = self.packer.plan(sequence, numbers, count_labels=selects)
+        numbers.fetch()
+        layout = plan.layout()
+        if not (layout.leaves_out or layout.packed_rows or selects):
+            if mask is not None and numbers.get("kept") == mask.numel() and not numbers.get("hidden"):
+                kwargs["attention_mask"] = None  # all of it is real, which need not be found out again
+            return None
+        stream = Stream(layout)
+        if self.packer.head_is_packed():
+            self.pack_head(stream, kwargs, numbers)
+        return stream
+
+    def find_cache(self, kwargs: dict[str, Any], stream: Stream | None) -> PrefixCache | None:
+        """The cache that the caller brings or continues, or one in place of an empty one."""
+        given = given_cache(kwargs)
+        sequence = self_attention_cache(kwargs)
+        if isinstance(sequence, PrefixCache):
+            cache = sequence
+        elif self.source.is_given or hasattr(sequence, _STOCK):
+            if hasattr(sequence, _STOCK) and not self.source.is_given:
+                place_behind(getattr(sequence, _STOCK), kwargs)
+            return None
+        else:
+            check_replaceable(sequence)
+            stores = not self.is_training_step and kwargs.get("use_cache") is not False
+            cache = self.new_cache(stores=stores, offset_outside=False)
+            if isinstance(given, EncoderDecoderCache):
+                kwargs[self.cache_name] = EncoderDecoderCache(cache, given.cross_attention_cache)
+            elif kwargs.get("encoder_hidden_states") is not None:
+                kwargs[self.cache_name] = EncoderDecoderCache(cache, DynamicCache())
+            else:
+                kwargs[self.cache_name] = cache
+        if stream is None:
+            self._refuse_packing(kwargs)
+            if (reason := self._why_stock(kwargs)) is not None and cache.get_seq_length() == cache.offset:
+                self._run_stock(cache, kwargs, reason)
+                return None
+        return cache
+
+    def _why_stock(self, kwargs: dict[str, Any]) -> str | None:
+        """Why a call needs the stock attention; None if it does not."""
+        if kwargs.get("output_attentions", getattr(self.backbone.config, "output_attentions", False)):
+            return "output_attentions"
+        if self.source.is_given and kwargs.get("cu_seq_lens_q") is not None:
+            return "cu_seq_lens_q without position_ids"
+        return None
+
+    def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
+        """Put a stock cache with the prefix in place of ours."""
+        self.notice(reason, "such calls run the stock attention, on a copy of the prefix for every sample")
+        batch = tokens_of(kwargs).shape[0]
+        stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
+        self_attention = getattr(stock, "self_attention_cache", stock)
+        setattr(self_attention, _STOCK, cache)
+        given = kwargs.get(self.cache_name)
+        if isinstance(given, EncoderDecoderCache) and self_attention is stock:
+            stock = EncoderDecoderCache(stock, given.cross_attention_cache)
+        kwargs[self.cache_name] = stock
+        if not cache.counts_outside:
+            cache.begin()
+            place_behind(cache, kwargs)
+
+    def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
+        """Without a mask, models read several sequences per row off the positions; with a cache they do not."""
+        position_ids = kwargs.get("position_ids")
+        if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
+            return
+        if is_tracing(position_ids) or find_packed_sequence_indices(position_ids) is None:
+            return
+        if self.source.is_given:
+            self.notice("position_ids", "sequences packed into one row see each other, as in PEFT")
+            return
+        raise ValueError(
+            "position_ids: expected one sequence a row, got packed ones, which would see each other; pass padded "
+            "sequences with an attention_mask"
+        )
+
+
+#: Attribute of a stock cache that holds a prefix: the cache in whose place it stands.
+_STOCK = "_peftkern_prefix_cache"
+
+
+def _is_reentrant(module: Any) -> bool:
+    """Whether a module runs under reentrant checkpointing."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(module.gradient_checkpointing and getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
+
+
+def _saves_tensors(tensor: Tensor) -> bool:
+    """Whether the graph behind ``tensor`` holds tensors that its first backward pass frees."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if any(name.startswith("_raw_saved_") for name in dir(node)):
+                return True
+            nodes += [parent for parent, _ in node.next_functions]
+    return False

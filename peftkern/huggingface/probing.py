@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a model at patch time without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+__all__ = ["is_transient", "quiet"]
+
+#: Buffers up to this size are copied, to be put back if a forward writes to them.
+_SMALL_BUFFER = 1 << 20
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether an error says nothing about the model: out of memory, a lost device or file."""
+    kinds = [torch.OutOfMemoryError, MemoryError, OSError, getattr(torch, "AcceleratorError", MemoryError)]
+    return isinstance(error, tuple(kinds)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "CUDA error", "alloc"))
+    )
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; then modes, buffers and random states are as they were."""
+    training = [module for module in model.modules() if module.training]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [x for _, kept in buffers for x in kept.values() if x is not None]
+    copies = [(x, x._version, x.clone()) for x in values if x.numel() <= _SMALL_BUFFER and not x.is_inference()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, kept in buffers:
+            module._buffers.update(kept)
+        with torch.no_grad():
+            for x, version, copy in copies:
+                if x._version != version:
+                    x.copy_(copy)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt at the embedding: PEFT's prompt tuning and its kin, and :class:`peftkern.SoftPrompt`.
+
+A causal model runs a prompt once a batch, as the first rows of a stream (:mod:`.packing`). Generation continues with
+the prompt's keys as a prefix that all rows share. Calls that cannot run on a stream have the prompt put before every
+sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_tracing
+
+from .cache import PrefixCache, PrefixOptions, StreamCache
+from .calls import running
+from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
+from .model_patch import ModelPatch, check_replaceable, self_attention_cache
+from .packing import IGNORED, HostNumbers, Stream
+from .trial import try_prefix
+
+__all__ = ["Prompt", "PromptPatch", "PromptSource", "Unpackable", "used_prompts"]
+
+
+class Unpackable(ValueError):
+    """A model that cannot run on a stream."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The prompt of one call of the base model.
+
+    Attributes:
+        rows: [A, P, E]; with ``per_sample``, [B, P, E].
+        ids: [B], which prompt a sample has; None for the one prompt of all.
+        per_sample: ``rows`` holds the prompt of each sample, of which those with equal ids are equal.
+        shown: whether outputs have rows for the prompt, as PEFT's do.
+        given: the arguments as the caller made them, if they count the prompt. They are put back for a call in which
+            the prompt stands before every sample.
+    """
+
+    rows: Tensor
+    ids: Tensor | None = None
+    per_sample: bool = False
+    shown: bool = False
+    given: dict[str, Any] | None = None
+
+    def ask(self, numbers: HostNumbers) -> None:
+        """Ask which prompts the batch uses."""
+        if self.ids is not None and not is_tracing(self.ids):
+            numbers.ask("prompt ids", self.ids)
+
+    def used(self, numbers: HostNumbers) -> tuple[Tensor, Tensor | None]:
+        """([A, P, E] of the prompts in use, [B] which of them each sample has)."""
+        if self.ids is None:
+            return self.rows, None
+        if is_tracing(self.ids):  # all as they come
+            rows = self.rows if self.per_sample else self.rows[self.ids]
+            return rows, torch.arange(self.ids.shape[0], device=self.ids.device)
+        return used_prompts(self.rows, numbers.all("prompt ids"), self.per_sample)
+
+    def expanded(self) -> Tensor:
+        """[B or 1, P, E], the prompt of each sample."""
+        return self.rows if self.ids is None or self.per_sample else self.rows[self.ids]
+
+
+def used_prompts(rows: Tensor, ids: list[int], per_sample: bool) -> tuple[Tensor, Tensor]:
+    """([A, P, E] of the different prompts among ``ids``, [B] which of them each sample has)."""
+    order = sorted(set(ids))
+    pick = [ids.index(i) for i in order] if per_sample else order
+    which = torch.tensor([order.index(i) for i in ids], dtype=torch.long, device=rows.device)
+    return rows[torch.tensor(pick, dtype=torch.long, device=rows.device)], which
+
+
+class PromptSource(ABC):
+    """Where a prompt comes from.
+
+    Attributes:
+        is_given: whether calls of the base model bring the prompt in their embeddings, as PEFT's do. Otherwise every
+            call that does not continue a sequence gets it.
+        concatenates: how the notice on a call that cannot be packed goes on.
+        pools_last_column: a classification head reads the last column, padding or not.
+        needs_all_logits: the caller computes a loss from the logits.
+    """
+
+    is_given: bool
+    concatenates: str
+    pools_last_column: bool = False
+    needs_all_logits: bool = False
+
+    @abstractmethod
+    def wire(self, patch: PromptPatch) -> None:
+        """Install what the source needs in the model."""
+
+    @abstractmethod
+    def find(self, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+        """The prompt of a call of the base model, whose arguments then speak of the sequence alone."""
+
+    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+        """Give notice of what is worth one, when ``numbers`` have been fetched."""
+
+
+class PromptPatch(ModelPatch):
+    """A prompt that runs once a batch.
+
+    Args:
+        source: where the prompt comes from.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: PreTrainedModel, source: PromptSource, options: PrefixOptions, *, logits: str
+    ) -> None:
+        super().__init__(model, base, options, packing=True, logits=logits)
+        self.source = source
+
+    def check(self) -> None:
+        """Find out whether generation can continue with the prompt's keys as a prefix."""
+        if not self.packer.reasons:
+            reason, self.packer.noise = try_prefix(self.backbone, self.sites, self.options)
+            self.packer.reasons = [] if reason is None else [reason]
+
+    def check_packing(self) -> None:
+        """Raise Unpackable if the model cannot run on a stream."""
+        if self.packer.reasons:
+            raise Unpackable("; ".join(self.packer.reasons))
+
+    def wire(self) -> None:
+        """Install what depends on where the prompt comes from."""
+        self.source.wire(self)
+
+    def explain(self) -> str:
+        """How batches run."""
+        return f"{type(self.base).__name__}: the prompt runs once a batch, before the sequences without their padding"
+
+    def selects_labels(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call computes only the logits that predict a label."""
+        return not self.source.needs_all_logits and super().selects_labels(kwargs)
+
+    def open_stream(self, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream | None:
+        """Every call with a prompt, unless it continues a sequence."""
+        cache = self_attention_cache(kwargs)
+        continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
+        prompt = self.source.find(kwargs, continues)
+        if continues or prompt is None:
+            return None
+        if (reason := self.packer.why_not(kwargs)) is not None:
+            self._concatenate(prompt, kwargs, reason)
+            return None
+        check_replaceable(cache)
+        return self._pack(prompt, kwargs, numbers)
+
+    def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
+        """Have the prompt before every sample."""
+        self.notice(reason, self.source.concatenates)
+        if prompt.given is not None:
+            kwargs.clear()
+            kwargs.update(prompt.given)
+            return
+        rows = prompt.expanded().expand(_batch_size(kwargs), -1, -1)
+        kwargs["peftkern_note"] = concatenate(self.base, rows, kwargs)
+
+    def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream:
+        labels = kwargs.get("labels")
+        uses_cache = kwargs.get("use_cache")
+        uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
+        stores = bool(uses_cache) and not self.is_training_step
+        # A cache keeps the padding, so that windows count it when the sequence goes on; they had better begin so.
+        from_first = not (stores and self.packer.has_windows)
+        plan = self.packer.plan(
+            kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
+            count_labels=self.selects_labels(kwargs),
+        )  # fmt: skip
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] and not is_tracing(mask):
+            numbers.ask("left padding", (mask[:, 0] == 0).any())
+            numbers.ask("padding", (mask == 0).any())
+        prompt.ask(numbers)
+        numbers.fetch()
+        self.source.look_at(self, kwargs, numbers)
+        layout = plan.layout()
+        kwargs["use_cache"] = stores and not layout.packed_rows
+        rows, ids = prompt.used(numbers)
+        packs_head = self.packer.head_is_packed()
+        # A loss that shifts labels needs the prompt's last row, which predicts the first token.
+        for_loss = not packs_head and shows_prompt(self.base, labels)
+        stream = Stream(layout, rows, ids, show_prompts=prompt.shown or for_loss)
+        if packs_head:
+            self.pack_head(stream, kwargs, numbers)
+        elif labels is not None and labels.dim() == 2 and stream.show_prompts:
+            kwargs["labels"] = torch.nn.functional.pad(labels, (stream.prompt_len, 0), value=IGNORED)
+        keep = kwargs.get("logits_to_keep")
+        if isinstance(keep, Tensor) and stream.show_prompts:
+            kwargs["logits_to_keep"] = keep + stream.prompt_len
+        if for_loss and not prompt.shown:
+            rows_shown = stream.prompt_len + layout.shape[1]
+            kwargs["peftkern_note"] = Concatenated(stream.prompt_len, rows_shown, keep is not None)
+        return stream
+
+    def clean_output(self, note: Any, output: Any) -> Any:
+        """The base model's output as the caller expects it."""
+        return note.strip(output) if isinstance(note, Concatenated) else output
+
+    def find_cache(self, kwargs: dict[str, Any], stream: Stream | None) -> PrefixCache | None:
+        """The cache of a stream, or of a sequence that goes on."""
+        if stream is not None:
+            num_layers = 1 + max(site.layer for site in self.sites.values())
+            return StreamCache(num_layers, stream, stores=bool(kwargs.get("use_cache")), options=self.options)
+        cache = self_attention_cache(kwargs)
+        if isinstance(cache, PrefixCache):
+            return cache
+        if not self.source.is_given and not running.has(self):
+            raise ValueError(
+                f"model: expected a call of {type(self.base).__name__}, whose hooks put the prompt before the "
+                "sequence, got one of its forward or of a part of it, which would run without the prompt"
+            )
+        return None
+
+    def unfill_cache(self, cache: PrefixCache, given: PrefixCache) -> Any:
+        """The cache of a stream, for the batch."""
+        return cache.unpacked() if isinstance(cache, StreamCache) and cache.stores else None
+
+
+def _batch_size(kwargs: dict[str, Any]) -> int:
+    tokens: Tensor = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    return int(tokens.shape[0])

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What patches of PEFT models share: methods that stand in for PEFT's, and PEFT's own way as a fallback."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base_model import rename_cache
+from ..model_patch import PATCH
+from ..wiring import Wiring
+
+__all__ = ["GenerationInputs", "PeftMethod", "PeftWay", "has_prompt", "is_disabled", "is_peft_model"]
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``peft.PeftModel``; imports nothing."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def has_prompt(model: Any) -> bool:
+    """Whether a ``PeftModel`` has an adapter that is a prompt or a prefix."""
+    return any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def is_disabled(model: Any) -> bool:
+    """Whether a ``PeftModel`` runs in ``disable_adapter()``, which makes the base model's forward its own."""
+    return getattr(model.forward, "__self__", model) is not model
+
+
+class PeftMethod:
+    """Stands in for a method of a ``PeftModel`` instance.
+
+    ``disable_adapter()`` puts back at its end what it found at its start. If the model has been unpatched in between,
+    that is this object, which then is the method for which it stood in.
+
+    Args:
+        model: a ``PeftModel``.
+        name: of the method.
+        function: called with PEFT's method and the arguments.
+    """
+
+    def __init__(self, model: Any, name: str, function: Callable[..., Any]) -> None:
+        self.model = model
+        self.name = name
+        self.function = function
+        self.previous = model.__dict__.get(name)
+        self.installed = False
+
+    def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the function, or PEFT's method once the patch is gone."""
+        method = partial(getattr(type(self.model), self.name), self.model) if self.previous is None else self.previous
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        return self.function(method, *args, **kwargs) if self.installed else method(*args, **kwargs)
+
+    def install(self, wiring: Wiring) -> None:
+        """Put it in place of the method, if the model's class has one."""
+        if hasattr(type(self.model), self.name):
+            wiring.set_attribute(self.model, self.name, self)
+            self.installed = True
+            wiring.on_undo(self.retire)
+
+    def retire(self) -> None:
+        """Be PEFT's method from now on."""
+        self.installed = False
+
+
+class GenerationInputs:
+    """The base model's ``prepare_inputs_for_generation``, with the cache under the name by which PEFT looks for it.
+
+    PEFT knows ``past_key_values`` alone. Where models say ``cache``, it takes every step of ``generate`` for the
+    first, and hands over a second cache, or the prompt once more.
+
+    Args:
+        model: a ``PeftModel``, of any task.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prepare = model.__dict__.get("base_model_prepare_inputs_for_generation")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inputs of the next step."""
+        assert self.prepare is not None
+        inputs = self.prepare(*args, **kwargs)
+        rename_cache(inputs, "past_key_values")
+        return inputs
+
+    def install(self, wiring: Wiring) -> None:
+        """Change the model, if its task has ``generate``."""
+        if self.prepare is not None:
+            wiring.set_attribute(self.model, "base_model_prepare_inputs_for_generation", self)
+            wiring.on_undo(self.leave)
+
+    def leave(self) -> None:
+        """PEFT's ``generate`` leaves what it used on the base model."""
+        left = self.model.base_model.__dict__
+        if left.get("prepare_inputs_for_generation") is self:
+            left["prepare_inputs_for_generation"] = self.prepare
+
+
+class PeftWay:
+    """A ``PeftModel`` that runs PEFT's own code, since it cannot be sped up.
+
+    Args:
+        model: a ``PeftModel``.
+        way: what PEFT does.
+        reason: why nothing faster can be done.
+        keeps_bugs: leave labels of TOKEN_CLS as they are, on which PEFT raises.
+    """
+
+    def __init__(self, model: Any, way: str, reason: str, *, keeps_bugs: bool = False) -> None:
+        self.model = model
+        self.keeps_bugs = keeps_bugs
+        self.way = way
+        self.reason = reason
+        self.wiring = Wiring()
+
+    def explain(self) -> str:
+        """How batches run, and why not otherwise."""
+        name = type(self.model.get_base_model()).__name__
+        return f"{name}: {self.way}, by PEFT's own code: {self.reason}"
+
+    def install(self) -> None:
+        """Mark the model, and say once that it is no faster."""
+        GenerationInputs(self.model).install(self.wiring)
+        self.wiring.add_hooks(self.model.base_model.register_forward_pre_hook(self.before_call, with_kwargs=True))
+        self.wiring.set_attribute(self.model, PATCH, self)
+        warnings.warn(f"peftkern: {self.explain()}", stacklevel=4)
+
+    def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Hook on the base model: labels of tokens for the prompt's rows, without which PEFT's TOKEN_CLS raises."""
+        labels, embeddings = kwargs.get("labels"), kwargs.get("inputs_embeds")
+        task = getattr(self.model.active_peft_config.task_type, "value", None)
+        if task != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:
+            return None
+        kwargs["labels"] = pad_labels(labels, embeddings.shape[1] - labels.shape[1])
+        return args, kwargs
+
+    def remove(self) -> None:
+        """Undo :meth:`install`."""
+        self.wiring.undo()
+
+
+def pad_labels(labels: Tensor, prompt_len: int) -> Tensor:
+    """[B, S] -> [B, P + S], -100 for the prompt."""
+    return torch.nn.functional.pad(labels, (prompt_len, 0), value=-100)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's prefix tuning and cartridges: the same parameters and checkpoints, read where they lie.
+
+PEFT's forward, heads and checkpoints stay as they are. The instance's ``get_prompt`` returns a cache that holds views
+of PEFT's parameter, instead of copies of it for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from ...base_model import given_cache
+from ..cache import KeyValue, PrefixCache
+from ..prefix_patch import PrefixPatch, PrefixSource
+from .peft_model import GenerationInputs, PeftMethod
+
+__all__ = ["KEY_VALUE_TYPES", "PeftPrefix"]
+
+KEY_VALUE_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+class PeftPrefix(PrefixSource):
+    """The prefix is that of a ``PeftModel``'s active adapter.
+
+    Args:
+        model: a ``PeftModel`` whose adapters are PREFIX_TUNING or CARTRIDGE.
+        fix_seq2seq_layout: give each decoder layer of an encoder-decoder a prefix of its own. PEFT lays two copies of
+            the parameter side by side and reads keys of layer l from block 4l mod 2L: with an even number L of
+            layers, layers l and l + L/2 share a prefix, and half of the parameter is never used.
+    """
+
+    is_given = True
+
+    def __init__(self, model: Any, *, fix_seq2seq_layout: bool) -> None:
+        self.model = model
+        self.fix_seq2seq_layout = fix_seq2seq_layout
+        self.patch: PrefixPatch | None = None
+        if "get_prompt" in model.__dict__:
+            raise ValueError("model: its get_prompt has been replaced, so the prefix may not be that of its adapter")
+
+    @property
+    def offset(self) -> int:
+        """Positions that the model counts for the prefix."""
+        return int(self.model.active_peft_config.num_virtual_tokens)
+
+    def check(self, patch: PrefixPatch) -> None:
+        """Raise ValueError unless the adapters fit the model."""
+        self.patch = patch
+        for name in self.model.peft_config:
+            self._check_adapter(name)
+
+    def _check_adapter(self, name: str) -> None:
+        config = self.model.peft_config[name]
+        head_dim = config.token_dim // config.num_attention_heads
+        assert self.patch is not None
+        self.patch.check_geometry(f"adapter {name!r}", config.num_layers, config.num_attention_heads, head_dim)
+
+    def wire(self, patch: PrefixPatch) -> None:
+        """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's."""
+        patch.wiring.set_attribute(self.model, "get_prompt", self.get_prompt)
+        GenerationInputs(self.model).install(patch.wiring)
+        PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> PrefixCache | EncoderDecoderCache:
+        """In place of ``PeftModel.get_prompt``; nothing in it depends on the batch."""
+        self._check_adapter(self.model.active_adapter)
+        assert self.patch is not None
+        stores = not (self.model.training and torch.is_grad_enabled())
+        cache = self.patch.new_cache(stores=stores, offset_outside=True)
+        if self.model.active_peft_config.num_transformer_submodules == 2:
+            return EncoderDecoderCache(cache, DynamicCache())
+        return cache
+
+    def prepare_inputs(self, peft_method: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``PeftModel.prepare_inputs_for_generation``: the base model's own inputs, behind the prefix.
+
+        PEFT counts the prefix in masks and lengths, which chunked prefill, assistants and a second turn on the
+        returned cache do not expect. Here ``generate`` sees a cache of the sequence alone.
+        """
+        if self.model.active_peft_config.num_transformer_submodules == 2:
+            return peft_method(*args, **kwargs)
+        assert self.patch is not None
+        kwargs.pop("task_ids", None)
+        inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        cache = given_cache(inputs)
+        if isinstance(cache, PrefixCache):
+            if cache.counts_outside:
+                raise ValueError("cache: expected one that generate returned, got one of a forward of the PeftModel")
+            return inputs
+        if (cache is not None and cache.get_seq_length() > 0) or not _is_plain(cache):
+            return peft_method(*args, **kwargs)
+        stores = inputs.get("use_cache") is not False
+        inputs["past_key_values"] = self.patch.new_cache(stores=stores, offset_outside=False)
+        return inputs
+
+    def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
+        """The prefix as PEFT hands it to the model."""
+        return type(self.model).get_prompt(self.model, batch)
+
+    def layer_kv(self) -> Sequence[KeyValue | None]:
+        """Per layer (prefix_k, prefix_v), views [Hkv, P, D] of PEFT's flat parameter [P, L * 2 * Hkv * D].
+
+        One unbind for all layers, so that the gradient is laid together once and not once a layer.
+        """
+        config = self.model.active_peft_config
+        encoder = self.model.prompt_encoder[self.model.active_adapter]
+        flat: Tensor = encoder.embedding.weight
+        if getattr(encoder, "transform", None) is not None:
+            flat = encoder.transform(flat)
+        num_heads, blocks = config.num_attention_heads, 2 * config.num_layers
+        parts = flat.view(config.num_virtual_tokens, blocks, num_heads, -1).unbind(1)
+        stride = 4 if config.num_transformer_submodules == 2 and not self.fix_seq2seq_layout else 2
+        firsts = [(stride * layer) % blocks for layer in range(config.num_layers)]
+        return [(parts[first].transpose(0, 1), parts[first + 1].transpose(0, 1)) for first in firsts]
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a prefix cache can take its place."""
+    return cache is None or (isinstance(cache, DynamicCache) and not cache.offloading)

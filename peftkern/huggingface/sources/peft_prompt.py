@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's prompt tuning, P-tuning, multitask prompt tuning and CPT.
+
+PEFT's own forward runs: it asks ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings and
+calls the base model. What ``get_prompt`` returns here is that tensor, one prompt expanded over the batch, and
+remembers what it is made of. So does the concatenation, by which the hook on the base model recognises the prompt. In
+a call that reaches the model without that hook, both are the tensors that PEFT would have made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...base_model import given_cache
+from ..cache import PrefixCache
+from ..packing import HostNumbers
+from ..prompt_patch import Prompt, PromptPatch, PromptSource
+from .peft_model import GenerationInputs, PeftMethod, is_disabled
+
+__all__ = ["PROMPT_TYPES", "PeftPrompt"]
+
+PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+_BUGS = " patch(model, peft_bugs=True) reproduces PEFT."
+
+
+class PromptTensor(Tensor):
+    """[B, P, E], prompts that remember what they are made of.
+
+    Attributes:
+        prompt: rows and ids.
+    """
+
+    prompt: Prompt
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A cast of prompts is prompts, prompts before embeddings are :class:`PromptedEmbeddings`."""
+        with torch._C.DisableTorchFunctionSubclass():
+            output = func(*args, **(kwargs or {}))
+        if func is Tensor.to and type(args[0]) is cls:
+            output = output.as_subclass(cls)
+            output.prompt = args[0].prompt
+        elif func is torch.cat and len(args[0]) == 2 and type(args[0][0]) is cls:
+            output = output.as_subclass(PromptedEmbeddings)
+            output.prompt, output.tokens = args[0][0].prompt, args[0][1]
+        elif type(output) is cls:
+            output = plain(output)
+        return output
+
+
+class PromptedEmbeddings(Tensor):
+    """[B, P + S, E], prompts before the embeddings of a batch.
+
+    Attributes:
+        prompt: of :class:`PromptTensor`.
+        tokens: [B, S, E], the embeddings.
+    """
+
+    prompt: Prompt
+    tokens: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Whatever is computed with it is a plain tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            output = func(*args, **(kwargs or {}))
+        return plain(output) if type(output) is cls else output
+
+
+def plain(x: Any) -> Any:
+    """The same values as a plain tensor."""
+    return x.as_subclass(Tensor) if isinstance(x, (PromptTensor, PromptedEmbeddings)) else x
+
+
+@dataclass(frozen=True, eq=False)
+class OuterCall:
+    """What a call of the ``PeftModel`` says that PEFT does not hand on.
+
+    Attributes:
+        position_ids: [B, S], which PEFT drops.
+        peft_way: leave the call to PEFT.
+    """
+
+    position_ids: Tensor | None
+    peft_way: bool
+
+
+class PeftPrompt(PromptSource):
+    """The prompt is that of a ``PeftModel``'s active adapter; outputs have PEFT's shapes.
+
+    Args:
+        model: a ``PeftModel`` whose adapters are :data:`PROMPT_TYPES`.
+        peft_bugs: leave to PEFT what it computes differently: batches with padding on the left or with
+            ``position_ids``, and classification.
+    """
+
+    is_given = True
+    concatenates = "such calls have the prompt put before every sample, as PEFT does it"
+
+    def __init__(self, model: Any, *, peft_bugs: bool) -> None:
+        self.model = model
+        self.peft_bugs = peft_bugs
+        self.previous = model.__dict__.get("get_prompt")
+        #: While torch.compile traces, which sees no attributes of tensors: the prompt between PEFT's two calls.
+        self.traced: Prompt | None = None
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the active adapter's method."""
+        return str(self.model.active_peft_config.peft_type.value)
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of the active adapter's task."""
+        task = self.model.active_peft_config.task_type
+        return getattr(task, "value", task)
+
+    @property
+    def needs_all_logits(self) -> bool:  # type: ignore[override]
+        """CPT computes its loss from the logits."""
+        return self.kind == "CPT"
+
+    @property
+    def pools_last_column(self) -> bool:  # type: ignore[override]
+        """The embeddings hide from a classification head where padding is."""
+        return self.task == "SEQ_CLS"
+
+    def wire(self, patch: PromptPatch) -> None:
+        """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's, and look at calls."""
+        self.patch = patch
+        patch.wiring.set_attribute(self.model, "get_prompt", self.get_prompt)
+        GenerationInputs(self.model).install(patch.wiring)
+        PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
+        patch.wiring.add_hooks(self.model.register_forward_pre_hook(self.before_peft, with_kwargs=True))
+
+    def before_peft(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Hook on the ``PeftModel``: hand on what PEFT drops."""
+        if is_disabled(module):
+            return None
+        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        peft_way = self._is_peft_bug(kwargs)
+        position_ids = None if peft_way else kwargs.pop("position_ids", None)
+        if position_ids is not None:
+            self.patch.notice("position_ids", "they are used; PEFT drops them", _BUGS)
+        if position_ids is None and not peft_way:
+            return None  # whatever wraps PEFT's forward need not accept another argument
+        kwargs["peftkern_call"] = OuterCall(position_ids, peft_way)
+        return (), kwargs
+
+    def _is_peft_bug(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is left to PEFT for the sake of its numbers."""
+        if not self.peft_bugs or self.task not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
+            return self.peft_bugs
+        mask = kwargs.get("attention_mask")
+        return kwargs.get("position_ids") is not None or (mask is not None and _has_left_padding(mask))
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """In place of ``PeftModel.get_prompt``: the same tensor, which remembers what it is made of."""
+        prompt = self._prompt(batch_size, task_ids)
+        rows = prompt.rows if prompt.per_sample else prompt.rows.expand(batch_size, -1, -1)
+        if torch.compiler.is_compiling():
+            self.traced = prompt
+            return rows
+        tensor = rows.as_subclass(PromptTensor)
+        tensor.prompt = prompt
+        return tensor
+
+    def _prompt(self, batch_size: int, task_ids: Tensor | None) -> Prompt:
+        """The active adapter's prompt, or those of the tasks in the batch."""
+        compute = type(self.model).get_prompt.__get__(self.model) if self.previous is None else self.previous
+        if self.kind != "MULTITASK_PROMPT_TUNING":
+            return Prompt(compute(1), shown=True)
+        if task_ids is None:
+            raise ValueError("task_ids: expected the task of each sample [B], got None")
+        if task_ids.numel() == 1:
+            return Prompt(compute(1, task_ids.view(1)), shown=True)
+        return Prompt(compute(batch_size, task_ids), task_ids, per_sample=True, shown=True)
+
+    def find(self, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+        """The prompt in the embeddings, or what :meth:`prepare_inputs` has put there."""
+        call: OuterCall | None = kwargs.pop("peftkern_call", None)
+        prepared: Prompt | None = kwargs.pop("peftkern_prompt", None)
+        if prepared is not None or continues:
+            if continues and isinstance(kwargs.get("inputs_embeds"), PromptedEmbeddings):
+                self._take_out(kwargs, kwargs["inputs_embeds"].prompt, kwargs["inputs_embeds"].tokens)
+            return None if continues else prepared
+        prompt, tokens = self._in_embeddings(kwargs)
+        if prompt is None or (call is not None and call.peft_way):
+            kwargs["inputs_embeds"] = plain(kwargs.get("inputs_embeds"))
+            return None
+        given = {**kwargs, "inputs_embeds": plain(kwargs["inputs_embeds"])}
+        self._take_out(kwargs, prompt, tokens)
+        if call is not None and call.position_ids is not None:
+            kwargs["position_ids"] = call.position_ids
+        labels = kwargs.get("labels")
+        if self.task == "TOKEN_CLS" and labels is not None and labels.shape[1] == tokens.shape[1]:
+            self.patch.notice("TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too", _BUGS)
+        return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given)
+
+    def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
+        """(the prompt in a call's embeddings, the embeddings behind it)."""
+        embeddings = kwargs.get("inputs_embeds")
+        if isinstance(embeddings, PromptedEmbeddings):
+            return embeddings.prompt, embeddings.tokens
+        if torch.compiler.is_compiling() and self.traced is not None and embeddings is not None:
+            prompt, self.traced = self.traced, None
+            return prompt, embeddings[:, prompt.rows.shape[1] :]
+        return None, embeddings  # type: ignore[return-value]
+
+    def _take_out(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
+        """Have the arguments speak of the sequence alone."""
+        prompt_len, length = prompt.rows.shape[1], tokens.shape[1]
+        kwargs["inputs_embeds"] = tokens
+        for name in ("attention_mask", "labels"):
+            x = kwargs.get(name)
+            if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == prompt_len + length:
+                kwargs[name] = x[:, prompt_len:]
+
+    def prepare_inputs(self, peft_method: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """In place of ``PeftModel.prepare_inputs_for_generation``.
+
+        The base model's own inputs, and the prompt until there is a cache. ``generate`` sees a cache of the sequence
+        alone.
+        """
+        inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        cache, mask = given_cache(inputs), inputs.get("attention_mask")
+        if isinstance(cache, PrefixCache):
+            return inputs
+        begun_by_peft = cache is not None and cache.get_seq_length() > 0
+        bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
+        reason = self.patch.packer.why_not({n: x for n, x in inputs.items() if n != "position_ids" or x is None})
+        if reason is not None and not begun_by_peft:
+            self.patch.notice(reason, self.concatenates)
+        if begun_by_peft or bug or reason is not None:
+            if task_ids is not None:
+                kwargs["task_ids"] = task_ids
+            inputs = peft_method(*args, **kwargs)
+            if "inputs_embeds" in inputs:
+                inputs["inputs_embeds"] = plain(inputs["inputs_embeds"])
+            return inputs
+        rows = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        prompt = self._prompt(rows.shape[0], task_ids)
+        inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
+        return inputs
+
+    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+        """Notices where PEFT's numbers differ."""
+        if numbers.get("left padding") and not patch.packer.count_mask:  # else padding moves nothing
+            patch.notice(
+                "left padding",
+                "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",
+                _BUGS,
+            )
+        if numbers.get("padding") and self.pools_last_column:
+            patch.notice(
+                "SEQ_CLS", "the last token is pooled; PEFT pools the last column, whether padding or not", _BUGS
+            )
+
+
+def _has_left_padding(mask: Tensor) -> bool:
+    return mask.dim() == 2 and mask.shape[1] > 0 and not bool((mask[:, 0] != 0).all())
