@@ -91,8 +91,7 @@ def build(method: str, *, patched: bool = True, base: nn.Module | None = None, *
     """A tiny Llama, or ``base``, with one of :data:`METHODS`; of native ones there are patched ones alone."""
     if method.startswith("peft"):
         make = models.peft_model if method == "peft prefix" else models.prompt_model
-        model = make(LLAMA, patched=False)
-        return peftkern.patch(model, **options) if patched else model
+        return make(LLAMA, patched=patched, **options)
     learned = llama_prefix() if method == "native prefix" else soft_prompt()
     return peftkern.patch(models.base_model(LLAMA) if base is None else base, learned, **options)
 

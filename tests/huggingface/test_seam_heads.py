@@ -212,11 +212,15 @@ def test_over_another_adapter(below, kind, mask):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("below", ADAPTERS)
 def test_generation_over_another_adapter(below, kind):
-    want, got = (
-        nested(below, kind, patched).eval().generate(input_ids=IDS, max_new_tokens=4, **by_hand.GREEDY)
-        for patched in (False, True)
-    )
-    assert got.tolist() == want.tolist()
+    """Stock PEFT loses the prompt, as the inner model's ``generate`` puts back a method that the outer one has set.
+
+    Its tokens or those with the prompt; nothing else, and no error that does not say so.
+    """
+    stock = nested(below, kind, False).eval()
+    want = by_hand.greedy(lambda ids: stock(input_ids=ids).logits, IDS, 4)
+    pefts = stock.generate(input_ids=IDS, max_new_tokens=4, **by_hand.GREEDY).tolist()
+    got = nested(below, kind, True).eval().generate(input_ids=IDS, max_new_tokens=4, **by_hand.GREEDY)
+    assert got.tolist() in (want, pefts)
 
 
 class WithoutLogitsToKeep(hf.LlamaForCausalLM):
