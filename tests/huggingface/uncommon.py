@@ -145,7 +145,7 @@ STOCK_FAILS = {
 
 
 def tuned(name: str, kind: str, *, patched: bool, **options: Any) -> PeftModel:
-    """A model with a prefix or prompt, the same values at every call, as PEFT has it or patched with the options."""
+    """A model with a prefix or prompt of the same values at every call, as PEFT has it or patched."""
     family = UNCOMMON[name]
     model = base_model(family)
     config = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
