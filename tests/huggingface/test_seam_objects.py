@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patched model is an ordinary object: copied, pickled, saved, and loaded in processes that import nothing first."""
+"""A patched model is an ordinary object: copied, pickled, saved and loaded in processes that import nothing."""
 
 from __future__ import annotations
 
