@@ -47,7 +47,8 @@ def patched_model(kind: str, family: Family, **options: Any) -> Any:
 
 def trained(model: Any) -> Tensor:
     """The trained parameter, of the same shape in all models of a kind."""
-    (parameter,) = (p for p in model.parameters() if p.requires_grad)
+    # "ref" is the adapter that TRL adds as the reference.
+    (parameter,) = (p for name, p in model.named_parameters() if p.requires_grad and ".ref." not in name)
     parameter = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
     if parameter.dim() == 2 and parameter.shape[0] == 2 * PREFIX:  # the rows that PEFT never uses
         return parameter[:PREFIX].detach()
