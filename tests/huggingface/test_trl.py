@@ -171,12 +171,13 @@ def test_sft_of_other_settings(kind, settings, tmp_path):
 
 
 def batch_of(trainer):
-    return trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    assert not batch["attention_mask"].all(), "a batch with padding"
+    return batch
 
 
 def trainer_of(model, folder, rows="completion", **settings):
-    trainer = make_trainer("SFT", model, data(rows), folder, **settings)
-    return trainer
+    return make_trainer("SFT", model, data(rows), folder, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,7 +63,7 @@ def data(name: str) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {
         "text": [{"text": words(i, 5 + i)} for i in range(6)],
         "completion": [
-            {"prompt": words(i, 3 + i % 3), "completion": " " + words(i + 50, 6 - i % 4)} for i in range(6)
+            {"prompt": words(i, 3 + i % 3), "completion": " " + words(i + 50, 2 + 5 * i % 4)} for i in range(6)
         ],
         "chat": [
             {"messages": messages("user", words(i, 3)) + messages("assistant", words(i + 50, 2 + i))}
