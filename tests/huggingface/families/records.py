@@ -16,8 +16,9 @@ import torch
 import transformers
 
 import peftkern
-from tests.huggingface.families.sweep import AGREE, CELLS, Cell, Family
+from tests.huggingface.families.sweep import CELLS, Family
 from tests.huggingface.families.tiny import FAMILIES
+from tests.huggingface.families.trials import AGREE, Cell
 
 __all__ = ["append", "conditions", "read", "table"]
 
@@ -41,7 +42,7 @@ def append(path: Path, family: Family, seconds: float, under: Mapping[str, str])
 
 
 def read(path: Path, under: Mapping[str, str]) -> dict[str, Family]:
-    """Families of the lines that were written under these conditions; of several the last. A torn line is left out."""
+    """Families of the lines that were written under these conditions, of several the last; no torn lines."""
     families: dict[str, Family] = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -71,7 +72,8 @@ after `unpatch`).
 - **refused**: `patch` or the module raises a ValueError and changes nothing.
 - **DIFFERENT**, **RAISES**: faults.
 
-Prefix and prompt are PEFT's PREFIX_TUNING and PROMPT_TUNING; `PrefixKV` and `SoftPrompt` are put into the plain model.
+Prefix and prompt are PEFT's PREFIX_TUNING and PROMPT_TUNING; `PrefixKV` and `SoftPrompt` are put into the plain
+model. Numbers in brackets are those of the messages below.
 """
 
 
@@ -124,7 +126,8 @@ class _Messages:
             cannot = [
                 name for name, result in cell.checks.items() if "cannot: " in result and "peft_bugs" not in name
             ]
-            return f"{cell.outcome}{number}{way}{told}{f' (stock cannot: {chr(44).join(cannot)})' if cannot else ''}"
+            left_out = f" (stock cannot: {', '.join(cannot)})" if cannot else ""
+            return f"{cell.outcome}{number}{way}{told}{left_out}"
         return f"{cell.outcome} [{self._number(cell.detail)}]"
 
     def _number(self, message: str) -> int:

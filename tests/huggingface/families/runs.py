@@ -95,6 +95,8 @@ def _at_tokens(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _finish(loss: Tensor, logits: Tensor, trained: nn.Module) -> Step:
+    if not loss.requires_grad:
+        raise ArithmeticError("the loss does not depend on the prefix or prompt")
     loss.backward()
     gradients = {
         name: None if p.grad is None else p.grad.clone() for name, p in trained.named_parameters() if p.requires_grad
