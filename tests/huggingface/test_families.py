@@ -38,9 +38,14 @@ def test_every_family_equals_stock_or_is_refused(name):
     assert not family.failures, "\n".join(
         f"{name}, {cell_name}: {cell.outcome}: {cell.detail}" for cell_name, cell in family.failures.items()
     )
+    unclear = {cell_name: cell for cell_name, cell in family.cells.items() if not cell.is_clear}
+    assert not unclear, "\n".join(
+        f"{name}, {cell_name}: the refusal repeats an inner error: {cell.detail}"
+        for cell_name, cell in unclear.items()
+    )
 
 
-def test_tables_name_families_that_exist_or_are_of_other_versions():
+def test_no_family_is_built_and_cannot_be_built():
     assert not tiny.OVERRIDES.keys() & tiny.CANNOT.keys(), "a family is built and cannot be built"
 
 
@@ -193,6 +198,33 @@ def test_results_of_other_sources_do_not_count(tmp_path):
     records.append(tmp_path / "results", Family("llama", {}, "no"), 1.0, {"sources": "old"})
     assert records.read(tmp_path / "results", {"sources": "new"}) == {}
     assert records.read(tmp_path / "results", {"sources": "old"}).keys() == {"llama"}
+
+
+def test_a_refusal_that_repeats_an_inner_error_is_seen():
+    inner = "model: DogeModel could not be run with a cache: 'LazyMask' object has no attribute 'dtype'"
+    assert not trials.Cell("refused", inner).is_clear
+    assert trials.Cell("refused", "model: OpenAIGPTModel takes no cache, by which a prefix reaches it").is_clear
+    assert trials.Cell("equal").is_clear
+
+
+@pytest.mark.parametrize(
+    ("how", "way"),
+    [
+        (
+            "Llama: the prompt runs once a batch, before the sequences without their padding",
+            "padding-free, prompt once",
+        ),
+        (
+            "Llama: a prefix in 2 layers, read where it lies; training batches run without their padding",
+            "padding-free",
+        ),
+        ("Bart: a prefix in 2 layers; training batches run with their padding: no position_ids", "with padding"),
+        ("Bart: the prompt is put before every sample (soft_prompt_embedding)", "concatenated (PEFT's way)"),
+        ("StableLm: PEFT's own code runs: attention is not dispatched", "concatenated (PEFT's way)"),
+    ],
+)
+def test_explanations_are_understood(how, way):
+    assert trials.Cell("equal", how=how).way == way
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])

@@ -84,11 +84,12 @@ def main(given: list[str] | None = None) -> int:
 
 
 def summary(family: Family) -> str:
-    """One line, and one for each fault."""
+    """One line, and one for each fault and each refusal that explains nothing."""
     if not family.cells:
         return f"{family.name}: not built: {family.not_built}"
     outcomes = ", ".join(f"{name} {cell.outcome}" for name, cell in family.cells.items())
-    faults = "".join(f"\n    {name} {cell.outcome}: {cell.detail}" for name, cell in family.failures.items())
+    shown = {name: cell for name, cell in family.cells.items() if name in family.failures or not cell.is_clear}
+    faults = "".join(f"\n    {name} {cell.outcome}: {cell.detail}" for name, cell in shown.items())
     return f"{family.name}: {outcomes}{faults}"
 
 

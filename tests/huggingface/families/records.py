@@ -69,11 +69,14 @@ after `unpatch`).
   leave padding out. "prompt once": the prompt runs once a batch.
 - **PEFT's way**: equal, but the prompt runs before every sample, as PEFT has it.
 - **PEFT cannot**, **stock cannot**: no stock training step runs, or its prefix changes nothing.
-- **refused**: `patch` or the module raises a ValueError and changes nothing.
+- **refused**: `patch` or the module raises a ValueError, and nothing changes.
 - **DIFFERENT**, **RAISES**: faults.
 
 Prefix and prompt are PEFT's PREFIX_TUNING and PROMPT_TUNING; `PrefixKV` and `SoftPrompt` are put into the plain
-model. Numbers in brackets are those of the messages below.
+model. Numbers in brackets are those of the messages below; of messages that differ in names alone, one is shown.
+
+Stock PEFT is helped in one point: it looks for a cache under one name, and loses the prefix in generation with models
+that use another, which patched models do not.
 """
 
 
@@ -132,7 +135,9 @@ class _Messages:
 
     def _number(self, message: str) -> int:
         kind = re.sub(r"\b[A-Z]\w*(Model|Decoder|ForCausalLM|ForConditionalGeneration|Wrapper)\b", "…", message)
-        kind = re.sub(r"(reach) .*", r"\1 …", kind)
+        kind = re.sub(
+            r" reach .*|\(\w+, kv_lora_rank.*|[\w.]*\blayers\.\d+\.\S+|\[[\d, ]+\]|[\d.]+e[-+]\d+", " …", kind
+        )
         self.families.setdefault(kind, message)
         return self.numbers.setdefault(kind, len(self.numbers) + 1)
 

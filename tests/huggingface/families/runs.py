@@ -245,9 +245,10 @@ def generate_behind_prompt(model: Any, prompt: Tensor, mask: Tensor, *, alone: b
 
 
 def has_window(model: Any) -> bool:
-    """Whether a config speaks of windows or chunks of tokens, of which padding takes part."""
-    names = re.compile("window|attention_chunk|local_attention|sliding")
+    """Whether the config speaks of windows or chunks of tokens, in which padding takes part."""
     config = model.config.get_text_config(decoder=True).to_dict()
-    return any(names.search(name) and value for name, value in config.items()) or "sliding" in str(
-        config.get("layer_types")
-    )
+    named = any(value and _WINDOW.fullmatch(name) for name, value in config.items())
+    return named or "sliding" in str(config.get("layer_types"))
+
+
+_WINDOW = re.compile(r"(sliding|attention|local)_(window|chunk|attention|attn_chunk)\w*|window_size")

@@ -47,6 +47,11 @@ class Cell:
     checks: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_clear(self) -> bool:
+        """Whether a refusal speaks of the model and not of what happens to be inside."""
+        return self.outcome != "refused" or _INSIDE.search(self.detail) is None
+
+    @property
     def way(self) -> str:
         """In a few words, how batches run."""
         if runs_peft(self.how):
@@ -54,6 +59,9 @@ class Cell:
         if "once a batch" in self.how:
             return "padding-free, prompt once"
         return "padding-free" if "without their padding" in self.how else "with padding" if self.how else ""
+
+
+_INSIDE = re.compile(r"LazyMask|_Survey|object has no attribute|not subscriptable|index out of range|\(\) got an")
 
 
 def runs_peft(explanation: str) -> bool:
