@@ -37,7 +37,7 @@ from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
 from .wiring import Wiring
 
-__all__ = ["PATCH", "ModelPatch", "check_replaceable", "place_behind", "self_attention_cache"]
+__all__ = ["PATCH", "ModelPatch", "bind", "check_replaceable", "place_behind", "self_attention_cache"]
 
 #: Attribute of a patched model: its patch.
 PATCH = "_peftkern_patch"
@@ -180,7 +180,10 @@ class ModelPatch(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: open a stream for the call of the base model."""
-        kwargs = {**dict(zip(self.base_arguments, args, strict=False)), **kwargs}
+        bound = bind(module, self.base_arguments, args, kwargs)
+        if bound is None:
+            return args, kwargs
+        kwargs = bound
         rename_cache(kwargs, self.base_cache_name)
         lazy = described(kwargs.get("attention_mask"))
         if lazy is not None:  # generate's, for a static cache
@@ -350,6 +353,17 @@ def _pause_checkpointing(modules: list[Any]) -> list[Any]:
     for module in paused:
         module.gradient_checkpointing = False
     return paused
+
+
+def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """All arguments of a call by name; None if somebody has given the module a forward with other arguments.
+
+    Args:
+        names: the arguments of the module's own forward.
+    """
+    if args and tuple(inspect.signature(module.forward).parameters) != names:
+        return None
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...base_model import given_cache
 from ..cache import PrefixCache
+from ..model_patch import bind
 from ..packing import HostNumbers
 from ..prompt_patch import Prompt, PromptPatch, PromptSource
 from .peft_model import GenerationInputs, PeftMethod, is_disabled
@@ -143,8 +144,10 @@ class PeftPrompt(PromptSource):
         """Hook on the ``PeftModel``: hand on what PEFT drops."""
         if is_disabled(module):
             return None
-        names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        bound = bind(module, tuple(inspect.signature(type(module).forward).parameters)[1:], args, kwargs)
+        if bound is None:
+            return None
+        kwargs = bound
         peft_way = self._is_peft_bug(kwargs)
         position_ids = None if peft_way else kwargs.pop("position_ids", None)
         if position_ids is not None:
