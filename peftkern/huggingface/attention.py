@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
-from .cache import SITE, KeyValue, PrefixCache
+from .cache import REQUIRED, SITE, WITHOUT_PREFIX, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive, described, mask_function
 
 __all__ = ["Implementation", "attention_forward", "register"]
@@ -81,6 +81,13 @@ def attention_forward(
         ([B, S, Hq, D] contiguous, None).
     """
     attention_mask = described(attention_mask) or attention_mask
+    if peftkern_prefix is WITHOUT_PREFIX:
+        peftkern_prefix = None
+    elif peftkern_prefix is None and hasattr(module, REQUIRED):
+        raise ValueError(
+            "model: expected a call of the model, whose hooks hand the prefix to its layers, got one of a forward or "
+            "of a part of it, which would run without the prefix"
+        )
     if peftkern_prefix is not None:
         query, key, value = _autocast(query, key, value)
     prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)

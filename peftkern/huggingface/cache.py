@@ -22,6 +22,13 @@ KeyValue = tuple[Tensor, Tensor]
 SITE = "_peftkern_site"
 
 
+#: Attribute of an attention module that must not run without a prefix, unless told so by WITHOUT_PREFIX.
+REQUIRED = "_peftkern_required"
+
+#: In place of the prefix of a call that has none.
+WITHOUT_PREFIX: Any = "without prefix"
+
+
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, Hkv, T, D] of the sequence.
 

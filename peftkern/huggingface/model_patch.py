@@ -26,13 +26,14 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..base_model import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register
-from .cache import SITE, PrefixCache, PrefixOptions
+from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .calls import running
 from .masks import described
 from .packer import BOUNDARIES, Packer, tokens_of
 from .packing import Head, HostNumbers, Stream
 from .positions import PositionTable, watch_tables
 from .probing import quiet
+from .trial import Trial
 from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
 from .wiring import Wiring
@@ -84,11 +85,13 @@ class ModelPatch(ABC):
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
     @abstractmethod
-    def check(self) -> None:
+    def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
 
-    def check_packing(self) -> None:
-        """Raise ValueError if the model has to run on streams and cannot."""
+    @property
+    @abstractmethod
+    def requires_prefix(self) -> bool:
+        """Whether every call of the backbone that does not say otherwise has a prefix."""
 
     @abstractmethod
     def wire(self) -> None:
@@ -127,12 +130,7 @@ class ModelPatch(ABC):
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
                 self.packer = Packer(self.base, self.backbone, self.sites, self._tables)
-                self.check()
-                if self.packing:
-                    self.packer.try_out(self.options)
-                else:
-                    self.packer.reasons = ["packing=False"]
-                self.check_packing()
+                self.check(Trial(self.backbone, self.sites, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_sees_batch()]
@@ -141,6 +139,9 @@ class ModelPatch(ABC):
         except BaseException:
             self.remove()
             raise
+        if self.requires_prefix:
+            for module in self.sites:
+                self.wiring.set_attribute(module, REQUIRED, True)
         self.wiring.set_attribute(self.model, PATCH, self)
         if self.base is not self.model:
             self.wiring.set_attribute(self.base, PATCH, self)
@@ -244,6 +245,8 @@ class ModelPatch(ABC):
         stream: Stream | None = kwargs.pop("peftkern_stream", None)
         cache = self.find_cache(kwargs, stream)
         if cache is None:
+            if self.requires_prefix:
+                kwargs["peftkern_prefix"] = WITHOUT_PREFIX
             return (), kwargs
         cache.begin()
         cache.stream = stream
@@ -283,7 +286,7 @@ class ModelPatch(ABC):
         Calls may be nested, or run in several threads, so all that is known of this one is in ``kwargs``.
         """
         cache: PrefixCache | None = kwargs.get("peftkern_prefix")
-        if cache is None:
+        if cache is None or cache is WITHOUT_PREFIX:
             return output
         for checkpointed in cache.paused:
             checkpointed.gradient_checkpointing = True
@@ -306,7 +309,8 @@ class ModelPatch(ABC):
             )
         if cache.stream is not None:
             output = self.unfill(cache.stream, cache, output)
-        return _without_cache(kwargs, output) if kwargs.get("use_cache") is False else output
+        drops_cache = kwargs.get("use_cache") is False and not cache.counts_outside
+        return _without_cache(kwargs, output) if drops_cache else output
 
     def unfill(self, stream: Stream, cache: PrefixCache, output: Any) -> Any:
         """The backbone's output for the batch."""
@@ -376,6 +380,8 @@ def place_behind(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
     """Columns of the mask and positions for a prefix of which the caller does not speak."""
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
+        if cache.offset and mask.shape[1] == cache.get_seq_length() + tokens_of(kwargs).shape[1]:
+            return  # the caller has counted it, as PEFT's own generate does
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + cache.offset

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .cache import PrefixOptions
 from .packing import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
 from .positions import PositionTable
 from .survey import Site
-from .trial import try_head, try_stream
+from .trial import Trial, try_head
 
 __all__ = ["BOUNDARIES", "Packer", "tokens_of"]
 
@@ -44,8 +43,8 @@ class Packer:
 
     Attributes:
         reasons: why the model cannot run on a stream; empty if it can.
-        head_forward: the forward of the base model whose output layer was tried on rows of a stream; None where it
-            has to see the batch.
+        head_forward, head: the forward of the base model and its output layer, which were tried on rows; None where
+            they have to see the batch.
     """
 
     def __init__(
@@ -56,35 +55,46 @@ class Packer:
         self.backbone = backbone
         self.sites = sites
         self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self._tables = tables
         patterns = [site.pattern for site in sites.values()]
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
         self.reasons = _why_not(base, backbone, sites)
-        #: How far the stock model and peftkern round apart, as :func:`.trial.try_prefix` has measured it.
-        self.noise = 0.0
         self.head_forward: Callable[..., Any] | None = None
+        self.head: nn.Module | None = None
 
     @property
     def has_row_head(self) -> bool:
         """Whether the base model is a causal language model that says which rows its output layer shall run on."""
         return "logits_to_keep" in self.base_arguments
 
-    def try_out(self, options: PrefixOptions) -> None:
-        """Run the model on a few rows: add to :attr:`reasons`, and find out whether its head runs on rows."""
+    def try_out(self, trial: Trial, *, prompts: bool) -> None:
+        """Run streams of a few rows: add to :attr:`reasons`, and find out whether the head runs on rows.
+
+        Args:
+            trial: whose prefix has been tried.
+            prompts: also streams that begin with a prompt.
+        """
         if self.reasons:
             return
-
-        def layout_of(tokens: Tensor, mask: Tensor) -> Layout:
-            return Layout.of(
-                (tokens.shape[0], tokens.shape[1]), tokens.device, mask=mask, keep_gaps=self.has_windows,
-                from_first=True, count_mask=self.count_mask,
-            )  # fmt: skip
-
-        reason = try_stream(self.backbone, self.sites, layout_of, options, self.noise)
+        reason = trial.try_stream(self._layout_of)
+        if reason is not None and self.count_mask:  # a table that could read the mask need not
+            self.count_mask = False
+            reason = trial.try_stream(self._layout_of)
+        for table in self._tables:
+            table.reads_mask &= self.count_mask
+        if reason is None and prompts:
+            reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
         elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self):
-            self.head_forward = type(self.base).forward
+            self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
+
+    def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:
+        return Layout.of(
+            (tokens.shape[0], tokens.shape[1]), tokens.device, mask=mask, keep_gaps=self.has_windows,
+            from_first=from_first, count_mask=self.count_mask,
+        )  # fmt: skip
 
     def head_is_packed(self) -> bool:
         """Whether the output layer of this call runs on rows of the stream.
@@ -95,7 +105,7 @@ class Packer:
         if self.head_forward is None or self.base.loss_function is not ForCausalLMLoss:
             return False
         head = self.base.get_output_embeddings()
-        if head is None or head._forward_hooks or head._forward_pre_hooks:
+        if head is None or head is not self.head or head._forward_hooks or head._forward_pre_hooks:
             return False
         if type(self.base).forward is not self.head_forward:
             return False
@@ -130,6 +140,11 @@ class Packer:
         if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
             return "output_router_logits are requested, whose loss counts prompts and padding"
         return _rows_know_their_sample(self.backbone)
+
+    def _looks_at_labelled_rows(self) -> bool:
+        """Whether the base model's forward is the fused output layer of TRL, which masks rows without a label."""
+        forward = getattr(self.base.forward, "__func__", self.base.forward)
+        return str(getattr(forward, "__globals__", {}).get("__name__", "")).startswith("trl.")
 
     def plan(
         self,
@@ -172,8 +187,9 @@ class Packer:
         if pools_last_column:
             return False, None
         if self.has_row_head and labels is not None:
-            own_loss = self.base.loss_function is not ForCausalLMLoss
-            return own_loss, None if own_loss else next_labels(labels) != IGNORED
+            if not (self.head_is_packed() or self._looks_at_labelled_rows()):
+                return True, None
+            return False, next_labels(labels) != IGNORED
         keep = kwargs.get("logits_to_keep")
         if self.has_row_head and isinstance(keep, int) and keep > 0:
             columns = torch.arange(tokens.shape[1], device=tokens.device)

@@ -19,7 +19,7 @@ from .cache import KeyValue, PrefixCache, PrefixOptions
 from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packer import tokens_of
 from .packing import HostNumbers, Stream
-from .trial import try_prefix
+from .trial import Trial
 
 __all__ = ["PrefixPatch", "PrefixSource"]
 
@@ -70,12 +70,20 @@ class PrefixPatch(ModelPatch):
         super().__init__(model, base, options, packing=packing, logits=logits)
         self.source = source
 
-    def check(self) -> None:
+    def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
         self.source.check(self)
-        reason, self.packer.noise = try_prefix(self.backbone, self.sites, self.options)
-        if reason is not None:
+        if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
+        if self.packing:
+            self.packer.try_out(trial, prompts=False)
+        else:
+            self.packer.reasons = ["packing=False"]
+
+    @property
+    def requires_prefix(self) -> bool:
+        """A PEFT model's adapter may be disabled."""
+        return not self.source.is_given
 
     def wire(self) -> None:
         """Install what depends on where the prefix comes from."""

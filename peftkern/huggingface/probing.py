@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-__all__ = ["is_transient", "quiet"]
+__all__ = ["is_transient", "quiet", "some_tokens"]
 
 #: Buffers up to this size are copied, to be put back if a forward writes to them.
 _SMALL_BUFFER = 1 << 20
@@ -44,3 +45,14 @@ def quiet(model: nn.Module) -> Iterator[None]:
             for x, version, copy in copies:
                 if x._version != version:
                     x.copy_(copy)
+
+
+def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
+    """[count] ids that are no special tokens, different ones as far as the vocabulary goes."""
+    weight: Tensor = backbone.get_input_embeddings().weight
+    config = backbone.config.get_text_config()
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
+    special = {getattr(config, name, None) for name in names}
+    vocabulary = min(weight.shape[0], getattr(config, "vocab_size", None) or weight.shape[0])
+    ids = [i for i in range(min(vocabulary, count + 64)) if i not in special] or [0]
+    return torch.tensor(ids, device=weight.device).repeat(-(-count // len(ids)))[:count]

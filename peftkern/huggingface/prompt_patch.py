@@ -22,7 +22,7 @@ from .calls import running
 from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
 from .model_patch import ModelPatch, check_replaceable, self_attention_cache
 from .packing import IGNORED, HostNumbers, Stream
-from .trial import try_prefix
+from .trial import Trial
 
 __all__ = ["Prompt", "PromptPatch", "PromptSource", "Unpackable", "used_prompts"]
 
@@ -118,16 +118,18 @@ class PromptPatch(ModelPatch):
         super().__init__(model, base, options, packing=True, logits=logits)
         self.source = source
 
-    def check(self) -> None:
-        """Find out whether generation can continue with the prompt's keys as a prefix."""
-        if not self.packer.reasons:
-            reason, self.packer.noise = try_prefix(self.backbone, self.sites, self.options)
-            self.packer.reasons = [] if reason is None else [reason]
-
-    def check_packing(self) -> None:
-        """Raise Unpackable if the model cannot run on a stream."""
+    def check(self, trial: Trial) -> None:
+        """Raise Unpackable if the model cannot run on a stream, or continue one with the prompt's keys as a prefix."""
+        if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
+            self.packer.reasons = [reason]
+        self.packer.try_out(trial, prompts=True)
         if self.packer.reasons:
             raise Unpackable("; ".join(self.packer.reasons))
+
+    @property
+    def requires_prefix(self) -> bool:
+        """A PEFT model's adapter may be disabled."""
+        return not self.source.is_given
 
     def wire(self) -> None:
         """Install what depends on where the prompt comes from."""

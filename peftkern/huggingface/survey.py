@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..base_model import cache_argument
 from .masks import described
-from .probing import is_transient
+from .probing import is_transient, some_tokens
 
 __all__ = ["Site", "find_backbone", "survey"]
 
@@ -120,7 +120,7 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
         ValueError: if the model cannot be run, or keys of its cache go to an attention that is not dispatched.
     """
     record = _Survey(names)
-    input_ids = torch.zeros(1, 2, dtype=torch.long, device=backbone.get_input_embeddings().weight.device)
+    input_ids = some_tokens(backbone, 1).expand(1, 2)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs[cache_argument(backbone)] = record
     try:

@@ -20,115 +20,134 @@ from transformers import PreTrainedModel
 from ..base_model import cache_argument
 from .cache import KeyValue, PrefixCache, PrefixOptions, StreamCache
 from .packing import IGNORED, Layout, Stream, next_labels
-from .probing import is_transient
+from .probing import is_transient, some_tokens
 from .survey import Site
 
 if TYPE_CHECKING:
     from .packer import Packer
 
-__all__ = ["try_head", "try_prefix", "try_stream"]
+__all__ = ["Trial", "try_head"]
+
+#: ``layout_of(tokens, mask, from_first)`` is how a batch is packed.
+LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
 
 _PREFIX_LEN = 3
 #: No kernel is compiled for these sizes: the trial is about what surrounds attention.
 _BACKEND = "reference"
 
 
-def try_prefix(
-    backbone: PreTrainedModel, sites: dict[nn.Module, Site], options: PrefixOptions
-) -> tuple[str | None, float]:
-    """(how a prefix that attention reads differs from one in the stock cache, or None, rounding between the two).
+class Trial:
+    """Runs of one backbone, whose attention is peftkern's already, on a few tokens.
 
-    Where padding and a decoding step differ by much more than the plain batch does, it is not rounding.
+    Args:
+        backbone: in eval mode, without gradients (:func:`.probing.quiet`).
+        sites: its attention modules that take a prefix.
+        options: for the attention function.
     """
-    name, kind = cache_argument(backbone), type(backbone).__name__
-    options = replace(options, in_window=True, backend=_BACKEND)
-    prefix = _random_prefix(backbone, sites)
-    ids = _some_tokens(backbone, 3 * 5).view(3, 5)
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    mask[2, -2:] = 0
 
-    def caches() -> tuple[Any, PrefixCache]:
-        cache = PrefixCache(prefix, offset=_PREFIX_LEN, stores=True, offset_outside=True, options=options)
-        return cache.as_stock(ids.shape[0], backbone.dtype), cache
+    def __init__(self, backbone: PreTrainedModel, sites: dict[nn.Module, Site], options: PrefixOptions) -> None:
+        self.backbone = backbone
+        self.sites = sites
+        self.options = replace(options, in_window=True, backend=_BACKEND)
+        self.kind = type(backbone).__name__
+        self.cache_name = cache_argument(backbone)
+        self.prefix = _random_prefix(backbone, sites)
+        self.ids = some_tokens(backbone, 3 * 5).view(3, 5)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, :2] = 0
+        self.mask[2, -2:] = 0
+        #: How far the stock model and peftkern round apart.
+        self.noise = 0.0
+        self._padded: Tensor | None = None
 
-    def run(cache: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def try_prefix(self) -> str | None:
+        """How a prefix that attention reads differs from one in the stock cache; None if it does not.
+
+        Where padding and a decoding step differ by much more than the plain batch does, it is not rounding.
+        """
+        return self._guarded(self._try_prefix, "with a prefix")
+
+    def _try_prefix(self) -> str | None:
+        ids, mask, real = self.ids, self.mask, self.mask.bool()
+        want, got = self._run(self._stock(), ids, None), self._run(self._cache(), ids, None)
+        self.noise = _difference(got, want)
+        if (reason := _compare(f"{self.kind} with prefix keys in its cache", got, want, math.inf)) is not None:
+            return reason
+        stock, cache = self._stock(), self._cache()
+        self._padded, got = self._run(stock, ids, mask), self._run(cache, ids, mask)
+        what = f"{self.kind} with prefix keys in its cache and padding"
+        if (reason := _compare(what, got[real], self._padded[real], self.noise)) is not None:
+            return reason
+        longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+        want, got = self._run(stock, ids[:, :1], longer), self._run(cache, ids[:, :1], longer)
+        return _compare(f"{self.kind} with prefix keys in its cache, decoding", got, want, self.noise)
+
+    def try_stream(self, layout_of: LayoutOf) -> str | None:
+        """How a stream behind the prefix differs from the padded batch; None if it does not."""
+
+        def run() -> str | None:
+            real = self.mask.bool()
+            stream, cache = Stream(layout_of(self.ids, self.mask, False)), self._cache()
+            tokens = self.backbone.get_input_embeddings()(self.ids)
+            got = stream.unpack(self._run_stream(cache, stream, tokens))
+            assert self._padded is not None
+            return _compare(f"{self.kind} on a stream of rows", got[real], self._padded[real], self.noise)
+
+        return self._guarded(run, "on a stream of rows")
+
+    def try_prompt(self, layout_of: LayoutOf) -> str | None:
+        """How a stream with a prompt differs from a batch with the prompt before every sample; None if it does not."""
+
+        def run() -> str | None:
+            ids, (samples, length) = some_tokens(self.backbone, self.ids.numel() + _PREFIX_LEN), self.ids.shape
+            prompt, tokens = self.backbone.get_input_embeddings()(ids).split([_PREFIX_LEN, self.ids.numel()])
+            tokens = tokens.view(samples, length, -1)
+            mask = self.mask.clone()
+            mask[1] = 1  # padding between prompt and text would move the text
+            padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
+            batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
+            want = self.backbone(inputs_embeds=batch, attention_mask=padded, use_cache=False)[0]
+            stream = Stream(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
+            cache = StreamCache(len(self.prefix), stream, stores=False, options=self.options)
+            got, real = stream.unpack(self._run_stream(cache, stream, tokens)), padded.bool()
+            return _compare(f"{self.kind} on a stream of rows behind a prompt", got[real], want[real], self.noise)
+
+        return self._guarded(run, "on a stream of rows behind a prompt")
+
+    def _guarded(self, run: Callable[[], str | None], what: str) -> str | None:
+        try:
+            return run()
+        except Exception as error:
+            if is_transient(error):
+                raise
+            return f"{self.kind} could not be run {what}: {_first_line(error)}"
+
+    def _cache(self) -> PrefixCache:
+        return PrefixCache(self.prefix, offset=_PREFIX_LEN, stores=True, offset_outside=True, options=self.options)
+
+    def _stock(self) -> Any:
+        return self._cache().as_stock(self.ids.shape[0], self.backbone.dtype)
+
+    def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], _PREFIX_LEN), mask], 1)
-        arguments = {"input_ids": tokens, "attention_mask": mask, name: cache, "use_cache": True}
+        arguments = {"input_ids": tokens, "attention_mask": mask, self.cache_name: cache, "use_cache": True}
         if not isinstance(cache, PrefixCache):
-            return backbone(**arguments)[0]  # type: ignore[no-any-return]
+            return self.backbone(**arguments)[0]  # type: ignore[no-any-return]
         cache.begin()
-        output = backbone(**arguments, peftkern_prefix=cache)
-        missing = cache.finish([site.name for site in sites.values()])
+        output = self.backbone(**arguments, peftkern_prefix=cache)
+        missing = cache.finish([site.name for site in self.sites.values()])
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
         return output[0]  # type: ignore[no-any-return]
 
-    stock: Any = None
-    try:
-        stock, cache = caches()
-        want = run(stock, ids, None)
-        got = run(cache, ids, None)
-        noise = _difference(got, want)
-        if (reason := _compare(f"{kind} with a prefix", got, want, math.inf)) is not None:
-            return reason, noise
-        stock, cache = caches()
-        want, real = run(stock, ids, mask), mask.bool()
-        got = run(cache, ids, mask)
-        if (reason := _compare(f"{kind} with a prefix and padding", got[real], want[real], noise)) is not None:
-            return reason, noise
-        longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        want = run(stock, ids[:, :1], longer)
-        got = run(cache, ids[:, :1], longer)
-        return _compare(f"{kind} with a prefix and a cache", got, want, noise), noise
-    except Exception as error:
-        if is_transient(error):
-            raise
-        return f"{kind} could not be run with a prefix: {_first_line(error)}", 0.0
-
-
-def try_stream(
-    backbone: PreTrainedModel,
-    sites: dict[nn.Module, Site],
-    layout_of: Callable[..., Layout],
-    options: PrefixOptions,
-    noise: float,
-) -> str | None:
-    """How hidden states of a stream differ from those of its padded batch; None if they do not.
-
-    This finds models whose rows know of each other by other ways than attention and positions.
-
-    Args:
-        layout_of: ``layout_of(tokens, mask)`` is the layout of a batch.
-        noise: rounding, as :func:`try_prefix` has measured it.
-    """
-    kind, (samples, length) = type(backbone).__name__, (3, 5)
-    options = replace(options, backend=_BACKEND)
-    ids = _some_tokens(backbone, samples * length + _PREFIX_LEN)
-    embedding = backbone.get_input_embeddings()
-    try:
-        prompt, tokens = embedding(ids).split([_PREFIX_LEN, samples * length])
-        tokens = tokens.view(samples, length, -1)
-        mask = ids.new_ones(samples, length)
-        mask[2, -2:] = 0
-        padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
-        batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
-        want = backbone(inputs_embeds=batch, attention_mask=padded, use_cache=False)[0]
-        stream = Stream(layout_of(tokens, mask), prompt[None], show_prompts=True)
-        num_layers = 1 + max(site.layer for site in sites.values())
-        cache = StreamCache(num_layers, stream, stores=False, options=options)
-        packed = backbone(
-            inputs_embeds=stream.embeddings(stream.layout.pack(tokens)), position_ids=stream.positions(0),
-            attention_mask=None, use_cache=False, peftkern_prefix=cache, **{cache_argument(backbone): cache},
+    def _run_stream(self, cache: PrefixCache, stream: Stream, tokens: Tensor) -> Tensor:
+        cache.stream = stream
+        rows = stream.embeddings(stream.layout.pack(tokens))
+        return self.backbone(  # type: ignore[no-any-return]
+            inputs_embeds=rows, position_ids=stream.positions(cache.offset), attention_mask=None, use_cache=False,
+            peftkern_prefix=cache, **{self.cache_name: cache},
         )[0]  # fmt: skip
-        real = padded.bool()
-        got = stream.unpack(packed)
-        return _compare(f"{kind} on a stream of rows", got[real], want[real], noise)
-    except Exception as error:
-        if is_transient(error):
-            raise
-        return f"{kind} could not be run on a stream of rows: {_first_line(error)}"
 
 
 def try_head(packer: Packer) -> bool:
@@ -138,7 +157,7 @@ def try_head(packer: Packer) -> bool:
     selects. Both give the same logits and the same loss.
     """
     base, backbone = packer.base, packer.backbone
-    ids = _some_tokens(backbone, 2 * 4).view(2, 4)
+    ids = some_tokens(backbone, 2 * 4).view(2, 4)
     targets = next_labels(ids)
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
     labels = torch.nn.functional.pad(targets.flatten()[rows], (1, 0), value=IGNORED)[None]
@@ -173,6 +192,7 @@ def try_head(packer: Packer) -> bool:
 def _random_prefix(backbone: PreTrainedModel, sites: dict[nn.Module, Site]) -> list[KeyValue | None]:
     """Keys and values of _PREFIX_LEN tokens per layer, as large as those of the survey."""
     generator = torch.Generator().manual_seed(0)
+    config = backbone.config.get_text_config(decoder=True)
     layers: dict[int, KeyValue] = {}
     for module, site in sites.items():
         if site.layer not in layers:
@@ -181,18 +201,10 @@ def _random_prefix(backbone: PreTrainedModel, sites: dict[nn.Module, Site]) -> l
             shape = (2, site.num_kv_heads, _PREFIX_LEN, site.head_dim)
             pair = torch.randn(shape, generator=generator) * torch.tensor(site.scale).view(2, 1, 1, 1)
             layers[site.layer] = tuple(pair.to(device, backbone.dtype).unbind())  # type: ignore[assignment]
-    return [layers.get(layer) for layer in range(1 + max(layers))]
-
-
-def _some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
-    """[count] ids that are no special tokens, different ones as far as the vocabulary goes."""
-    weight: Tensor = backbone.get_input_embeddings().weight
-    config = backbone.config.get_text_config()
-    names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
-    special = {getattr(config, name, None) for name in names}
-    vocabulary = min(weight.shape[0], getattr(config, "vocab_size", None) or weight.shape[0])
-    ids = [i for i in range(min(vocabulary, count + 64)) if i not in special] or [0]
-    return torch.tensor(ids, device=weight.device).repeat(-(-count // len(ids)))[:count]
+    # PEFT has a prefix for every layer of the model, whether it attends to the sequence or not.
+    some = next(iter(layers.values()))
+    num_layers = max(1 + max(layers), getattr(config, "num_hidden_layers", None) or 0)
+    return [layers.get(layer, some) for layer in range(num_layers)]
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
@@ -211,7 +223,7 @@ def _compare(what: str, got: Tensor, want: Tensor, noise: float) -> str | None:
     Rounding is at most a few units of the dtype per layer and, where it has been measured, at most four times that.
     """
     difference = _difference(got, want)
-    least, most = _ROUNDING.get(want.dtype, (1e-4, 1e-3))
+    least, most = _ROUNDING.get(want.dtype, (2e-5, 2e-3 if torch.get_float32_matmul_precision() != "highest" else 1e-4))
     if difference <= min(most, max(least, 4 * noise)):
         return None
     return f"{what} differs from the stock model: its hidden states are off by {difference:.1e} of their norm"

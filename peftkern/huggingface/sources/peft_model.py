@@ -59,7 +59,9 @@ class PeftMethod:
         method = partial(getattr(type(self.model), self.name), self.model) if self.previous is None else self.previous
         if task_ids is not None:
             kwargs["task_ids"] = task_ids
-        return self.function(method, *args, **kwargs) if self.installed else method(*args, **kwargs)
+        if not self.installed or is_disabled(self.model):
+            return method(*args, **kwargs)
+        return self.function(method, *args, **kwargs)
 
     def install(self, wiring: Wiring) -> None:
         """Put it in place of the method, if the model's class has one."""

@@ -62,12 +62,12 @@ class PeftPrefix(PrefixSource):
 
     def wire(self, patch: PrefixPatch) -> None:
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's."""
-        patch.wiring.set_attribute(self.model, "get_prompt", self.get_prompt)
+        PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
 
     def get_prompt(
-        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+        self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> PrefixCache | EncoderDecoderCache:
         """In place of ``PeftModel.get_prompt``; nothing in it depends on the batch."""
         self._check_adapter(self.model.active_adapter)

@@ -107,7 +107,7 @@ class PeftPrompt(PromptSource):
     def __init__(self, model: Any, *, peft_bugs: bool) -> None:
         self.model = model
         self.peft_bugs = peft_bugs
-        self.previous = model.__dict__.get("get_prompt")
+        self._get_prompt = model.get_prompt
         #: While torch.compile traces, which sees no attributes of tensors: the prompt between PEFT's two calls.
         self.traced: Prompt | None = None
 
@@ -135,7 +135,7 @@ class PeftPrompt(PromptSource):
     def wire(self, patch: PromptPatch) -> None:
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's, and look at calls."""
         self.patch = patch
-        patch.wiring.set_attribute(self.model, "get_prompt", self.get_prompt)
+        PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
         patch.wiring.add_hooks(self.model.register_forward_pre_hook(self.before_peft, with_kwargs=True))
@@ -164,9 +164,11 @@ class PeftPrompt(PromptSource):
         mask = kwargs.get("attention_mask")
         return kwargs.get("position_ids") is not None or (mask is not None and _has_left_padding(mask))
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+    def get_prompt(
+        self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Tensor:
         """In place of ``PeftModel.get_prompt``: the same tensor, which remembers what it is made of."""
-        prompt = self._prompt(batch_size, task_ids)
+        prompt = self._prompt(peft_method, batch_size, task_ids)
         rows = prompt.rows if prompt.per_sample else prompt.rows.expand(batch_size, -1, -1)
         if torch.compiler.is_compiling():
             self.traced = prompt
@@ -175,9 +177,8 @@ class PeftPrompt(PromptSource):
         tensor.prompt = prompt
         return tensor
 
-    def _prompt(self, batch_size: int, task_ids: Tensor | None) -> Prompt:
-        """The active adapter's prompt, or those of the tasks in the batch."""
-        compute = type(self.model).get_prompt.__get__(self.model) if self.previous is None else self.previous
+    def _prompt(self, compute: Any, batch_size: int, task_ids: Tensor | None) -> Prompt:
+        """The active adapter's prompt, or those of the tasks in the batch, by PEFT's ``get_prompt``."""
         if self.kind != "MULTITASK_PROMPT_TUNING":
             return Prompt(compute(1), shown=True)
         if task_ids is None:
@@ -249,7 +250,7 @@ class PeftPrompt(PromptSource):
                 inputs["inputs_embeds"] = plain(inputs["inputs_embeds"])
             return inputs
         rows = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        prompt = self._prompt(rows.shape[0], task_ids)
+        prompt = self._prompt(self._get_prompt, rows.shape[0], task_ids)
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
