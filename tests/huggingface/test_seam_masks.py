@@ -202,8 +202,7 @@ def touch(model, change):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOUCHES)
-@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(("mask", "order"), [(RIGHT, "before"), (LEFT, "after")], ids=["right", "left"])
 @pytest.mark.parametrize("method", ["peft prefix", "native prefix"])
 def test_masks_that_layers_change(method, order, mask, name):
     change = TOUCHES[name]
