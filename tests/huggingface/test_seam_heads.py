@@ -120,7 +120,8 @@ def replace_forward(base, head):
 
 
 WAYS = ("subclass", "decorated", "replaced before", "replaced after")
-CASES = [(head, "subclass", mask) for head in HEADS for mask in ("none", "ones", "right")]
+CASES = [(head, "subclass", mask) for head in HEADS for mask in ("none", "right")]
+CASES += [("loss alone", "subclass", "ones")]
 CASES += [(head, way, "right") for head in ("loss alone", "token log-probs") for way in WAYS[1:]]
 
 

@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 import peftkern
 from tests.huggingface import by_hand, models
 from tests.huggingface.by_hand import GREEDY, LLAMA, METHODS, assert_close, notices
-from tests.huggingface.models import FAMILIES, IDS, ONES, PREFIX, RIGHT, SEQ, Family
+from tests.huggingface.models import FAMILIES, IDS, ONES, PREFIX, RIGHT, SEQ
 from tests.huggingface.uncommon import UNCOMMON, tuned
 
 FALLBACKS = [
@@ -363,68 +359,6 @@ def test_a_refused_prefix_names_the_model_and_leaves_it(name):
     )
     assert {n: set(vars(m)) for n, m in model.named_modules()} == before
     assert torch.equal(model(input_ids=IDS).logits, want)
-
-
-# What the trial must find without knowing it
-
-
-class CountsCache(LlamaAttention):
-    """Its output depends on how many tokens its cache holds, which no survey of names can see."""
-
-    def forward(self, hidden_states, *args, **kwargs):
-        out, weights = super().forward(hidden_states, *args, **kwargs)
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        return out * (1 + 0.1 * seen), weights
-
-
-class CountsKeys(LlamaAttention):
-    """It scales queries by the logarithm of the number of keys, as models for long contexts do."""
-
-    def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None, **kwargs
-    ):
-        cache, heads = past_key_values if cache is None else cache, (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(hidden_states).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(
-            self, query * math.log(key.shape[2] + 1), key, value, attention_mask, dropout=0.0, scaling=self.scaling,
-            **kwargs,
-        )  # fmt: skip
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-def odd_family(attention):
-    def build(config):
-        model = hf.LlamaForCausalLM(config)
-        for layer in model.model.layers:
-            layer.self_attn.__class__ = attention
-        return model
-
-    return Family(build, hf.LlamaConfig, LLAMA.arguments)
-
-
-@pytest.mark.parametrize("attention", [CountsCache, CountsKeys])
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_a_model_that_counts_its_cache_is_found_out(kind, attention):
-    make, family = models.peft_model if kind == "prefix" else models.prompt_model, odd_family(attention)
-    stock, model = make(family, patched=False), make(family, patched=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peftkern.patch(model)
-        for training in (False, True):
-            for mask in (None, RIGHT):
-                labels = IDS if mask is None else IDS.masked_fill(mask == 0, -100)
-                inputs = {"input_ids": IDS, "attention_mask": mask, "labels": labels}
-                want, got = (m.train(training)(**inputs) for m in (stock, model))
-                keep = ... if mask is None else (mask if kind == "prefix" else models.behind_prompt(mask)).bool()
-                assert_close(got.logits.detach()[keep], want.logits.detach()[keep], f"logits, {training=}")
-                assert_close(got.loss.detach(), want.loss.detach(), f"loss, {training=}")
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
