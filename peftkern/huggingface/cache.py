@@ -250,13 +250,16 @@ class StreamCache(PrefixCache):
         """The same keys and values as a cache of the padded batch, behind the prompts as a shared prefix."""
         stream = self.stream
         assert stream is not None
-        pairs = [(layer.keys, layer.values) for layer in self.layers]
-        banks = [(stream.bank(key), stream.bank(value)) for key, value in pairs]
         ids = stream.prompt_ids
+        # A layer that early exit has skipped has no keys.
+        pairs = [(layer.keys, layer.values) if layer.is_initialized else None for layer in self.layers]
+        banks = [None if pair is None else (stream.bank(pair[0]), stream.bank(pair[1])) for pair in pairs]
+        if ids is None:
+            banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
-            banks if ids is not None else [(key[0], value[0]) for key, value in banks],
-            offset=stream.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
-        )  # fmt: skip
-        for layer, (key, value) in zip(cache.layers, pairs, strict=True):
-            layer.update(stream.padded_heads(key), stream.padded_heads(value))
+            banks, offset=stream.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
+        )
+        for layer, pair in zip(cache.layers, pairs, strict=True):
+            if pair is not None:
+                layer.update(stream.padded_heads(pair[0]), stream.padded_heads(pair[1]))
         return cache

@@ -55,14 +55,17 @@ class LazyMask:
     def metadata(self) -> tuple[tuple[int, ...], torch.dtype, Any]:
         """Shape, dtype and device of the dense mask."""
         request = self._request
-        shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
+        shape = (request["batch_size"], 1, request["q_length"], self._end)
         is_additive = request["config"]._attn_implementation.over == "eager"
         dtype = request.get("dtype", torch.float32) if is_additive else torch.bool
         return tuple(map(int, shape)), dtype, request["device"]
 
     def dense(self) -> Tensor:
-        """The mask as the implementation below makes it, or bool [B, 1, S, T] where that one makes none."""
-        num_keys = self._request["kv_length"]
+        """The mask as the implementation below makes it, or bool [B, 1, S, P + T] where that one makes none.
+
+        As in the stock model, whose cache would hold the prefix, there are columns for it.
+        """
+        num_keys = self._end
         mask = self.for_implementation(self._request["config"]._attn_implementation.over, num_keys)
         if isinstance(mask, Tensor):
             return mask
@@ -100,7 +103,8 @@ class LazyMask:
             return None  # not aligned bottom-right
         if window is not None and not causal:
             return None
-        return CompactMask(causal, window, self._key_mask(num_keys))
+        key_mask, hides_prefix = self._key_mask(num_keys)
+        return None if hides_prefix else CompactMask(causal, window, key_mask)
 
     def bias(self, num_keys: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
         """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask does not hide prefix keys.
@@ -149,18 +153,23 @@ class LazyMask:
     def _last_columns(self, columns: int) -> dict[str, Any]:
         return {**self._request, "kv_offset": self._end - columns, "kv_length": columns}
 
-    def _key_mask(self, num_keys: int) -> Tensor | None:
+    def _key_mask(self, num_keys: int) -> tuple[Tensor | None, bool]:
+        """(bool [B, T], or None if every key is real; whether padding hides keys before the last ``num_keys``)."""
         request = self._request
         padding = prepare_padding_mask(request["attention_mask"], request["kv_length"], request["kv_offset"])
         if padding is None:
-            return None
-        key_mask: Tensor = padding[:, self._end - num_keys : self._end].expand(request["batch_size"], -1)
+            return None, False
+        begin = self._end - num_keys
+        key_mask: Tensor = padding[:, begin : self._end].expand(request["batch_size"], -1)
+        if is_tracing(key_mask):
+            return key_mask, False
         # One synchronisation a forward, as the stock mask functions have it, buys every layer the faster kernel.
-        return None if not is_tracing(key_mask) and bool(key_mask.all()) else key_mask
+        all_real, all_before = torch.stack([key_mask.all(), padding[:, :begin].all()]).tolist()
+        return None if all_real else key_mask, not all_before
 
 
 class MaskTensor(Tensor):
-    """A :class:`LazyMask` as a tensor [B, 1, S, T], for model code that slices it, adds to it or asks for its shape.
+    """A :class:`LazyMask` as a tensor [B, 1, S, P + T], for model code that slices it, adds to it or asks for its shape.
 
     Its own memory is one element. Every operation but a look at shape, dtype and device runs on the dense mask.
 

@@ -85,7 +85,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return key_states, value_states
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("linear attention has no keys that a prefix could precede")
+        raise ValueError("linear attention keeps a state instead of keys and values per token")
 
     has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 

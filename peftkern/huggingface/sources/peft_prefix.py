@@ -84,12 +84,12 @@ class PeftPrefix(PrefixSource):
         PEFT counts the prefix in masks and lengths, which chunked prefill, assistants and a second turn on the
         returned cache do not expect. Here ``generate`` sees a cache of the sequence alone.
         """
-        if self.model.active_peft_config.num_transformer_submodules == 2:
-            return peft_method(*args, **kwargs)
         assert self.patch is not None
-        kwargs.pop("task_ids", None)
-        inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        cache = given_cache(inputs)
+        inputs = self.model.base_model_prepare_inputs_for_generation(
+            *args, **{name: x for name, x in kwargs.items() if name != "task_ids"}
+        )
+        given = given_cache(inputs)
+        cache = getattr(given, "self_attention_cache", given)
         if isinstance(cache, PrefixCache):
             if cache.counts_outside:
                 raise ValueError("cache: expected one that generate returned, got one of a forward of the PeftModel")
@@ -97,7 +97,10 @@ class PeftPrefix(PrefixSource):
         if (cache is not None and cache.get_seq_length() > 0) or not _is_plain(cache):
             return peft_method(*args, **kwargs)
         stores = inputs.get("use_cache") is not False
-        inputs["past_key_values"] = self.patch.new_cache(stores=stores, offset_outside=False)
+        new: Any = self.patch.new_cache(stores=stores, offset_outside=False)
+        if self.model.active_peft_config.num_transformer_submodules == 2:
+            new = EncoderDecoderCache(new, getattr(given, "cross_attention_cache", None) or DynamicCache())
+        inputs["past_key_values"] = new
         return inputs
 
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
