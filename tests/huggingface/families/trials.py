@@ -154,7 +154,7 @@ class Trial:
         for name, call in self.calls().items():
             got, error = attempt(call)
             wanted = [known[key] for key in self.truths_of(name) if key in known]
-            if not wanted:
+            if not wanted or (error is not None and name in errors and runs_peft(self.how)):
                 reasons = [errors[key] for key in self.truths_of(name) if key in errors]
                 cell.checks[name] = f"{self.cannot}: {'; '.join(reasons)}"
             elif error is not None:
