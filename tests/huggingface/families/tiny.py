@@ -107,6 +107,7 @@ _DECODER = {
 }
 _NO_ATTENTION = "none of the first layers by default has attention"
 _NO_DEFAULT = "sizes without a default"
+_PARTS_OF_A_HEAD = {"rope_parameters": {"mrope_section": [2, 3, 3]}}
 
 OVERRIDES: dict[str, Override] = {
     **{name: Override("an encoder by default", {"is_decoder": True}) for name in _ENCODERS},
@@ -190,17 +191,17 @@ OVERRIDES: dict[str, Override] = {
     "longcat_flash": Override("experts that compute nothing", {"zero_expert_num": 4}),
     "mamba2": Override("widths that belong together", {"num_heads": 8, "head_dim": 16}),
     "ministral": Override(_NO_DEFAULT, {"head_dim": 16, "num_key_value_heads": 2}),
-    **{
-        name: Override(
-            "parts of a head by default", {"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}
-        )
-        for name in ("qwen2_vl", "qwen2_5_vl")
-    },
     "moshi": Override(
         "its cache has a window that its mask does not have, so its steps in generation see less than its forward",
         {"sliding_window": 128},
     ),
     "nemotron": Override(_NO_DEFAULT, {"head_dim": 16, "num_key_value_heads": 2}),
+    "phi4_multimodal": Override("a wide audio tower", {"audio_config": {"nemo_conv_channels": 16}}),
+    "qwen2_vl": Override(
+        "parts of a head by default; a wide vision tower",
+        {"text_config": _PARTS_OF_A_HEAD, "vision_config": {"embed_dim": 64}},
+    ),
+    "qwen2_5_vl": Override("parts of a head by default", {"text_config": _PARTS_OF_A_HEAD}),
     "qwen4_exp_text": Override(
         _NO_DEFAULT,
         {
