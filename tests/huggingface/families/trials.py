@@ -205,6 +205,7 @@ def _differences(got: Any, want: Any) -> dict[str, float]:
 
 
 def relative(got: Tensor | None, want: Tensor | None) -> float:
+    """Largest difference over the largest wanted value; infinite where only one has a value, or a finite one."""
     if got is None or want is None:
         return 0.0 if got is want else float("inf")
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
