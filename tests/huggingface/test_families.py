@@ -32,17 +32,17 @@ def test_common_families_equal_stock_and_leave_padding_out(name):
 @pytest.mark.parametrize("name", sorted(tiny.FAMILIES.keys() - tiny.CANNOT.keys() - set(QUICK)))
 def test_every_family_equals_stock_or_is_refused(name):
     family = sweep.sweep(name)
-    assert family.cells, (
-        f"{name} is not built: {family.not_built}; give it arguments in tiny.OVERRIDES, or a reason in tiny.CANNOT"
-    )
-    assert not family.failures, "\n".join(
-        f"{name}, {cell_name}: {cell.outcome}: {cell.detail}" for cell_name, cell in family.failures.items()
-    )
-    unclear = {cell_name: cell for cell_name, cell in family.cells.items() if not cell.is_clear}
-    assert not unclear, "\n".join(
-        f"{name}, {cell_name}: the refusal repeats an inner error: {cell.detail}"
-        for cell_name, cell in unclear.items()
-    )
+    if not family.cells:
+        advice = "give it arguments in tiny.OVERRIDES, or a reason in tiny.CANNOT"
+        pytest.fail(f"{name} is not built: {family.not_built}; {advice}", pytrace=False)
+    faults = [f"{name}, {kind}: {cell.outcome}: {cell.detail}" for kind, cell in family.failures.items()]
+    faults += [
+        f"{name}, {kind}: the refusal repeats an inner error: {cell.detail}"
+        for kind, cell in family.cells.items()
+        if not cell.is_clear
+    ]
+    if faults:
+        pytest.fail("\n".join(faults), pytrace=False)
 
 
 def test_no_family_is_built_and_cannot_be_built():

@@ -35,7 +35,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="the table, in Markdown; default: none is written")
     parser.add_argument("--json", type=Path, help="the file of results; default: the output's name with .jsonl")
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=FAMILIES, help="run these families, again")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=FAMILIES, help="run these families")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="run the I-th of N parts (1 to N)")
     parser.add_argument("--again", action="store_true", help="run families whose results are there")
     options = parser.parse_args(given)
@@ -59,7 +59,7 @@ def main(given: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     under = records.conditions()
     known = records.read(options.json, under)
-    left = [name for name in options.names if name not in known or options.only or options.again]
+    left = [name for name in options.names if options.again or name not in known]
     print(f"{len(left)} families to run, {len(options.names) - len(left)} done before ({options.json})", flush=True)
     interrupted, begin = False, time.perf_counter()
     try:

@@ -43,7 +43,6 @@ class PeftTrial(Trial):
             **_steps(functools.partial(self._step, stock)),
             "tokens": lambda: runs.generate(stock, ONES),
             "left tokens": lambda: runs.generate(stock, LEFT),
-            # Some models keep states from call to call, so this is asked for behind the same calls.
             "unpatched": lambda: self._step(stock, RIGHT),
         }
 

@@ -58,10 +58,10 @@ def read(path: Path, under: Mapping[str, str]) -> dict[str, Family]:
 _HEAD = """\
 # Causal model families
 
-What a prefix or a prompt does in each causal family of `transformers`, made tiny with random weights: the patched
-model beside the stock one. Written by `python -m tests.huggingface.families`; `tests/huggingface/families` says what
-is compared (loss, logits and gradients with no padding, padding on the right and on the left; greedy tokens; a step
-after `unpatch`).
+What a prefix or a prompt does in each causal family of `transformers`, and on text in some families that read images,
+made tiny with random weights: the patched model beside the stock one. Written by
+`python -m tests.huggingface.families`, in whose package stands what is compared: loss, logits and gradients without
+padding and with padding on the right and on the left, greedy tokens, and a step after `unpatch`.
 
 {versions}
 

@@ -82,8 +82,9 @@ def labels_behind(mask: Tensor | None) -> Tensor:
     return IDS if mask is None else IDS.masked_fill(mask == 0, -100)
 
 
-def _prepare(model: nn.Module) -> None:
-    model.train()
+def _prepare(model: nn.Module, *, trains: bool = True) -> None:
+    tiny.forget(model)
+    model.train(trains)
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
 
@@ -116,6 +117,7 @@ def _weighted(model: nn.Module, trained: nn.Module, mask: Tensor, run: Any) -> S
     _prepare(model)
     loss, rows = torch.zeros(()), []
     for ids, kept in zip(IDS, mask.bool(), strict=True):
+        tiny.forget(model)
         of_sample, logits = run(ids[kept][None])
         loss = loss + of_sample * kept.sum() / mask.sum()  # every token is predicted, the first by the prompt
         rows.append(logits[0, -int(kept.sum()) :].detach())
@@ -144,8 +146,7 @@ def without_adapter(model: PeftModel, mask: Tensor | None) -> Tensor:
 @torch.no_grad()
 def generate(model: Any, mask: Tensor, ids: Tensor = IDS, **options: Any) -> Tensor:
     """Greedy tokens [B, NEW_TOKENS] of a PEFT model, or of a patched one."""
-    model.eval()
-    torch.manual_seed(0)
+    _prepare(model, trains=False)
     return model.generate(input_ids=ids, attention_mask=mask, **_GREEDY, **options)[:, -NEW_TOKENS:]
 
 
@@ -218,8 +219,7 @@ def generate_behind_cache(model: Any, cache: DynamicCache, mask: Tensor) -> Tens
 
     ``generate`` leaves out the tokens that the cache holds, so any ids stand for the prefix.
     """
-    model.eval()
-    torch.manual_seed(0)
+    _prepare(model, trains=False)
     ids, mask = nn.functional.pad(IDS, (PREFIX, 0), value=3), models.behind_prompt(mask)
     return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **_GREEDY)[:, -NEW_TOKENS:]
 
@@ -231,8 +231,7 @@ def generate_behind_prompt(model: Any, prompt: Tensor, mask: Tensor, *, alone: b
     ``alone``: samples without their padding. Else the padding lies between prompt and text; ``generate`` takes
     positions from the mask, so only windows count it.
     """
-    model.eval()
-    torch.manual_seed(0)
+    _prepare(model, trains=False)
     samples = (
         [(ids[kept][None], None) for ids, kept in zip(IDS, mask.bool(), strict=True)] if alone else [(IDS, mask)]
     )

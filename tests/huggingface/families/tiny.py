@@ -16,14 +16,27 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from tests.huggingface.models import VOCAB
 
-__all__ = ["CANNOT", "FAMILIES", "OVERRIDES", "Override", "tiny_config", "tiny_model"]
+__all__ = ["CANNOT", "FAMILIES", "OVERRIDES", "Override", "forget", "tiny_config", "tiny_model"]
 
-FAMILIES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-"""Model class by family (``model_type``), as ``AutoModelForCausalLM`` has them."""
+_VISION = (
+    "aria", "aya_vision", "deepseek_vl", "idefics2", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr",
+    "llava", "llava_next", "llava_onevision", "mistral3", "ovis2", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "smolvlm", "video_llama_3", "video_llava", "vipllava",
+)  # fmt: skip
+
+FAMILIES: dict[str, str] = {
+    **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    **{name: kind for name, kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if name in _VISION},
+}
+"""Model class by family (``model_type``), as ``AutoModelForCausalLM`` has them; beside them some that read images and
+run on text alone."""
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
@@ -94,6 +107,7 @@ _DECODER = {
 }
 _NO_ATTENTION = "none of the first layers by default has attention"
 _NO_DEFAULT = "sizes without a default"
+_PARTS_OF_A_HEAD = {"rope_parameters": {"mrope_section": [2, 3, 3]}}
 
 OVERRIDES: dict[str, Override] = {
     **{name: Override("an encoder by default", {"is_decoder": True}) for name in _ENCODERS},
@@ -182,6 +196,12 @@ OVERRIDES: dict[str, Override] = {
         {"sliding_window": 128},
     ),
     "nemotron": Override(_NO_DEFAULT, {"head_dim": 16, "num_key_value_heads": 2}),
+    "phi4_multimodal": Override("a wide audio tower", {"audio_config": {"nemo_conv_channels": 16}}),
+    "qwen2_vl": Override(
+        "parts of a head by default; a wide vision tower",
+        {"text_config": _PARTS_OF_A_HEAD, "vision_config": {"embed_dim": 64}},
+    ),
+    "qwen2_5_vl": Override("parts of a head by default", {"text_config": _PARTS_OF_A_HEAD}),
     "qwen4_exp_text": Override(
         _NO_DEFAULT,
         {
@@ -239,7 +259,7 @@ def tiny_config(family: str) -> Any:
     if override.alone:
         usual = {name: value for name, value in {**_TOKENS, **_DECODER}.items() if name in defaults}
         return kind(**{**usual, **override.arguments})
-    values = {**_shrunk(defaults), **override.arguments}
+    values = _merged(_shrunk(defaults), override.arguments)
     for name, token in _TOKENS.items():
         if values.get(name) is None and name != "decoder_start_token_id":
             values[name] = token
@@ -261,6 +281,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and _is_noise(name):
                 setattr(module, name, 0.0)
+    blank = [
+        (m, name) for m in model.modules() for name, value in vars(m).items() if value is None and name[0] != "_"
+    ]
+    setattr(model, _BLANK, blank)
     return model.to(dtype)
 
 
@@ -268,6 +292,28 @@ def _config_class(family: str) -> Any:
     """The family's; of a composite family whose causal model takes the text part, that part's."""
     whole, taken = hf.CONFIG_MAPPING[family], getattr(hf, FAMILIES[family]).config_class
     return taken if taken in whole.sub_configs.values() else whole
+
+
+def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """``others`` in place of values of the same names, in nested configs as well."""
+    nested = {
+        name: _merged(values[name], other)
+        for name, other in others.items()
+        if isinstance(other, dict) and isinstance(values.get(name), dict)
+    }
+    return {**values, **others, **nested}
+
+
+def forget(model: nn.Module) -> None:
+    """Clears what a tiny model keeps from call to call beside its parameters and buffers, as some classes do."""
+    for module in model.modules():
+        for owner, name in vars(module).get(_BLANK, ()):
+            if getattr(owner, name) is not None:
+                setattr(owner, name, None)
+
+
+#: Attribute of a tiny model: (module, name) of attributes that are None before the first call.
+_BLANK = "blank_attributes"
 
 
 def _is_noise(name: str) -> bool:

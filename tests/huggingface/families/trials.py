@@ -154,7 +154,7 @@ class Trial:
         for name, call in self.calls().items():
             got, error = attempt(call)
             wanted = [known[key] for key in self.truths_of(name) if key in known]
-            if not wanted:
+            if not wanted or (error is not None and name in errors and runs_peft(self.how)):
                 reasons = [errors[key] for key in self.truths_of(name) if key in errors]
                 cell.checks[name] = f"{self.cannot}: {'; '.join(reasons)}"
             elif error is not None:
@@ -205,6 +205,7 @@ def _differences(got: Any, want: Any) -> dict[str, float]:
 
 
 def relative(got: Tensor | None, want: Tensor | None) -> float:
+    """Largest difference over the largest wanted value; infinite where only one has a value, or a finite one."""
     if got is None or want is None:
         return 0.0 if got is want else float("inf")
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
