@@ -60,8 +60,17 @@ def shows_prompt(base: PreTrainedModel, labels: Tensor | None) -> bool:
     return labels is not None and labels.dim() == 2 and getattr(base, "loss_type", None) != "ForTokenClassification"
 
 
-def concatenate(base: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -> Concatenated:
-    """Put the prompt [B, P, E] before every sample of a call; arguments and outputs speak of the sequence alone."""
+def concatenate(
+    base: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any], *, pads_labels: bool = True
+) -> Concatenated:
+    """Put a prompt before every sample of a call, whose arguments and outputs speak of the sequence alone.
+
+    Args:
+        base: the model that is called.
+        prompt: [B, P, E].
+        kwargs: its arguments, which are changed.
+        pads_labels: labels [B, S] are those of the sequence; an encoder-decoder's are its decoder's.
+    """
     tokens = tokens_of(kwargs)
     rows, prompt_len = tokens.shape[0], prompt.shape[1]
     if kwargs.pop("input_ids", None) is not None:
@@ -76,7 +85,7 @@ def concatenate(base: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any]) -
     if position_ids is not None:
         before = torch.arange(prompt_len, device=position_ids.device).expand(position_ids.shape[0], -1)
         kwargs["position_ids"] = torch.cat([before, position_ids + prompt_len], 1)
-    if labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
+    if pads_labels and labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
         kwargs["labels"] = torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, Tensor):

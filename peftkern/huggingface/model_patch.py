@@ -113,7 +113,7 @@ class ModelPatch(ABC):
         """The base model's output as the caller expects it.
 
         Args:
-            note: what :meth:`open_stream` left in the arguments as ``peftkern_note``.
+            note: what :meth:`open_stream` left with :data:`.calls.running`.
         """
         return output
 
@@ -189,8 +189,8 @@ class ModelPatch(ABC):
         lazy = described(kwargs.get("attention_mask"))
         if lazy is not None:  # generate's, for a static cache
             kwargs["attention_mask"] = lazy.contiguous()
+        running.enter(self, module)
         stream = self.open_stream(kwargs, HostNumbers())
-        running.enter(self, kwargs.pop("peftkern_note", None))
         if stream is None:
             return (), kwargs
         kwargs["peftkern_stream"] = stream

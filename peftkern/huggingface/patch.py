@@ -241,7 +241,9 @@ def _patch_prompt(
         PromptPatch(model, base, source, options, logits=logits).install()
     except ValueError as error:
         reason = str(error).removeprefix("model: ")
-        if strict or str(error).startswith("logits"):
+        if strict:
+            raise ValueError(f"model: the prompt cannot run once for all samples: {reason}") from error
+        if str(error).startswith("logits"):
             raise
         if logits != "all":
             raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error

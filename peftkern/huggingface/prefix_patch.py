@@ -48,7 +48,7 @@ class PrefixSource(ABC):
         """Install what the source needs in the model."""
 
     @abstractmethod
-    def layer_kv(self) -> Sequence[KeyValue | None]:
+    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without one."""
 
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
@@ -113,7 +113,7 @@ class PrefixPatch(ModelPatch):
 
     def new_cache(self, *, stores: bool, offset_outside: bool) -> PrefixCache:
         """A cache with the prefix, for a call that has none."""
-        prefix = self.source.layer_kv()
+        prefix = self.source.layer_kv(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
         return PrefixCache(

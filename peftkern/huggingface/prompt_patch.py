@@ -21,6 +21,7 @@ from .cache import PrefixCache, PrefixOptions, StreamCache
 from .calls import running
 from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
 from .model_patch import ModelPatch, check_replaceable, self_attention_cache
+from .packer import tokens_of
 from .packing import IGNORED, HostNumbers, Stream
 from .trial import Trial
 
@@ -98,7 +99,7 @@ class PromptSource(ABC):
         """Install what the source needs in the model."""
 
     @abstractmethod
-    def find(self, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+    def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The prompt of a call of the base model, whose arguments then speak of the sequence alone."""
 
     def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
@@ -147,7 +148,7 @@ class PromptPatch(ModelPatch):
         """Every call with a prompt, unless it continues a sequence."""
         cache = self_attention_cache(kwargs)
         continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
-        prompt = self.source.find(kwargs, continues)
+        prompt = self.source.find(self, kwargs, continues)
         if continues or prompt is None:
             return None
         if (reason := self.packer.why_not(kwargs)) is not None:
@@ -163,8 +164,13 @@ class PromptPatch(ModelPatch):
             kwargs.clear()
             kwargs.update(prompt.given)
             return
-        rows = prompt.expanded().expand(_batch_size(kwargs), -1, -1)
-        kwargs["peftkern_note"] = concatenate(self.base, rows, kwargs)
+        tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and kwargs.get("position_ids") is None:
+            # The sequence begins right behind the prompt, also where padding stands between them.
+            steps, first = torch.arange(tokens.shape[1], device=mask.device), (mask != 0).to(torch.int8).argmax(1)
+            kwargs["position_ids"] = (steps - first[:, None]).clamp(min=0)
+        rows = prompt.expanded().expand(tokens.shape[0], -1, -1)
+        running.leave_note(self, concatenate(running.module(self, self.base), rows, kwargs))
 
     def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream:
         labels = kwargs.get("labels")
@@ -200,7 +206,7 @@ class PromptPatch(ModelPatch):
             kwargs["logits_to_keep"] = keep + stream.prompt_len
         if for_loss and not prompt.shown:
             rows_shown = stream.prompt_len + layout.shape[1]
-            kwargs["peftkern_note"] = Concatenated(stream.prompt_len, rows_shown, keep is not None)
+            running.leave_note(self, Concatenated(stream.prompt_len, rows_shown, keep is not None))
         return stream
 
     def clean_output(self, note: Any, output: Any) -> Any:
@@ -225,8 +231,3 @@ class PromptPatch(ModelPatch):
     def unfill_cache(self, cache: PrefixCache, given: PrefixCache) -> Any:
         """The cache of a stream, for the batch."""
         return cache.unpacked() if isinstance(cache, StreamCache) and cache.stores else None
-
-
-def _batch_size(kwargs: dict[str, Any]) -> int:
-    tokens: Tensor = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    return int(tokens.shape[0])

@@ -53,6 +53,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     backbone = model.get_decoder()
     if not isinstance(backbone, PreTrainedModel):  # some models call their output layer "decoder"
         backbone = model.base_model
+    backbone = _without_head(backbone)
     kind = type(backbone).__name__
     cache_argument(backbone)
     if not backbone._can_set_attn_implementation():
@@ -64,6 +65,17 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
             f"cannot reach {', '.join(modules)}"
         )
     return backbone
+
+
+def _without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in ``model`` that has no output layer; a decoder may be a language model itself."""
+    while model.get_output_embeddings() is not None:
+        parts: list[Any] = [model.base_model, *model.children()]
+        inner = next((part for part in parts if part is not model and isinstance(part, PreTrainedModel)), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 class _Survey(DynamicCache):  # type: ignore[misc]

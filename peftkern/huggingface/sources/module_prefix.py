@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeGuard, cast
 from torch import nn
 
 from ..cache import KeyValue
+from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
@@ -68,7 +69,9 @@ class ModulePrefix(PrefixSource):
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prefix))
 
-    def layer_kv(self) -> Sequence[KeyValue | None]:
+    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v); None for a layer of length 0."""
-        pairs: Any = zip(self.prefix.layer_kv(), self.prefix.lengths, strict=True)
+        # The module that runs: replicas have a prefix of their own.
+        prefix = getattr(running.module(patch, patch.base), SUBMODULE)
+        pairs: Any = zip(prefix.layer_kv(), self.prefix.lengths, strict=True)
         return [kv if length else None for kv, length in pairs]

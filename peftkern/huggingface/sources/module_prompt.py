@@ -7,6 +7,7 @@ import inspect
 import warnings
 from typing import Any, Protocol, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,9 +64,11 @@ class ModulePrompt(PromptSource):
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prompt))
 
-    def find(self, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+    def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The module's weight, or its bank and the prompt of each sample."""
-        weight, ids = self.prompt.weight, kwargs.pop("prompt_ids", None)
+        # The module that runs: replicas have a prompt of their own.
+        prompt: EmbeddingPrompt = getattr(running.module(patch, patch.base), SUBMODULE)
+        weight, ids = prompt.weight, kwargs.pop("prompt_ids", None)
         if continues:
             return None
         if weight.dim() == 2:
@@ -94,6 +97,7 @@ class ConcatenatedPrompt:
         self.reason = reason
         self.compiled_note: Any = None
         self.wiring = Wiring()
+        self.has_encoder = bool(base.config.is_encoder_decoder)
         self.arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
 
     def explain(self) -> str:
@@ -102,16 +106,16 @@ class ConcatenatedPrompt:
 
     def install(self) -> None:
         """Change the model, and say once that the prompt does not run once."""
-        if self.base.config.is_encoder_decoder:
-            raise ValueError(
-                f"prefix: expected a decoder or an encoder, got the encoder-decoder {type(self.base).__name__}, in "
-                "which a SoftPrompt has no place; use PEFT's prompt tuning"
-            )
         self.wiring.add_hooks(
             self.base.register_forward_pre_hook(self.before_call, with_kwargs=True),
             self.base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
-            self.base.base_model.register_forward_pre_hook(self.before_forward, with_kwargs=True),
         )
+        if self.has_encoder:
+            encoder = self.base.get_encoder()
+            self.wiring.add_hooks(encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True))
+        else:
+            inner = self.base.base_model
+            self.wiring.add_hooks(inner.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.source.wire(self)
         for owner in {id(m): m for m in (self.model, self.base)}.values():
             self.wiring.set_attribute(owner, PATCH, self)
@@ -127,12 +131,29 @@ class ConcatenatedPrompt:
         name = cache_name(self.arguments)
         if name is not None:
             rename_cache(kwargs, name)
-        continues = continue_behind(self_attention_cache(kwargs), kwargs)
-        prompt, note = self.source.find(kwargs, continues), None
+        running.enter(self, module)
+        encoded = self.has_encoder and kwargs.get("encoder_outputs") is not None
+        continues = encoded or continue_behind(self_attention_cache(kwargs), kwargs)
+        prompt = self.source.find(self, kwargs, continues)
         if prompt is not None:
             rows = prompt.expanded().expand(tokens_of(kwargs).shape[0], -1, -1)
-            note = concatenate(self.base, rows, kwargs)
-        running.enter(self, note)
+            note = concatenate(module, rows, kwargs, pads_labels=not self.has_encoder)
+            if not self.has_encoder:
+                running.leave_note(self, note)
+        elif encoded:  # generate has run the encoder by itself
+            _fit_mask(kwargs)
+        return (), kwargs
+
+    def before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Hook: put the prompt before the samples of a call of the encoder alone, as ``generate`` makes it."""
+        if running.has(self):
+            return args, kwargs
+        kwargs = {**dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False)), **kwargs}
+        kwargs.pop("self", None)
+        prompt = self.source.find(self, kwargs, False)
+        assert prompt is not None
+        rows = prompt.expanded().expand(tokens_of(kwargs).shape[0], -1, -1)
+        concatenate(cast(Any, module), rows, kwargs)
         return (), kwargs
 
     def after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -147,3 +168,10 @@ class ConcatenatedPrompt:
                 f"model: expected a call of {type(self.base).__name__}, whose hooks put the prompt before the "
                 "sequence, got one of its forward or of a part of it, which would run without the prompt"
             )
+
+
+def _fit_mask(kwargs: dict[str, Any]) -> None:
+    """Columns for the prompt in the mask of an encoder's output."""
+    mask, encoded = kwargs.get("attention_mask"), kwargs["encoder_outputs"][0]
+    if mask is not None and mask.dim() == 2 and mask.shape[1] < encoded.shape[1]:
+        kwargs["attention_mask"] = torch.nn.functional.pad(mask, (encoded.shape[1] - mask.shape[1], 0), value=1)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ...base_model import rename_cache
+from ..calls import running
 from ..model_patch import PATCH
 from ..wiring import Wiring
 
-__all__ = ["GenerationInputs", "PeftMethod", "PeftWay", "has_prompt", "is_disabled", "is_peft_model"]
+__all__ = ["GenerationInputs", "PeftCalls", "PeftMethod", "PeftWay", "has_prompt", "is_disabled", "is_peft_model"]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -56,7 +57,8 @@ class PeftMethod:
 
     def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """Call the function, or PEFT's method once the patch is gone."""
-        method = partial(getattr(type(self.model), self.name), self.model) if self.previous is None else self.previous
+        model = running.module(self.model, self.model)
+        method = partial(getattr(type(model), self.name), model) if self.previous is None else self.previous
         if task_ids is not None:
             kwargs["task_ids"] = task_ids
         if not self.installed or is_disabled(self.model):
@@ -73,6 +75,33 @@ class PeftMethod:
     def retire(self) -> None:
         """Be PEFT's method from now on."""
         self.installed = False
+
+
+class PeftCalls:
+    """Hooks by which the methods that stand in for PEFT's know the module that runs, which may be a replica.
+
+    Args:
+        model: a ``PeftModel``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def install(self, wiring: Wiring) -> None:
+        """Add the hooks."""
+        wiring.add_hooks(
+            self.model.register_forward_pre_hook(self.before),
+            self.model.register_forward_hook(self.after, always_call=True),
+        )
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Hook: a call begins."""
+        running.enter(self.model, module)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook: a call has ended, or raised."""
+        if not torch.compiler.is_compiling():
+            running.leave(self.model)
 
 
 class GenerationInputs:

@@ -16,8 +16,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...base_model import given_cache
 from ..cache import KeyValue, PrefixCache
+from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
-from .peft_model import GenerationInputs, PeftMethod
+from .peft_model import GenerationInputs, PeftCalls, PeftMethod
 
 __all__ = ["KEY_VALUE_TYPES", "PeftPrefix"]
 
@@ -63,6 +64,7 @@ class PeftPrefix(PrefixSource):
     def wire(self, patch: PrefixPatch) -> None:
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's."""
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
+        PeftCalls(self.model).install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
 
@@ -107,13 +109,14 @@ class PeftPrefix(PrefixSource):
         """The prefix as PEFT hands it to the model."""
         return type(self.model).get_prompt(self.model, batch)
 
-    def layer_kv(self) -> Sequence[KeyValue | None]:
+    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), views [Hkv, P, D] of PEFT's flat parameter [P, L * 2 * Hkv * D].
 
         One unbind for all layers, so that the gradient is laid together once and not once a layer.
         """
-        config = self.model.active_peft_config
-        encoder = self.model.prompt_encoder[self.model.active_adapter]
+        model = running.module(self.model, self.model)
+        config = model.active_peft_config
+        encoder = model.prompt_encoder[model.active_adapter]
         flat: Tensor = encoder.embedding.weight
         if getattr(encoder, "transform", None) is not None:
             flat = encoder.transform(flat)

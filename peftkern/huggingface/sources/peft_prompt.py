@@ -21,7 +21,7 @@ from ..cache import PrefixCache
 from ..model_patch import bind
 from ..packing import HostNumbers
 from ..prompt_patch import Prompt, PromptPatch, PromptSource
-from .peft_model import GenerationInputs, PeftMethod, is_disabled
+from .peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
 
 __all__ = ["PROMPT_TYPES", "PeftPrompt"]
 
@@ -136,6 +136,7 @@ class PeftPrompt(PromptSource):
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's, and look at calls."""
         self.patch = patch
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
+        PeftCalls(self.model).install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
         patch.wiring.add_hooks(self.model.register_forward_pre_hook(self.before_peft, with_kwargs=True))
@@ -187,7 +188,7 @@ class PeftPrompt(PromptSource):
             return Prompt(compute(1, task_ids.view(1)), shown=True)
         return Prompt(compute(batch_size, task_ids), task_ids, per_sample=True, shown=True)
 
-    def find(self, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+    def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The prompt in the embeddings, or what :meth:`prepare_inputs` has put there."""
         call: OuterCall | None = kwargs.pop("peftkern_call", None)
         prepared: Prompt | None = kwargs.pop("peftkern_prompt", None)
