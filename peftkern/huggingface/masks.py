@@ -150,6 +150,10 @@ class LazyMask:
         """
         return self.for_implementation(self._request["config"]._attn_implementation.over, self._request["kv_length"])
 
+    def is_skipped(self) -> bool:
+        """Whether the implementation below makes no mask."""
+        return self.for_implementation(self._request["config"]._attn_implementation.over, self._end) is None
+
     def _last_columns(self, columns: int) -> dict[str, Any]:
         return {**self._request, "kv_offset": self._end - columns, "kv_length": columns}
 
@@ -210,13 +214,18 @@ _METADATA = frozenset(
 )  # fmt: skip
 
 
-def mask_function(**request: Any) -> LazyMask | MaskTensor:
+def mask_function(**request: Any) -> LazyMask | MaskTensor | None:
     """The mask function that is registered in ``AttentionMaskInterface``.
 
-    A tensor, but for torch.compile, which does not trace tensor subclasses with attributes.
+    It returns a tensor, or the description itself under torch.compile, which does not trace tensor subclasses with
+    attributes. A decoding step without padding has no mask, as in the stock model.
     """
     lazy = LazyMask(**request)
-    return lazy if torch.compiler.is_compiling() else MaskTensor.of(lazy)
+    if torch.compiler.is_compiling():
+        return lazy
+    if request["q_length"] == 1 and lazy.is_skipped():
+        return None
+    return MaskTensor.of(lazy)
 
 
 def described(mask: Any) -> LazyMask | None:

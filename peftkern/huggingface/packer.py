@@ -114,7 +114,11 @@ class Packer:
     def why_head_sees_batch(self) -> str:
         """Why the output layer does not run on rows of a stream."""
         kind = type(self.base).__name__
-        return f"{kind} computes its loss from the whole batch" if self.has_row_head else f"{kind} has no logits of tokens"
+        return (
+            f"{kind} computes its loss from the whole batch"
+            if self.has_row_head
+            else f"{kind} has no logits of tokens"
+        )
 
     def why_not(self, kwargs: Mapping[str, Any]) -> str | None:
         """Why a call of the base model cannot run on a stream; None if it can.

@@ -216,9 +216,7 @@ def _patch_peft_prefix(
         _fall_back(model, "the prefix is copied for every sample", error, logits, strict)
 
 
-def _patch_peft_prompt(
-    model: nn.Module, peft_bugs: bool, options: PrefixOptions, logits: str, strict: bool
-) -> None:
+def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions, logits: str, strict: bool) -> None:
     for name, config in cast(Any, model).peft_config.items():
         if config.task_type is None:
             raise ValueError(

@@ -20,7 +20,8 @@ def is_transient(error: Exception) -> bool:
     """Whether an error says nothing about the model: out of memory, a lost device or file."""
     kinds = [torch.OutOfMemoryError, MemoryError, OSError, getattr(torch, "AcceleratorError", MemoryError)]
     return isinstance(error, tuple(kinds)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "CUDA error", "alloc"))
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("out of memory", "CUDA error", "alloc"))
     )
 
 

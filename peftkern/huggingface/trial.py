@@ -69,9 +69,7 @@ class Trial:
 
     def _try_prefix(self) -> str | None:
         ids, mask, real = self.ids, self.mask, self.mask.bool()
-        want, got = (
-            self._run(cache, ids[:1], None) for cache in (self._stock(1), self._cache(stores=False))
-        )
+        want, got = (self._run(cache, ids[:1], None) for cache in (self._stock(1), self._cache(stores=False)))
         self.noise = _difference(got, want)
         if (reason := _compare(f"{self.kind} with prefix keys in its cache", got, want, math.inf)) is not None:
             return reason
@@ -225,7 +223,9 @@ def _compare(what: str, got: Tensor, want: Tensor, noise: float) -> str | None:
     Rounding is at most a few units of the dtype per layer and, where it has been measured, at most four times that.
     """
     difference = _difference(got, want)
-    least, most = _ROUNDING.get(want.dtype, (2e-5, 2e-3 if torch.get_float32_matmul_precision() != "highest" else 1e-4))
+    least, most = _ROUNDING.get(
+        want.dtype, (2e-5, 2e-3 if torch.get_float32_matmul_precision() != "highest" else 1e-4)
+    )
     if difference <= min(most, max(least, 4 * noise)):
         return None
     return f"{what} differs from the stock model: its hidden states are off by {difference:.1e} of their norm"

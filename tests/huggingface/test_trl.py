@@ -64,25 +64,13 @@ def separate_run(kind, rows, folder, **settings):
     return train(trainer)
 
 
-def whole_texts_run(kind, rows, folder, **settings):
-    """Stock PEFT on texts of which every token has a label.
-
-    TRL puts the hidden states of a plain model beside its labels, and shifts both. Thus nothing predicts the first
-    token of a native prompt; PEFT's own prompt, which has rows in the output, predicts it.
-    """
-    if kind == "native prompt":
-        return separate_run(kind, rows, folder, **settings)
-    return run("SFT", stock_model(kind, LLAMA), rows, folder, **settings)
-
-
 @pytest.mark.parametrize(
     ("kind", "order"), [pytest.param(*case, marks=[] if case in CASES[:4] else slow) for case in CASES]
 )
 def test_sft(kind, order, tmp_path):
-    want = whole_texts_run(kind, data("text"), tmp_path)
+    want = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path)
     got = patched_run("SFT", kind, order, data("text"), tmp_path)
-    metrics = METRICS[2:] if kind == "native prompt" else METRICS
-    assert_same_run(got, want, metrics)
+    assert_same_run(got, want, METRICS)
 
 
 @slow
@@ -142,7 +130,7 @@ def test_sft_with_documents_in_one_row_as_stock_peft_has_them(name, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_with_gradient_checkpointing(kind, tmp_path):
     """TRL's default. Stock prefix tuning cannot, so that stock runs without it."""
-    want = whole_texts_run(kind, data("text"), tmp_path)
+    want = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path)
     got = run("SFT", patched_model(kind, LLAMA), data("text"), tmp_path, gradient_checkpointing=True)
     assert_same_run(got, want)
 
@@ -152,8 +140,8 @@ def test_sft_with_gradient_checkpointing(kind, tmp_path):
 def test_sft_as_trl_has_it_by_default(kind, tmp_path):
     """In bf16, with gradient checkpointing and AdamW."""
     defaults = {"bf16": None, "optim": "adamw_torch", "learning_rate": 1e-2}
-    exact = whole_texts_run(kind, data("text"), tmp_path, **{**defaults, "bf16": False})
-    want = whole_texts_run(kind, data("text"), tmp_path, **defaults)
+    exact = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path, **{**defaults, "bf16": False})
+    want = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path, **defaults)
     got = run(
         "SFT", patched_model(kind, LLAMA), data("text"), tmp_path, gradient_checkpointing=True, **defaults
     )  # fmt: skip
@@ -189,10 +177,7 @@ def test_the_fused_output_layer(kind, tmp_path):
     assert not hasattr(got, "logits"), "TRL's output has no logits"
     assert set(got) == set(want)
     length = batch["labels"].shape[1]
-    if not is_native(kind):
-        assert got.log_probs.shape == want.log_probs.shape
-    else:
-        assert got.log_probs.shape == (3, length - 1)
+    assert got.log_probs.shape == want.log_probs.shape
     for field in ("log_probs", "entropy", "is_top1", "label_mask"):
         mine, theirs = (getattr(out, field)[:, 1 - length :].float() for out in (got, want))
         assert difference(mine, theirs) <= TOLERANCE, f"{field} differs by {difference(mine, theirs):.1e}"

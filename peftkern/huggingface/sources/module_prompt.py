@@ -148,7 +148,10 @@ class ConcatenatedPrompt:
         """Hook: put the prompt before the samples of a call of the encoder alone, as ``generate`` makes it."""
         if running.has(self):
             return args, kwargs
-        kwargs = {**dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False)), **kwargs}
+        kwargs = {
+            **dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False)),
+            **kwargs,
+        }
         kwargs.pop("self", None)
         prompt = self.source.find(self, kwargs, False)
         assert prompt is not None

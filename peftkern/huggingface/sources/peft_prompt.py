@@ -206,7 +206,9 @@ class PeftPrompt(PromptSource):
             kwargs["position_ids"] = call.position_ids
         labels = kwargs.get("labels")
         if self.task == "TOKEN_CLS" and labels is not None and labels.shape[1] == tokens.shape[1]:
-            self.patch.notice("TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too", _BUGS)
+            self.patch.notice(
+                "TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too", _BUGS
+            )
         return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given)
 
     def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
