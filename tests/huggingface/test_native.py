@@ -244,7 +244,7 @@ def test_lora_and_a_prefix_train_together():
     peftkern.patch(model, prefix)
     gradients = models.training_step(model, "CAUSAL_LM", LEFT).gradients
     assert any("lora_" in name for name in gradients)
-    assert gradients["peftkern_prefix.trainable.0"].abs().max() > 0
+    assert gradients["base_model.model.peftkern_prefix.trainable.0"].abs().max() > 0
     assert models.generate(model.eval(), "CAUSAL_LM", do_sample=False).shape == (3, SEQ + 6)
 
 
@@ -326,7 +326,18 @@ def test_packed_sequences_that_are_not_a_training_step_are_refused():
         model(input_ids=IDS, position_ids=positions)
 
 
-def test_attention_weights_are_refused():
-    model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX))
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(input_ids=IDS, output_attentions=True)
+def test_attention_weights_are_those_of_the_stock_attention():
+    model = models.base_model(LLAMA).eval()
+    model.set_attn_implementation("eager")
+    prefix = llama_prefix(PREFIX)
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(prefix.layer_kv()):
+        cache.update(key.expand(IDS.shape[0], -1, -1, -1), value.expand(IDS.shape[0], -1, -1, -1), layer)
+    with torch.no_grad():
+        want = model(input_ids=IDS, past_key_values=cache, output_attentions=True).attentions
+        peftkern.patch(model, prefix)
+        with pytest.warns(UserWarning, match="output_attentions: such calls run the stock attention"):
+            got = model(input_ids=IDS, output_attentions=True).attentions
+    assert [x.shape for x in got] == [x.shape for x in want]
+    assert all(difference(x, y) <= 1e-5 for x, y in zip(got, want, strict=True))
+

@@ -410,7 +410,7 @@ def test_a_model_that_counts_rows_is_found_out():
         rotary.forward = lambda x, position_ids: stock(x, torch.arange(x.shape[1])[None])
         return peftkern.patch(model) if patched else model
 
-    assert "does not compute a stream's rows by themselves" in peftkern.explain(model(True))
+    assert "on a stream of rows differs from the stock model" in peftkern.explain(model(True))
     want, got = (models.training_step(model(p), family.task) for p in (False, True))
     assert_same_step(got, want)
 

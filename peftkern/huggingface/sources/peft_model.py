@@ -170,8 +170,8 @@ class PeftWay:
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Hook on the base model: labels of tokens for the prompt's rows, without which PEFT's TOKEN_CLS raises."""
         labels, embeddings = kwargs.get("labels"), kwargs.get("inputs_embeds")
-        task = getattr(self.model.active_peft_config.task_type, "value", None)
-        if task != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:
+        task = self.model.active_peft_config.task_type
+        if getattr(task, "value", task) != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:
             return None
         kwargs["labels"] = pad_labels(labels, embeddings.shape[1] - labels.shape[1])
         return args, kwargs
