@@ -100,7 +100,12 @@ def _config_geometry(config: Any) -> tuple[int, int, int]:
 
 
 def _heads_and_dim(config: Any) -> tuple[int, int]:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            "model_or_config: expected a model with attention, whose keys and values a prefix extends, got "
+            f"{config.model_type}, whose config has no num_attention_heads"
+        )
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, head_dim
 

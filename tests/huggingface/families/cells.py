@@ -179,15 +179,11 @@ class NativePrompt(NativeTrial):
             "left tokens": lambda: runs.generate_behind_prompt(stock, prompt.weight, LEFT),
             "unpatched": lambda: runs.bare(stock, RIGHT),
             "left padded": lambda: runs.prompt_by_hand(stock, prompt, LEFT),
+            "left tokens padded": lambda: runs.generate_behind_prompt(stock, prompt.weight, LEFT, alone=False),
         }
-        if runs.has_window(stock):
-            truths["left tokens in windows"] = lambda: runs.generate_behind_prompt(
-                stock, prompt.weight, LEFT, alone=False
-            )
         return truths
 
     def truths_of(self, check: str) -> list[str]:
-        others = [f"{check} in windows"] if check == "left tokens" else []
-        if check == "left" and runs_peft(self.how):
-            others.append("left padded")
-        return [check, *others]
+        """Padding between prompt and text counts where the prompt is put before every sample, and in windows."""
+        counts = runs_peft(self.how) or (check == "left tokens" and runs.has_window(self.stock))
+        return [check, f"{check} padded"] if check in ("left", "left tokens") and counts else [check]
