@@ -72,7 +72,8 @@ def attention_forward(
         module: the attention module.
         query: [B, Hq, S, D].
         key, value: [B, Hkv, T, D], of the sequence.
-        attention_mask: as made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or additive.
+        attention_mask: as made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or
+            additive.
         peftkern_prefix: the cache that a patched model's forward hook put into the keyword arguments.
         kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and what else
             the model hands down.

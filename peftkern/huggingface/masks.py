@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks as descriptions: the S x S tensor is built only when something other than our attention reads it."""
+"""Attention masks as descriptions: the S x S tensor is built only when other code than our attention reads it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LazyMask:
         As in the stock model, whose cache would hold the prefix, there are columns for it.
         """
         num_keys = self._end
-        mask = self.for_implementation(self._request["config"]._attn_implementation.over, num_keys)
+        mask: Any = self.for_implementation(self._request["config"]._attn_implementation.over, num_keys)
         if isinstance(mask, Tensor):
             return mask
         key = ("dense", num_keys)
@@ -173,7 +173,7 @@ class LazyMask:
 
 
 class MaskTensor(Tensor):
-    """A :class:`LazyMask` as a tensor [B, 1, S, P + T], for model code that slices it, adds to it or asks for its shape.
+    """A :class:`LazyMask` as a tensor [B, 1, S, P + T], for code that slices it, adds to it or asks for its shape.
 
     Its own memory is one element. Every operation but a look at shape, dtype and device runs on the dense mask.
 

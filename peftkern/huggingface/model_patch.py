@@ -3,7 +3,7 @@
 
 ::
 
-    base model      before_call     decides whether the batch runs as a stream, and on which rows the output layer runs
+    base model      before_call     decides whether the batch runs as a stream, and which rows the output layer sees
       backbone      before_forward  hands the layers their prefix, packs the embeddings
         layers      attention_forward
       backbone      after_forward   checks that no layer ran without its prefix, unpacks hidden states
@@ -33,9 +33,9 @@ from .packer import BOUNDARIES, Packer, tokens_of
 from .packing import Head, HostNumbers, Stream
 from .positions import PositionTable, watch_tables
 from .probing import quiet
-from .trial import Trial
 from .relative_bias import SpanningBias
 from .survey import Site, find_backbone, survey
+from .trial import Trial
 from .wiring import Wiring
 
 __all__ = ["PATCH", "ModelPatch", "bind", "check_replaceable", "place_behind", "self_attention_cache"]
@@ -216,9 +216,10 @@ class ModelPatch(ABC):
         if self.packer.head_is_packed():
             return True
         self.notice(
-            "logits='labelled'", "it has no effect, since the model's forward, loss or output layer has been replaced "
-            "or hooked since patch; all logits are computed",
-        )  # fmt: skip
+            "logits='labelled'",
+            "it has no effect, since the model's forward, loss or output layer has been replaced or hooked since "
+            "patch; all logits are computed",
+        )
         return False
 
     def after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

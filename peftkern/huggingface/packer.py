@@ -104,7 +104,7 @@ class Packer:
         """
         if self.head_forward is None or self.base.loss_function is not ForCausalLMLoss:
             return False
-        head = self.base.get_output_embeddings()
+        head: Any = self.base.get_output_embeddings()
         if head is None or head is not self.head or head._forward_hooks or head._forward_pre_hooks:
             return False
         if type(self.base).forward is not self.head_forward:

@@ -195,7 +195,9 @@ class LayoutPlan:
     def _compact(self, every: Tensor, firsts: Tensor, starts: Tensor) -> Layout:
         """The layout of the kept rows alone."""
         keep, real, position, numbers = self._keep, self._real, self._position, self.numbers
-        assert keep is not None and real is not None and position is not None
+        assert keep is not None
+        assert real is not None
+        assert position is not None
         cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         last_row = (cu_seqlens[1:, None].long() - 1).clamp(min=0)
         ranks = (keep.long().cumsum(1) - 1).clamp(min=0)

@@ -147,9 +147,9 @@ class PrefixPatch(ModelPatch):
         if position_ids is not None:
             position_ids = position_ids - offset
         sequence = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
-        if (mask is None and position_ids is None and not self.logits == "labelled") or (
-            self.packer.why_not(sequence) is not None
-        ):
+        if mask is None and position_ids is None and self.logits != "labelled":
+            return None
+        if self.packer.why_not(sequence) is not None:
             return None
         if mask is not None and is_tracing(mask):  # the number of rows would depend on values
             return None

@@ -27,7 +27,10 @@ def is_transient(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode, without gradients and autocast; then modes, buffers and random states are as they were."""
+    """Run a block with the model in eval mode, without gradients and autocast.
+
+    Modes, buffers and random states are as they were afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [x for _, kept in buffers for x in kept.values() if x is not None]
@@ -35,7 +38,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     kind = next((p.device.type for p in model.parameters()), "cpu")
     # Autocast would keep its casts of the weights, made without gradients, for the caller's block.
-    autocast = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    autocast = (
+        torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    )
     model.eval()
     try:
         with torch.no_grad(), autocast, torch.random.fork_rng(devices=sorted(devices)):

@@ -104,6 +104,7 @@ class PromptSource(ABC):
 
     def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
         """Give notice of what is worth one, when ``numbers`` have been fetched."""
+        return
 
 
 class PromptPatch(ModelPatch):
@@ -120,7 +121,7 @@ class PromptPatch(ModelPatch):
         self.source = source
 
     def check(self, trial: Trial) -> None:
-        """Raise Unpackable if the model cannot run on a stream, or continue one with the prompt's keys as a prefix."""
+        """Raise Unpackable if the model cannot run on a stream, or decode behind the prompt's keys as a prefix."""
         if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
             self.packer.reasons = [reason]
         self.packer.try_out(trial, prompts=True)

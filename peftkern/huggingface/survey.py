@@ -106,7 +106,8 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
     def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
-        pattern = None if described(mask) is None else described(mask).pattern
+        lazy = described(mask)
+        pattern = None if lazy is None else lazy.pattern
         address = key.untyped_storage().data_ptr()
         for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
@@ -114,10 +115,13 @@ class _Survey(DynamicCache):  # type: ignore[misc]
                 if values.shape != key.shape:
                     shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
                     raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
-                scale = tuple(float(x.float().square().mean().sqrt()) or 1.0 for x in (returned, values))
-                site = replace(site, scale=scale)
+                site = replace(site, scale=(_rms(returned), _rms(values)))
                 if self.sites.setdefault(module, site) != site:
                     raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt()) or 1.0
 
 
 def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Module, Site]:

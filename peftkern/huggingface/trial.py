@@ -96,7 +96,7 @@ class Trial:
         return self._guarded(run, "on a stream of rows")
 
     def try_prompt(self, layout_of: LayoutOf) -> str | None:
-        """How a stream with a prompt differs from a batch with the prompt before every sample; None if it does not."""
+        """How a stream behind a prompt differs from a batch with the prompt in every row; None if it does not."""
 
         def run() -> str | None:
             ids, (samples, length) = some_tokens(self.backbone, self.ids.numel() + _PREFIX_LEN), self.ids.shape

@@ -211,9 +211,9 @@ def test_attention_outside_of_the_interface_is_refused_naming_the_layers(name):
     assert state_of(model) == before
     if name != "mpt":  # PEFT cannot make that one
         tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX))
-        with pytest.raises(ValueError, match="does not dispatch.*PEFT's own code"):
+        with pytest.raises(ValueError, match=r"does not dispatch.*PEFT's own code"):
             peftkern.patch(tuned, strict=True)
-        with pytest.warns(UserWarning, match="by PEFT's own code: .*does not dispatch"):
+        with pytest.warns(UserWarning, match=r"by PEFT's own code: .*does not dispatch"):
             peftkern.patch(tuned)
 
 

@@ -340,4 +340,3 @@ def test_attention_weights_are_those_of_the_stock_attention():
             got = model(input_ids=IDS, output_attentions=True).attentions
     assert [x.shape for x in got] == [x.shape for x in want]
     assert all(difference(x, y) <= 1e-5 for x, y in zip(got, want, strict=True))
-

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import peftkern
-from tests.huggingface.kinds import KINDS, PEFT_KINDS, is_native, losses_differ, patched_model, stock_model
+from tests.huggingface.kinds import KINDS, PEFT_KINDS, losses_differ, patched_model, stock_model
 from tests.huggingface.models import PREFIX, difference
 from tests.huggingface.trl_runs import (
     LLAMA,

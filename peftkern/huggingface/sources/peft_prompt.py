@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's prompt tuning, P-tuning, multitask prompt tuning and CPT.
 
-PEFT's own forward runs: it asks ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings and
-calls the base model. What ``get_prompt`` returns here is that tensor, one prompt expanded over the batch, and
+PEFT's own forward runs: it asks ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings,
+and calls the base model. What ``get_prompt`` returns here is that tensor, one prompt expanded over the batch, and
 remembers what it is made of. So does the concatenation, by which the hook on the base model recognises the prompt. In
 a call that reaches the model without that hook, both are the tensors that PEFT would have made.
 """
@@ -120,7 +120,7 @@ class PeftPrompt(PromptSource):
     def task(self) -> str | None:
         """PEFT's name of the active adapter's task."""
         task = self.model.active_peft_config.task_type
-        return getattr(task, "value", task)
+        return None if task is None else str(getattr(task, "value", task))
 
     @property
     def needs_all_logits(self) -> bool:  # type: ignore[override]
