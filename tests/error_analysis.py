@@ -107,7 +107,9 @@ class _Backward:
         # relative; a scale may be subnormal
         self.of_scale = float(rounded(torch.tensor(self.scale, dtype=torch.float64)) / (self.scale**2 or 1.0))
         self.own, self.gp, self.ds, self.ds_variance, self.common, self.delta_variance = (
-            torch.cat([getattr(part, name).expand_as(part.p) for part in parts], -1)
+            getattr(parts[0], name)  # rows' own are broadcast
+            if len(parts) == 1
+            else torch.cat([getattr(part, name).expand_as(part.p) for part in parts], -1)
             for name in ("own", "gp", "ds", "ds_variance", "common", "delta_variance")
         )
         # gradients of the products q.k, but for the scale

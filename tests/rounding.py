@@ -33,17 +33,19 @@ def rounded(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The variance of rounding x to ``dtype``. Instructions on bf16 take its subnormal numbers for 0."""
     info = torch.finfo(dtype)
     absolute = info.tiny * (1.0 if dtype == torch.bfloat16 else info.eps / 2)
-    return ((info.eps / 2 * x) ** 2 + absolute**2) / 3
+    return x.square().mul_((info.eps / 2) ** 2 / 3).add_(absolute**2 / 3)
 
 
 def stored(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """:func:`rounded`, but 0 for the numbers that ``dtype`` has: what one key alone gives, sums of few bits."""
-    return rounded(x, dtype).masked_fill((x.to(dtype).double() - x).abs() <= 2.0**-40 * x.abs(), 0.0)
+    error = x.to(dtype).double().sub_(x).abs_()
+    return rounded(x, dtype).masked_fill_(error <= x.abs().mul_(2.0**-40), 0.0)
 
 
 def summed(total: Tensor, squares: Tensor, terms: Tensor | float) -> Tensor:
     """The variance of an fp32 sum of products in any order."""
-    return ROUNDING * (total**2 * terms / 3 + squares * (1 + terms / 6)) + SUBNORMAL * terms
+    of_total, of_squares = ROUNDING / 3 * terms, ROUNDING * (1 + terms / 6)
+    return (total.square().mul_(of_total) + squares * of_squares).add_(SUBNORMAL * terms)
 
 
 def slope_of_tanh(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,9 +170,9 @@ class Softmax:
         largest, lse = (y.masked_fill(y == -torch.inf, 0.0) for y in (hidden.amax(-1, keepdim=True), lse[..., None]))
 
         # Scores times log2 e, minus the largest: those equal to it are rounded as it is. A subnormal weight may be 0.
-        shift = 2 * (rounded(x.scores) + rounded(largest)) * (x.scores != largest)
-        flushed = (torch.finfo(torch.float32).tiny / p).clamp(max=1) ** 2
-        of_weight = (x.variance + shift + LAST_PLACES / 4 + flushed) * x.visible
+        shift = (rounded(x.scores) + rounded(largest)).mul_(2 * (x.scores != largest))
+        flushed = (torch.finfo(torch.float32).tiny / p).clamp_(max=1).square_()
+        of_weight = shift.add_(x.variance).add_(flushed).add_(LAST_PLACES / 4).mul_(x.visible)
         self.moved = moved = p**2 * of_weight
         of_row = moved.sum(-1, keepdim=True)
         # equal terms of a sum are not rounded at random, but all alike
@@ -216,9 +218,9 @@ class Softmax:
         if self.rounds.softmax:
             self.delta_variance = common + (dout**2 * rounding).sum(-1, keepdim=True)
         difference = g - delta + dlse
-        of_differences = ROUNDING * (g**2 + (delta - dlse) ** 2 + 4 * difference**2)
         self.gp = gain * p
         self.ds = self.gp * difference
-        self.ds_variance = self.gp**2 * (difference**2 * self.own + g_variance + of_differences)
+        relative = difference**2 * (self.own + 4 * ROUNDING) + g_variance + ROUNDING * g**2
+        self.ds_variance = relative.add_(ROUNDING * (delta - dlse) ** 2).mul_(self.gp**2)
         if isinstance(gain, Tensor):
             self.ds_variance = self.ds_variance + LAST_PLACES * self.ds**2
