@@ -84,11 +84,6 @@ def calls(draw):
 
 
 def _check(isa: str, threads: int, call) -> None:
-    """The bound, for one of three sets of values.
-
-    Of the few elements of a small tensor, eager's may all happen to be rounded well. That does not happen thrice;
-    what is wrong is wrong every time, and what is NaN or -inf in the wrong place fails at once.
-    """
     tensors, options = call
     torch.set_num_threads(threads)
     kernels = {
@@ -96,18 +91,7 @@ def _check(isa: str, threads: int, call) -> None:
         for name in ("prefix_attention", "prefix_attention_backward")
     }
     with mock.patch.multiple(native, **kernels):
-        for attempt in range(3):
-            try:
-                check_backend("cpu", tensors, options, dlse=True)
-            except AssertionError as error:
-                if attempt == 2 or "exceeds" not in str(error) or "nan" in str(error):
-                    raise
-                generator = torch.Generator().manual_seed(attempt)
-                for x in [*tensors.values(), *options.values()]:
-                    if torch.is_tensor(x) and x.is_floating_point():
-                        x.copy_(torch.randn(x.shape, generator=generator))
-            else:
-                return
+        check_backend("cpu", tensors, options, dlse=True)
 
 
 # A failing call is small as it is, and smaller ones take minutes to find.

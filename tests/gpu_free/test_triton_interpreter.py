@@ -7,6 +7,7 @@ What an interpreter cannot show (layouts, shared memory, registers) is the subje
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import peftkern
 from peftkern import functional
 from peftkern.backends import BACKENDS
 
-from ..bounds import check_backend
+from ..bounds import DEFAULT, check_backend, ratios
 from ..cases import FEATURES, Shape, combination, feature, tensors
 from .guard import guard
 
@@ -47,6 +48,18 @@ def test_every_feature_in_half_precision(name, dtype):
     """With the fp32 prefix that PEFT keeps beside half-precision activations."""
     shape = dataclasses.replace(SHAPE, S=17)
     _check(*_feature(name, shape), dtype, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["plain", "softcap", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_right_results_have_room(dtype, name):
+    """Not only within the bound, but within two thirds of it."""
+    kernel = functools.partial(functional.prefix_attention, backend="triton", return_lse=True)
+    shape, options = _feature(name)
+    with guard():
+        _, errors = ratios(kernel, tensors(shape, dtype, torch.float32), options, rounds=DEFAULT)
+    for one in errors.values():
+        assert one.worst <= 2 / 3, one.message
 
 
 MORE_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 72)]
