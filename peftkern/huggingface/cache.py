@@ -89,6 +89,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     Attributes:
         stream: how the batch of this forward is packed; None for one that is not.
+        from_first: positions of a row count from its first token, which padding may precede.
         paused: modules whose activation checkpointing is switched off during this forward.
     """
 
@@ -114,6 +115,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._offset_outside = offset_outside
         self._running: _Forward | None = None
         self._used = False
+        self.from_first = False
         self.paused: list[Any] = []
 
     @property

@@ -20,6 +20,9 @@ __all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
 #: Attribute of a cache that holds a concatenated prompt: its length.
 _LENGTH = "_peftkern_prompt_len"
 
+#: What models without a cache call the state by which a sequence goes on.
+_STATES = ("state", "cache_params", "rnn_state")
+
 
 @dataclass
 class Concatenated:
@@ -28,16 +31,18 @@ class Concatenated:
     Attributes:
         prompt_len: rows of the prompt.
         rows: P + S.
-        keeps: the caller has chosen rows by ``logits_to_keep``.
+        cache: what the model was given to fill, which its outputs need not hold.
     """
 
     prompt_len: int
     rows: int
-    keeps: bool
+    cache: Any = None
     cut: frozenset[str] = field(default=frozenset({"logits", "hidden_states", "last_hidden_state"}))
 
     def strip(self, output: Any) -> Any:
         """The outputs of the sequence alone."""
+        if self.cache is not None:
+            setattr(self.cache, _LENGTH, self.prompt_len)
         if isinstance(output, tuple):
             return tuple(self._strip(x) for x in output)
         for name in self.cut:
@@ -83,8 +88,11 @@ def concatenate(
             raise ValueError(f"attention_mask: expected [B, S] beside a prompt, got {list(mask.shape)}")
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
     if position_ids is not None:
-        before = torch.arange(prompt_len, device=position_ids.device).expand(position_ids.shape[0], -1)
-        kwargs["position_ids"] = torch.cat([before, position_ids + prompt_len], 1)
+        before = torch.arange(prompt_len, device=position_ids.device).expand(*position_ids.shape[:-1], -1)
+        behind = position_ids + prompt_len
+        if mask is not None and mask.shape == position_ids.shape:  # generate has padding at position 0
+            behind = torch.where(mask != 0, behind, position_ids)
+        kwargs["position_ids"] = torch.cat([before, behind], -1)
     if pads_labels and labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
         kwargs["labels"] = torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
     keep = kwargs.get("logits_to_keep")
@@ -94,17 +102,20 @@ def concatenate(
     if types is not None:
         kwargs["token_type_ids"] = torch.nn.functional.pad(types, (prompt_len, 0))
     assert rows == kwargs["inputs_embeds"].shape[0]
-    return Concatenated(prompt_len, prompt_len + tokens.shape[1], keep is not None)
+    return Concatenated(prompt_len, prompt_len + tokens.shape[1], given_cache(kwargs))
 
 
 def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``cache`` holds a concatenated prompt; masks and positions of the call are put behind it then."""
+    """Whether ``cache``, or a recurrent state, holds a concatenated prompt.
+
+    Masks and positions of the call are put behind the prompt then.
+    """
     prompt_len = getattr(cache, _LENGTH, None)
     if prompt_len is None:
-        return False
+        return any(kwargs.get(name) is not None for name in _STATES)
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        seen = cache.get_seq_length()
+        seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         expected = seen - prompt_len + tokens_of(kwargs).shape[1]
         if seen and mask.shape[1] != expected:
             raise ValueError(

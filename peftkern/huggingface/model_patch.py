@@ -381,6 +381,10 @@ def place_behind(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
     """Columns of the mask and positions for a prefix of which the caller does not speak."""
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
+        if position_ids is None and cache.from_first:
+            length = tokens_of(kwargs).shape[1]
+            columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
+            position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
         if cache.offset and mask.shape[1] == cache.get_seq_length() + tokens_of(kwargs).shape[1]:
             return  # the caller has counted it, as PEFT's own generate does
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)

@@ -207,7 +207,7 @@ class PromptPatch(ModelPatch):
             kwargs["logits_to_keep"] = keep + stream.prompt_len
         if for_loss and not prompt.shown:
             rows_shown = stream.prompt_len + layout.shape[1]
-            running.leave_note(self, Concatenated(stream.prompt_len, rows_shown, keep is not None))
+            running.leave_note(self, Concatenated(stream.prompt_len, rows_shown))
         return stream
 
     def clean_output(self, note: Any, output: Any) -> Any:
@@ -231,4 +231,8 @@ class PromptPatch(ModelPatch):
 
     def unfill_cache(self, cache: PrefixCache, given: PrefixCache) -> Any:
         """The cache of a stream, for the batch."""
-        return cache.unpacked() if isinstance(cache, StreamCache) and cache.stores else None
+        if not isinstance(cache, StreamCache) or not cache.stores:
+            return None
+        unpacked = cache.unpacked()
+        unpacked.from_first = not self.packer.has_windows
+        return unpacked

@@ -179,11 +179,15 @@ class NativePrompt(NativeTrial):
             "left tokens": lambda: runs.generate_behind_prompt(stock, prompt.weight, LEFT),
             "unpatched": lambda: runs.bare(stock, RIGHT),
             "left padded": lambda: runs.prompt_by_hand(stock, prompt, LEFT),
+            "tokens padded": lambda: runs.generate_behind_prompt(stock, prompt.weight, ONES, alone=False),
             "left tokens padded": lambda: runs.generate_behind_prompt(stock, prompt.weight, LEFT, alone=False),
         }
         return truths
 
     def truths_of(self, check: str) -> list[str]:
-        """Padding between prompt and text counts where the prompt is put before every sample, and in windows."""
+        """Padding between prompt and text counts where the prompt is put before every sample, and in windows.
+
+        RWKV decodes a batch to other tokens than each of its samples.
+        """
         counts = runs_peft(self.how) or (check == "left tokens" and runs.has_window(self.stock))
-        return [check, f"{check} padded"] if check in ("left", "left tokens") and counts else [check]
+        return [check, f"{check} padded"] if check in ("left", "left tokens", "tokens") and counts else [check]
