@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..base_model import given_cache
+from .layout import IGNORED
 from .packer import tokens_of
-from .packing import IGNORED
 
 __all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
 

@@ -28,9 +28,10 @@ from ..base_model import CACHE_NAMES, cache_argument, cache_name, given_cache, r
 from .attention import Implementation, register
 from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .calls import running
+from .layout import HostNumbers
 from .masks import described
 from .packer import BOUNDARIES, Packer, tokens_of
-from .packing import Head, HostNumbers, Stream
+from .packing import Head, Stream
 from .positions import PositionTable, watch_tables
 from .probing import quiet
 from .relative_bias import SpanningBias

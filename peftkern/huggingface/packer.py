@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .packing import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
+from .layout import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
 from .positions import PositionTable
 from .survey import Site
 from .trial import Trial, try_head
@@ -105,7 +105,7 @@ class Packer:
         if self.head_forward is None or self.base.loss_function is not ForCausalLMLoss:
             return False
         head: Any = self.base.get_output_embeddings()
-        if head is None or head is not self.head or head._forward_hooks or head._forward_pre_hooks:
+        if head is None or head._forward_hooks or head._forward_pre_hooks or head is not self.head:
             return False
         if type(self.base).forward is not self.head_forward:
             return False

@@ -16,9 +16,10 @@ from transformers.utils.import_utils import is_tracing
 
 from ..base_model import given_cache
 from .cache import KeyValue, PrefixCache, PrefixOptions
+from .layout import HostNumbers
 from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packer import tokens_of
-from .packing import HostNumbers, Stream
+from .packing import Stream
 from .trial import Trial
 
 __all__ = ["PrefixPatch", "PrefixSource"]

@@ -20,9 +20,10 @@ from transformers.utils.import_utils import is_tracing
 from .cache import PrefixCache, PrefixOptions, StreamCache
 from .calls import running
 from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
+from .layout import IGNORED, HostNumbers
 from .model_patch import ModelPatch, check_replaceable, self_attention_cache
 from .packer import tokens_of
-from .packing import IGNORED, HostNumbers, Stream
+from .packing import Stream
 from .trial import Trial
 
 __all__ = ["Prompt", "PromptPatch", "PromptSource", "Unpackable", "used_prompts"]

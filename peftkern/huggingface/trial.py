@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ..base_model import cache_argument
 from .cache import KeyValue, PrefixCache, PrefixOptions, StreamCache
-from .packing import IGNORED, Layout, Stream, next_labels
+from .layout import IGNORED, Layout, next_labels
+from .packing import Stream
 from .probing import is_transient, some_tokens
 from .survey import Site
 

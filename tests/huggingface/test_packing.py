@@ -8,7 +8,8 @@ import torch
 
 import peftkern
 from peftkern import PrefixKV
-from peftkern.huggingface.packing import Head, Layout, Stream
+from peftkern.huggingface.layout import Layout
+from peftkern.huggingface.packing import Head, Stream
 from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
 from tests.huggingface.test_prompts import rows_of

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...base_model import given_cache
 from ..cache import PrefixCache
+from ..layout import HostNumbers
 from ..model_patch import bind
-from ..packing import HostNumbers
 from ..prompt_patch import Prompt, PromptPatch, PromptSource
 from .peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
 

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tokens of a batch lie in a stream of rows, and what the host must know of the batch to say so.
+
+Nothing here knows of models: tensors in, tensors out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+__all__ = ["IGNORED", "HostNumbers", "Layout", "LayoutPlan", "indices_of", "next_labels", "targets_of"]
+
+IGNORED = -100
+
+
+class HostNumbers:
+    """Integers that the host needs of tensors on a device, read in one transfer.
+
+    A transfer waits for the device, so a training step should have one and no more.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, Tensor] = {}
+        self._known: dict[str, list[int]] = {}
+
+    def ask(self, name: str, value: Tensor) -> None:
+        """Request the integers or booleans of ``value``."""
+        self._asked[name] = value.flatten().long()
+
+    def fetch(self) -> None:
+        """Read everything that was asked for."""
+        if self._asked:
+            device = next(iter(self._asked.values())).device
+            values = torch.cat([value.to(device) for value in self._asked.values()]).tolist()
+            for name, value in self._asked.items():
+                self._known[name], values = values[: value.numel()], values[value.numel() :]
+            self._asked = {}
+
+    def all(self, name: str) -> list[int]:
+        """All integers that were asked for under ``name``; empty if there were none."""
+        return self._known.get(name, [])
+
+    def get(self, name: str, default: int = 0) -> int:
+        """The one integer that was asked for under ``name``."""
+        return self._known[name][0] if name in self._known else default
+
+
+def indices_of(mask: Tensor, count: int) -> Tensor:
+    """bool [N] with ``count`` true elements -> [count], their indices in order. Needs no host synchronisation."""
+    ranks = torch.where(mask, mask.long().cumsum(0) - 1, count)
+    indices = torch.zeros(count + 1, dtype=torch.long, device=mask.device)
+    return indices.scatter(0, ranks, torch.arange(mask.shape[0], device=mask.device))[:count]
+
+
+class LayoutPlan:
+    """A layout up to the numbers that depend on the values of its mask and positions.
+
+    Args:
+        shape: (B, S).
+        device: of the layout.
+        numbers: what the host must know is asked of it; call :meth:`layout` when it has been fetched.
+        mask: [B, S], 0 for padding.
+        position_ids: [B or 1, S]. Without a mask, a position that does not follow the one before it begins another
+            sequence, as in ``transformers``.
+        needed: bool [B, S], padding whose rows are kept although no other row sees them.
+        keep_padding: keep all rows. While tracing all rows are kept, since T may not depend on values.
+        keep_gaps: keep what lies between kept rows, since sliding windows count it.
+        from_first: a sequence begins at its first token instead of at column 0.
+        count_mask: positions count the tokens of the mask, and padding is at -1 whatever precedes it (OPT).
+        pool_last: padding shows the last token of its row, for heads that pool the last column.
+        labels: [B, S], of which the layout counts those that a row predicts.
+
+    Raises:
+        ValueError: for several sequences a row while tracing.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        numbers: HostNumbers,
+        *,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        needed: Tensor | None = None,
+        keep_padding: bool = False,
+        keep_gaps: bool = False,
+        from_first: bool = False,
+        count_mask: bool = False,
+        pool_last: bool = False,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.shape, self.numbers = shape, numbers
+        self._pool_last = pool_last
+        rows, length = shape
+        self._steps = torch.arange(length, device=device)
+        self._begin = torch.arange(rows, device=device)[:, None] * length
+        self._position: Tensor | None = None
+        self._real: Tensor | None = None
+        self._keep: Tensor | None = None
+        self._begins: Tensor | None = None
+        self._first = torch.zeros(rows, dtype=torch.long, device=device)
+        if position_ids is not None:
+            self._position = position_ids.to(device).expand(rows, length)
+        if mask is None and self._position is not None:
+            self._plan_packed_rows(self._position)
+        elif mask is not None:
+            self._plan_mask(mask.to(device=device, dtype=torch.bool), needed, from_first, count_mask, keep_gaps)
+            if keep_padding or is_tracing(mask):
+                self._keep = None
+            elif self._keep is not None:
+                numbers.ask("kept", self._keep.sum())
+                numbers.ask("hidden", (self._keep & ~self._real).any())  # type: ignore[operator]
+        if labels is not None and not is_tracing(labels):
+            labels = labels.to(device)
+            begins = self._steps == self._first[:, None] if self._begins is None else self._begins
+            targets = targets_of(labels, begins, self._begins is not None)
+            numbers.ask("labelled", (targets != IGNORED).sum())
+            numbers.ask("labelled first", ((labels != IGNORED) & begins).sum())
+
+    def _plan_packed_rows(self, position_ids: Tensor) -> None:
+        """Several sequences a row, told apart by their positions."""
+        if is_tracing(position_ids):
+            raise ValueError(
+                "position_ids: expected an attention_mask beside them under torch.compile, as the number of packed "
+                "sequences depends on their values, got None"
+            )
+        self._begins = torch.ones(self.shape, dtype=torch.bool, device=position_ids.device)
+        self._begins[:, 1:] = position_ids.diff(dim=1) != 1
+        self.numbers.ask("sequences", self._begins.sum())
+
+    def _plan_mask(
+        self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool, keep_gaps: bool
+    ) -> None:
+        self._real = real
+        length, steps = self.shape[1], self._steps
+        # argmax: the first of equal values; 0 for a row without tokens. Empty rows have no argmax.
+        if from_first and length:
+            self._first = real.to(torch.int8).argmax(1)
+        if self._position is None and count_mask:
+            self._position = torch.where(real, real.long().cumsum(1) - 1, -1)
+        elif self._position is None:
+            self._position = (steps - self._first[:, None]).clamp(min=0)
+        keep = (real if needed is None else real | needed.to(real.device)) & (steps >= self._first[:, None])
+        if keep_gaps:
+            last = torch.where(keep, steps, -1).amax(1, keepdim=True) if length else self._first[:, None]
+            keep = (steps >= self._first[:, None]) & (steps <= last)
+        self._keep = keep
+
+    def layout(self) -> Layout:
+        """The layout, when ``numbers`` have been fetched."""
+        rows, length = self.shape
+        begin, steps, numbers = self._begin, self._steps, self.numbers
+        every = begin + steps
+        if self._begins is not None:
+            assert self._position is not None
+            firsts = indices_of(self._begins.flatten(), numbers.get("sequences"))
+            ends = torch.nn.functional.pad(firsts, (0, 1), value=rows * length).to(torch.int32)
+            owners = firsts // max(length, 1)
+            return Layout(self.shape, None, every, self._position.flatten(), ends, owners, firsts, None)
+        starts = torch.arange(rows + 1, device=every.device, dtype=torch.int32) * length
+        if self._real is None:
+            return Layout(self.shape, None, every, steps.repeat(rows), starts, None, begin.flatten(), None)
+        assert self._position is not None
+        firsts = begin.flatten() + self._first
+        if self._keep is None:
+            # Padding before a sequence goes behind it, where windows and causality do not count it.
+            turned = (begin + (steps + self._first[:, None]) % max(length, 1)).flatten()
+            slots = begin + (steps - self._first[:, None]) % max(length, 1)
+            real = self._real.flatten()[turned]
+            if self._pool_last and length:
+                last = torch.where(self._real, slots, begin).amax(1, keepdim=True)
+                slots = torch.where(self._real, slots, last)
+            return Layout(self.shape, turned, slots, self._position.flatten()[turned], starts, None, firsts, real)
+        return self._compact(every, firsts, starts)
+
+    def _compact(self, every: Tensor, firsts: Tensor, starts: Tensor) -> Layout:
+        """The layout of the kept rows alone."""
+        keep, real, position, numbers = self._keep, self._real, self._position, self.numbers
+        assert keep is not None
+        assert real is not None
+        assert position is not None
+        cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        last_row = (cu_seqlens[1:, None].long() - 1).clamp(min=0)
+        ranks = (keep.long().cumsum(1) - 1).clamp(min=0)
+        slots = torch.minimum(cu_seqlens[:-1, None].long() + ranks, last_row)
+        key_mask = real.flatten() if numbers.get("hidden") else None
+        if numbers.get("kept") == keep.numel():
+            return Layout(self.shape, None, every, position.flatten(), starts, None, firsts, key_mask)
+        kept = indices_of(keep.flatten(), numbers.get("kept"))
+        key_mask = None if key_mask is None else key_mask[kept]
+        return Layout(self.shape, kept, slots, position.flatten()[kept], cu_seqlens, None, firsts, key_mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of a batch [B, S] lie in a stream of T rows (prompts aside).
+
+    Attributes:
+        shape: (B, S).
+        tokens: [T] flat index of each row's token in the batch; None if all B * S are there, in order.
+        slots: [B, S] the row of each token. Of padding that has no row, the nearest row of its sequence before it, or
+            its first one.
+        positions: [T] of each row within its sequence, from 0.
+        cu_seqlens: int32 [n + 1], where the n sequences begin, and T.
+        owners: [n], the sample of each sequence; None if there is one sequence a sample, in order.
+        firsts: [n] flat index of each sequence's first token in the batch.
+        key_mask: bool [T], false for rows of padding, kept for the sake of their loss; None if there are none.
+    """
+
+    shape: tuple[int, int]
+    tokens: Tensor | None
+    slots: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    owners: Tensor | None
+    firsts: Tensor
+    key_mask: Tensor | None
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], device: torch.device, **facts: Any) -> Layout:
+        """The layout of a batch, with one host synchronisation. Arguments as for :class:`LayoutPlan`."""
+        numbers = HostNumbers()
+        plan = LayoutPlan(shape, device, numbers, **facts)
+        numbers.fetch()
+        return plan.layout()
+
+    @property
+    def packed_rows(self) -> bool:
+        """Whether a row of the batch held several sequences."""
+        return self.owners is not None and self.owners.shape[0] > self.shape[0]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows of the batch are not in the stream."""
+        return self.positions.shape[0] < self.shape[0] * self.shape[1]
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """[B, S] -> [B, S], the label that each row predicts: see :func:`targets_of`."""
+        if labels.numel() == 0:
+            return labels
+        begins = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+        begins = begins.index_fill(0, self.firsts.to(labels.device), True).view(labels.shape)
+        return targets_of(labels, begins, self.owners is not None)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [1, T, ...]."""
+        x = x.flatten(0, 1)
+        return (x if self.tokens is None else x[self.tokens.to(x.device)]).unsqueeze(0)
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """[B, S] -> [B, S]: the label that each row predicts, the one after it."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def targets_of(labels: Tensor, begins: Tensor, packed_rows: bool) -> Tensor:
+    """The label that each row predicts: the next one of its sequence, or -100.
+
+    Args:
+        labels: [B, S].
+        begins: bool [B, S], where sequences begin.
+        packed_rows: a row holds several sequences, and the last token of each predicts nothing. Otherwise what lies
+            before the first token of a row predicts nothing.
+    """
+    targets = next_labels(labels)
+    if packed_rows:
+        return targets.masked_fill(torch.nn.functional.pad(begins[:, 1:], (0, 1), value=True), IGNORED)
+    return targets.masked_fill(begins.cumsum(1) == 0, IGNORED)
