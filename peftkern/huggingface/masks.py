@@ -132,7 +132,8 @@ class LazyMask:
         """bool [B, 1, S, P]: whether prefix positions, which precede position 0, are less than a window away."""
         queries = self._request["q_offset"] + torch.arange(like.shape[2], device=like.device)
         prefix = torch.arange(-prefix_len, 0, device=like.device)
-        return (queries[:, None] - prefix < window).expand(*like.shape[:2], -1, -1)
+        in_window: Tensor = queries[:, None] - prefix < window
+        return in_window.expand(*like.shape[:2], -1, -1)
 
     def for_implementation(self, name: str, num_keys: int) -> Any:
         """The mask that the attention implementation ``name`` expects over the last ``num_keys`` keys."""

@@ -51,21 +51,27 @@ def patch(
     and numbers are PEFT's. Adapters may be added, switched and disabled afterwards. Activation checkpointing works.
 
     On a PEFT model with PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING or CPT adapters, the prompt runs through a
-    causal model once a batch and not once a sample (:mod:`.packing`), with PEFT's loss, outputs and gradients;
-    ``generate`` keeps its keys as a prefix that all rows and beams share. Encoders and encoder-decoders have it put
-    before every sample, in one pass. ``peftkern.explain(model)`` says which of these a model has.
+    causal model once per batch instead of once per sample (:mod:`.packing`), with PEFT's loss, outputs and gradients.
+    ``generate`` keeps its keys as a prefix that all rows and beams share.
 
-    Padding of a causal model's training batches is left out in all of these cases, so outputs at padding are those
-    of a token beside it. Rows that ``position_ids`` without a mask divide into sequences have each of them behind
-    the prefix or prompt.
+    Padding of a causal model's batches is left out where labels or ``logits_to_keep`` say that nothing looks at it;
+    outputs at such padding are those of a token beside it. Rows that ``position_ids`` without a mask divide into
+    sequences have each of them behind the prefix or prompt.
 
-    On any other model, with ``prefix``: the prefix becomes the submodule ``model.peftkern_prefix``, so optimizers,
-    ``Trainer`` and DDP see its parameters, and ``state_dict`` and the checkpoints of ``Trainer`` hold it.
-    ``attention_mask``, ``position_ids`` and caches keep speaking of the sequence alone. ``requires_grad`` of the
-    model's own parameters stays as it is unless ``freeze`` is set.
+    On any other model, with ``prefix``: the prefix becomes a submodule of the Hugging Face model, named
+    ``peftkern_prefix`` (or ``peftkern_prompt``), so optimizers, ``Trainer`` and DDP see its parameters, and
+    ``state_dict`` and the checkpoints of ``Trainer`` hold it. ``attention_mask``, ``position_ids`` and caches keep
+    speaking of the sequence alone. ``requires_grad`` of the model's own parameters stays as it is unless ``freeze``
+    is set.
 
-    The model is run once on two tokens, to see which attention modules read its cache. One instance changes, and
-    nothing when an error is raised; models that share a config object share its attention implementation.
+    No ``forward`` or ``generate`` is replaced, so the model may be wrapped before or after (accelerate, DDP, FSDP2,
+    ``torch.compile``, TRL). The model is tried on a few tokens: the patched model has to compute what the stock model
+    computes whose cache holds the same prefix, with and without padding, for a decoding step, and on packed rows.
+    Where it does not, a PEFT model runs PEFT's own code and a ``SoftPrompt`` is put before every sample, with one
+    warning; a ``PrefixKV`` is refused. ``peftkern.explain(model)`` says how a model runs and why.
+
+    One instance changes, and nothing when an error is raised; models that share a config object share its attention
+    implementation.
 
     Args:
         model: a ``PeftModel``, a ``PreTrainedModel``, or a module that holds one (a ``PeftModel`` with LoRA).
@@ -95,8 +101,8 @@ def patch(
         ``model``.
 
     Raises:
-        ValueError: naming what does not fit: a model patched already, attention that is not dispatched through
-            ``transformers``' ``AttentionInterface``, a prefix of another shape, an adapter of another type.
+        ValueError: naming what does not fit: a model patched already, a prefix of another shape, an adapter of
+            another type; for a ``PrefixKV``, or with ``strict``, a model that would not compute the right thing.
 
     >>> import torch, peftkern
     >>> from peft import PrefixTuningConfig, get_peft_model
