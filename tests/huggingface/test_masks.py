@@ -100,6 +100,17 @@ def test_bias_has_columns_for_the_prefix_if_the_mask_knows_positions_for_it():
     assert LazyMask(**request(chunks, LEFT, offset=0)).bias(SEQ, PREFIX, torch.float32).shape[-1] == SEQ
 
 
+@pytest.mark.parametrize("seen", [0, 3])
+def test_a_mask_made_above_the_backbone_counts_the_prefix_in_windows(seen):
+    """It was made before the prefix was known; a mask of unknown pattern, with a window somewhere in it."""
+    one_ahead = or_masks(sliding_window_causal_mask_function(4), lambda batch, head, query, key: key == query + 1)
+    above, below = (LazyMask(**request(one_ahead, LEFT, seen, offset)) for offset in (0, PREFIX))
+    assert above.compact(SEQ) is None, "the pattern is unknown"
+    want = below.bias(SEQ, PREFIX, torch.float32)
+    assert not (want[..., :PREFIX] == 0).all(), "the window hides keys of the prefix"
+    assert torch.equal(above.bias(SEQ, PREFIX, torch.float32), want)
+
+
 def test_encoder_mask_with_prefix_columns_is_read_from_the_end():
     """Encoders make masks without a cache: as wide as the attention mask that PEFT extended."""
     asked = request(bidirectional_mask_function, RIGHT, offset=PREFIX)
