@@ -57,6 +57,7 @@ class ModelPatch(ABC):
         options: for the attention function.
         packing: run batches as streams where that saves rows.
         logits: ``"all"``, or ``"labelled"`` for those alone, in training steps, that predict a label.
+        strict: raise for a call that would run the slow way.
 
     Attributes:
         sites: the attention modules that take a prefix.
@@ -64,13 +65,21 @@ class ModelPatch(ABC):
     """
 
     def __init__(
-        self, model: nn.Module, base: PreTrainedModel, options: PrefixOptions, *, packing: bool, logits: str
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        options: PrefixOptions,
+        *,
+        packing: bool,
+        logits: str,
+        strict: bool,
     ) -> None:
         self.model = model
         self.base = base
         self.options = options
         self.packing = packing
         self.logits = logits
+        self.strict = strict
         self.backbone = find_backbone(base)
         self.arguments = tuple(inspect.signature(type(self.backbone).forward).parameters)[1:]
         self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
@@ -170,6 +179,16 @@ class ModelPatch(ABC):
         if case not in self._noticed and not torch.compiler.is_compiling():
             self._noticed.add(case)
             warnings.warn(f"peftkern: {case}: {difference}.{remedy}", stacklevel=3)
+
+    def fall_back(self, reason: str, how: str) -> None:
+        """Warn once about calls that run the slow way, or raise.
+
+        Raises:
+            ValueError: if the patch is strict.
+        """
+        if self.strict:
+            raise ValueError(f"model: {reason}; {how}, which strict=True rules out")
+        self.notice(reason, how)
 
     @property
     def is_training_step(self) -> bool:

@@ -86,7 +86,7 @@ def patch(
         fix_seq2seq_layout: read encoder-decoder prefixes of PEFT layer by layer. PEFT lets layers share them by a
             mistake that trained checkpoints depend on. Only with a PEFT model; a ``PrefixKV`` says which layout it
             has.
-        packing: leave padding out of training steps; False, only with a prefix, computes it.
+        packing: leave padding out of training steps where labels allow it; False, only with a prefix, computes it.
         logits: ``"labelled"`` has training steps of a causal language model compute only the logits that predict a
             label, [1, M, V] in the order of the batch (those of first tokens before all others); loss and gradients
             are equal. Evaluation gives all logits.
@@ -94,7 +94,7 @@ def patch(
             ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
             PEFT's own code then runs such calls. By default they are right, and a notice says so once.
         strict: raise where the default is to run PEFT's own code, or to put a prompt before every sample, with one
-            warning.
+            warning: here for a model, and in each call that needs it.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -147,7 +147,7 @@ def patch(
         _patch_prompt(model, base, ModulePrompt(prefix, base, freeze=freeze), options, logits, strict)
     elif is_layer_prefix(prefix):
         source = ModulePrefix(prefix, shift_positions=shift_positions, freeze=freeze)
-        PrefixPatch(model, base, source, options, packing=packing, logits=logits).install()
+        PrefixPatch(model, base, source, options, packing=packing, logits=logits, strict=strict).install()
     else:
         raise ValueError(f"prefix: expected a PrefixKV or a SoftPrompt, got {type(prefix).__name__}")
     return model
@@ -215,7 +215,7 @@ def _patch_peft_prefix(
     base = _outermost(model)
     try:
         source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout)
-        PrefixPatch(model, base, source, options, packing=packing, logits=logits).install()
+        PrefixPatch(model, base, source, options, packing=packing, logits=logits, strict=strict).install()
     except ValueError as error:
         if fix_seq2seq_layout or str(error).startswith("logits"):
             raise
@@ -231,7 +231,7 @@ def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions
             )
     try:
         source = PeftPrompt(model, peft_bugs=peft_bugs)
-        PromptPatch(model, _outermost(model), source, options, logits=logits).install()
+        PromptPatch(model, _outermost(model), source, options, logits=logits, strict=strict).install()
     except ValueError as error:
         if str(error).startswith("logits"):
             raise
@@ -242,7 +242,7 @@ def _patch_prompt(
     model: nn.Module, base: PreTrainedModel, source: ModulePrompt, options: PrefixOptions, logits: str, strict: bool
 ) -> None:
     try:
-        PromptPatch(model, base, source, options, logits=logits).install()
+        PromptPatch(model, base, source, options, logits=logits, strict=strict).install()
     except ValueError as error:
         reason = str(error).removeprefix("model: ")
         if strict:

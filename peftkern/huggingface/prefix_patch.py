@@ -66,9 +66,9 @@ class PrefixPatch(ModelPatch):
 
     def __init__(
         self, model: nn.Module, base: PreTrainedModel, source: PrefixSource, options: PrefixOptions, *, packing: bool,
-        logits: str,
+        logits: str, strict: bool,
     ) -> None:  # fmt: skip
-        super().__init__(model, base, options, packing=packing, logits=logits)
+        super().__init__(model, base, options, packing=packing, logits=logits, strict=strict)
         self.source = source
 
     def check(self, trial: Trial) -> None:
@@ -206,7 +206,7 @@ class PrefixPatch(ModelPatch):
 
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
         """Put a stock cache with the prefix in place of ours."""
-        self.notice(reason, "such calls run the stock attention, on a copy of the prefix for every sample")
+        self.fall_back(reason, "such calls run the stock attention, on a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
@@ -227,7 +227,7 @@ class PrefixPatch(ModelPatch):
         if is_tracing(position_ids) or find_packed_sequence_indices(position_ids) is None:
             return
         if self.source.is_given:
-            self.notice("position_ids", "sequences packed into one row see each other, as in PEFT")
+            self.fall_back("position_ids", "sequences packed into one row see each other, as in PEFT")
             return
         raise ValueError(
             "position_ids: expected one sequence a row, got packed ones, which would see each other; pass padded "

@@ -116,9 +116,10 @@ class PromptPatch(ModelPatch):
     """
 
     def __init__(
-        self, model: nn.Module, base: PreTrainedModel, source: PromptSource, options: PrefixOptions, *, logits: str
-    ) -> None:
-        super().__init__(model, base, options, packing=True, logits=logits)
+        self, model: nn.Module, base: PreTrainedModel, source: PromptSource, options: PrefixOptions, *, logits: str,
+        strict: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(model, base, options, packing=True, logits=logits, strict=strict)
         self.source = source
 
     def check(self, trial: Trial) -> None:
@@ -161,8 +162,8 @@ class PromptPatch(ModelPatch):
 
     def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
         """Have the prompt before every sample."""
-        self.notice(reason, self.source.concatenates)
         if prompt.given is not None:
+            self.fall_back(reason, self.source.concatenates)
             kwargs.clear()
             kwargs.update(prompt.given)
             return
@@ -173,6 +174,7 @@ class PromptPatch(ModelPatch):
             kwargs["position_ids"] = (steps - first[:, None]).clamp(min=0)
         rows = prompt.expanded().expand(tokens.shape[0], -1, -1)
         running.leave_note(self, concatenate(running.module(self, self.base), rows, kwargs))
+        self.fall_back(reason, self.source.concatenates)
 
     def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream:
         labels = kwargs.get("labels")

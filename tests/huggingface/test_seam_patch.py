@@ -381,3 +381,11 @@ def test_a_lora_below_is_tried_with_its_weights(kind):
             results.append(model(input_ids=IDS, attention_mask=RIGHT, labels=IDS).loss.detach())
         assert not found, "a LoRA is no reason for PEFT's way"
     assert_close(results[1], results[0], "loss")
+
+
+@pytest.mark.parametrize("method", ["peft prefix", "peft prompt", "native prefix", "native prompt"])
+def test_a_strict_patch_raises_in_a_call_that_cannot_be_sped_up(method):
+    model = by_hand.build(method, strict=True)
+    model(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"output_attentions.*strict=True"):
+        model(input_ids=IDS, output_attentions=True)

@@ -244,7 +244,7 @@ class PeftPrompt(PromptSource):
         bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
         reason = self.patch.packer.why_not({n: x for n, x in inputs.items() if n != "position_ids" or x is None})
         if reason is not None and not begun_by_peft:
-            self.patch.notice(reason, self.concatenates)
+            self.patch.fall_back(reason, self.concatenates)
         if begun_by_peft or bug or reason is not None:
             if task_ids is not None:
                 kwargs["task_ids"] = task_ids
