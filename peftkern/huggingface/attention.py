@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
 from .cache import REQUIRED, SITE, WITHOUT_PREFIX, KeyValue, PrefixCache
-from .masks import CompactMask, LazyMask, additive, described, mask_function
+from .masks import CompactMask, LazyMask, additive, mask_function
 
 __all__ = ["Implementation", "attention_forward", "register"]
 
@@ -81,7 +81,8 @@ def attention_forward(
     Returns:
         ([B, S, Hq, D] contiguous, None).
     """
-    attention_mask = described(attention_mask) or attention_mask
+    if isinstance(attention_mask, LazyMask) and attention_mask.edited:
+        attention_mask = attention_mask.dense()
     if peftkern_prefix is WITHOUT_PREFIX:
         peftkern_prefix = None
     elif peftkern_prefix is None and hasattr(module, REQUIRED):

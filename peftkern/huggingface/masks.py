@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-__all__ = ["CompactMask", "LazyMask", "MaskTensor", "additive", "described", "mask_function"]
+__all__ = ["CompactMask", "LazyMask", "additive", "mask_function"]
 
 
 class CompactMask(NamedTuple):
@@ -40,16 +40,75 @@ class CompactMask(NamedTuple):
 class LazyMask:
     """The arguments of a mask function, kept until a layer says in which form it needs the mask.
 
-    Registered in ``AttentionMaskInterface``. Most models hand the object from the mask's creation to the attention
-    function unread. All layers of a forward share it and the forms that it has built.
+    Most models hand the object from the mask's creation to the attention function unread. All layers of a forward
+    share it and the forms that it has built.
+
+    For model code that slices it, adds to it or asks for its shape, it acts as the dense tensor [B, 1, S, P + T] that
+    the implementation below would have made. It is no subclass of ``torch.Tensor``, which would have to hold memory
+    of that size, or lie about it to autograd and to torch.compile.
 
     Args:
         request: the keyword arguments of a mask function (:func:`transformers.masking_utils.sdpa_mask`).
+
+    Attributes:
+        edited: whether the dense tensor has been changed in place, so that nothing else describes the mask.
     """
 
     def __init__(self, **request: Any) -> None:
         self._request = request
         self._forms: dict[tuple[Any, ...], Any] = {}
+        self.edited = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation of torch on the dense tensor."""
+        changes = getattr(func, "__name__", "").endswith("_") or "out" in (kwargs or {})
+
+        def dense(x: Any) -> Any:
+            if not isinstance(x, LazyMask):
+                return x
+            x.edited |= changes
+            return x.dense()
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self.edited |= name.endswith("_")
+        return getattr(self.dense(), name)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.edited = True
+        self.dense()[index] = value
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, 1, S, P + T]."""
+        return torch.Size(self.metadata[0])
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the dense tensor."""
+        return self.metadata[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the dense tensor."""
+        return torch.device(self.metadata[2])
+
+    def dim(self) -> int:
+        """4."""
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        """[B, 1, S, P + T], or one of these."""
+        return self.shape if dim is None else self.shape[dim]
 
     @property
     def metadata(self) -> tuple[tuple[int, ...], torch.dtype, Any]:
@@ -173,67 +232,15 @@ class LazyMask:
         return None if all_real else key_mask, not all_before
 
 
-class MaskTensor(Tensor):
-    """A :class:`LazyMask` as a tensor [B, 1, S, P + T], for code that slices it, adds to it or asks for its shape.
-
-    Its own memory is one element. Every operation but a look at shape, dtype and device runs on the dense mask.
-
-    Attributes:
-        lazy: the description.
-    """
-
-    lazy: LazyMask
-
-    @classmethod
-    def of(cls, lazy: LazyMask) -> MaskTensor:
-        """A tensor without values, which makes them when they are read."""
-        shape, dtype, device = lazy.metadata
-        self = torch.empty(1, dtype=dtype, device=device).expand(shape).as_subclass(cls)
-        self.lazy = lazy
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on the dense mask, unless it asks for no values."""
-        kwargs = kwargs or {}
-        if func in _METADATA or func is Tensor.to:
-            with torch._C.DisableTorchFunctionSubclass():
-                output = func(*args, **kwargs)
-            if func is not Tensor.to or output is args[0]:
-                return output
-
-        def dense(x: Any) -> Any:
-            return x.lazy.dense() if type(x) is MaskTensor else x
-
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs))
-
-
-_METADATA = frozenset(
-    {Tensor.dim, Tensor.size, Tensor.is_floating_point}
-    | {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn",
-                                                  "is_leaf", "layout", "is_cuda", "is_meta", "is_sparse")}
-)  # fmt: skip
-
-
-def mask_function(**request: Any) -> LazyMask | MaskTensor | None:
+def mask_function(**request: Any) -> LazyMask | None:
     """The mask function that is registered in ``AttentionMaskInterface``.
 
-    It returns a tensor, or the description itself under torch.compile, which does not trace tensor subclasses with
-    attributes. A decoding step without padding has no mask, as in the stock model.
+    A decoding step without padding has no mask, as in the stock model.
     """
-    lazy = LazyMask(**request)
-    if torch.compiler.is_compiling():
-        return lazy
-    if request["q_length"] == 1 and lazy.is_skipped():
+    mask = LazyMask(**request)
+    if request["q_length"] == 1 and not torch.compiler.is_compiling() and mask.is_skipped():
         return None
-    return MaskTensor.of(lazy)
-
-
-def described(mask: Any) -> LazyMask | None:
-    """The description of what :func:`mask_function` returned; None for any other mask."""
-    if type(mask) is MaskTensor:
-        return mask.lazy
-    return mask if isinstance(mask, LazyMask) else None
+    return mask
 
 
 # A pattern is recognised by what it is, not by its effect: the very functions of masking_utils, or closures made from
@@ -271,6 +278,43 @@ def _windows_in(mask_function: Callable[..., Any]) -> list[int]:
     if code is _SLIDING:
         return [int(values["sliding_window"])]
     return [window for part in values.get("mask_functions", ()) for window in _windows_in(part)]
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    def operator(self: LazyMask, *args: Any) -> Any:
+        return getattr(self.dense(), name)(*(x.dense() if isinstance(x, LazyMask) else x for x in args))
+
+    operator.__name__ = name
+    return operator
+
+
+# Python looks these up on the type, so that __getattr__ does not see them.
+for _name in [
+    "getitem",
+    "len",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "neg",
+    "and",
+    "rand",
+    "or",
+    "ror",
+    "xor",
+    "invert",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]:
+    setattr(LazyMask, f"__{_name}__", _forwarded(f"__{_name}__"))
+LazyMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from .attention import Implementation, register
 from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .calls import running
 from .layout import HostNumbers
-from .masks import described
+from .masks import LazyMask
 from .packer import BOUNDARIES, Packer, tokens_of
 from .packing import Head, Stream
 from .positions import PositionTable, watch_tables
@@ -206,9 +206,8 @@ class ModelPatch(ABC):
             return args, kwargs
         kwargs = bound
         rename_cache(kwargs, self.base_cache_name)
-        lazy = described(kwargs.get("attention_mask"))
-        if lazy is not None:  # generate's, for a static cache
-            kwargs["attention_mask"] = lazy.contiguous()
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # generate's, for a static cache
+            kwargs["attention_mask"] = kwargs["attention_mask"].contiguous()
         running.enter(self, module)
         stream = self.open_stream(kwargs, HostNumbers())
         if stream is None:

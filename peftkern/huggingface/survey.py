@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..base_model import cache_argument
-from .masks import described
+from .masks import LazyMask
 from .probing import is_transient, some_tokens
 
 __all__ = ["Site", "find_backbone", "survey"]
@@ -106,8 +106,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
     def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
-        lazy = described(mask)
-        pattern = None if lazy is None else lazy.pattern
+        pattern = mask.pattern if isinstance(mask, LazyMask) else None
         address = key.untyped_storage().data_ptr()
         for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
