@@ -90,7 +90,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     Attributes:
         stream: how the batch of this forward is packed; None for one that is not.
         from_first: positions of a row count from its first token, which padding may precede.
-        paused: modules whose activation checkpointing is switched off during this forward.
+        pause: of activation checkpointing, during this forward.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._running: _Forward | None = None
         self._used = False
         self.from_first = False
-        self.paused: list[Any] = []
+        self.pause: Any = None
 
     @property
     def offset(self) -> int:
@@ -127,6 +127,16 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def counts_outside(self) -> bool:
         """Whether callers of the model count the prefix in masks and positions, as PEFT does."""
         return self._offset_outside
+
+    @property
+    def prefix_positions(self) -> int:
+        """Positions that the model counts for the prefix during a forward."""
+        return self._offset
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence in the cache."""
+        return int(super().get_seq_length())
 
     @property
     def taken_positions(self) -> int:
@@ -212,6 +222,48 @@ def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 
+class _StreamLayer(PrefixLayer):
+    """Keys and values of a stream's sequences, which are laid out as a batch when somebody reads them.
+
+    A forward whose caller does not continue the sequence, as in evaluation, need not copy them.
+
+    Args:
+        stream: the packed batch.
+        keys, values: [1, Hkv, N, D].
+    """
+
+    def __init__(self, stream: Stream, keys: Tensor, values: Tensor) -> None:
+        super().__init__(True)
+        self._packed: tuple[Stream, Tensor, Tensor] | None = (stream, keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def _unpack(self) -> None:
+        if self._packed is not None:
+            stream, keys, values = self._packed
+            self._packed = None
+            self.__dict__["keys"], self.__dict__["values"] = stream.padded_heads(keys), stream.padded_heads(values)
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, S, D]."""
+        self._unpack()
+        return self.__dict__["keys"]  # type: ignore[no-any-return]
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self.__dict__["keys"] = keys
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, S, D]."""
+        self._unpack()
+        return self.__dict__["values"]  # type: ignore[no-any-return]
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self.__dict__["values"] = values
+
+
 class StreamCache(PrefixCache):
     """The cache of a forward over a stream whose first rows are prompts: their keys are the prefix of the others.
 
@@ -228,6 +280,16 @@ class StreamCache(PrefixCache):
         self.stream = stream
         self.ids = stream.prefix_ids
         self.span = stream.prompt_len
+
+    @property
+    def prefix_positions(self) -> int:
+        """Positions that the model counts for the prefix during a forward."""
+        return self._offset
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence in the cache."""
+        return int(super().get_seq_length())
 
     @property
     def taken_positions(self) -> int:
@@ -261,7 +323,5 @@ class StreamCache(PrefixCache):
         cache = PrefixCache(
             banks, offset=stream.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
         )
-        for layer, pair in zip(cache.layers, pairs, strict=True):
-            if pair is not None:
-                layer.update(stream.padded_heads(pair[0]), stream.padded_heads(pair[1]))
+        cache.layers = [PrefixLayer(True) if pair is None else _StreamLayer(stream, *pair) for pair in pairs]
         return cache

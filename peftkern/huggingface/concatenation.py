@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ __all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
 
 #: Attribute of a cache that holds a concatenated prompt: its length.
 _LENGTH = "_peftkern_prompt_len"
+
+#: Outputs with an entry per token.
+_PER_TOKEN = ("logits", "hidden_states", "last_hidden_state")
 
 #: What models without a cache call the state by which a sequence goes on.
 _STATES = ("state", "cache_params", "rnn_state")
@@ -37,7 +40,6 @@ class Concatenated:
     prompt_len: int
     rows: int
     cache: Any = None
-    cut: frozenset[str] = field(default=frozenset({"logits", "hidden_states", "last_hidden_state"}))
 
     def strip(self, output: Any) -> Any:
         """The outputs of the sequence alone."""
@@ -45,7 +47,7 @@ class Concatenated:
             setattr(self.cache, _LENGTH, self.prompt_len)
         if isinstance(output, tuple):
             return tuple(self._strip(x) for x in output)
-        for name in self.cut:
+        for name in _PER_TOKEN:
             if isinstance(output, ModelOutput) and output.get(name) is not None:
                 output[name] = self._strip(output[name])
         cache = given_cache(output) if isinstance(output, ModelOutput) else None
@@ -77,7 +79,7 @@ def concatenate(
         pads_labels: labels [B, S] are those of the sequence; an encoder-decoder's are its decoder's.
     """
     tokens = tokens_of(kwargs)
-    rows, prompt_len = tokens.shape[0], prompt.shape[1]
+    prompt_len = prompt.shape[1]
     if kwargs.pop("input_ids", None) is not None:
         embedding: nn.Module = base.get_input_embeddings()
         tokens = embedding(tokens)
@@ -101,7 +103,6 @@ def concatenate(
     types = kwargs.get("token_type_ids")
     if types is not None:
         kwargs["token_type_ids"] = torch.nn.functional.pad(types, (prompt_len, 0))
-    assert rows == kwargs["inputs_embeds"].shape[0]
     return Concatenated(prompt_len, prompt_len + tokens.shape[1], given_cache(kwargs))
 
 
@@ -111,6 +112,9 @@ def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
     Masks and positions of the call are put behind the prompt then.
     """
     prompt_len = getattr(cache, _LENGTH, None)
+    if prompt_len is not None and _is_empty(cache):  # it has been reset
+        delattr(cache, _LENGTH)
+        return False
     if prompt_len is None:
         return any(kwargs.get(name) is not None for name in _STATES)
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -126,3 +130,13 @@ def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + prompt_len
     return True
+
+
+def _is_empty(cache: Any) -> bool:
+    """Whether a cache holds neither tokens nor a state."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return False
+    return not any(getattr(layer, "is_initialized", True) for layer in layers) or (
+        hasattr(cache, "is_linear") and not any(cache.is_linear) and int(cache.get_seq_length()) == 0
+    )

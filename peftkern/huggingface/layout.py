@@ -152,6 +152,20 @@ class LayoutPlan:
             keep = (steps >= self._first[:, None]) & (steps <= last)
         self._keep = keep
 
+    @property
+    def saves_rows(self) -> bool:
+        """Whether a stream has fewer rows than the batch, or keeps sequences of one row apart."""
+        rows, length = self.shape
+        if self._begins is not None:
+            return self.numbers.get("sequences") > rows
+        return self._keep is not None and self.numbers.get("kept") < rows * length
+
+    @property
+    def is_all_real(self) -> bool:
+        """Whether the mask is known to be one of ones."""
+        known = self._keep is not None and not self.saves_rows
+        return known and not self.numbers.get("hidden")
+
     def layout(self) -> Layout:
         """The layout, when ``numbers`` have been fetched."""
         rows, length = self.shape

@@ -289,30 +289,10 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 
 # Python looks these up on the type, so that __getattr__ does not see them.
-for _name in [
-    "getitem",
-    "len",
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "neg",
-    "and",
-    "rand",
-    "or",
-    "ror",
-    "xor",
-    "invert",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]:
+for _name in (
+    "getitem", "len", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "and", "rand", "or", "ror",
+    "xor", "invert", "eq", "ne", "lt", "le", "gt", "ge",
+):  # fmt: skip
     setattr(LazyMask, f"__{_name}__", _forwarded(f"__{_name}__"))
 LazyMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 

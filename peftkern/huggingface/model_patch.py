@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from ..base_model import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register
 from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .calls import running
+from .calls import running, without_checkpointing
 from .layout import HostNumbers
 from .masks import LazyMask
 from .packer import BOUNDARIES, Packer, tokens_of
@@ -161,7 +161,8 @@ class ModelPatch(ABC):
         self.wiring.add_hooks(
             base.register_forward_pre_hook(self.before_call, with_kwargs=True),
             backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+            # First, so that everybody else's hooks see the batch.
+            backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True, prepend=True),
             base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
         )
 
@@ -260,6 +261,7 @@ class ModelPatch(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: give the backbone its prefix."""
+        without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.cache_name)
         stream: Stream | None = kwargs.pop("peftkern_stream", None)
@@ -283,7 +285,7 @@ class ModelPatch(ABC):
             raise
         kwargs["peftkern_prefix"] = cache
         if not torch.is_grad_enabled():
-            cache.paused = _pause_checkpointing(self._checkpointed)
+            cache.pause = without_checkpointing.begin(self._checkpointed)
         return (), kwargs
 
     def _fill(self, module: Any, stream: Stream, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
@@ -308,8 +310,9 @@ class ModelPatch(ABC):
         cache: PrefixCache | None = kwargs.get("peftkern_prefix")
         if cache is None or cache is WITHOUT_PREFIX:
             return output
-        for checkpointed in cache.paused:
-            checkpointed.gradient_checkpointing = True
+        if cache.pause is not None:
+            without_checkpointing.end(cache.pause)
+            cache.pause = None
         # Early exit cuts num_hidden_layers for the time of a call.
         num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
         expected = [
@@ -335,25 +338,28 @@ class ModelPatch(ABC):
     def unfill(self, stream: Stream, cache: PrefixCache, output: Any) -> Any:
         """The backbone's output for the batch."""
 
-        def place(x: Any) -> Any:
-            if isinstance(x, tuple):
-                return tuple(map(place, x))
-            return stream.unpack(x) if isinstance(x, Tensor) else x
-
-        first = (lambda x: stream.unpack(x)) if stream.head is None else stream.head.select
+        first = stream.unpack if stream.head is None else stream.head.select
         if isinstance(output, tuple):  # the first is what the heads see
-            return (first(output[0]), *(self.unfill_cache(cache, x) if x is cache else place(x) for x in output[1:]))
+            others = (self.unfill_cache(cache) if x is cache else _unpack_all(stream, x) for x in output[1:])
+            return (first(output[0]), *others)
         output["last_hidden_state"] = first(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = place(output["hidden_states"])
+            output["hidden_states"] = _unpack_all(stream, output["hidden_states"])
         name = cache_name(output.keys())
         if name is not None and output[name] is cache:
-            output[name] = self.unfill_cache(cache, cache)
+            output[name] = self.unfill_cache(cache)
         return output
 
-    def unfill_cache(self, cache: PrefixCache, given: PrefixCache) -> Any:
+    def unfill_cache(self, cache: PrefixCache) -> PrefixCache | None:
         """The cache of a stream, for the batch."""
-        return given
+        return cache
+
+
+def _unpack_all(stream: Stream, x: Any) -> Any:
+    """Hidden states, or a tuple of them, for the batch."""
+    if isinstance(x, tuple):
+        return tuple(_unpack_all(stream, y) for y in x)
+    return stream.unpack(x) if isinstance(x, Tensor) else x
 
 
 def _unpack_logits(head: Head, output: Any, has_loss: bool) -> Any:
@@ -369,14 +375,6 @@ def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(item for item in output if item is not given_cache(kwargs))
     return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})
-
-
-def _pause_checkpointing(modules: list[Any]) -> list[Any]:
-    """Switch activation checkpointing off for a forward without gradients, where it would only drop the cache."""
-    paused = [module for module in modules if module.gradient_checkpointing and module.training]
-    for module in paused:
-        module.gradient_checkpointing = False
-    return paused
 
 
 def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -396,19 +394,27 @@ def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def place_behind(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
-    """Columns of the mask and positions for a prefix of which the caller does not speak."""
+def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
+    """Columns of the mask and positions for a prefix of which the caller does not speak.
+
+    Args:
+        cache: the prefix.
+        kwargs: arguments of a call of the backbone, which are changed.
+        seen: tokens of the sequence before the call; default those in ``cache``.
+    """
+    offset = cache.prefix_positions
+    seen = cache.num_tokens if seen is None else seen
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if position_ids is None and cache.from_first:
             length = tokens_of(kwargs).shape[1]
             columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
             position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
-        if cache.offset and mask.shape[1] == cache.get_seq_length() + tokens_of(kwargs).shape[1]:
+        if offset and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
             return  # the caller has counted it, as PEFT's own generate does
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], cache.offset), mask], dim=1)
+        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
     if position_ids is not None:
-        kwargs["position_ids"] = position_ids + cache.offset
+        kwargs["position_ids"] = position_ids + offset
 
 
 def check_replaceable(cache: Cache | None) -> None:

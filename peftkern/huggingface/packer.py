@@ -56,6 +56,7 @@ class Packer:
         self.sites = sites
         self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
         self._tables = tables
+        self._first_layer = _first_layer(backbone, sites)
         patterns = [site.pattern for site in sites.values()]
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
@@ -107,7 +108,7 @@ class Packer:
         head: Any = self.base.get_output_embeddings()
         if head is None or head._forward_hooks or head._forward_pre_hooks or head is not self.head:
             return False
-        if type(self.base).forward is not self.head_forward:
+        if type(self.base).forward is not self.head_forward or _has_foreign_hooks(self.backbone):
             return False
         return "forward" not in self.base.__dict__ or _innermost(self.base.forward) is self.head_forward
 
@@ -143,7 +144,7 @@ class Packer:
             return "output_attentions are requested"
         if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
             return "output_router_logits are requested, whose loss counts prompts and padding"
-        return _rows_know_their_sample(self.backbone)
+        return _rows_know_their_sample(self._first_layer)
 
     def _looks_at_labelled_rows(self) -> bool:
         """Whether the base model's forward is the fused output layer of TRL, which masks rows without a label."""
@@ -241,16 +242,36 @@ def _why_not(base: PreTrainedModel, backbone: PreTrainedModel, sites: Mapping[nn
     return reasons
 
 
-def _rows_know_their_sample(backbone: nn.Module) -> str | None:
-    """PEFT's hooks on adapter layers choose an adapter, or an offset, per sample of a batch."""
+def _first_layer(backbone: nn.Module, sites: Mapping[nn.Module, Site]) -> nn.Module:
+    """The first element of a list of layers that holds a site; the backbone if there is none."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and any(part in sites for part in module[0].modules()):
+            return module[0]
+    return backbone
+
+
+def _rows_know_their_sample(layer: nn.Module) -> str | None:
+    """PEFT's hooks on adapter layers choose an adapter, or an offset, per sample of a batch.
+
+    It puts them on all of its layers, so one layer of the model tells. Where it has none there, theirs raises on a
+    stream.
+    """
     if "peft" not in sys.modules or torch.compiler.is_compiling():
         return None
-    for module in backbone.modules():
+    for module in layer.modules():
         for hook in module._forward_pre_hooks.values():
             function = getattr(hook, "func", hook)
             if getattr(function, "__module__", "").startswith("peft."):
                 return "adapter_names (or offsets) are given per sample, so layers must see the batch"
     return None
+
+
+def _has_foreign_hooks(backbone: nn.Module) -> bool:
+    """Whether somebody else's hooks look at the backbone's output."""
+    if torch.compiler.is_compiling():
+        return False
+    homes = [getattr(hook, "__module__", "") or "" for hook in backbone._forward_hooks.values()]
+    return any(not home.startswith(("peftkern.", "torch.")) for home in homes)
 
 
 def _innermost(function: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..base_model import given_cache
 from .cache import KeyValue, PrefixCache, PrefixOptions
+from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
 from .packer import tokens_of
@@ -124,7 +125,7 @@ class PrefixPatch(ModelPatch):
     def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
         """Raise where reentrant checkpointing fails, or loses gradients without a word."""
         keys = [kv[0] for kv in prefix if kv is not None]
-        if any(_saves_tensors(key) for key in keys[:1]):
+        if keys and _saves_tensors(keys[0]):
             reason = "the prefix is computed (projection, MLP), and backward would run through it once per layer"
         elif len(self.sites) > len({site.layer for site in self.sites.values()}):
             reason = "layers share keys, whose gradients it loses"
@@ -159,12 +160,12 @@ class PrefixPatch(ModelPatch):
             return None
         plan = self.packer.plan(sequence, numbers, count_labels=selects)
         numbers.fetch()
-        layout = plan.layout()
-        if not (layout.leaves_out or layout.packed_rows or selects):
-            if mask is not None and numbers.get("kept") == mask.numel() and not numbers.get("hidden"):
-                kwargs["attention_mask"] = None  # all of it is real, which need not be found out again
+        if not selects and not plan.saves_rows:
+            if plan.is_all_real:
+                kwargs["attention_mask"] = None  # which need not be found out again
+            running.leave_note(self, _ROWS_APART)
             return None
-        stream = Stream(layout)
+        stream = Stream(plan.layout())
         if self.packer.head_is_packed():
             self.pack_head(stream, kwargs, numbers)
         return stream
@@ -177,7 +178,9 @@ class PrefixPatch(ModelPatch):
             cache = sequence
         elif self.source.is_given or hasattr(sequence, _STOCK):
             if hasattr(sequence, _STOCK) and not self.source.is_given:
-                place_behind(getattr(sequence, _STOCK), kwargs)
+                assert sequence is not None
+                prefix: PrefixCache = getattr(sequence, _STOCK)
+                place_behind(prefix, kwargs, sequence.get_seq_length() - prefix.prefix_positions)
             return None
         else:
             check_replaceable(sequence)
@@ -216,7 +219,6 @@ class PrefixPatch(ModelPatch):
             stock = EncoderDecoderCache(stock, given.cross_attention_cache)
         kwargs[self.cache_name] = stock
         if not cache.counts_outside:
-            cache.begin()
             place_behind(cache, kwargs)
 
     def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
@@ -224,7 +226,9 @@ class PrefixPatch(ModelPatch):
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return
-        if is_tracing(position_ids) or find_packed_sequence_indices(position_ids) is None:
+        if is_tracing(position_ids) or running.note(self) is _ROWS_APART:
+            return
+        if find_packed_sequence_indices(position_ids) is None:
             return
         if self.source.is_given:
             self.fall_back("position_ids", "sequences packed into one row see each other, as in PEFT")
@@ -234,6 +238,9 @@ class PrefixPatch(ModelPatch):
             "sequences with an attention_mask"
         )
 
+
+#: Note on a call whose rows are known to hold one sequence each.
+_ROWS_APART = "one sequence a row"
 
 #: Attribute of a stock cache that holds a prefix: the cache in whose place it stands.
 _STOCK = "_peftkern_prefix_cache"

@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_tracing
 from .cache import PrefixCache, PrefixOptions, StreamCache
 from .calls import running
 from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
-from .layout import IGNORED, HostNumbers
+from .layout import IGNORED, HostNumbers, indices_of
 from .model_patch import ModelPatch, check_replaceable, self_attention_cache
 from .packer import tokens_of
 from .packing import Stream
@@ -55,7 +55,7 @@ class Prompt:
     def ask(self, numbers: HostNumbers) -> None:
         """Ask which prompts the batch uses."""
         if self.ids is not None and not is_tracing(self.ids):
-            numbers.ask("prompt ids", self.ids)
+            numbers.ask("prompts", first_of_each(self.ids.sort().values).sum())
 
     def used(self, numbers: HostNumbers) -> tuple[Tensor, Tensor | None]:
         """([A, P, E] of the prompts in use, [B] which of them each sample has)."""
@@ -64,19 +64,37 @@ class Prompt:
         if is_tracing(self.ids):  # all as they come
             rows = self.rows if self.per_sample else self.rows[self.ids]
             return rows, torch.arange(self.ids.shape[0], device=self.ids.device)
-        return used_prompts(self.rows, numbers.all("prompt ids"), self.per_sample)
+        return used_prompts(self.rows, self.ids, numbers.get("prompts"), self.per_sample)
 
     def expanded(self) -> Tensor:
         """[B or 1, P, E], the prompt of each sample."""
         return self.rows if self.ids is None or self.per_sample else self.rows[self.ids]
 
 
-def used_prompts(rows: Tensor, ids: list[int], per_sample: bool) -> tuple[Tensor, Tensor]:
-    """([A, P, E] of the different prompts among ``ids``, [B] which of them each sample has)."""
-    order = sorted(set(ids))
-    pick = [ids.index(i) for i in order] if per_sample else order
-    which = torch.tensor([order.index(i) for i in ids], dtype=torch.long, device=rows.device)
-    return rows[torch.tensor(pick, dtype=torch.long, device=rows.device)], which
+def first_of_each(ids: Tensor) -> Tensor:
+    """Sorted integers [B] -> bool [B], whether each is the first of its value."""
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = ids.diff() != 0
+    return first
+
+
+def used_prompts(rows: Tensor, ids: Tensor, count: int, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The different prompts among ``ids``, on the device.
+
+    Args:
+        rows: [A, P, E]; with ``per_sample``, [B, P, E].
+        ids: [B].
+        count: how many different ones there are.
+        per_sample: whether ``rows`` are those of the samples.
+
+    Returns:
+        ([count, P, E] in the order of their ids, [B] which of them each sample has)
+    """
+    ids = ids.to(rows.device)
+    order = ids.sort()
+    firsts = indices_of(first_of_each(order.values), count)
+    used = order.values[firsts]
+    return rows[order.indices[firsts] if per_sample else used], torch.searchsorted(used, ids)
 
 
 class PromptSource(ABC):
@@ -181,7 +199,7 @@ class PromptPatch(ModelPatch):
         uses_cache = kwargs.get("use_cache")
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
         stores = bool(uses_cache) and not self.is_training_step
-        # A cache keeps the padding, so that windows count it when the sequence goes on; they had better begin so.
+        # A cache keeps the padding, which windows count when the sequence goes on, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
         plan = self.packer.plan(
             kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
@@ -232,7 +250,7 @@ class PromptPatch(ModelPatch):
             )
         return None
 
-    def unfill_cache(self, cache: PrefixCache, given: PrefixCache) -> Any:
+    def unfill_cache(self, cache: PrefixCache) -> PrefixCache | None:
         """The cache of a stream, for the batch."""
         if not isinstance(cache, StreamCache) or not cache.stores:
             return None

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .cache import PrefixCache
 from .wiring import Wiring
 
 __all__ = ["SpanningBias"]
 
 
 class _Calls(threading.local):
-    """Prefix tokens of the attention calls that run in this thread, innermost last."""
+    """The attention modules that run in this thread, with their prefix tokens, innermost last."""
 
-    spans: tuple[int, ...] = ()
+    spans: tuple[tuple[Any, int], ...] = ()
 
 
 # Of the process and not of a module, so that models can be copied while they run.
@@ -44,7 +45,7 @@ class SpanningBias:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: note how many prefix tokens this call has."""
         cache = kwargs.get("peftkern_prefix")
-        _calls.spans = (*_calls.spans, 0 if cache is None else cache.span)
+        _calls.spans = (*_calls.spans, (module, cache.span if isinstance(cache, PrefixCache) else 0))
 
     def finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hook: the call has ended, or raised."""
@@ -54,11 +55,11 @@ class SpanningBias:
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0
     ) -> Tensor:
         """In place of the module's, for the same arguments."""
-        span = _calls.spans[-1] if _calls.spans else 0
+        module, span = _calls.spans[-1] if _calls.spans else (self.module, 0)
         if span:
             key_length += span
             past_seen_tokens = key_length - query_length
         original = type(self.module).compute_bias
         return original(  # type: ignore[no-any-return]
-            self.module, query_length, key_length, device=device, past_seen_tokens=past_seen_tokens
+            module, query_length, key_length, device=device, past_seen_tokens=past_seen_tokens
         )

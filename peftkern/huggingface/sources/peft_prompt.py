@@ -68,9 +68,13 @@ class PromptedEmbeddings(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Whatever is computed with it is a plain tensor."""
+        """A cast is one of all that it is made of. Whatever else is computed with it is a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             output = func(*args, **(kwargs or {}))
+            if func is Tensor.to and type(args[0]) is cls:
+                output = output.as_subclass(cls)
+                output.prompt, output.tokens = args[0].prompt, func(args[0].tokens, *args[1:], **(kwargs or {}))
+                return output
         return plain(output) if type(output) is cls else output
 
 
@@ -107,6 +111,7 @@ class PeftPrompt(PromptSource):
     def __init__(self, model: Any, *, peft_bugs: bool) -> None:
         self.model = model
         self.peft_bugs = peft_bugs
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self._get_prompt = model.get_prompt
         #: While torch.compile traces, which sees no attributes of tensors: the prompt between PEFT's two calls.
         self.traced: Prompt | None = None
@@ -145,7 +150,7 @@ class PeftPrompt(PromptSource):
         """Hook on the ``PeftModel``: hand on what PEFT drops."""
         if is_disabled(module):
             return None
-        bound = bind(module, tuple(inspect.signature(type(module).forward).parameters)[1:], args, kwargs)
+        bound = bind(module, self.names, args, kwargs)
         if bound is None:
             return None
         kwargs = bound
@@ -216,9 +221,10 @@ class PeftPrompt(PromptSource):
         embeddings = kwargs.get("inputs_embeds")
         if isinstance(embeddings, PromptedEmbeddings):
             return embeddings.prompt, embeddings.tokens
-        if torch.compiler.is_compiling() and self.traced is not None and embeddings is not None:
+        if self.traced is not None:
             prompt, self.traced = self.traced, None
-            return prompt, embeddings[:, prompt.rows.shape[1] :]
+            if torch.compiler.is_compiling() and embeddings is not None:
+                return prompt, embeddings[:, prompt.rows.shape[1] :]
         return None, embeddings  # type: ignore[return-value]
 
     def _take_out(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
