@@ -75,8 +75,8 @@ def attention_forward(
         attention_mask: as made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or
             additive.
         peftkern_prefix: the cache that a patched model's forward hook put into the keyword arguments.
-        kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and what else
-            the model hands down.
+        kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and anything
+            else that the model passes.
 
     Returns:
         ([B, S, Hq, D] contiguous, None).
@@ -97,7 +97,7 @@ def attention_forward(
         if not hasattr(module, SITE):
             kind = type(module).__name__
             raise ValueError(f"model: expected modules that take a prefix, as its batch is packed, got a {kind}")
-        prefix = key[0, :, :0], value[0, :, :0]  # a layer left out still keeps sequences apart
+        prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must still keep the sequences apart
     if peftkern_prefix is None or prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None

@@ -71,7 +71,7 @@ class LayoutPlan:
         keep_padding: keep all rows. While tracing all rows are kept, since T may not depend on values.
         keep_gaps: keep what lies between kept rows, since sliding windows count it.
         from_first: a sequence begins at its first token instead of at column 0.
-        count_mask: positions count the tokens of the mask, and padding is at -1 whatever precedes it (OPT).
+        count_mask: positions count the tokens of the mask, and padding has position -1, wherever it stands (OPT).
         pool_last: padding shows the last token of its row, for heads that pool the last column.
         labels: [B, S], of which the layout counts those that a row predicts.
 

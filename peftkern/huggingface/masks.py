@@ -227,7 +227,7 @@ class LazyMask:
         key_mask: Tensor = padding[:, begin : self._end].expand(request["batch_size"], -1)
         if is_tracing(key_mask):
             return key_mask, False
-        # One synchronisation a forward, as the stock mask functions have it, buys every layer the faster kernel.
+        # One synchronisation a forward, as the stock mask functions have it, lets every layer use the faster kernel.
         all_real, all_before = torch.stack([key_mask.all(), padding[:, :begin].all()]).tolist()
         return None if all_real else key_mask, not all_before
 

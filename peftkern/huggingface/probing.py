@@ -57,7 +57,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
-    """[count] ids that are no special tokens, different ones as far as the vocabulary goes."""
+    """[count] ids that are no special tokens, repeated if the vocabulary is too small."""
     weight: Tensor = backbone.get_input_embeddings().weight
     config = backbone.config.get_text_config()
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")

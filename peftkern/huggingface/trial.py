@@ -219,9 +219,9 @@ def _difference(got: Tensor, want: Tensor) -> float:
 
 
 def _compare(what: str, got: Tensor, want: Tensor, noise: float) -> str | None:
-    """What to say of a difference that is no rounding; None for one that is.
+    """A sentence on a difference that rounding does not explain; None for one that it does.
 
-    Rounding is at most a few units of the dtype per layer and, where it has been measured, at most four times that.
+    Rounding that has been measured may be four times as large elsewhere.
     """
     difference = _difference(got, want)
     least, most = _ROUNDING.get(
@@ -232,7 +232,7 @@ def _compare(what: str, got: Tensor, want: Tensor, noise: float) -> str | None:
     return f"{what} differs from the stock model: its hidden states are off by {difference:.1e} of their norm"
 
 
-#: Per dtype, rounding of hidden states that says nothing, and rounding that is not believed.
+#: Per dtype, the difference that is always accepted, and the largest that is ever accepted.
 _ROUNDING = {torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 2e-2)}
 
 

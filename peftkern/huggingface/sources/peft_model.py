@@ -39,8 +39,8 @@ def is_disabled(model: Any) -> bool:
 class PeftMethod:
     """Stands in for a method of a ``PeftModel`` instance.
 
-    ``disable_adapter()`` puts back at its end what it found at its start. If the model has been unpatched in between,
-    that is this object, which then is the method for which it stood in.
+    ``disable_adapter()`` puts back at its end what it found at its start. If the model was unpatched in between, this
+    object is put back. It then calls PEFT's method.
 
     Args:
         model: a ``PeftModel``.
@@ -107,8 +107,8 @@ class PeftCalls:
 class GenerationInputs:
     """The base model's ``prepare_inputs_for_generation``, with the cache under the name by which PEFT looks for it.
 
-    PEFT knows ``past_key_values`` alone. Where models say ``cache``, it takes every step of ``generate`` for the
-    first, and hands over a second cache, or the prompt once more.
+    PEFT knows ``past_key_values`` only. Where a model calls its cache ``cache``, PEFT takes every step of
+    ``generate`` for the first, and passes a second cache or the prompt again.
 
     Args:
         model: a ``PeftModel``, of any task.
@@ -145,7 +145,7 @@ class PeftWay:
         model: a ``PeftModel``.
         way: what PEFT does.
         reason: why nothing faster can be done.
-        keeps_bugs: leave labels of TOKEN_CLS as they are, on which PEFT raises.
+        keeps_bugs: do not pad TOKEN_CLS labels; PEFT then raises.
     """
 
     def __init__(self, model: Any, way: str, reason: str, *, keeps_bugs: bool = False) -> None:

@@ -3,8 +3,8 @@
 
 PEFT's own forward runs: it asks ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings,
 and calls the base model. What ``get_prompt`` returns here is that tensor, one prompt expanded over the batch, and
-remembers what it is made of. So does the concatenation, by which the hook on the base model recognises the prompt. In
-a call that reaches the model without that hook, both are the tensors that PEFT would have made.
+remembers what it is made of. So does the concatenation, by which the hook on the base model recognises the prompt. If
+a call bypasses that hook, both are PEFT's tensors.
 """
 
 from __future__ import annotations
