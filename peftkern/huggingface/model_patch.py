@@ -134,13 +134,14 @@ class ModelPatch(ABC):
             with quiet(self.backbone):
                 self.wiring.set_implementation(self._configs())
                 with watch_tables(self.backbone) as self._tables:
-                    self.sites = survey(self.backbone, {module: name for name, module in self.model.named_modules()})
+                    names = {module: name for name, module in self.model.named_modules()}
+                    self.sites, samples = survey(self.backbone, names)
                 for module, site in self.sites.items():
                     self.wiring.set_attribute(module, SITE, site)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
                 self.packer = Packer(self.base, self.backbone, self.sites, self._tables)
-                self.check(Trial(self.backbone, self.sites, self.options))
+                self.check(Trial(self.backbone, self.sites, samples, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_sees_batch()]
@@ -264,6 +265,8 @@ class ModelPatch(ABC):
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.cache_name)
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made above, for mask functions that expect a tensor
+            kwargs["attention_mask"] = kwargs["attention_mask"].dense()
         stream: Stream | None = kwargs.pop("peftkern_stream", None)
         cache = self.find_cache(kwargs, stream)
         if cache is None:

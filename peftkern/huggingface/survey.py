@@ -7,7 +7,7 @@ returned. Cross attention and encoders do not, layers that share the keys of ano
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..base_model import cache_argument
+from ..base_model import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 
@@ -32,7 +32,6 @@ class Site:
         num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
         pattern: (causal, window) of its mask, or None for any other mask.
         counts_rows: whether the model counts positions by the cache while its layers run.
-        scale: root mean squares of the keys and values of the survey's tokens.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Site:
     head_dim: int
     pattern: tuple[bool, int | None] | None = None
     counts_rows: bool = False
-    scale: tuple[float, float] = field(default=(1.0, 1.0), compare=False)
 
 
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,22 +112,23 @@ class _Survey(DynamicCache):  # type: ignore[misc]
                 if values.shape != key.shape:
                     shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
                     raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
-                site = replace(site, scale=(_rms(returned), _rms(values)))
                 if self.sites.setdefault(module, site) != site:
                     raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.float().square().mean().sqrt()) or 1.0
-
-
-def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Module, Site]:
+def survey(
+    backbone: PreTrainedModel, names: dict[nn.Module, str]
+) -> tuple[dict[nn.Module, Site], dict[int, KeyValue]]:
     """The attention modules of ``backbone`` that take a prefix.
 
     Its implementation must be peftkern's already, and it must be in eval mode (:func:`.trial.quiet`).
 
     Args:
+        backbone: the model that runs the layers.
         names: path of each module, for messages.
+
+    Returns:
+        (the modules, per layer of the cache the keys and values [1, Hkv, 2, D] of two equal tokens)
 
     Raises:
         ValueError: if the model cannot be run, or keys of its cache go to an attention that is not dispatched.
@@ -151,4 +150,5 @@ def survey(backbone: PreTrainedModel, names: dict[nn.Module, str]) -> dict[nn.Mo
             f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that the cache gives: "
             "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
-    return {module: replace(site, counts_rows=record.counts_rows) for module, site in record.sites.items()}
+    sites = {module: replace(site, counts_rows=record.counts_rows) for module, site in record.sites.items()}
+    return sites, {layer: (keys, values) for layer, keys, values in record.returned}

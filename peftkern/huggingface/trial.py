@@ -43,16 +43,23 @@ class Trial:
     Args:
         backbone: in eval mode, without gradients (:func:`.probing.quiet`).
         sites: its attention modules that take a prefix.
+        samples: per layer of the cache, keys and values [1, Hkv, 2, D] of two tokens.
         options: for the attention function.
     """
 
-    def __init__(self, backbone: PreTrainedModel, sites: dict[nn.Module, Site], options: PrefixOptions) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        sites: dict[nn.Module, Site],
+        samples: dict[int, KeyValue],
+        options: PrefixOptions,
+    ) -> None:
         self.backbone = backbone
         self.sites = sites
         self.options = replace(options, in_window=True, backend=_BACKEND)
         self.kind = type(backbone).__name__
         self.cache_name = cache_argument(backbone)
-        self.prefix = _random_prefix(backbone, sites)
+        self.prefix = _some_prefix(backbone, samples)
         self.ids = some_tokens(backbone, 2 * 4).view(2, 4)
         self.mask = torch.ones_like(self.ids)
         self.mask[0, :2] = 0
@@ -190,22 +197,22 @@ def try_head(packer: Packer) -> bool:
         return False
 
 
-def _random_prefix(backbone: PreTrainedModel, sites: dict[nn.Module, Site]) -> list[KeyValue | None]:
-    """Keys and values of _PREFIX_LEN tokens per layer, as large as those of the survey."""
+def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> list[KeyValue | None]:
+    """Keys and values of _PREFIX_LEN tokens per layer: those of the samples, a little of each changed at random.
+
+    A prefix unlike what the model has seen would make rounding look large.
+    """
     generator = torch.Generator().manual_seed(0)
-    config = backbone.config.get_text_config(decoder=True)
-    layers: dict[int, KeyValue] = {}
-    for module, site in sites.items():
-        if site.layer not in layers:
-            parameter = next(module.parameters(), None)
-            device = backbone.device if parameter is None or parameter.device.type == "meta" else parameter.device
-            shape = (2, site.num_kv_heads, _PREFIX_LEN, site.head_dim)
-            pair = torch.randn(shape, generator=generator) * torch.tensor(site.scale).view(2, 1, 1, 1)
-            layers[site.layer] = tuple(pair.to(device, backbone.dtype).unbind())  # type: ignore[assignment]
+
+    def vary(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape[1], _PREFIX_LEN, x.shape[3], generator=generator).to(x.device, x.dtype)
+        return x[0, :, [0, 1, 1]] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
+
+    layers = {layer: (vary(key), vary(value)) for layer, (key, value) in samples.items()}
     # PEFT has a prefix for every layer of the model, whether it attends to the sequence or not.
-    some = next(iter(layers.values()))
+    config = backbone.config.get_text_config(decoder=True)
     num_layers = max(1 + max(layers), getattr(config, "num_hidden_layers", None) or 0)
-    return [layers.get(layer, some) for layer in range(num_layers)]
+    return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
