@@ -95,17 +95,18 @@ def test_an_interrupted_comparison_keeps_its_rows(script, monkeypatch, tmp_path,
 
 
 @pytest.mark.slow
-def test_against_the_commit_of_the_checkout(script, tmp_path, capsys):
+def test_against_the_commit_of_the_checkout(script, monkeypatch, tmp_path, capsys):
     module = script("against")
     if (
         not (module.ROOT / ".git").exists()
         or module.git(module.ROOT, "diff", "--quiet", "HEAD", "--", "csrc").returncode
     ):
         pytest.skip("needs a checkout whose csrc is that of its commit")
-    before = module.git(module.ROOT, "worktree", "list").stdout
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     path = tmp_path / "rows.csv"
     module.main(["HEAD", "--quick", "--only", "3", "--threads", "1", "--output", str(path)])
-    assert module.git(module.ROOT, "worktree", "list").stdout == before
+    assert str(tmp_path) not in module.git(module.ROOT, "worktree", "list").stdout, "git still knows the worktree"
+    assert list(tmp_path.iterdir()) == [path], "temporary files are left"
     rows = pd.read_csv(path)
     assert set(rows) >= STAMP
     assert (rows[["seconds_before", "seconds_after", "ratio"]] > 0).all(axis=None)
