@@ -8,7 +8,6 @@ an error for want of memory or of a device is raised.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,9 @@ __all__ = ["Trial", "try_head"]
 
 #: ``layout_of(tokens, mask, from_first)`` is how a batch is packed.
 LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
+
+#: [B, S, ...] each.
+Outputs = list[Tensor]
 
 _PREFIX_LEN = 3
 #: No kernel is compiled for these sizes: the trial is about what surrounds attention.
@@ -60,46 +62,45 @@ class Trial:
         self.kind = type(backbone).__name__
         self.cache_name = cache_argument(backbone)
         self.prefix = _some_prefix(backbone, samples)
-        self.ids = some_tokens(backbone, 2 * 4).view(2, 4)
+        self.ids = some_tokens(backbone, 3 * 4).view(3, 4)
         self.mask = torch.ones_like(self.ids)
-        self.mask[0, :2] = 0
-        self.mask[1, -1:] = 0
-        #: How far the stock model and peftkern round apart.
-        self.noise = 0.0
-        self._padded: Tensor | None = None
+        self.mask[1, :2] = 0
+        self.mask[2, -1:] = 0
+        self._stock: Outputs = []
+        #: Per output and row, how far one rounding of the prefix moves the stock model.
+        self._rounding: list[list[float]] = []
 
     def try_prefix(self) -> str | None:
-        """How a prefix that attention reads differs from one in the stock cache; None if it does not.
-
-        Where padding and a decoding step differ by much more than the plain batch does, it is not rounding.
-        """
+        """How a prefix that attention reads differs from one in the stock cache; None if it does not."""
         return self._guarded(self._try_prefix, "with a prefix")
 
     def _try_prefix(self) -> str | None:
-        ids, mask, real = self.ids, self.mask, self.mask.bool()
-        want, got = (self._run(cache, ids[:1], None) for cache in (self._stock(1), self._cache(stores=False)))
-        self.noise = _difference(got, want)
-        if (reason := _compare(f"{self.kind} with prefix keys in its cache", got, want, math.inf)) is not None:
-            return reason
-        stock, cache = self._stock(ids.shape[0]), self._cache()
-        self._padded, got = self._run(stock, ids, mask), self._run(cache, ids, mask)
-        what = f"{self.kind} with prefix keys in its cache and padding"
-        if (reason := _compare(what, got[real], self._padded[real], self.noise)) is not None:
+        ids, mask = self.ids, self.mask
+        stock, cache = self._cache().as_stock(ids.shape[0], self.backbone.dtype), self._cache()
+        self._stock = self._run(stock, ids, mask)
+        moved = self._cache(prefix=[kv and (_round_otherwise(kv[0]), _round_otherwise(kv[1])) for kv in self.prefix])
+        moved_stock = moved.as_stock(ids.shape[0], self.backbone.dtype)
+        self._rounding = _rounding(self._run(moved_stock, ids, mask), self._stock, mask)
+        what = f"{self.kind} with prefix keys in its cache"
+        got = self._run(self._cache(stores=False), ids[:1], None)
+        reason = _compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
+        if reason is None:
+            reason = _compare(f"{what} and padding", self._run(cache, ids, mask), self._stock, mask, self._rounding)
+        if reason is not None:
             return reason
         longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
         want, got = self._run(stock, ids[:, :1], longer), self._run(cache, ids[:, :1], longer)
-        return _compare(f"{self.kind} with prefix keys in its cache, decoding", got, want, self.noise)
+        worst = [[4 * max(rows)] * len(rows) for rows in self._rounding]  # of another token
+        return _compare(f"{what}, decoding", got, want, None, worst)
 
     def try_stream(self, layout_of: LayoutOf) -> str | None:
         """How a stream behind the prefix differs from the padded batch; None if it does not."""
 
         def run() -> str | None:
-            real = self.mask.bool()
-            stream, cache = Stream(layout_of(self.ids, self.mask, False)), self._cache()
+            stream = Stream(layout_of(self.ids, self.mask, False))
             tokens = self.backbone.get_input_embeddings()(self.ids)
-            got = stream.unpack(self._run_stream(cache, stream, tokens))
-            assert self._padded is not None
-            return _compare(f"{self.kind} on a stream of rows", got[real], self._padded[real], self.noise)
+            got = self._run_stream(self._cache(), stream, tokens)
+            return _compare(f"{self.kind} on a stream of rows", got, self._stock, self.mask, self._rounding)
 
         return self._guarded(run, "on a stream of rows")
 
@@ -111,14 +112,18 @@ class Trial:
             prompt, tokens = self.backbone.get_input_embeddings()(ids).split([_PREFIX_LEN, self.ids.numel()])
             tokens = tokens.view(samples, length, -1)
             mask = self.mask.clone()
-            mask[0] = 1  # padding between prompt and text would move the text
+            mask[1] = 1  # padding between prompt and text would move the text
             padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
-            want = self.backbone(inputs_embeds=batch, attention_mask=padded, use_cache=False)[0]
+            want, moved = (
+                self._recorded(inputs_embeds=x, attention_mask=padded, use_cache=False)
+                for x in (batch, _round_otherwise(batch))
+            )
             stream = Stream(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             cache = StreamCache(len(self.prefix), stream, stores=False, options=self.options)
-            got, real = stream.unpack(self._run_stream(cache, stream, tokens)), padded.bool()
-            return _compare(f"{self.kind} on a stream of rows behind a prompt", got[real], want[real], self.noise)
+            got = self._run_stream(cache, stream, tokens)
+            what = f"{self.kind} on a stream of rows behind a prompt"
+            return _compare(what, got, want, padded, _rounding(moved, want, padded))
 
         return self._guarded(run, "on a stream of rows behind a prompt")
 
@@ -130,32 +135,49 @@ class Trial:
                 raise
             return f"{self.kind} could not be run {what}: {_first_line(error)}"
 
-    def _cache(self, stores: bool = True) -> PrefixCache:
-        return PrefixCache(self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options)
+    def _cache(self, stores: bool = True, prefix: list[KeyValue | None] | None = None) -> PrefixCache:
+        return PrefixCache(
+            prefix or self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options
+        )
 
-    def _stock(self, batch: int) -> Any:
-        return self._cache().as_stock(batch, self.backbone.dtype)
-
-    def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Outputs:
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], _PREFIX_LEN), mask], 1)
         arguments = {"input_ids": tokens, "attention_mask": mask, self.cache_name: cache, "use_cache": True}
         if not isinstance(cache, PrefixCache):
-            return self.backbone(**arguments)[0]  # type: ignore[no-any-return]
+            return self._recorded(**arguments)
         cache.begin()
-        output = self.backbone(**arguments, peftkern_prefix=cache)
+        outputs = self._recorded(**arguments, peftkern_prefix=cache)
         missing = cache.finish([site.name for site in self.sites.values()])
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
-        return output[0]  # type: ignore[no-any-return]
+        return outputs
 
-    def _run_stream(self, cache: PrefixCache, stream: Stream, tokens: Tensor) -> Tensor:
+    def _run_stream(self, cache: PrefixCache, stream: Stream, tokens: Tensor) -> Outputs:
         cache.stream = stream
         rows = stream.embeddings(stream.layout.pack(tokens))
-        return self.backbone(  # type: ignore[no-any-return]
+        outputs = self._recorded(
             inputs_embeds=rows, position_ids=stream.positions(cache.offset), attention_mask=None, use_cache=False,
             peftkern_prefix=cache, **{self.cache_name: cache},
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        return [stream.unpack(x) for x in outputs]
+
+    def _recorded(self, **arguments: Any) -> Outputs:
+        """Outputs of the attention modules, in the order of their calls, and the last hidden states."""
+        outputs: Outputs = []
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and first.dim() == 3:
+                outputs.append(first)
+
+        handles = [module.register_forward_hook(record) for module in self.sites]
+        try:
+            last = self.backbone(**arguments)[0]
+            return [*outputs, last]
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def try_head(packer: Packer) -> bool:
@@ -178,6 +200,9 @@ def try_head(packer: Packer) -> bool:
         output["last_hidden_state"] = hidden
         return output
 
+    def agree(got: Tensor, want: Tensor) -> bool:
+        return got.shape == want.shape and _difference(got, want) <= 8 * _least(want.dtype)
+
     forward = type(base).forward
     try:
         want = forward(base, input_ids=ids, labels=ids, use_cache=False)
@@ -187,10 +212,7 @@ def try_head(packer: Packer) -> bool:
         finally:
             handle.remove()
         wanted = want["logits"].flatten(0, 1)[rows]
-        kind = type(base).__name__
-        if _compare(kind, got["logits"][0, :-1], wanted, math.inf) is not None:
-            return False
-        return _compare(kind, got["loss"][None], want["loss"][None], math.inf) is None
+        return agree(got["logits"][0, :-1], wanted) and agree(got["loss"][None], want["loss"][None])
     except Exception as error:
         if is_transient(error):
             raise
@@ -215,32 +237,57 @@ def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> lis
     return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]
 
 
+def _rounding(moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
+    """Per output and row, how far the stock model moves by one rounding of what it is given."""
+    return [
+        [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
+        for a, b in zip(moved, outputs, strict=True)
+    ]
+
+
+def _compare(what: str, got: Outputs, want: Outputs, mask: Tensor | None, rounding: list[list[float]]) -> str | None:
+    """A sentence on a difference that rounding does not explain; None if there is none.
+
+    The output of every attention module is compared, and the last hidden states, each relative to its own norm.
+    Rounding grows from layer to layer, and what a patch does wrong shows in the first.
+
+    Args:
+        what: for the sentence.
+        got, want: of the patched and the stock model.
+        mask: 0 for places that are not compared.
+        rounding: per output and row, how far one rounding moves the stock model; eight times that is allowed.
+    """
+    for index, (x, y) in enumerate(zip(got, want, strict=True)):
+        if x.shape != y.shape:
+            return f"{what} gives {list(x.shape)}, and the stock model {list(y.shape)}"
+        for row in range(x.shape[0]):
+            real = slice(None) if mask is None else mask[row].bool()
+            difference = _difference(x[row][real], y[row][real])
+            if difference > max(_least(y.dtype), 8 * rounding[index][row]):
+                where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
+                return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
+    return None
+
+
+def _round_otherwise(x: Tensor) -> Tensor:
+    """Each element one rounding further from zero, or nearer."""
+    signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
+    return x * (1 + signs * torch.finfo(x.dtype).eps)
+
+
 def _difference(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want|, in the Euclidean norm."""
-    if got.shape != want.shape:
-        return math.inf
     got, want = got.float(), want.float().to(got.device)
     if bool(want.isnan().any()) and torch.equal(want.isnan(), got.isnan()):
         got, want = got.nan_to_num(), want.nan_to_num()
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def _compare(what: str, got: Tensor, want: Tensor, noise: float) -> str | None:
-    """A sentence on a difference that rounding does not explain; None for one that it does.
-
-    Rounding that has been measured may be four times as large elsewhere.
-    """
-    difference = _difference(got, want)
-    least, most = _ROUNDING.get(
-        want.dtype, (2e-5, 2e-3 if torch.get_float32_matmul_precision() != "highest" else 1e-4)
-    )
-    if difference <= min(most, max(least, 4 * noise)):
-        return None
-    return f"{what} differs from the stock model: its hidden states are off by {difference:.1e} of their norm"
-
-
-#: Per dtype, the difference that is always accepted, and the largest that is ever accepted.
-_ROUNDING = {torch.bfloat16: (1e-2, 5e-2), torch.float16: (2e-3, 2e-2)}
+def _least(dtype: torch.dtype) -> float:
+    """The difference that is always taken for rounding."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return 4 * torch.finfo(dtype).eps
+    return 2e-3 if torch.get_float32_matmul_precision() != "highest" else 2e-5
 
 
 def _first_line(error: Exception) -> str:
