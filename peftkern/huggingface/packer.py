@@ -88,7 +88,7 @@ class Packer:
             reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
-        elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self):
+        elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self, trial):
             self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
 
     def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:

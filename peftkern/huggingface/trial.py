@@ -34,7 +34,7 @@ LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
 #: [B, S, ...] each.
 Outputs = list[Tensor]
 
-_PREFIX_LEN = 3
+_PREFIX_LEN = 2
 #: No kernel is compiled for these sizes: the trial is about what surrounds attention.
 _BACKEND = "reference"
 
@@ -45,7 +45,7 @@ class Trial:
     Args:
         backbone: in eval mode, without gradients (:func:`.probing.quiet`).
         sites: its attention modules that take a prefix.
-        samples: per layer of the cache, keys and values [1, Hkv, 2, D] of two tokens.
+        samples: per layer of the cache, keys and values [1, Hkv, _PREFIX_LEN, D] of that many tokens.
         options: for the attention function.
     """
 
@@ -62,10 +62,12 @@ class Trial:
         self.kind = type(backbone).__name__
         self.cache_name = cache_argument(backbone)
         self.prefix = _some_prefix(backbone, samples)
-        self.ids = some_tokens(backbone, 3 * 4).view(3, 4)
+        self.ids = some_tokens(backbone, 3 * 3).view(3, 3)
         self.mask = torch.ones_like(self.ids)
-        self.mask[1, :2] = 0
-        self.mask[2, -1:] = 0
+        self.mask[1, 0] = 0
+        self.mask[2, -1] = 0
+        #: Of the backbone, as it was run last.
+        self.output: Any = None
         self._stock: Outputs = []
         #: Per output and row, how far one rounding of the prefix moves the stock model.
         self._rounding: list[list[float]] = []
@@ -90,8 +92,11 @@ class Trial:
             return reason
         longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
         want, got = self._run(stock, ids[:, :1], longer), self._run(cache, ids[:, :1], longer)
-        worst = [[4 * max(rows)] * len(rows) for rows in self._rounding]  # of another token
-        return _compare(f"{what}, decoding", got, want, None, worst)
+        return _compare(f"{what}, decoding", got, want, None, self._worst_rounding())
+
+    def _worst_rounding(self) -> list[list[float]]:
+        """For other tokens than those whose rounding was measured."""
+        return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
     def try_stream(self, layout_of: LayoutOf) -> str | None:
         """How a stream behind the prefix differs from the padded batch; None if it does not."""
@@ -108,22 +113,24 @@ class Trial:
         """How a stream behind a prompt differs from a batch with the prompt in every row; None if it does not."""
 
         def run() -> str | None:
-            ids, (samples, length) = some_tokens(self.backbone, self.ids.numel() + _PREFIX_LEN), self.ids.shape
-            prompt, tokens = self.backbone.get_input_embeddings()(ids).split([_PREFIX_LEN, self.ids.numel()])
+            mask = self.mask[[0, 2]]  # padding between prompt and text would move the text
+            samples, length = mask.shape
+            ids = some_tokens(self.backbone, mask.numel() + _PREFIX_LEN)
+            prompt, tokens = self.backbone.get_input_embeddings()(ids).split([_PREFIX_LEN, mask.numel()])
             tokens = tokens.view(samples, length, -1)
-            mask = self.mask.clone()
-            mask[1] = 1  # padding between prompt and text would move the text
             padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
-            want, moved = (
-                self._recorded(inputs_embeds=x, attention_mask=padded, use_cache=False)
-                for x in (batch, _round_otherwise(batch))
-            )
+            want = self._recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
+            rounding = self._worst_rounding()
+            if batch.dtype in _MOST:  # half precision, whose rounding is worth a measurement
+                moved = _round_otherwise(batch)
+                moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
+                rounding = _rounding(moved_outputs, want, padded)
             stream = Stream(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             cache = StreamCache(len(self.prefix), stream, stores=False, options=self.options)
             got = self._run_stream(cache, stream, tokens)
             what = f"{self.kind} on a stream of rows behind a prompt"
-            return _compare(what, got, want, padded, _rounding(moved, want, padded))
+            return _compare(what, got, want, padded, rounding)
 
         return self._guarded(run, "on a stream of rows behind a prompt")
 
@@ -173,18 +180,22 @@ class Trial:
 
         handles = [module.register_forward_hook(record) for module in self.sites]
         try:
-            last = self.backbone(**arguments)[0]
-            return [*outputs, last]
+            self.output = self.backbone(**arguments)
+            return [*outputs, self.output[0]]
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def try_head(packer: Packer) -> bool:
+def try_head(packer: Packer, trial: Trial) -> bool:
     """Whether the base model's own forward computes logits and loss row by row.
 
-    The forward runs on a batch, and again on the rows of the batch that predict a label, which a hook on the backbone
-    selects. Both give the same logits and the same loss.
+    The forward is given the backbone's hidden states of a batch, and then those of the rows that predict a label.
+    Both give the same logits and the same loss.
+
+    Args:
+        packer: of the base model.
+        trial: whose backbone has run.
     """
     base, backbone = packer.base, packer.backbone
     ids = some_tokens(backbone, 2 * 3).view(2, 3)
@@ -192,25 +203,25 @@ def try_head(packer: Packer) -> bool:
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
     labels = torch.nn.functional.pad(targets.flatten()[rows], (1, 0), value=IGNORED)[None]
 
-    def select(module: nn.Module, args: Any, output: Any) -> Any:
-        chosen = torch.nn.functional.pad(rows, (0, 1))
-        hidden = output[0].flatten(0, 1)[chosen][None]
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output["last_hidden_state"] = hidden
-        return output
+    def forward_behind(output: Any, labels: Tensor) -> Any:
+        """The base model's forward, with a backbone that has run already."""
+        previous = backbone.__dict__.get("forward")
+        backbone.forward = lambda *args, **kwargs: output
+        try:
+            return type(base).forward(base, input_ids=ids, labels=labels, use_cache=False)
+        finally:
+            del backbone.forward
+            if previous is not None:
+                backbone.forward = previous
 
     def agree(got: Tensor, want: Tensor) -> bool:
         return got.shape == want.shape and _difference(got, want) <= 8 * _least(want.dtype)
 
-    forward = type(base).forward
     try:
-        want = forward(base, input_ids=ids, labels=ids, use_cache=False)
-        handle = backbone.register_forward_hook(select)
-        try:
-            got = forward(base, input_ids=ids, labels=labels, use_cache=False)
-        finally:
-            handle.remove()
+        kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
+        want = forward_behind(kind(last_hidden_state=hidden.view(*ids.shape, -1)), ids)
+        chosen = hidden[torch.nn.functional.pad(rows, (0, 1))][None]
+        got = forward_behind(kind(last_hidden_state=chosen), labels)
         wanted = want["logits"].flatten(0, 1)[rows]
         return agree(got["logits"][0, :-1], wanted) and agree(got["loss"][None], want["loss"][None])
     except Exception as error:
@@ -228,7 +239,7 @@ def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> lis
 
     def vary(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape[1], _PREFIX_LEN, x.shape[3], generator=generator).to(x.device, x.dtype)
-        return x[0, :, [0, 1, 1]] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
+        return x[0] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
 
     layers = {layer: (vary(key), vary(value)) for layer, (key, value) in samples.items()}
     # PEFT has a prefix for every layer of the model, whether it attends to the sequence or not.
