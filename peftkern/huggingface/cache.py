@@ -171,9 +171,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """A forward of the model starts."""
         if self._used and not self.stores:
             raise ValueError(
-                "cache: expected a cache that holds the sequence, got the one of a training step or of a "
-                "forward with labels, which stores nothing; to continue a sequence, run it without labels under "
-                "model.eval() or torch.no_grad()"
+                "cache: expected a cache that holds the sequence, got the one of a training step, which "
+                "stores nothing; to continue a sequence, run it under model.eval() or torch.no_grad()"
             )
         self._running = _Forward()
 

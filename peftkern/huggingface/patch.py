@@ -76,7 +76,7 @@ def patch(
     Args:
         model: a ``PeftModel``, a ``PreTrainedModel``, or a module that holds one (a ``PeftModel`` with LoRA).
         prefix: :class:`peftkern.PrefixKV`, or :class:`peftkern.SoftPrompt` for a causal model (a bank takes
-            ``prompt_ids`` in each call), for a model without prefix adapters.
+            ``prompt_ids`` in each forward, not in ``generate``), for a model without prefix adapters.
         shift_positions: the sequence's positions begin behind the prefix, as PEFT has them. False: they begin at 0,
             so the prefix does not shorten the longest usable sequence, and sliding windows do not count it. Only with
             ``prefix``. Layers with a shorter prefix than the longest have it directly before the sequence.

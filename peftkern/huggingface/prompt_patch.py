@@ -150,7 +150,7 @@ class PromptPatch(ModelPatch):
 
     @property
     def requires_prefix(self) -> bool:
-        """A PEFT model's adapter may be disabled."""
+        """Whether every call must have a prefix: not in a PEFT model, whose adapter may be disabled."""
         return not self.source.is_given
 
     def wire(self) -> None:
