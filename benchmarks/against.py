@@ -44,11 +44,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, logging
 from transformers.utils.logging import disable_progress_bar
 
 import peftkern
-from peftkern.bench import memory
-from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.show import Row, progress, show, write
-from peftkern.demo import assets
+from peftkern.tools.bench import memory
+from peftkern.tools.bench.measuring import stamp, take_turns
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.show import Row, progress, show, write
+from peftkern.tools.demo import assets
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (*CASES, *(Case("training step", "prefix", 1, 20, length) for length in (512, 1024, 2048)))

@@ -20,10 +20,11 @@ import torch
 from report import RESULTS
 
 import peftkern
-from peftkern.backends import Call, calibrate
-from peftkern.bench.measuring import stamp
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.show import progress, show, write
+from peftkern.arguments import Call
+from peftkern.tools import calibrate
+from peftkern.tools.bench.measuring import stamp
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.show import progress, show, write
 
 #: Shapes beside those that are calibrated with: (B, Hq, Hkv, S, T, D, P).
 SHAPES = (

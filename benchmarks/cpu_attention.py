@@ -24,11 +24,11 @@ from collections.abc import Callable
 import report
 import torch
 
-from peftkern.bench.checks import Truth
-from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
-from peftkern.bench.shapes import DECODE, DIRECTIONS, QUICK, QUICK_DECODE, TRAINING, Shape
-from peftkern.bench.show import add_options, progress, show, write
+from peftkern.tools.bench.checks import Truth
+from peftkern.tools.bench.measuring import stamp, take_turns
+from peftkern.tools.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
+from peftkern.tools.bench.shapes import DECODE, DIRECTIONS, QUICK, QUICK_DECODE, TRAINING, Shape
+from peftkern.tools.bench.show import add_options, progress, show, write
 
 KEYS = {"peftkern": "peftkern", "peft": "peft", "no-prefix": "no_prefix"}  # a provider's name in columns
 

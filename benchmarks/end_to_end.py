@@ -42,12 +42,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 from transformers.utils.logging import disable_progress_bar
 
 import peftkern
-from peftkern.bench import memory
-from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.shapes import MODELS, Model
-from peftkern.bench.show import Row, add_options, progress, show, write
-from peftkern.demo import assets
+from peftkern.tools.bench import memory
+from peftkern.tools.bench.measuring import stamp, take_turns
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.shapes import MODELS, Model
+from peftkern.tools.bench.show import Row, add_options, progress, show, write
+from peftkern.tools.demo import assets
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.csv"
 REAL = "smollm2"

@@ -35,8 +35,8 @@ GROUPS: tuple[dict[str, float], ...] = (
     {"environment": 60},
     {
         "build": 150, **{f"correct_triton_bf16_{part}of4": 150 for part in range(1, 5)}, "correct_triton_fp16": 120,
-        "correct_triton_fp32": 120, **{f"correct_two_part_bf16_{part}of2": 150 for part in range(1, 3)},
-        "correct_two_part_fp32": 120, "correct_slot_bf16": 120, "correct_slot_fp32": 120,
+        "correct_triton_fp32": 120, **{f"correct_merge_bf16_{part}of2": 150 for part in range(1, 3)},
+        "correct_merge_fp32": 120, "correct_concat_bf16": 120, "correct_concat_fp32": 120,
         "correct_reference_bf16": 90, "planted": 60,
     },
     {
@@ -64,7 +64,7 @@ def run_stage(name: str, folder: Path, limit: float, dry_run: bool) -> dict[str,
         environment.setdefault("OMP_NUM_THREADS", "2")  # several run at once
     if dry_run:
         environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        if name.startswith("correct_") and name.split("_")[1] in ("triton", "two", "slot"):
+        if name.startswith("correct_") and name.split("_")[1] in ("triton", "merge", "concat"):
             environment["TRITON_INTERPRET"] = "1"
     start = time.monotonic()
     with log.open("w") as stream:
@@ -116,7 +116,7 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limit: float) -> list[dict[str, Any]]:
     """Results of all stages, the report written after each group."""
     start, results = time.monotonic(), []
-    skipped = re.compile(r"_[2-9]of\d$|_fp16$|(two_part|slot)_fp32$")  # by a dry run, which shows that stages run
+    skipped = re.compile(r"_[2-9]of\d$|_fp16$|(merge|concat)_fp32$")  # by a dry run, which shows that stages run
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def one(name: str, most: float) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def child(name: str, folder: Path, limit: float, dry_run: bool) -> None:
     if name == "planted_hang":
         time.sleep(3600)
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    import day_one_stages as stages
+    from day_one import stages as stages
 
     result = stages.run(name, folder, limit, dry_run)
     _write(folder / f"{name}.json", result | {"stage": name})

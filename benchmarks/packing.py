@@ -32,12 +32,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import peftkern
-from peftkern.bench import memory
-from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.show import write
-from peftkern.demo import assets
-from peftkern.demo.reviews import Task, split, training_rows
+from peftkern.tools.bench import memory
+from peftkern.tools.bench.measuring import stamp, take_turns
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.show import write
+from peftkern.tools.demo import assets
+from peftkern.tools.demo.reviews import Task, split, training_rows
 
 RESULTS = Path(__file__).parent / "results" / "packing.csv"
 COLUMNS = ("case", "method", "B", "P", "S", "dtype", "threads", "rows", "reference_s", "ours_s",

@@ -28,9 +28,9 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, logging
 
 import peftkern
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.show import Row, progress, show
 from peftkern.huggingface import model_patch, packer, trial
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.show import Row, progress, show
 
 METHODS = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
 PARTS = ("survey", "trial")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from report import RESULTS
 
-from peftkern.bench.plot import draw, save
+from peftkern.tools.bench.plot import draw, save
 
 
 def main(arguments: list[str] | None = None) -> None:

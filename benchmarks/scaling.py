@@ -30,11 +30,11 @@ import torch
 from report import RESULTS
 
 import peftkern
-from peftkern.bench.measuring import clock_for, stamp, take_turns
-from peftkern.bench.memory import saved_bytes
-from peftkern.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
-from peftkern.bench.shapes import Shape
-from peftkern.bench.show import progress, show, write
+from peftkern.tools.bench.measuring import clock_for, stamp, take_turns
+from peftkern.tools.bench.memory import saved_bytes
+from peftkern.tools.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
+from peftkern.tools.bench.shapes import Shape
+from peftkern.tools.bench.show import progress, show, write
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

@@ -24,10 +24,10 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 import peftkern
-from peftkern.bench.measuring import stamp, take_turns
-from peftkern.bench.providers import DTYPES
-from peftkern.bench.show import add_options, progress, show, write
-from peftkern.demo import assets
+from peftkern.tools.bench.measuring import stamp, take_turns
+from peftkern.tools.bench.providers import DTYPES
+from peftkern.tools.bench.show import add_options, progress, show, write
+from peftkern.tools.demo import assets
 
 KEYS = {"peftkern": "peftkern", "PEFT": "peft", "no prefix": "no_prefix"}  # a provider's name in columns
 

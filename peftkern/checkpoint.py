@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .base_model import Origin
+from .model_info import Origin
 from .modules import PrefixKV, SoftPrompt
 
 __all__ = ["load_prefix", "save_prefix"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_model import KeyValue, Origin, embed_dim_of, geometry_of, layers_of, text_cache, text_config, tokens_of
 from .functional import soft_prompt_embedding
+from .model_info import KeyValue, Origin, embed_dim_of, geometry_of, layers_of, text_cache, text_config, tokens_of
 
 __all__ = ["PrefixKV", "SoftPrompt"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import peftkern
-from peftkern import cli
+from peftkern.tools import cli
 
 ROOT = Path(__file__).parent.parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc names its version")

@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import backends, functional, prefix_attention, soft_prompt_embedding
-
-from .bounds import check_backend
-from .cases import FEATURES, Shape, combination, feature, tensors
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
 
 def _call(**changes):

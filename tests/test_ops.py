@@ -15,8 +15,7 @@ import torch._dynamo
 import peftkern
 from peftkern import backends, functional, ops
 from peftkern.backends import AttentionArgs, AttentionGradients
-
-from .cases import FEATURES, Shape, feature, tensors
+from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
 NUM_GRADIENTS = len(AttentionGradients._fields)
 

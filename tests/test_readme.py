@@ -7,9 +7,8 @@ import re
 
 import pytest
 
-from peftkern import cli
-
-from . import readme_tables
+from benchmarks import readme_tables
+from peftkern.tools import cli
 
 TEXT = readme_tables.README.read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
@@ -26,7 +25,7 @@ def test_python_blocks_run(block, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", readme_tables.TABLES)
 def test_the_tables_are_what_the_backends_and_the_results_say(name):
-    assert readme_tables.in_readme(name) == readme_tables.TABLES[name](), "run: python -m tests.readme_tables"
+    assert readme_tables.in_readme(name) == readme_tables.TABLES[name](), "run: python -m benchmarks.readme_tables"
 
 
 def test_every_command_named_in_the_readme_exists():

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftkern import reference
-
-from .cases import FEATURES, Shape, combination, feature, tensors
+from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
 SMALL = Shape(B=2, Hq=2, Hkv=1, S=3, P=2, D=3)
 

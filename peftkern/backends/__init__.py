@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 
-from .protocol import (
+from ..arguments import (
     AttentionArgs,
     AttentionGradients,
     Backend,
@@ -29,7 +29,8 @@ from .protocol import (
     lse_dtype,
 )
 
-from . import choose, cpu, cuda, reference, slot, triton, two_part  # isort: skip  (they import the names above)
+from . import concat, cpu, cuda, merge, reference, triton  # isort: skip  (they import the names above)
+from .cost import model as choose  # isort: skip
 
 __all__ = [
     "AttentionArgs",
@@ -49,11 +50,11 @@ __all__ = [
     "use_backend",
 ]
 
-#: Every backend; :mod:`.choose` orders them. A table, since the compiler cannot trace an import.
+#: Every backend; :mod:`.cost` orders them. A table, since the compiler cannot trace an import.
 BACKENDS: dict[str, Backend] = {
     "triton": cast(Backend, triton),
-    "two_part": cast(Backend, two_part),
-    "slot": cast(Backend, slot),
+    "merge": cast(Backend, merge),
+    "concat": cast(Backend, concat),
     "cuda": cast(Backend, cuda),
     "cpu": cast(Backend, cpu),
     "reference": cast(Backend, reference),

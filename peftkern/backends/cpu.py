@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -22,14 +22,14 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels; use fp32, fp16 or bf16")
     if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
         reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}")
-    if native.MISSING:
-        reasons.append(native.MISSING)
+    if native.cpu.MISSING:
+        reasons.append(native.cpu.MISSING)
     return reasons
 
 
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     out, lse = allocate_outputs(args)
-    native.prefix_attention(args, out, lse)
+    native.cpu.prefix_attention(args, out, lse)
     return out, lse
 
 
@@ -38,14 +38,14 @@ def prefix_attention_backward(
 ) -> AttentionGradients:
     gradients = allocate_gradients(args, needs)
     wanted = [need and argument is not None for need, argument in zip(needs, args[: len(needs)], strict=True)]
-    native.prefix_attention_backward(dout, dlse, out, lse, args, gradients, wanted)
+    native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, wanted)
     return gradients
 
 
 def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
     weight, prompt = (x if x.stride(-1) == 1 else x.contiguous() for x in (weight, prompt))
     out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
-    native.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids, out)
+    native.cpu.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids, out)
     return out
 
 
@@ -61,7 +61,7 @@ def soft_prompt_embedding_backward(
         x.new_empty(x.shape if need else 0, dtype=torch.float32)
         for x, need in zip((weight, prompt), needs, strict=True)
     )
-    native.soft_prompt_embedding_backward(
+    native.cpu.soft_prompt_embedding_backward(
         dout, input_ids, weight, prompt, prompt_ids, dweight if needs[0] else None, dprompt if needs[1] else None
     )
     return dweight, dprompt

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native_cuda
-from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from .. import native
+from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -43,17 +43,17 @@ def limits(call: Call) -> list[str]:
 
 def _lacks(device: torch.device) -> list[str]:
     """What this machine and ``device`` lack."""
-    if device.type != native_cuda.DEVICE_TYPE:
-        return [f"runs on {native_cuda.DEVICE_TYPE} tensors, not on {device.type}"]
-    if native_cuda.MISSING:
-        return [native_cuda.MISSING]
+    if device.type != native.cuda.DEVICE_TYPE:
+        return [f"runs on {native.cuda.DEVICE_TYPE} tensors, not on {device.type}"]
+    if native.cuda.MISSING:
+        return [native.cuda.MISSING]
     if device.type != "cuda":
         return []
     if torch.version.hip is not None:
         return ["needs an NVIDIA GPU: use backend='triton'"]
     if not torch.cuda.is_available():
         return ["torch sees no GPU"]
-    reason = native_cuda.unsupported(*torch.cuda.get_device_capability(device))
+    reason = native.cuda.unsupported(*torch.cuda.get_device_capability(device))
     return [reason] if reason else []
 
 
@@ -80,10 +80,10 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     few_rows = args.q.shape[2] * args.q.shape[1] // args.k.shape[1] <= _FEW_ROWS and args.cu_seqlens is None
     split = few_rows and args.k.shape[2] + args.prefix_k.shape[-2] >= _SPLIT_KEYS
     if args.gate is not None or (few_rows and not split and _shares_prefix(args)):
-        native_cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse, split)
-        native_cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
+        native.cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse, split)
+        native.cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
     else:
-        native_cuda.prefix_attention(prepared, out, lse, split)
+        native.cuda.prefix_attention(prepared, out, lse, split)
     return out, lse
 
 
@@ -117,8 +117,8 @@ def prefix_attention_backward(
         return gradients
     exact = bool(gradients.dsinks.numel() or gradients.dprefix_bias.numel())
     if exact:
-        native_cuda.softmax_sums(dout, dlse, lse, prepared, delta)
-    native_cuda.prefix_attention_backward(dout, dlse, _aligned(out), lse, prepared, gradients, delta, exact)
+        native.cuda.softmax_sums(dout, dlse, lse, prepared, delta)
+    native.cuda.prefix_attention_backward(dout, dlse, _aligned(out), lse, prepared, gradients, delta, exact)
     _sink_gradient(args, lse, delta, gradients)
     return gradients
 
@@ -131,17 +131,17 @@ def _gated_backward(
     seq = _sequence(args)
     exact = bool(gradients.dsinks.numel())
     if exact:
-        native_cuda.softmax_sums(dout, dlse, lse, seq, delta)
+        native.cuda.softmax_sums(dout, dlse, lse, seq, delta)
     else:
-        native_cuda.prefix_attention(seq, out, part_lse)
-    native_cuda.prefix_attention_backward(dout, dlse, out, lse, seq, _of_sequence(gradients), delta, exact)
+        native.cuda.prefix_attention(seq, out, part_lse)
+    native.cuda.prefix_attention_backward(dout, dlse, out, lse, seq, _of_sequence(gradients), delta, exact)
     _sink_gradient(args, lse, delta, gradients)
 
     prefix = args._replace(sinks=None, gate=None)
-    native_cuda.merge_prefix(prefix, None, None, 1.0, out, part_lse)
-    native_cuda.softmax_sums(dout, None, part_lse, prefix, delta, sequence=False)
+    native.cuda.merge_prefix(prefix, None, None, 1.0, out, part_lse)
+    native.cuda.softmax_sums(dout, None, part_lse, prefix, delta, sequence=False)
     gated = prefix._replace(gate=args.gate)
-    native_cuda.merge_prefix_backward(dout, None, out, part_lse, gated, gradients, delta)
+    native.cuda.merge_prefix_backward(dout, None, out, part_lse, gated, gradients, delta)
     if gradients.dgate.numel():
         assert args.gate is not None
         torch.mul(delta.sum((0, 2)), 1 - args.gate.tanh().square(), out=gradients.dgate)
@@ -162,7 +162,7 @@ def _sink_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor, gradients: A
 
 def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
     out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
-    native_cuda.soft_prompt_embedding(input_ids, _aligned(weight), _aligned(prompt), prompt_ids, out)
+    native.cuda.soft_prompt_embedding(input_ids, _aligned(weight), _aligned(prompt), prompt_ids, out)
     return out
 
 
@@ -180,7 +180,7 @@ def soft_prompt_embedding_backward(
         rows = dout[:, prompt.shape[-2] :].float().flatten(0, 1)
         dweight.index_put_((input_ids.flatten(),), rows, accumulate=True)
     if dprompt.numel():
-        native_cuda.soft_prompt_embedding_backward(_aligned(dout), input_ids, weight, prompt, prompt_ids, dprompt)
+        native.cuda.soft_prompt_embedding_backward(_aligned(dout), input_ids, weight, prompt, prompt_ids, dprompt)
     return dweight, dprompt
 
 
@@ -198,7 +198,7 @@ def merge_prefix(
         out = part_out if part_out.stride() == out.stride() else out
     if part_lse is not None and part_lse.stride() == lse.stride():
         lse = part_lse
-    native_cuda.merge_prefix(_prepared(args), part_out, part_lse, lse_unit, out, lse)
+    native.cuda.merge_prefix(_prepared(args), part_out, part_lse, lse_unit, out, lse)
     return out, lse
 
 
@@ -211,7 +211,7 @@ def merge_prefix_backward(
         dq.zero_()
     elif dq.numel() and part_dq is not dq:
         dq.copy_(part_dq)
-    native_cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, _prepared(args), gradients)
+    native.cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, _prepared(args), gradients)
 
 
 def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -220,11 +220,11 @@ def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     length = args.prefix_k.shape[-2] + kv_len
     slot_k, slot_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
     k, v, prefix_k, prefix_v = (_aligned(x) for x in args[1:5])
-    native_cuda.kv_slot(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
+    native.cuda.kv_slot(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
     return slot_k, slot_v
 
 
 def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
     """total, shaped like a prefix, = the sum over the batch of dslot [B, Hkv, P + T, D] before the sequence."""
     if total.numel():
-        native_cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)
+        native.cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)

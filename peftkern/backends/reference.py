@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs, lse_dtype
+from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs, lse_dtype
 
 
 def why_not(call: Call) -> list[str]:

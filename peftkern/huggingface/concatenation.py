@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..base_model import given_cache
+from ..model_info import given_cache
 from .layout import IGNORED
 from .packer import tokens_of
 

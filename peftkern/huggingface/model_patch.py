@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from ..base_model import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
+from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register
 from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .calls import running, without_checkpointing

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
-from ..base_model import given_cache
+from ..model_info import given_cache
 from .cache import KeyValue, PrefixCache, PrefixOptions
 from .calls import running
 from .layout import HostNumbers

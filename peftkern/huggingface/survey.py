@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..base_model import KeyValue, cache_argument
+from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..base_model import cache_argument
+from ..model_info import cache_argument
 from .cache import KeyValue, PrefixCache, PrefixOptions, StreamCache
 from .layout import IGNORED, Layout, next_labels
 from .packing import Stream

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from peftkern import functional, native
 from peftkern.backends import reference
-
-from ..bounds import DIFFERENTIABLE
-from ..cases import FEATURES, Shape, feature, tensors
+from peftkern.testing.bounds import DIFFERENTIABLE
+from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS = ("prefix_attention", "prefix_attention_backward", "soft_prompt_embedding", "soft_prompt_embedding_backward")
@@ -49,7 +48,7 @@ class Recorder:
         pieces = [(x, _bytes(x), -1, 0.0) for x in inputs]
         for x, answer in outputs:
             x.copy_(answer)
-            pieces.append((x, _bytes(x), native.DTYPES[x.dtype], _tolerance(x)))
+            pieces.append((x, _bytes(x), native.cpu.DTYPES[x.dtype], _tolerance(x)))
         addresses = {x.data_ptr(): i for i, (x, *_) in enumerate(pieces) if x.numel()}
         found = [(word, pieces[addresses[value]]) for word, value in enumerate(words) if value in addresses]
         assert {id(piece) for _, piece in found} == {id(pieces[i]) for i in addresses.values()}, (
@@ -100,7 +99,7 @@ class Recorder:
             self._native(_OPS[3], call, inputs, list(zip((dweight, dprompt), answers, strict=True)))
 
         answers = dict(zip(_OPS, (forward, backward, embedding, embedding_backward), strict=True))
-        with mock.patch.multiple(native, _call=packed.__setitem__, **answers):
+        with mock.patch.multiple(native.cpu, _call=packed.__setitem__, **answers):
             yield
 
     def attention(self, name: str, shape: Shape, dtype: torch.dtype, options: dict, backward: bool = True) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peftkern import native
+from peftkern.testing.cases import Shape
 
-from ..cases import Shape
 from .calls import Recorder, write_calls
 from .program import attempt, build, mutated, run
 
@@ -65,7 +65,7 @@ def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
         assert report in done.stdout, done.stdout
 
 
-@pytest.mark.skipif("amx_bf16" not in native.available_isas(), reason="needs a processor with AMX")
+@pytest.mark.skipif("amx_bf16" not in native.cpu.available_isas(), reason="needs a processor with AMX")
 def test_a_planted_tile_out_of_bounds_is_caught(tmp_path):
     """Tiles are loaded by instructions that sanitizers do not see, so the kernels ask them."""
     source = mutated(tmp_path / "source", ("amx.h", "k < sum.end; k +=", "k < sum.end + kTileWords; k +="))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from peftkern.backends import vendor
+from peftkern.backends import torch_attention
 
 
 def _visible(q_len: int, kv_len: int, causal: bool, top_left: bool, left: int | None, right: int | None) -> Tensor:
@@ -195,16 +195,16 @@ OPS = SimpleNamespace(
     ),
 )
 
-_TABLE = {row.name: row for row in vendor.VENDORS}
+_TABLE = {row.name: row for row in torch_attention.VENDORS}
 _LN2 = math.log(2.0)
 
 
-def _base_2_forward(problem: vendor.Problem) -> tuple[Tensor, Tensor]:
+def _base_2_forward(problem: torch_attention.Problem) -> tuple[Tensor, Tensor]:
     out, lse = _TABLE["cpu flash"].forward(problem)
     return out, lse / _LN2
 
 
-def _base_2_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: vendor.Problem):
+def _base_2_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: torch_attention.Problem):
     return _TABLE["cpu flash"].backward(dout, out, lse * _LN2, problem)
 
 
@@ -216,8 +216,8 @@ ROWS = {
 }
 
 
-def install(monkeypatch, name: str) -> vendor.Vendor:
+def install(monkeypatch, name: str) -> torch_attention.Vendor:
     """Make the row called ``name`` the only one there is."""
-    monkeypatch.setattr(vendor, "_aten", OPS)
-    monkeypatch.setattr(vendor, "VENDORS", [ROWS[name]])
+    monkeypatch.setattr(torch_attention, "_aten", OPS)
+    monkeypatch.setattr(torch_attention, "VENDORS", [ROWS[name]])
     return ROWS[name]

@@ -96,7 +96,7 @@ def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dt
     """A short prefix in one pass each way, a long one in blocks."""
     short = min(32, tiles.tile(arch, "merge_bwd", head_dim, dtype).BLOCK_N)
     for prefix_len, backward in ((short, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
-        launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="two_part")
+        launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="merge")
         compiled = [compile_launch(arch, launch) for launch in launches]
         assert {c.kernel for c in compiled} == {"prefix_merge_fwd", "sum_partials", *backward}
         for c in compiled:
@@ -118,7 +118,7 @@ CONVERSION = 256
 def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
     """As PEFT has it beside a model in half precision."""
     launches = decode_launches(arch, head_dim, dtype, torch.float32)
-    for backend, prefix_len in (("triton", 32), ("two_part", 32), ("two_part", 160)):
+    for backend, prefix_len in (("triton", 32), ("merge", 32), ("merge", 160)):
         launches += attention_launches(arch, head_dim, dtype, torch.float32, prefix_len, backend=backend)
     for c in {launch[0]: compile_launch(arch, launch) for launch in launches}.values():
         assert c.shared <= SHARED_MEMORY[arch], f"more shared memory than a block can have: {c}"
@@ -128,7 +128,7 @@ def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
 
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_the_slots_kernels_compile(arch):
-    compiled = [compile_launch(arch, x) for x in attention_launches(arch, 64, torch.bfloat16, backend="slot")]
+    compiled = [compile_launch(arch, x) for x in attention_launches(arch, 64, torch.bfloat16, backend="concat")]
     assert {"slot_fwd", "slot_bwd"} <= {c.kernel for c in compiled}
     for c in compiled:
         _check_budgets(c)

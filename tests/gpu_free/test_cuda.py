@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends, native_cuda, reference
+from peftkern import backends, native, reference
 from peftkern.backends import AttentionArgs, allocate_gradients, cuda
+from peftkern.testing import bounds
+from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 
-from .. import bounds
-from ..cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 from .shim import Shim
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -454,10 +454,10 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
 
 def test_a_status_becomes_an_exception(shim):
     args = _args(tensors(Shape(D=64), torch.float16))
-    with pytest.raises(native_cuda.NativeError, match="not a multiple of 16 bytes"):
-        native_cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *backends.allocate_outputs(args))
-    with pytest.raises(native_cuda.NativeError, match="out of range"):
-        native_cuda.prefix_attention(args._replace(dropout_p=0.5), *backends.allocate_outputs(args))
+    with pytest.raises(native.cuda.NativeError, match="not a multiple of 16 bytes"):
+        native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *backends.allocate_outputs(args))
+    with pytest.raises(native.cuda.NativeError, match="out of range"):
+        native.cuda.prefix_attention(args._replace(dropout_p=0.5), *backends.allocate_outputs(args))
 
 
 def _library(architectures: str) -> SimpleNamespace:
@@ -478,15 +478,15 @@ def _library(architectures: str) -> SimpleNamespace:
     ],
 )  # fmt: skip
 def test_a_gpu_that_the_wheel_does_not_serve_is_told(monkeypatch, architectures, device, reason):
-    monkeypatch.setattr(native_cuda, "_library", _library(architectures))
-    message = native_cuda.unsupported(*device)
+    monkeypatch.setattr(native.cuda, "_library", _library(architectures))
+    message = native.cuda.unsupported(*device)
     assert message.startswith(reason) if reason else message == ""
 
 
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(native_cuda, "_PATH", tmp_path / "libpeftkern_cuda.so")
-    library, reason = native_cuda._load()
+    monkeypatch.setattr(native.cuda, "_PATH", tmp_path / "libpeftkern_cuda.so")
+    library, reason = native.cuda._load()
     assert library is None
     assert "is not built; with nvcc, run" in reason
     (tmp_path / "libpeftkern_cuda.so").write_bytes(b"not a library")
-    assert "does not load" in native_cuda._load()[1]
+    assert "does not load" in native.cuda._load()[1]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkern import backends, native_cuda
+from peftkern import backends, native
+from peftkern.testing import bounds
+from peftkern.testing.cases import Shape, tensors
 
-from .. import bounds
-from ..cases import Shape, tensors
 from .shim import Shim
 from .test_cuda import Merging
 
@@ -75,9 +75,9 @@ def _run(monkeypatch, file: str, right: str, wrong: str) -> None:
 def test_a_planted_fault_is_caught(monkeypatch, name):
     *edit, expected = FAULTS[name]
     numbers = "numbers" in expected
-    with pytest.raises((native_cuda.NativeError, AssertionError)) as error:
+    with pytest.raises((native.cuda.NativeError, AssertionError)) as error:
         _run(monkeypatch, *edit)
     message = str(error.value)
-    caught = isinstance(error.value, native_cuda.NativeError)
+    caught = isinstance(error.value, native.cuda.NativeError)
     named = caught and any(part in message for part in expected.split("|"))
     assert named or (numbers and not caught and "exceeds" in message), message

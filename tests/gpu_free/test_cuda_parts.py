@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``two_part`` and ``slot`` with the CUDA kernels on the host shim, beside torch's CPU op and stand-ins."""
+"""``merge`` and ``slot`` with the CUDA kernels on the host shim, beside torch's CPU op and stand-ins."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import native_cuda
-from peftkern.backends import prefix_parts, slot, two_part
+from peftkern import native
+from peftkern.backends import concat, merge, prefix_kernels
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
-from ..bounds import check_backend
-from ..cases import FEATURES, Shape, feature, tensors
 from . import stand_ins
 from .shim import Shim
 
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=19, P=7, D=64)
 #: What one of the backends or the kernels refuses; a bias' gradient is the fused kernels'.
 REFUSED = {
-    "two_part": {"softcap", "dropout", "bias", "bias_row"},
-    "slot": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank"},
+    "merge": {"softcap", "dropout", "bias", "bias_row"},
+    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank"},
 }
 
 
@@ -39,11 +39,11 @@ def shim(monkeypatch):
 
         return run
 
-    for module in (two_part, slot):
+    for module in (merge, concat):
         for name in ("attention", "attention_backward", "laid_out"):
             monkeypatch.setattr(module, name, marked(getattr(module, name)))
-    monkeypatch.setattr(two_part, "with_sequence", with_sequence := marked(two_part.with_sequence))
-    monkeypatch.setattr(slot, "with_sequence", with_sequence)
+    monkeypatch.setattr(merge, "with_sequence", with_sequence := marked(merge.with_sequence))
+    monkeypatch.setattr(concat, "with_sequence", with_sequence)
     return shim
 
 
@@ -61,7 +61,7 @@ def _run(shim, monkeypatch, row: str, backend: str, shape: Shape, options: dict,
 
 
 @pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_every_feature(shim, monkeypatch, backend, name):
     """With the fp32 prefix that PEFT keeps beside half-precision activations, and an exact vendor."""
     shape, options = _feature(name)
@@ -73,7 +73,7 @@ def test_every_feature(shim, monkeypatch, backend, name):
 
 
 @pytest.mark.parametrize("row", ["flash", "cudnn", "cpu flash", "base 2"])
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_every_vendor(shim, monkeypatch, backend, row):
     """Their lse in its own layout and unit, their results in their own memory order."""
     for name in ("plain", "kv_cache"):
@@ -81,19 +81,19 @@ def test_every_vendor(shim, monkeypatch, backend, row):
 
 
 @pytest.mark.parametrize("name", ["bias", "bias_row"])
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_a_forward_takes_any_bias_of_the_sequence(shim, monkeypatch, backend, name):
     _run(shim, monkeypatch, "efficient", backend, *_feature(name), torch.float16, backward=False)
 
 
 @pytest.mark.parametrize("shape", [Shape(S=0, T=9, D=64), Shape(S=3, T=0, D=64), Shape(B=0, D=64)], ids=str)
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_empty_tensors(shim, monkeypatch, backend, shape):
     stand_ins.install(monkeypatch, "efficient")
     check_backend(backend, tensors(shape, torch.float16), {"causal": shape.kv_len >= shape.S})
 
 
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_the_gradient_of_lse_is_the_fused_kernels(shim, monkeypatch, backend):
     _run(shim, monkeypatch, "efficient", backend, *_feature("plain"), torch.float16, dlse=True)
 
@@ -102,7 +102,7 @@ def test_rows_that_see_nothing_are_zero_whatever_the_vendor_leaves(shim, monkeyp
     stand_ins.install(monkeypatch, "efficient")
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=0, D=64), torch.float16).items()}
     mask = torch.tensor([[False] * 5, [True] * 5])
-    for backend in ("two_part", "slot"):
+    for backend in ("merge", "concat"):
         out, lse = peftkern.prefix_attention(**inputs, key_mask=mask, backend=backend, return_lse=True)
         gradients = torch.autograd.grad(out.sum(), tuple(inputs.values()))
         assert out[0].abs().max() == 0
@@ -112,15 +112,15 @@ def test_rows_that_see_nothing_are_zero_whatever_the_vendor_leaves(shim, monkeyp
 
 def test_embeddings_take_the_same_kernels(shim):
     weight, prompt, ids = torch.randn(11, 24).half(), torch.randn(5, 24), torch.randint(11, (4, 7))
-    results = [peftkern.soft_prompt_embedding(ids, weight, prompt, backend=b) for b in ("two_part", "reference")]
+    results = [peftkern.soft_prompt_embedding(ids, weight, prompt, backend=b) for b in ("merge", "reference")]
     assert torch.equal(*results)
     assert shim.counters()["launches"] == 1
 
 
 def test_explain_says_which_kernels(shim, monkeypatch):
     stand_ins.install(monkeypatch, "cpu flash")
-    text = str(peftkern.explain(**tensors(Shape(D=64), torch.float16), backend="two_part"))
-    assert "two_part: ok (CUDA C++ beside torch's cpu flash), asked for by backend=" in text
+    text = str(peftkern.explain(**tensors(Shape(D=64), torch.float16), backend="merge"))
+    assert "merge: ok (CUDA C++ beside torch's cpu flash), asked for by backend=" in text
     assert "slot: ok (CUDA C++ beside torch's cpu flash)" in text
 
 
@@ -129,11 +129,11 @@ def test_what_the_library_lacks_is_left_to_triton(shim, monkeypatch):
     fp32 = peftkern.explain(**tensors(Shape(D=64), torch.float32)).call
     fp16 = peftkern.explain(**tensors(Shape(D=64), torch.float16)).call
     missing = "sm_75 has no asynchronous copies"
-    triton = dataclasses.replace(prefix_parts.PARTS[1], backend=SimpleNamespace(why_not=lambda call: []))
+    triton = dataclasses.replace(prefix_kernels.PARTS[1], backend=SimpleNamespace(why_not=lambda call: []))
     for call, reason, lacks in ((fp32, "has no float32 kernels", ""), (fp16, missing, missing)):
-        monkeypatch.setattr(native_cuda, "MISSING", lacks)
-        assert prefix_parts.choose(call)[0] is None
-        assert reason in prefix_parts.choose(call)[1][0]
+        monkeypatch.setattr(native.cuda, "MISSING", lacks)
+        assert prefix_kernels.choose(call)[0] is None
+        assert reason in prefix_kernels.choose(call)[1][0]
         with monkeypatch.context() as patch:
-            patch.setattr(prefix_parts, "PARTS", [prefix_parts.PARTS[0], triton])
-            assert prefix_parts.choose(call)[0] is triton
+            patch.setattr(prefix_kernels, "PARTS", [prefix_kernels.PARTS[0], triton])
+            assert prefix_kernels.choose(call)[0] is triton

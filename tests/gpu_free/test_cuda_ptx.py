@@ -16,11 +16,11 @@ import subprocess
 import pytest
 import torch
 
-from peftkern import backends, native_cuda
+from peftkern import backends, native
 from peftkern.backends import cuda
+from peftkern.testing import bounds
+from peftkern.testing.cases import Shape, tensors
 
-from .. import bounds
-from ..cases import Shape, tensors
 from .shim import FAMILIES, ROOT, Shim
 from .test_cuda import Merging, _args, _sizes
 
@@ -199,7 +199,7 @@ def test_a_dropped_instruction_is_named(emulated, monkeypatch, kernel, index):
     monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
     by_head = {"prefix_bias": torch.zeros(6, 1)}
     backend, options = ("merging", {}) if kernel in ("prefix_forward", "prefix_backward") else ("cuda", by_head)
-    with pytest.raises(native_cuda.NativeError, match="the launcher failed"):
+    with pytest.raises(native.cuda.NativeError, match="the launcher failed"):
         bounds.check_backend(backend, tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=70, D=64), torch.bfloat16), options)
     assert isinstance(shim.error, machine.Violation)
     shim.error = None

@@ -8,9 +8,9 @@ import torch
 
 import peftkern
 from peftkern.backends import BACKENDS
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
-from ..bounds import check_backend
-from ..cases import FEATURES, Shape, combination, feature, tensors
 from .guard import guard
 
 pytestmark = pytest.mark.interpreter

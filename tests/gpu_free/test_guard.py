@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from peftkern.backends.triton import backward, blocks, forward, prefix_backward, prefix_forward, slot
+from peftkern.backends.triton.kernels import backward, blocks, concat, forward, prefix_backward, prefix_forward
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import Shape, feature, tensors
 
-from ..bounds import check_backend
-from ..cases import Shape, feature, tensors
 from . import stand_ins
 from .guard import guard
 
@@ -87,39 +87,39 @@ FAULTS = [
 _FORWARD, _BACKWARD = "_prefix_merge_fwd_kernel", "_prefix_merge_bwd_kernel"
 # the same for the kernels that stand beside another library's, with the backend that runs them
 FAULTS_OF_PARTS = [
-    (prefix_forward, "locate_tile", "% sizes.group", "% (sizes.group + 1)", "plain", "two_part"),
-    (prefix_forward, "locate_tile", "index % row_blocks", "index % (row_blocks + 1)", "plain", "two_part"),
-    (prefix_forward, "load_rows", "rows * x.stride_m", "rows", "lse_by_strides", "two_part"),
-    (prefix_forward, "load_rows", "x.stride_h", "x.stride_b", "plain", "two_part"),
+    (prefix_forward, "locate_tile", "% sizes.group", "% (sizes.group + 1)", "plain", "merge"),
+    (prefix_forward, "locate_tile", "index % row_blocks", "index % (row_blocks + 1)", "plain", "merge"),
+    (prefix_forward, "load_rows", "rows * x.stride_m", "rows", "lse_by_strides", "merge"),
+    (prefix_forward, "load_rows", "x.stride_h", "x.stride_b", "plain", "merge"),
     (prefix_forward, _FORWARD, "row_blocks * sizes.group * sizes.batch, workers",
-     "row_blocks * sizes.group * sizes.batch - 1, workers", "plain", "two_part"),
-    (prefix_forward, _FORWARD, "range(worker, row_blocks", "range(0, row_blocks", "plain", "two_part"),
+     "row_blocks * sizes.group * sizes.batch - 1, workers", "plain", "merge"),
+    (prefix_forward, _FORWARD, "range(worker, row_blocks", "range(0, row_blocks", "plain", "merge"),
     (prefix_forward, _FORWARD, "sizes.prefix_len, head, opts, sizes, True",
-     "sizes.prefix_len, head, opts, sizes, False", "plain", "two_part"),
-    (prefix_forward, _FORWARD, "denom = denom * decay + weight", "denom = denom + weight", "plain", "two_part"),
-    (prefix_forward, _FORWARD, "part.to(tl.float32) * weight[:, None]", "part.to(tl.float32)", "plain", "two_part"),
-    (prefix_forward, _FORWARD, "-float(\"inf\")) * part_lse_scale", "-float(\"inf\")) * LN2", "plain", "two_part"),
+     "sizes.prefix_len, head, opts, sizes, False", "plain", "merge"),
+    (prefix_forward, _FORWARD, "denom = denom * decay + weight", "denom = denom + weight", "plain", "merge"),
+    (prefix_forward, _FORWARD, "part.to(tl.float32) * weight[:, None]", "part.to(tl.float32)", "plain", "merge"),
+    (prefix_forward, _FORWARD, "-float(\"inf\")) * part_lse_scale", "-float(\"inf\")) * LN2", "plain", "merge"),
     (prefix_forward, _FORWARD, "denom = denom * decay + tl.exp2(sink - pivot)", "denom = denom * decay", "sinks",
-     "two_part"),
-    (prefix_forward, _FORWARD, "mask=inside)\n", "mask=inside & (rows > 0))\n", "plain", "two_part"),
+     "merge"),
+    (prefix_forward, _FORWARD, "mask=inside)\n", "mask=inside & (rows > 0))\n", "plain", "merge"),
     (prefix_forward, _FORWARD, "tl.where(weight[:, None] > 0.0, part", "tl.where(weight[:, None] > -1.0, part",
-     "nothing_visible", "two_part"),
-    (prefix_backward, _BACKWARD, "tl.minimum(tiles,", "tl.minimum(tiles - 1,", "plain", "two_part"),
+     "nothing_visible", "merge"),
+    (prefix_backward, _BACKWARD, "tl.minimum(tiles,", "tl.minimum(tiles - 1,", "plain", "merge"),
     (prefix_backward, _BACKWARD, "split * tiles_per_split, tl", "split * tiles_per_split + 1, tl", "plain",
-     "two_part"),
-    (prefix_backward, _BACKWARD, "(dp + shift[:, None])", "dp", "plain", "two_part"),
-    (prefix_backward, _BACKWARD, "total += load_tile(part_ptr", "load_tile(part_ptr", "plain", "two_part"),
-    (prefix_backward, _BACKWARD, "dk * scale", "dk", "plain", "two_part"),
-    (prefix_backward, _BACKWARD, "dq_ptr, dq.stride_n", "dq_ptr, q.stride_n", "plain", "two_part"),
+     "merge"),
+    (prefix_backward, _BACKWARD, "(dp + shift[:, None])", "dp", "plain", "merge"),
+    (prefix_backward, _BACKWARD, "total += load_tile(part_ptr", "load_tile(part_ptr", "plain", "merge"),
+    (prefix_backward, _BACKWARD, "dk * scale", "dk", "plain", "merge"),
+    (prefix_backward, _BACKWARD, "dq_ptr, dq.stride_n", "dq_ptr, q.stride_n", "plain", "merge"),
     (backward, "_prefix_attention_bwd_dq_kernel", "acc += load_tile(part_ptr", "load_tile(part_ptr", "bank",
-     "two_part"),
-    (slot, "_slot_half", "first - sizes.prefix_len + tl", "first - sizes.prefix_len + 1 + tl", "plain", "slot"),
-    (slot, "_slot_half", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "slot"),
-    (slot, "_slot_half", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain", "slot"),
-    (slot, "_slot_bwd_kernel", "range(sizes.batch)", "range(1, sizes.batch)", "plain", "slot"),
-    (slot, "_slot_bwd_kernel", "== prefix:", "<= prefix:", "bank", "slot"),
-    (slot, "_slot_bwd_kernel", "tl.cast(prefix, tl.int64) * num_kv_heads + kv_head",
-     "tl.cast(prefix, tl.int64) * num_kv_heads", "heads", "slot"),
+     "merge"),
+    (concat, "_slot_half", "first - sizes.prefix_len + tl", "first - sizes.prefix_len + 1 + tl", "plain", "concat"),
+    (concat, "_slot_half", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "concat"),
+    (concat, "_slot_half", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain", "concat"),
+    (concat, "_slot_bwd_kernel", "range(sizes.batch)", "range(1, sizes.batch)", "plain", "concat"),
+    (concat, "_slot_bwd_kernel", "== prefix:", "<= prefix:", "bank", "concat"),
+    (concat, "_slot_bwd_kernel", "tl.cast(prefix, tl.int64) * num_kv_heads + kv_head",
+     "tl.cast(prefix, tl.int64) * num_kv_heads", "heads", "concat"),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ FAMILIES = ["llama (GQA)", "mistral (window 4)", "gpt-oss (sinks)", "bert", "t5"
 @pytest.mark.parametrize(
     "name", [n if n == "llama (GQA)" else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
-@pytest.mark.parametrize("backend", ["triton", "two_part", "slot"])
+@pytest.mark.parametrize("backend", ["triton", "merge", "concat"])
 def test_loss_and_all_gradients_are_those_of_peft(backend, name):
     """Prefix and base model trained, left padding and none."""
     family = models.FAMILIES[name]

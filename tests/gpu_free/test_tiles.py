@@ -12,9 +12,9 @@ import torch
 from peftkern.backends import BACKENDS, Call
 from peftkern.backends.triton import autotune, tiles
 from peftkern.backends.triton.tiles import Tile
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import Shape, tensors
 
-from ..bounds import check_backend
-from ..cases import Shape, tensors
 from .aot import SHARED_MEMORY
 
 TABLE = Tile(128, 64, 8, 2)

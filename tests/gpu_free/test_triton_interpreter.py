@@ -15,9 +15,9 @@ import torch
 import peftkern
 from peftkern import functional
 from peftkern.backends import BACKENDS
+from peftkern.testing.bounds import DEFAULT, check_backend, ratios
+from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
-from ..bounds import DEFAULT, check_backend, ratios
-from ..cases import FEATURES, Shape, combination, feature, tensors
 from .guard import guard
 
 pytestmark = pytest.mark.interpreter

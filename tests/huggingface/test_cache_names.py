@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import peftkern
-from peftkern.base_model import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
+from peftkern.model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS, ONES, PREFIX, VOCAB
 

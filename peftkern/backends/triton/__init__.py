@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..protocol import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
 from . import autotune
 from .arguments import Matrices, Stats, dense, flags_of, options_of, sizes_of
 from .tiles import ARCHITECTURES, INTERPRETER, MAX_HEAD_DIM, Direction, Tile, cuda_architecture, tile
@@ -154,7 +154,7 @@ def _blocks(length: int, block: int) -> int:
 
 
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    from .forward import _prefix_attention_fwd_kernel
+    from .kernels.forward import _prefix_attention_fwd_kernel
 
     out, lse = allocate_outputs(args)
     call = _Attention(args)
@@ -173,7 +173,7 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def _decode(call: _Attention, out: Tensor, lse: Tensor) -> None:
     """Partial softmaxes over splits of the prefix and of each sample's keys, then all joined in order."""
-    from . import decode
+    from .kernels import decode
 
     sizes, options, flags = call.sizes, call.options, call.flags
     key_heads, rows = sizes.num_heads // sizes.group, sizes.group * sizes.q_len
@@ -210,7 +210,7 @@ def _decode(call: _Attention, out: Tensor, lse: Tensor) -> None:
 def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
 ) -> AttentionGradients:
-    from . import backward
+    from .kernels import backward
 
     gradients = allocate_gradients(args, needs)
     needed = dict(zip(AttentionGradients._fields, needs, strict=True))
@@ -269,7 +269,7 @@ def prefix_attention_backward(
 
 def _prefix_gradients(call: _Attention, dout: Matrices, stats: Stats, gradients: AttentionGradients) -> None:
     """Partial sums over splits of the rows, fixed by the sizes and the device, then their sum in order."""
-    from . import backward
+    from .kernels import backward
 
     sizes, head_dim, block = call.sizes, call.flags.HEAD_DIM, call.tile("prefix")
     units = _blocks(sizes.q_len, block.BLOCK_M) * sizes.batch
@@ -306,7 +306,7 @@ _WIDTH = 1024  # elements that a program of an elementwise kernel handles
 
 
 def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
-    from .embedding import _soft_prompt_embedding_fwd_kernel
+    from .kernels.embedding import _soft_prompt_embedding_fwd_kernel
 
     batch, seq_len = input_ids.shape
     vocabulary, width = weight.shape
@@ -329,7 +329,7 @@ def soft_prompt_embedding_backward(
     prompt_ids: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    from .embedding import _soft_prompt_embedding_bwd_kernel
+    from .kernels.embedding import _soft_prompt_embedding_bwd_kernel
 
     prefix_len, width = prompt.shape[-2:]
     dweight = weight.new_zeros(weight.shape if needs[0] else 0, dtype=torch.float32)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..protocol import AttentionArgs
+from ...arguments import AttentionArgs
 
 
 class Matrices(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...base_model import cache_name, rename_cache
+from ...model_info import cache_name, rename_cache
 from ..calls import running
 from ..concatenation import Concatenated, concatenate, continue_behind
 from ..model_patch import PATCH, self_attention_cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base_model import rename_cache
+from ...model_info import rename_cache
 from ..calls import running
 from ..model_patch import PATCH
 from ..wiring import Wiring

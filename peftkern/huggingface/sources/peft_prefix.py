@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ...base_model import given_cache
+from ...model_info import given_cache
 from ..cache import KeyValue, PrefixCache
 from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource

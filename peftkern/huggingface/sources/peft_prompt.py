@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base_model import given_cache
+from ...model_info import given_cache
 from ..cache import PrefixCache
 from ..layout import HostNumbers
 from ..model_patch import bind

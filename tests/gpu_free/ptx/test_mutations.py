@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from peftkern import functional
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import Shape, feature, tensors
 
-from ...bounds import check_backend
-from ...cases import Shape, feature, tensors
 from ..test_guard import FAULTS
 from . import mutate
 from .launch import Violation, emulated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``two_part`` and ``slot`` beside torch's CPU attention, their own kernels executed as PTX; the bytes these move."""
+"""``merge`` and ``slot`` beside torch's CPU attention, their own kernels executed as PTX; the bytes these move."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from peftkern.backends import AttentionArgs, allocate_gradients, allocate_outputs
-from peftkern.backends.triton import prefix_part
+from peftkern.backends.triton import prefix_kernels as prefix_part
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import Shape, feature, tensors
 
-from ...bounds import check_backend
-from ...cases import Shape, feature, tensors
 from .launch import emulated
 from .traffic import moved
 
@@ -30,7 +30,7 @@ def _check(backend, arch, shape, options=None, prefix_dtype=None):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("backend", ["two_part", "slot"])
+@pytest.mark.parametrize("backend", ["merge", "concat"])
 @pytest.mark.parametrize(
     "shape",
     [SHORT, pytest.param(LONG, marks=pytest.mark.slow), Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)],
@@ -38,14 +38,14 @@ def _check(backend, arch, shape, options=None, prefix_dtype=None):
 )
 def test_beside_torchs_kernel(backend, arch, shape):
     watch = _check(backend, arch, shape, prefix_dtype=torch.float32)
-    assert watch.of("prefix_merge" if backend == "two_part" else "slot"), "no kernel of its own ran"
+    assert watch.of("prefix_merge" if backend == "merge" else "concat"), "no kernel of its own ran"
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", ["sinks", "bank", "ragged_bank", pytest.param("packed", marks=pytest.mark.slow)])
 def test_features_of_the_merge(name):
     shape, options = feature(name, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=64))
-    _check("two_part", "sm_80", shape, options)
+    _check("merge", "sm_80", shape, options)
 
 
 # as many rows for each program as make its own reading of the prefix less than a twentieth

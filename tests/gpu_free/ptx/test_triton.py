@@ -18,9 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from peftkern import functional
 from peftkern.backends import triton as backend
+from peftkern.testing.bounds import check_backend
+from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
-from ...bounds import check_backend
-from ...cases import FEATURES, Shape, combination, feature, tensors
 from .launch import emulated
 from .traffic import minimum, moved, ratio
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from peftkern import native_cuda
+from peftkern import native
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
@@ -90,7 +90,7 @@ class Shim:
 
     def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None, head_dims=HEAD_DIMS) -> None:
         # lazy: a build of some head dims lacks the others' kernels
-        self.library = native_cuda.declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
+        self.library = native.cuda.declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
         self.library.shim_message.restype = ctypes.c_char_p
         self.library.shim_register.argtypes = [
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
@@ -98,9 +98,9 @@ class Shim:
         self._writable: dict[int, torch.Tensor] = {}  # storages that kernels may write
         self._registered: dict[tuple[int, int], torch.Tensor] = {}  # kept alive: no address is used twice
         self.reset(seed, preempt)
-        monkeypatch.setattr(native_cuda, "_library", self.library)
-        monkeypatch.setattr(native_cuda, "MISSING", "")
-        monkeypatch.setattr(native_cuda, "DEVICE_TYPE", "cpu")
+        monkeypatch.setattr(native.cuda, "_library", self.library)
+        monkeypatch.setattr(native.cuda, "MISSING", "")
+        monkeypatch.setattr(native.cuda, "DEVICE_TYPE", "cpu")
         self._data_ptr, self._new_empty = torch.Tensor.data_ptr, torch.Tensor.new_empty
         for name in ("data_ptr", "new_empty"):
             method = getattr(self, f"_patched_{name}")

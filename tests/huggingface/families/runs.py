@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from peftkern import PrefixKV, SoftPrompt
-from peftkern.base_model import given_cache
+from peftkern.model_info import given_cache
 from tests.huggingface import models
 from tests.huggingface.families import tiny
 from tests.huggingface.models import BATCH, IDS, LEFT, ONES, PREFIX, RIGHT, SEQ

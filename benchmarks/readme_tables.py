@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables, from what backends say of themselves and from results: ``python -m benchmarks.readme_tables``."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+import peftkern
+from peftkern import backends
+from peftkern.testing.cases import FEATURES, Shape, feature, tensors
+from peftkern.tools.bench.rows import Comparison, groups, read
+
+README = Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "benchmarks" / "results"
+
+ROWS = {
+    "fp16, bf16": [(torch.float16, {}), (torch.bfloat16, {})],
+    "fp32": [(torch.float32, {})],
+    "fp64": [(torch.float64, {})],
+    "head dim 8, 16, 24 to 256": [(torch.bfloat16, {"D": D}) for D in (8, 40, 64, 80, 96, 128, 192, 256)],
+    "any head dim to 256": [(torch.bfloat16, {"D": D}) for D in (1, 20, 63, 100)],
+    "head dim over 256": [(torch.bfloat16, {"D": 264})],
+}
+NAMES = {
+    "plain": "causal, grouped heads", "non_causal": "bidirectional", "kv_cache": "KV cache (T > S)",
+    "key_mask": "padding on any side (`key_mask`)", "window": "sliding window", "softcap": "softcap (Gemma 2)",
+    "window_after_prefix": "sliding window beside an always visible prefix", "sinks": "sinks (GPT-OSS)",
+    "bias": "bias (T5), differentiable", "prefix_bias": "prefix bias", "gate": "gate (LLaMA-Adapter)",
+    "dropout": "dropout, equal on every backend", "packed": "packed sequences (`cu_seqlens`)",
+    "bank": "bank of prefixes, one per sample", "ragged_bank": "bank of prefixes of different lengths",
+}  # fmt: skip
+
+
+def _runs(name: str, calls: list[backends.Call]) -> bool:
+    """Whether the backend runs all of ``calls``, forward and backward, on a machine that has what it needs."""
+    backend = backends.get_backend(name)
+    limits = getattr(backend, "limits", backend.why_not)
+    return all(not limits(call) for call in calls)
+
+
+def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:
+    inputs = {n: x.requires_grad_() for n, x in tensors(shape, dtype).items()}
+    return peftkern.explain(**inputs, **options).call
+
+
+def support() -> str:
+    """Markdown: a row per feature, a column per backend."""
+    rows = {title: [_call(dtype, Shape(**sizes), {}) for dtype, sizes in cases] for title, cases in ROWS.items()}
+    for name in FEATURES:
+        if name in NAMES:
+            rows[NAMES[name]] = [_call(torch.bfloat16, *feature(name, Shape()))]
+    lines = ["| forward and backward | " + " | ".join(f"`{name}`" for name in backends.BACKENDS) + " |"]
+    lines.append("|---" * (1 + len(backends.BACKENDS)) + "|")
+    for title, calls in rows.items():
+        cells = ["yes" if _runs(name, calls) else "no" for name in backends.BACKENDS]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers() -> str:
+    """Markdown: what the results in ``benchmarks/results`` say, the worst row of each kind included."""
+    kernel = _rows("cpu_attention.csv")
+    lines = [
+        "| attention kernel over ten shapes, against PEFT's way: mean (least) | forward | backward | both |",
+        "|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((r["dtype"], r["threads"]) for r in kernel):
+        cells = []
+        for direction in ("forward", "backward", "forward+backward"):
+            found = [r for r in kernel if (r["dtype"], r["threads"]) == key and r["direction"] == direction]
+            ratios = [float(r["speedup_over_peft"]) for r in found]
+            cells.append(f"{math.exp(statistics.fmean(map(math.log, ratios))):.1f} ({min(ratios):.1f})")
+        lines.append(f"| {key[0]}, threads={key[1]} | {' | '.join(cells)} |")
+    lines += ["", "| training step, SmolLM2-135M | times as fast as PEFT | as without any prefix |", "|---|---|---|"]
+    lines += [
+        f"| {r['dtype']}, threads={r['threads']}, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
+        f"| {float(r['over_no_prefix']):.2f} |"
+        for r in _rows("training_step.csv")
+    ]
+    columns = ("training step without padding, the prompt once (bf16)", "times fewer rows", "times as fast",
+               "times less memory")  # fmt: skip
+    lines += ["", f"| {' | '.join(columns)} |", "|---|---|---|---|"]
+    for r in _rows("packing.csv"):
+        title = f"{r['case']}, B={r['B']}, P={r['P']}, S={r['S']}"
+        if r["case"] == "prompt, one label a row":
+            title += ': `logits="labelled"` against all logits'
+        lines.append(f"| {title} | {float(r['rows']):.2f} | {float(r['ratio']):.2f} | {float(r['peak_ratio']):.2f} |")
+    return "\n".join(lines)
+
+
+def alternatives() -> str:
+    """Markdown: a line per shape and processor of ``peftkern bench``'s rows; nothing where there are none."""
+    found: dict[tuple[str, ...], dict[str, Comparison]] = {}
+    for path in sorted((RESULTS / "bench").glob("*/attention.csv")):
+        for c in map(Comparison.of, groups(read(path))):
+            row = c.rows[0]
+            shape = f"{row['model']}, B={row['B']} S={row['S']} P={row['P']}, {row['dtype']}"
+            found.setdefault((processor(row["cpu"]), shape), {})[row["direction"]] = c
+    if not found:
+        return ""
+    directions = ("forward", "forward+backward")
+    lines = ["| processor | shape | " + " | ".join(directions) + " |", "|---|---|---|---|"]
+    for key, by_direction in found.items():
+        cells = (_standing(by_direction.get(direction)) for direction in directions)
+        lines.append(f"| {' | '.join((*key, *cells))} |")
+    return "\n".join(lines)
+
+
+def processor(name: str) -> str:
+    """What /proc/cpuinfo calls it and the kernels that run on it, in short."""
+    return re.sub(r"\(R\)| Processor", "", name)
+
+
+def _standing(c: Comparison | None) -> str:
+    """Times as fast as PEFT's way, the best alternative and no prefix."""
+    return "-" if c is None else " / ".join(_ratio(c.over(other)) for other in (c.peft, c.best, c.floor))
+
+
+def end_to_end() -> str:
+    """Markdown: whole models, from ``benchmarks/end_to_end.py``; nothing where there are no results."""
+    if not (RESULTS / "end_to_end.csv").exists():
+        return ""
+    rows = _rows("end_to_end.csv")
+    processors = dict.fromkeys(row["cpu"] for row in rows)
+    return "\n\n".join(table for cpu in processors for table in _end_to_end_on(cpu, rows))
+
+
+def _end_to_end_on(cpu: str, rows: list[dict[str, str]]) -> list[str]:
+    rows, tables, where = [row for row in rows if row["cpu"] == cpu], [], processor(cpu)
+    steps = [r for r in rows if r["part"] == "step" and r["arm"] != "PEFT"]
+    if steps:
+        lines = [f"| training step, {where} | batch | | times as fast as PEFT | of its peak memory |",
+                 "|---|---|---|---|---|"]  # fmt: skip
+        for r in steps:
+            peak = _ratio(1 / float(r["peak_over_peft"])) if r["peak_over_peft"] else "-"
+            lines.append(f"| {_model(r)} | {r['data']} | {r['arm']} | {_ratio(r['over_peft'])} | {peak} |")
+        tables.append("\n".join(lines))
+    longest = [r for r in rows if r["part"] == "longest"]
+    if longest:
+        lines = [f"| longest sequence in a training step, {where} | MB beside the model | | tokens |",
+                 "|---|---|---|---|"]  # fmt: skip
+        for r in longest:
+            most = {"ok": "", "the longest tried": " or more", "out of memory": ""}[r["status"]]
+            tokens = f"{float(r['longest_S']):.0f}{most}"
+            lines.append(f"| {_model(r)} | {float(r['budget_mb']):.0f} | {r['arm']} | {tokens} |")
+        tables.append("\n".join(lines))
+    stock = {_key(r): r for r in rows if r["part"] == "generate" and r["arm"] == "PEFT"}
+    if stock:
+        lines = [f"| generation, {where} | B | P | tokens/s | PEFT's | times as fast |", "|---|---|---|---|---|---|"]
+        for r in rows:
+            if r["part"] == "generate" and r["arm"] != "PEFT":
+                peft = stock[_key(r)]
+                speeds = (f"{float(x['tokens_per_s']):.0f}" if x["tokens_per_s"] else x["status"] for x in (r, peft))
+                shown = (_model(r), r["B"], r["P"], *speeds, _ratio(r["over_peft"]))
+                lines.append("| " + " | ".join(shown) + " |")
+        tables.append("\n".join(lines))
+    return tables
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("model", "dtype", "threads", "B", "S", "P"))
+
+
+def _model(row: dict[str, str]) -> str:
+    cut = "SmolLM2-135M" if row["model"] == "smollm2" else f"{row['model']} cut to {row['layers']} layers"
+    where = "" if row["part"] == "generate" else f", B={row['B']} P={row['P']}"
+    sizes = f" S={row['S']}" if row["part"] == "step" else ""
+    return f"{cut}, {row['dtype']}{where}{sizes}"
+
+
+def _ratio(value: str | float | None) -> str:
+    return "-" if value in (None, "") else f"{float(value):.2f}"
+
+
+TABLES = {
+    "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end
+}  # fmt: skip
+
+
+def in_readme(name: str) -> str:
+    """The table as the README has it, between its two comments."""
+    return README.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
+
+
+if __name__ == "__main__":
+    for name, make in TABLES.items():
+        before, begin, rest = README.read_text().partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        README.write_text(f"{before}{begin}\n{make()}\n{end}{after}")

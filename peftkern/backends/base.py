@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a backend: it turns a call into a plan, which runs it, and it prices a call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ..arguments import AttentionArgs, AttentionGradients, Call
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cost.model import Machine, Pass
+
+
+class Refusal(NamedTuple):
+    """Why a backend cannot run a call. Each reason says what to do about it."""
+
+    reasons: tuple[str, ...]
+
+
+class Plan(ABC):
+    """How a call runs: every decision that does not depend on the tensors' values or sizes.
+
+    The forward's plan is also the backward's. It crosses the op boundary by its name, from which
+    :func:`peftkern.backends.registry.plan_named` restores it, in another process too. A plan writes into outputs laid
+    out by :func:`~peftkern.arguments.allocate_outputs` and :func:`~peftkern.arguments.allocate_gradients`.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The backend's name, followed by its choices: ``"cpu"``, ``"merge/flash/triton"``."""
+
+    @property
+    def kernels(self) -> str:
+        """The kernels that were chosen, for messages. Empty if there was no choice."""
+        return ""
+
+    @abstractmethod
+    def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        """Compute (out [B, Hq, S, D], lse [B, Hq, S])."""
+
+    @abstractmethod
+    def prefix_attention_backward(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
+    ) -> AttentionGradients:
+        """Compute the gradients whose flag in ``needs`` is set. ``dlse`` is None if lse is unused."""
+
+    @abstractmethod
+    def soft_prompt_embedding(
+        self, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None
+    ) -> Tensor:
+        """Compute [B, P+S, E], contiguous, in the weight's dtype."""
+
+    @abstractmethod
+    def soft_prompt_embedding_backward(
+        self,
+        dout: Tensor,
+        input_ids: Tensor,
+        weight: Tensor,
+        prompt: Tensor,
+        prompt_ids: Tensor | None,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor]:
+        """Compute (dweight, dprompt): fp32 (fp64 for fp64 weights), contiguous, empty where ``needs`` is false."""
+
+
+class Backend(ABC):
+    """One way to compute the ops."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, call: Call) -> Plan | Refusal:
+        """The plan for a call, or the reasons why there is none."""
+
+    @abstractmethod
+    def restore(self, choices: tuple[str, ...]) -> Plan:
+        """The plan with these choices, the parts of its name behind the backend's."""
+
+    @abstractmethod
+    def cost(self, call: Call, machine: Machine) -> list[Pass] | None:
+        """The passes of a call over memory, backward included if ``call.needs_grad``; None if no rate is known."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a call takes: the model that ``"auto"`` chooses by."""

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of prefix attention: shapes, every feature alone, and random combinations of features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call; ``T`` None means T = S, ``A`` None a shared prefix."""
+
+    B: int = 2
+    Hq: int = 4
+    Hkv: int = 2
+    S: int = 7
+    P: int = 5
+    D: int = 8
+    T: int | None = None
+    A: int | None = None
+
+    @property
+    def kv_len(self) -> int:
+        """T, S where it is not given."""
+        return self.S if self.T is None else self.T
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{n}" for name, n in vars(self).items() if n is not None)
+
+
+#: No vector, tile or group is filled by all of these: few and many rows, tokens, heads and columns, each with a rest.
+ODD = [
+    Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1), Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
+    Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64), Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
+    Shape(B=1, Hq=9, Hkv=3, S=31, P=20, D=64), Shape(B=1, Hq=5, Hkv=1, S=128, P=96, D=80),
+    Shape(B=1, Hq=1, Hkv=1, S=64, P=47, D=128), Shape(B=1, Hq=2, Hkv=2, S=50, P=3, D=256),
+    Shape(B=1, Hq=80, Hkv=1, S=3, P=9, D=16), Shape(B=1, Hq=4, Hkv=2, S=2, P=130, D=48, T=201),
+    Shape(B=5, Hq=8, Hkv=2, S=1, P=1, D=64), Shape(B=3, Hq=8, Hkv=1, S=17, P=130, D=64),
+    Shape(B=1, Hq=4, Hkv=4, S=63, P=7, D=96), Shape(B=1, Hq=2, Hkv=2, S=131, P=0, D=64),
+    Shape(B=2, Hq=6, Hkv=2, S=33, P=65, D=128), Shape(B=2, Hq=4, Hkv=2, S=3, P=70, D=80),
+    Shape(B=1, Hq=4, Hkv=2, S=333, P=5, D=64),
+]  # fmt: skip
+EMPTY = [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0), Shape(S=3, T=0)]
+
+
+def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0):
+    """q, k, v, prefix_k, prefix_v by name, cut out of larger tensors: no two have the same strides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def cut(*sizes: int, dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
+        memory = [sizes[i] for i in order]
+        memory[-1] += 8
+        memory[-2] += 1
+        inverse = [order.index(i) for i in range(len(order))]
+        x = torch.randn(memory, generator=generator, dtype=torch.float64).to(dtype).permute(inverse)
+        return x[tuple(slice(0, n) for n in sizes)]
+
+    prefix_dtype = prefix_dtype or dtype
+    kv = (shape.B, shape.Hkv, shape.kv_len, shape.D)
+    prefix, order = (shape.Hkv, shape.P, shape.D), (1, 0, 2)
+    if shape.A is not None:
+        prefix, order = (shape.A, *prefix), (0, 2, 1, 3)
+    return {
+        "q": cut(shape.B, shape.Hq, shape.S, shape.D, dtype=dtype, order=(0, 2, 1, 3)),
+        "k": cut(*kv, dtype=dtype, order=(0, 2, 1, 3)),
+        "v": cut(*kv, dtype=dtype, order=(0, 1, 2, 3)),
+        "prefix_k": cut(*prefix, dtype=prefix_dtype, order=order),
+        "prefix_v": cut(*prefix, dtype=prefix_dtype, order=order),
+    }
+
+
+def _key_mask(s: Shape, g: torch.Generator) -> Tensor:
+    """Left padding in the first sample, right padding in the last, a hole in between."""
+    mask = torch.ones(s.B, s.kv_len, dtype=torch.bool)
+    if s.B and s.kv_len > 2:
+        mask[0, : s.kv_len // 3] = False
+        mask[-1, -(s.kv_len // 4) :] = False
+        mask[s.B // 2, s.kv_len // 2] = False
+    return mask
+
+
+def _cu_seqlens(s: Shape, g: torch.Generator) -> Tensor:
+    """Three sequences, one of them empty."""
+    return torch.tensor([0, s.S // 3, s.S // 3, s.S], dtype=torch.int32)
+
+
+def _ids(s: Shape, g: torch.Generator) -> Tensor:
+    ids = torch.arange(s.B) % (s.A or 1)
+    if s.B > 1:
+        ids[-1] = -1
+    return ids
+
+
+# name of the feature -> (needs: changes of the shape, options from (shape, generator))
+FEATURES = {
+    "plain": ({}, lambda s, g: {}),
+    "non_causal": ({}, lambda s, g: {"causal": False}),
+    "scale": ({}, lambda s, g: {"scale": 0.37}),
+    "kv_cache": ({"T": 11}, lambda s, g: {}),
+    "key_mask": ({}, lambda s, g: {"key_mask": _key_mask(s, g)}),
+    "window": ({}, lambda s, g: {"window": 4}),
+    "window_after_prefix": ({}, lambda s, g: {"window": 3, "prefix_in_window": False}),
+    "softcap": ({}, lambda s, g: {"softcap": 1.5}),
+    "sinks": ({}, lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
+    "bias": ({}, lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
+    "bias_row": ({}, lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
+    "prefix_bias": ({}, lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
+    "gate": ({}, lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
+    "dropout": ({}, lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
+    "packed": ({"B": 1}, lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}),
+    "bank": ({"A": 3}, lambda s, g: {"prefix_ids": _ids(s, g)}),
+    "ragged_bank": (
+        {"A": 3},
+        lambda s, g: {"prefix_ids": _ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+    ),
+    "packed_bank": (
+        {"B": 1, "A": 2},
+        lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
+    ),
+}  # fmt: skip
+
+
+def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict]:
+    """The shape and the options under which ``name`` is on."""
+    changes, options = FEATURES[name]
+    shape = Shape(**{**vars(shape), **changes})
+    return shape, options(shape, torch.Generator().manual_seed(seed))
+
+
+def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict]:
+    """A random shape with a random set of features that go together."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    sequences = pick("batch", "packed", "kv_cache")
+    Hkv, group = pick(1, 2, 3), pick(1, 2, 4)
+    S = pick(1, 5, 9, 17)
+    shape = Shape(
+        B=1 if sequences == "packed" else pick(1, 2, 3), Hq=Hkv * group, Hkv=Hkv, S=S, P=pick(0, 1, 5, 7),
+        D=pick(4, 8, 20), T=S + pick(1, 6) if sequences == "kv_cache" else None, A=pick(None, None, 2, 3),
+    )  # fmt: skip
+    options = {"causal": pick(True, True, False)}
+    names = ("scale", "window", "window_after_prefix", "softcap", "sinks", "bias", "bias_row", "prefix_bias", "gate",
+             "dropout", "key_mask")  # fmt: skip
+    for name in names:
+        if pick(True, False, False):
+            options.update(FEATURES[name][1](shape, g))
+    if sequences == "packed":
+        options["cu_seqlens"] = _cu_seqlens(shape, g)
+    if shape.A is not None:
+        count = 3 if sequences == "packed" else shape.B
+        options["prefix_ids"] = torch.randint(-1, shape.A, (count,), generator=g)
+        if pick(True, False):
+            options["prefix_lens"] = torch.randint(0, shape.P + 1, (shape.A,), generator=g)
+    return shape, options

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing a backend: an explicit one runs or raises, 'auto' takes the first that can, and everything says why."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+import peftkern
+from peftkern import backends
+from peftkern.testing.cases import Shape, tensors
+
+FP64 = tensors(Shape())
+FP32 = tensors(Shape(), torch.float32)
+
+
+def _ran(monkeypatch, **call):
+    """The backend whose forward was entered."""
+    entered = []
+    for name, module in backends.BACKENDS.items():
+        forward = module.prefix_attention
+        monkeypatch.setattr(module, "prefix_attention", lambda args, n=name, f=forward: entered.append(n) or f(args))
+    peftkern.prefix_attention(**call)
+    return entered
+
+
+def test_an_explicit_backend_never_falls_back():
+    with pytest.raises(peftkern.BackendUnavailable) as error:
+        peftkern.prefix_attention(**FP64, backend="cpu")
+    message = str(error.value)
+    assert message.startswith("backend='cpu' cannot run prefix_attention: q [2, 4, 7, 8] · k [2, 2, 7, 8] float64")
+    assert "\n  cpu: " in message, "the reason is missing"
+    assert "cpu: ok" not in message
+    assert "reference: ok" in message, "the way out is missing"
+
+
+def test_auto_takes_the_first_that_can(monkeypatch):
+    assert _ran(monkeypatch, **FP64) == ["reference"]
+    assert peftkern.explain(**FP64).chosen == "reference"
+
+
+def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
+    call = backends.Call("prefix_attention", torch.device("cpu"), torch.float32, torch.float32, (1, 1, 1, 8),
+                         (1, 1, 1, 8), (1, 1, 8))  # fmt: skip
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    assert backends.resolve(call) == "reference"
+    monkeypatch.setenv("PEFTKERN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        backends.resolve(call)
+    with peftkern.use_backend("reference"):
+        assert backends.resolve(call) == "reference"
+        with pytest.raises(ValueError, match="other"):
+            backends.resolve(call, "other")
+    with pytest.raises(ValueError, match="nonsense"):
+        backends.resolve(call)
+
+
+def test_use_backend_restores_after_an_exception():
+    with pytest.raises(KeyError), peftkern.use_backend("reference"):
+        raise KeyError
+    assert backends._default == "auto"
+    with pytest.raises(ValueError, match="nonsense"), peftkern.use_backend("nonsense"):
+        pass
+
+
+def test_use_backend_holds_for_other_threads(monkeypatch):
+    """Autograd recomputes checkpointed layers in threads of its own."""
+    entered = []
+    with peftkern.use_backend("reference"):
+        thread = threading.Thread(target=lambda: entered.extend(_ran(monkeypatch, **FP32)))
+        thread.start()
+        thread.join()
+    assert entered == ["reference"]
+
+
+def test_every_backend_explains_every_refusal():
+    calls = [
+        peftkern.explain(**FP64).call,
+        peftkern.explain(**tensors(Shape(D=264), torch.float32)).call,
+        backends.Call("soft_prompt_embedding", torch.device("cuda"), torch.half, torch.float, (1, 2), (3, 4), (5, 4)),
+    ]
+    for call in calls:
+        for name, reasons in backends.explain(call).reasons.items():
+            assert all(isinstance(reason, str) and reason for reason in reasons), name
+    assert backends.explain(calls[-1]).reasons["cpu"], "the CPU backend claims to run CUDA tensors"
+
+
+def test_explain_reads_like_a_table():
+    text = str(peftkern.explain(**FP64, window=3, dropout_p=0.5, dropout_seed=1))
+    assert "window · dropout" in text
+    assert "reference: ok, taken by 'auto'" in text
+    with pytest.raises(ValueError, match="got an unexpected keyword argument 'windw'"):
+        peftkern.explain(**FP64, windw=3)
+
+
+def test_explain_names_the_backend_that_runs(monkeypatch):
+    assert "cpu: ok, taken by 'auto'" in str(peftkern.explain(**FP32))
+    assert "cpu: ok, asked for by backend=" in str(peftkern.explain(**FP32, backend="cpu"))
+    with peftkern.use_backend("reference"):
+        assert "reference: ok, asked for by use_backend" in str(peftkern.explain(**FP32))
+    monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
+    assert "reference: ok, asked for by PEFTKERN_BACKEND" in str(peftkern.explain(**FP32))
+    assert peftkern.explain(**FP32).chosen == "reference"
+    assert peftkern.explain(**FP64, backend="cpu").chosen is None
+
+
+def test_available_backends():
+    assert peftkern.available_backends()[-1] == "reference"
+    assert peftkern.available_backends("cuda") == ("reference",)
+
+
+def test_auto_announces_the_slow_path_once():
+    call = backends.Call("prefix_attention", torch.device("cuda"), torch.float32, torch.float32, (1, 1, 1, 8),
+                         (1, 1, 1, 8), (1, 1, 8))  # fmt: skip
+    backends._warned.clear()
+    with pytest.warns(UserWarning, match="eager reference on cuda"):
+        backends.resolve(call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.resolve(call)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: doctor on healthy and broken machines, help texts, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from peftkern.tools import cli, doctor
+
+
+def _python(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+
+
+def test_doctor_prints_every_section_and_passes(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for section in ("system", "packages", "build", "gpu", "backends", "self-test"):
+        assert f"\n{section}\n" in f"\n{text}", f"section {section} is missing"
+    assert "reference on cpu  ok" in text
+
+
+def test_doctor_json_is_json(capsys):
+    cli.main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["self-test"]["passed"] is True
+    assert set(report["packages"]) >= {"torch", "transformers", "peft"}
+
+
+def test_doctor_runs_where_torch_is_broken():
+    """Every probe that needs torch becomes a line; the status is 1."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from peftkern.tools.cli import main; sys.exit(main(['doctor']))"
+    )
+    result = _python(script)
+    assert result.returncode == 1, result.stderr
+    assert "failed" in result.stdout
+    assert "python" in result.stdout
+    assert result.stderr == ""
+
+
+def test_doctor_marks_untested_versions(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "99.0")
+    assert doctor._packages()["torch"] == "99.0 (untested; tested with 2.13, 2.15)"
+
+
+def test_a_wrong_self_test_is_reported(monkeypatch):
+    from peftkern.backends import reference
+
+    right = reference.prefix_attention
+    monkeypatch.setattr(reference, "prefix_attention", lambda args: tuple(x + x.dtype.itemsize for x in right(args)))
+    report = doctor._self_test()
+    assert report["passed"] is False
+    assert "WRONG" in report["reference on cpu"]
+
+
+def test_importing_the_package_imports_nothing_heavy_and_changes_nothing():
+    script = (
+        "import sys, peftkern\n"
+        "heavy = {'torch', 'transformers', 'peft', 'triton', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import peftkern.huggingface, transformers\n"
+        "assert 'peftkern' not in transformers.AttentionInterface._global_mapping\n"
+    )
+    result = _python(script)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_public_name_loads():
+    import peftkern
+
+    for name in peftkern.__all__:
+        assert getattr(peftkern, name) is not None
+    assert set(peftkern.__all__) <= set(dir(peftkern))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = peftkern.nonsense
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["doctor", "--help"], ["bench", "--help"], ["demo", "--help"], ["--version"]]
+)
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(arguments)
+    assert status.value.code == 0
+    assert "peftkern" in capsys.readouterr().out
+
+
+def test_wrong_arguments_have_status_2(capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["nonsense"])
+    assert status.value.code == 2
+    assert "nonsense" in capsys.readouterr().err
