@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plot and the summary table of the README, from the CSVs in ``benchmarks/results``.
+"""The plot and the summary of the README, and the regressions in docs/benchmarks.md, from ``benchmarks/results``.
 
-``python docs/summary.py`` exits with status 1 if they are out of date. With ``--write`` it rewrites README.md and
-docs/_static/speedup.svg.
+``python docs/summary.py`` exits with status 1 if they are out of date. With ``--write`` it rewrites them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
-README, PLOT = ROOT / "README.md", ROOT / "docs" / "_static" / "speedup.svg"
-BEGIN, END = "<!-- summary -->\n", "<!-- end of summary -->"
+PLOT = ROOT / "docs" / "_static" / "speedup.svg"
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 780, 340, 64, 76, 30
 BLUE, ORANGE, INK, GREY = "#1f6feb", "#d9661f", "#1f2328", "#59636e"
@@ -33,6 +31,19 @@ def row(name: str, **values: object) -> dict[str, str]:
     """The only such row."""
     (found,) = rows(name, **values)
     return found
+
+
+def attention(direction: str, prefix: int | None = None) -> dict[str, list[dict[str, str]]]:
+    """The rows of `peftkern bench` on the AMD EPYC by provider, those of one problem at the same index."""
+    wanted = {"direction": direction, "status": "ok"} | ({} if prefix is None else {"P": prefix})
+    return {name: rows("bench/zen4/attention", provider=name, **wanted) for name in ("peftkern", "peft", "no-prefix")}
+
+
+def ratios(other: list[dict[str, str]], ours: list[dict[str, str]]) -> list[float]:
+    """The speed of ``ours`` relative to ``other``, problem by problem."""
+    for a, b in zip(other, ours, strict=True):
+        assert all(a[name] == b[name] for name in ("model", "B", "S", "P", "dtype", "threads"))
+    return [float(a["p50_ms"]) / float(b["p50_ms"]) for a, b in zip(other, ours, strict=True)]
 
 
 def processor(row: dict[str, str]) -> str:
@@ -104,11 +115,16 @@ def plot() -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed(ratio: float) -> str:
+    """The ratio in words; bold if it is a regression."""
+    return f"{ratio:.2f}x speed" if ratio >= 1 else f"**{ratio:.2f}x speed**"
+
+
 def table() -> str:
     """Markdown: six workloads, those that are slower included."""
-    kernel = rows("cpu_attention", dtype="bf16", threads=2, direction="forward+backward")
-    ratios = [float(r["speedup_over_peft"]) for r in kernel]
-    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    kernel = attention("forward+backward")
+    over_peft = ratios(kernel["peft"], kernel["peftkern"])
+    mean = math.exp(statistics.fmean(map(math.log, over_peft)))
     steps = [r for r in rows("end_to_end", part="step", model="smollm2") if processor(r) == "AMD EPYC"]
     packed, checkpointed = (
         next(r for r in steps if r["data"] == data and r["arm"] == arm)
@@ -117,39 +133,57 @@ def table() -> str:
     longest = {r["arm"]: r for r in rows("end_to_end", part="longest")}
     many, one = (row("end_to_end", part="generate", arm="patch", B=B, P=64) for B in (128, 1))
 
-    def speed(r: dict[str, str]) -> str:
-        ratio = float(r["over_peft"])
-        return f"{ratio:.2f}x speed" if ratio >= 1 else f"**{ratio:.2f}x speed**"
-
     def step(r: dict[str, str]) -> str:
-        return f"{speed(r)}, {1 / float(r['peak_over_peft']):.2f}x peak memory"
+        return f"{speed(float(r['over_peft']))}, {1 / float(r['peak_over_peft']):.2f}x peak memory"
 
     def tokens(arm: str) -> int:
         return round(float(longest[arm]["longest_S"]))
 
     shown = [
-        (f"attention, forward and backward, {len(kernel)} shapes", kernel[0],
-         f"{mean:.1f}x speed (geometric mean; worst shape {min(ratios):.1f}x)"),
+        (f"attention, forward and backward, {len(over_peft)} shapes", kernel["peft"][0],
+         f"{mean:.1f}x speed (geometric mean; worst shape {min(over_peft):.1f}x)"),
         ("training step, padded batch", packed, step(packed)),
         ("training step, full batch, gradient checkpointing", checkpointed,
          f"{step(checkpointed)} (PEFT without checkpointing)"),
         (f"longest training sequence in {float(longest['PEFT']['budget_mb']):.0f} MB beside the model",
          longest["PEFT"], f"{tokens('patch + gc')} tokens with gradient checkpointing, PEFT {tokens('PEFT')}"),
-        ("`generate`, 128 samples", many, speed(many)),
-        ("`generate`, 1 sample", one, speed(one)),
+        ("`generate`, 128 samples", many, speed(float(many["over_peft"]))),
+        ("`generate`, 1 sample", one, speed(float(one["over_peft"]))),
     ]  # fmt: skip
     lines = ["| prefix tuning, bf16, two threads | processor | peftkern vs PEFT |", "|---|---|---|"]
     lines += [f"| {workload} | {processor(r)} | {result} |" for workload, r, result in shown]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def readme(text: str) -> str:
-    """``text`` with the table between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin, f"README.md: expected the marker {BEGIN.strip()}"
-    assert end, f"README.md: expected the marker {END}"
-    return f"{before}{begin}{table()}{end}{after}"
+def regressions() -> str:
+    """Markdown: the cases in the results that are slower, and by how much."""
+    checkpointed = rows("end_to_end", part="step", arm="patch + gc", data="full")
+    single = rows("end_to_end", part="generate", arm="patch", B=1)
+    memory = [1 / float(r["peak_over_peft"]) for r in checkpointed]
+    long = attention("forward+backward", 1024)
+    steps, tokens = ([float(r["over_peft"]) for r in found] for found in (checkpointed, single))
+    return "\n".join([
+        f"- Gradient checkpointing on full batches: {min(steps):.2f} to {max(steps):.2f} times the speed of PEFT",
+        f"  without it, in {min(memory):.2f} to {max(memory):.2f} times the peak memory. PEFT refuses gradient "
+        "checkpointing with a prefix.",
+        f"- Generation for a single sample: {min(tokens):.2f} to {max(tokens):.2f} times PEFT's speed.",
+        f"- Attention behind a prefix of 1024 tokens: down to {min(ratios(long['no-prefix'], long['peftkern'])):.2f} "
+        "times the speed of attention without a prefix,",
+        f"  but at least {min(ratios(long['peft'], long['peftkern'])):.2f} times PEFT's speed (AMD EPYC, forward and "
+        "backward).",
+    ])  # fmt: skip
+
+
+BLOCKS = {"summary": (ROOT / "README.md", table), "regressions": (ROOT / "docs" / "benchmarks.md", regressions)}
+
+
+def fill(name: str) -> tuple[Path, str]:
+    """The file that holds a block, and its text with the block filled."""
+    path, make = BLOCKS[name]
+    before, begin, rest = path.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    assert end, f"{path.name}: expected the markers of {name!r}"
+    return path, f"{before}{begin}{make()}\n{end}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,15 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the files")
     options = parser.parse_args(arguments)
-    text = README.read_text()
-    if options.write:
-        PLOT.write_text(plot())
-        README.write_text(readme(text))
-        return 0
-    outdated = [path.name for path, new in ((PLOT, plot()), (README, readme(text))) if path.read_text() != new]
-    if outdated:
-        print(f"out of date: {', '.join(outdated)}; run: python docs/summary.py --write", file=sys.stderr)
-    return bool(outdated)
+    files = dict([(PLOT, plot()), *map(fill, BLOCKS)])
+    outdated = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    for path in outdated:
+        print(f"{path.relative_to(ROOT)}: {'written' if options.write else 'out of date'}", file=sys.stderr)
+        if options.write:
+            path.write_text(files[path])
+    return int(bool(outdated) and not options.write)
 
 
 if __name__ == "__main__":
