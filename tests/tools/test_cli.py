@@ -49,8 +49,9 @@ def test_doctor_marks_untested_versions(monkeypatch):
 
 
 def test_a_wrong_self_test_is_reported(monkeypatch):
-    from peftkern.backends import reference
+    from peftkern import backends
 
+    reference = backends.plan_named("reference")
     right = reference.prefix_attention
     monkeypatch.setattr(reference, "prefix_attention", lambda args: tuple(x + x.dtype.itemsize for x in right(args)))
     report = doctor._self_test()
