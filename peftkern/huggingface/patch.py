@@ -15,8 +15,8 @@ from .model_patch import PATCH
 from .prefix_patch import PrefixPatch
 from .prompt_patch import PromptPatch
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
-from .sources.module_prompt import ConcatenatedPrompt, ModulePrompt, is_embedding_prompt
-from .sources.peft_model import PeftWay, has_prompt, is_peft_model
+from .sources.module_prompt import ConcatenationPatch, ModulePrompt, is_embedding_prompt
+from .sources.peft_model import FallbackPatch, has_prompt, is_peft_model
 from .sources.peft_prefix import KEY_VALUE_TYPES, PeftPrefix
 from .sources.peft_prompt import PROMPT_TYPES, PeftPrompt
 
@@ -206,7 +206,7 @@ def _fall_back(
         raise ValueError(f"model: {reason}; PEFT's own code would run it, which strict=True rules out") from error
     if logits != "all":
         raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
-    PeftWay(model, way, reason, keeps_bugs=keeps_bugs).install()
+    FallbackPatch(model, way, reason, keeps_bugs=keeps_bugs).install()
 
 
 def _patch_peft_prefix(
@@ -251,7 +251,7 @@ def _patch_prompt(
             raise
         if logits != "all":
             raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
-        ConcatenatedPrompt(model, base, source, reason).install()
+        ConcatenationPatch(model, base, source, reason).install()
 
 
 def _find_base(model: nn.Module) -> PreTrainedModel:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
-from .cache import PrefixCache, PrefixOptions, StreamCache
+from .cache import PrefixCache, PrefixOptions, PromptCache
 from .calls import running
 from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
 from .layout import IGNORED, HostNumbers, indices_of
 from .model_patch import ModelPatch, check_replaceable, self_attention_cache
 from .packer import tokens_of
-from .packing import Stream
+from .packing import PackedBatch
 from .trial import Trial
 
 __all__ = ["Prompt", "PromptPatch", "PromptSource", "Unpackable", "used_prompts"]
@@ -121,7 +121,7 @@ class PromptSource(ABC):
     def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The prompt of a call of the base model, whose arguments then speak of the sequence alone."""
 
-    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+    def notice_differences(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
         """Give notice of what is worth one, when ``numbers`` have been fetched."""
         return
 
@@ -165,14 +165,14 @@ class PromptPatch(ModelPatch):
         """Whether a call computes only the logits that predict a label."""
         return not self.source.needs_all_logits and super().selects_labels(kwargs)
 
-    def open_stream(self, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream | None:
+    def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Every call with a prompt, unless it continues a sequence."""
         cache = self_attention_cache(kwargs)
         continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
         prompt = self.source.find(self, kwargs, continues)
         if continues or prompt is None:
             return None
-        if (reason := self.packer.why_not(kwargs)) is not None:
+        if (reason := self.packer.why_unpackable(kwargs)) is not None:
             self._concatenate(prompt, kwargs, reason)
             return None
         check_replaceable(cache)
@@ -194,14 +194,14 @@ class PromptPatch(ModelPatch):
         running.leave_note(self, concatenate(running.module(self, self.base), rows, kwargs))
         self.fall_back(reason, self.source.concatenates)
 
-    def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream:
+    def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch:
         labels = kwargs.get("labels")
         uses_cache = kwargs.get("use_cache")
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
         stores = bool(uses_cache) and not self.is_training_step
         # A cache keeps the padding, which windows count when the sequence goes on, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
-        plan = self.packer.plan(
+        builder = self.packer.layout_builder(
             kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
             count_labels=self.selects_labels(kwargs),
         )  # fmt: skip
@@ -211,35 +211,35 @@ class PromptPatch(ModelPatch):
             numbers.ask("padding", (mask == 0).any())
         prompt.ask(numbers)
         numbers.fetch()
-        self.source.look_at(self, kwargs, numbers)
-        layout = plan.layout()
-        kwargs["use_cache"] = stores and not layout.packed_rows
+        self.source.notice_differences(self, kwargs, numbers)
+        layout = builder.build()
+        kwargs["use_cache"] = stores and not layout.several_per_row
         rows, ids = prompt.used(numbers)
-        packs_head = self.packer.head_is_packed()
+        packs_head = self.packer.head_runs_on_rows()
         # A loss that shifts labels needs the prompt's last row, which predicts the first token.
         for_loss = not packs_head and shows_prompt(self.base, labels)
-        stream = Stream(layout, rows, ids, show_prompts=prompt.shown or for_loss)
+        packed = PackedBatch(layout, rows, ids, show_prompts=prompt.shown or for_loss)
         if packs_head:
-            self.pack_head(stream, kwargs, numbers)
-        elif labels is not None and labels.dim() == 2 and stream.show_prompts:
-            kwargs["labels"] = torch.nn.functional.pad(labels, (stream.prompt_len, 0), value=IGNORED)
+            self.pack_logits(packed, kwargs, numbers)
+        elif labels is not None and labels.dim() == 2 and packed.show_prompts:
+            kwargs["labels"] = torch.nn.functional.pad(labels, (packed.prompt_len, 0), value=IGNORED)
         keep = kwargs.get("logits_to_keep")
-        if isinstance(keep, Tensor) and stream.show_prompts:
-            kwargs["logits_to_keep"] = keep + stream.prompt_len
+        if isinstance(keep, Tensor) and packed.show_prompts:
+            kwargs["logits_to_keep"] = keep + packed.prompt_len
         if for_loss and not prompt.shown:
-            rows_shown = stream.prompt_len + layout.shape[1]
-            running.leave_note(self, Concatenated(stream.prompt_len, rows_shown))
-        return stream
+            rows_shown = packed.prompt_len + layout.shape[1]
+            running.leave_note(self, Concatenated(packed.prompt_len, rows_shown))
+        return packed
 
     def clean_output(self, note: Any, output: Any) -> Any:
         """The base model's output as the caller expects it."""
         return note.strip(output) if isinstance(note, Concatenated) else output
 
-    def find_cache(self, kwargs: dict[str, Any], stream: Stream | None) -> PrefixCache | None:
+    def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The cache of a stream, or of a sequence that goes on."""
-        if stream is not None:
-            num_layers = 1 + max(site.layer for site in self.sites.values())
-            return StreamCache(num_layers, stream, stores=bool(kwargs.get("use_cache")), options=self.options)
+        if packed is not None:
+            num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
+            return PromptCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
         cache = self_attention_cache(kwargs)
         if isinstance(cache, PrefixCache):
             return cache
@@ -250,9 +250,9 @@ class PromptPatch(ModelPatch):
             )
         return None
 
-    def unfill_cache(self, cache: PrefixCache) -> PrefixCache | None:
+    def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
         """The cache of a stream, for the batch."""
-        if not isinstance(cache, StreamCache) or not cache.stores:
+        if not isinstance(cache, PromptCache) or not cache.stores:
             return None
         unpacked = cache.unpacked()
         unpacked.from_first = not self.packer.has_windows

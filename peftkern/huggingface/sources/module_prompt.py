@@ -19,7 +19,7 @@ from ..packer import tokens_of
 from ..prompt_patch import Prompt, PromptPatch, PromptSource
 from ..wiring import Wiring
 
-__all__ = ["ConcatenatedPrompt", "EmbeddingPrompt", "ModulePrompt", "is_embedding_prompt"]
+__all__ = ["ConcatenationPatch", "EmbeddingPrompt", "ModulePrompt", "is_embedding_prompt"]
 
 #: Name of the prompt as a submodule of the model.
 SUBMODULE = "peftkern_prompt"
@@ -58,7 +58,7 @@ class ModulePrompt(PromptSource):
         self.prompt = prompt
         self.freeze = freeze
 
-    def wire(self, patch: PromptPatch | ConcatenatedPrompt) -> None:
+    def wire(self, patch: PromptPatch | ConcatenationPatch) -> None:
         """Make the prompt a submodule of the Hugging Face model, in which it stays when wrappers are taken off."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
@@ -80,7 +80,7 @@ class ModulePrompt(PromptSource):
         return Prompt(weight, ids.to(weight.device))
 
 
-class ConcatenatedPrompt:
+class ConcatenationPatch:
     """A plain model that has the prompt before every sample, since it cannot run it once.
 
     Args:

@@ -17,7 +17,15 @@ from ..calls import running
 from ..model_patch import PATCH
 from ..wiring import Wiring
 
-__all__ = ["GenerationInputs", "PeftCalls", "PeftMethod", "PeftWay", "has_prompt", "is_disabled", "is_peft_model"]
+__all__ = [
+    "FallbackPatch",
+    "GenerationInputs",
+    "PeftCalls",
+    "PeftMethod",
+    "has_prompt",
+    "is_disabled",
+    "is_peft_model",
+]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -138,7 +146,7 @@ class GenerationInputs:
             left["prepare_inputs_for_generation"] = self.prepare
 
 
-class PeftWay:
+class FallbackPatch:
     """A ``PeftModel`` that runs PEFT's own code, since it cannot be sped up.
 
     Args:

@@ -248,7 +248,9 @@ class PeftPrompt(PromptSource):
             return inputs
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
         bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
-        reason = self.patch.packer.why_not({n: x for n, x in inputs.items() if n != "position_ids" or x is None})
+        reason = self.patch.packer.why_unpackable(
+            {n: x for n, x in inputs.items() if n != "position_ids" or x is None}
+        )
         if reason is not None and not begun_by_peft:
             self.patch.fall_back(reason, self.concatenates)
         if begun_by_peft or bug or reason is not None:
@@ -263,7 +265,7 @@ class PeftPrompt(PromptSource):
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
-    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+    def notice_differences(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
         """Notices where PEFT's numbers differ."""
         if numbers.get("left padding") and not patch.packer.count_mask:  # else padding moves nothing
             patch.notice(
