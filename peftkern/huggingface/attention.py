@@ -8,7 +8,8 @@ out, a disabled adapter) runs the implementation that the model had before, on t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..functional import prefix_attention
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive, mask_function
+from .wiring import Wiring
 
-__all__ = ["Implementation", "attention_forward", "register"]
+__all__ = ["Implementation", "attention_forward", "register", "set_implementation"]
 
 NAME = "peftkern"
 
@@ -55,6 +57,19 @@ def register() -> None:
     """Make ``transformers`` know the implementation. Without the mask function it would drop masks without a word."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
+
+
+def set_implementation(configs: Iterable[Any], wiring: Wiring) -> None:
+    """Make peftkern the attention implementation of the configs that do not have it yet."""
+    for config in configs:
+        if not isinstance(config._attn_implementation, Implementation):
+            config._attn_implementation_internal = Implementation(config._attn_implementation)
+            wiring.on_undo(partial(_restore_implementation, config))
+
+
+def _restore_implementation(config: Any) -> None:
+    if isinstance(config._attn_implementation, Implementation):
+        config._attn_implementation_internal = config._attn_implementation.over
 
 
 def attention_forward(

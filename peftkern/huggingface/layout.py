@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-__all__ = ["IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "indices_of", "next_labels", "targets_of"]
+__all__ = [
+    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "indices_of", "next_labels", "pad_labels", "targets_of",
+]  # fmt: skip
 
 IGNORED = -100
 
@@ -266,6 +268,11 @@ class Layout:
         """[B, S, ...] -> [1, T, ...]."""
         x = x.flatten(0, 1)
         return (x if self.tokens is None else x[self.tokens.to(x.device)]).unsqueeze(0)
+
+
+def pad_labels(labels: Tensor, prompt_len: int) -> Tensor:
+    """[B, S] -> [B, P + S]: no label for the P rows of a prompt."""
+    return torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
 
 
 def next_labels(labels: Tensor) -> Tensor:

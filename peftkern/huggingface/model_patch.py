@@ -14,38 +14,38 @@ Outside of the backbone every tensor has the batch's shape, unless the output la
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
-from .attention import Implementation, register
+from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
+from .call_arguments import BOUNDARIES, bind, forward_arguments, place_behind, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
 from .masks import LazyMask
-from .packer import BOUNDARIES, Packer, tokens_of
+from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, watch_tables
 from .probing import quiet
 from .relative_bias import SpanningBias
 from .survey import PrefixLayerInfo, find_backbone, survey
 from .trial import Trial
-from .wiring import Wiring
+from .wiring import Patch, Source
 
-__all__ = ["PATCH", "ModelPatch", "bind", "check_replaceable", "place_behind", "self_attention_cache"]
-
-#: Attribute of a patched model: its patch.
-PATCH = "_peftkern_patch"
+__all__ = ["LogitsError", "ModelPatch"]
 
 
-class ModelPatch(ABC):
+class LogitsError(ValueError):
+    """``logits="labelled"`` was asked of a model that cannot compute some of its logits alone."""
+
+
+class ModelPatch(Patch):
     """A prefix or prompt in one model.
 
     The prefix travels as a keyword argument: the hook on the backbone adds it, and ``transformers`` hands it down to
@@ -54,6 +54,7 @@ class ModelPatch(ABC):
     Args:
         model: what the user patches.
         base: the Hugging Face model in it.
+        source: provides the prefix or prompt.
         options: for the attention function.
         packing: run batches as streams where that saves rows.
         logits: ``"all"``, or ``"labelled"`` for those alone, in training steps, that predict a label.
@@ -68,30 +69,29 @@ class ModelPatch(ABC):
         self,
         model: nn.Module,
         base: PreTrainedModel,
+        source: Source,
         options: PrefixOptions,
         *,
-        packing: bool,
-        logits: str,
-        strict: bool,
+        packing: bool = True,
+        logits: str = "all",
+        strict: bool = False,
     ) -> None:
-        self.model = model
-        self.base = base
+        super().__init__(model, base)
+        self.source = source
         self.options = options
         self.packing = packing
         self.logits = logits
         self.strict = strict
         self.backbone = find_backbone(base)
-        self.arguments = tuple(inspect.signature(type(self.backbone).forward).parameters)[1:]
-        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self.arguments = forward_arguments(self.backbone)
+        self.base_arguments = forward_arguments(base)
         #: By which names backbone and base model take a cache.
         self.cache_name = cache_argument(self.backbone)
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
-        self.wiring = Wiring()
         self._tables: list[PositionTable] = []
         self._noticed: set[str] = set()
-        self.compiled_note: Any = None
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
     @abstractmethod
@@ -99,13 +99,9 @@ class ModelPatch(ABC):
         """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
 
     @property
-    @abstractmethod
     def requires_prefix(self) -> bool:
-        """Whether every call of the backbone that does not say otherwise has a prefix."""
-
-    @abstractmethod
-    def wire(self) -> None:
-        """Install what depends on where the prefix comes from."""
+        """Whether every call must have a prefix. A PEFT model may run without one, while its adapter is disabled."""
+        return not self.source.is_given
 
     @abstractmethod
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
@@ -114,10 +110,6 @@ class ModelPatch(ABC):
     @abstractmethod
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
-
-    @abstractmethod
-    def explain(self) -> str:
-        """How batches run, and why not otherwise."""
 
     def clean_output(self, note: Any, output: Any) -> Any:
         """The base model's output as the caller expects it.
@@ -132,7 +124,7 @@ class ModelPatch(ABC):
         register()
         try:
             with quiet(self.backbone):
-                self.wiring.set_implementation(self._configs())
+                set_implementation(self._configs(), self.wiring)
                 with watch_tables(self.backbone) as self._tables:
                     names = {module: name for name, module in self.model.named_modules()}
                     self.prefix_layers, samples = survey(self.backbone, names)
@@ -145,17 +137,15 @@ class ModelPatch(ABC):
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_sees_batch()]
-                raise ValueError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
-            self.wire()
+                raise LogitsError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
+            self.source.wire(self)
         except BaseException:
             self.remove()
             raise
         if self.requires_prefix:
             for module in self.prefix_layers:
                 self.wiring.set_attribute(module, REQUIRED, True)
-        self.wiring.set_attribute(self.model, PATCH, self)
-        if self.base is not self.model:
-            self.wiring.set_attribute(self.base, PATCH, self)
+        self.mark(self.model, self.base)
 
     def _hook(self) -> None:
         base, backbone = self.base, self.backbone
@@ -166,10 +156,6 @@ class ModelPatch(ABC):
             backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True, prepend=True),
             base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
         )
-
-    def remove(self) -> None:
-        """Undo :meth:`install`."""
-        self.wiring.undo()
 
     def _configs(self) -> list[Any]:
         """The configs whose attention implementation rules in the model, each once."""
@@ -378,57 +364,3 @@ def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(item for item in output if item is not given_cache(kwargs))
     return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})
-
-
-def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """All arguments of a call by name; None if somebody has given the module a forward with other arguments.
-
-    Args:
-        names: the arguments of the module's own forward.
-    """
-    if args and tuple(inspect.signature(module.forward).parameters) != names:
-        return None
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """The part of a call's cache that self attention reads."""
-    cache = given_cache(kwargs)
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
-    """Columns of the mask and positions for a prefix of which the caller does not speak.
-
-    Args:
-        cache: the prefix.
-        kwargs: arguments of a call of the backbone, which are changed.
-        seen: tokens of the sequence before the call; default those in ``cache``.
-    """
-    offset = cache.prefix_positions
-    seen = cache.num_tokens if seen is None else seen
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if position_ids is None and cache.from_first:
-            length = tokens_of(kwargs).shape[1]
-            columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
-            position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
-        if offset and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
-            return  # the caller has counted it, as PEFT's own generate does
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
-    if position_ids is not None:
-        kwargs["position_ids"] = position_ids + offset
-
-
-def check_replaceable(cache: Cache | None) -> None:
-    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
-    if cache is None:
-        return
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        raise ValueError(f"cache: expected None or a DynamicCache without offloading, got a {kind}")
-    if cache.get_seq_length() > 0:
-        raise ValueError(
-            f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
-            "tokens that have not seen the prefix"
-        )

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .call_arguments import BOUNDARIES, forward_arguments, tokens_of
 from .layout import IGNORED, HostNumbers, Layout, LayoutBuilder, next_labels
 from .positions import PositionTable
 from .survey import PrefixLayerInfo
 from .trial import Trial, try_head
 
-__all__ = ["BOUNDARIES", "Packer", "tokens_of"]
-
-#: Where packed sequences begin, for flash kernels; positions say the same.
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+__all__ = ["Packer"]
 
 _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
@@ -54,7 +52,7 @@ class Packer:
         self.base = base
         self.backbone = backbone
         self.prefix_layers = prefix_layers
-        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self.base_arguments = forward_arguments(base)
         self._tables = tables
         self._first_layer = _first_layer(backbone, prefix_layers)
         patterns = [info.pattern for info in prefix_layers.values()]
@@ -88,7 +86,9 @@ class Packer:
             reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
-        elif self.accepts_logits_to_keep and self.base.loss_function is ForCausalLMLoss and try_head(self, trial):
+        elif (
+            self.accepts_logits_to_keep and self.base.loss_function is ForCausalLMLoss and try_head(self.base, trial)
+        ):
             self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
 
     def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:
@@ -206,14 +206,6 @@ class Packer:
             if ids is not None and pad is not None:
                 return False, ids != pad
         return True, None
-
-
-def tokens_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """The argument of a call that has one entry [B, S, ...] a token."""
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            return kwargs[name]  # type: ignore[no-any-return]
-    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
 
 
 def _reasons_against(

@@ -3,38 +3,31 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from ..model_info import given_cache
-from .cache import KeyValue, PrefixCache, PrefixOptions
+from .cache import KeyValue, PrefixCache
+from .call_arguments import check_replaceable, place_behind, self_attention_cache, tokens_of
 from .calls import running
 from .layout import HostNumbers
-from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
-from .packer import tokens_of
+from .model_patch import ModelPatch
 from .packing import PackedBatch
 from .trial import Trial
+from .wiring import Source
 
 __all__ = ["PrefixPatch", "PrefixSource"]
 
 
-class PrefixSource(ABC):
-    """Where a prefix of keys and values comes from.
-
-    Attributes:
-        is_given: whether calls of the base model bring the prefix in their cache, as PEFT's do. Otherwise every call
-            that does not continue a sequence gets one.
-    """
-
-    is_given: bool
+class PrefixSource(Source):
+    """Provides the prefix keys and values of every layer."""
 
     @property
     @abstractmethod
@@ -46,10 +39,6 @@ class PrefixSource(ABC):
         """Raise ValueError unless the shape of the prefix fits the model."""
 
     @abstractmethod
-    def wire(self, patch: PrefixPatch) -> None:
-        """Install what the source needs in the model."""
-
-    @abstractmethod
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without one."""
 
@@ -59,18 +48,9 @@ class PrefixSource(ABC):
 
 
 class PrefixPatch(ModelPatch):
-    """A prefix of keys and values in one model.
+    """A prefix of keys and values in one model."""
 
-    Args:
-        source: where the prefix comes from.
-    """
-
-    def __init__(
-        self, model: nn.Module, base: PreTrainedModel, source: PrefixSource, options: PrefixOptions, *, packing: bool,
-        logits: str, strict: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(model, base, options, packing=packing, logits=logits, strict=strict)
-        self.source = source
+    source: PrefixSource
 
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
@@ -81,15 +61,6 @@ class PrefixPatch(ModelPatch):
             self.packer.try_out(trial, prompts=False)
         else:
             self.packer.reasons = ["packing=False"]
-
-    @property
-    def requires_prefix(self) -> bool:
-        """Whether every call must have a prefix: not in a PEFT model, whose adapter may be disabled."""
-        return not self.source.is_given
-
-    def wire(self) -> None:
-        """Install what depends on where the prefix comes from."""
-        self.source.wire(self)
 
     def explain(self) -> str:
         """How batches run, and why not otherwise."""

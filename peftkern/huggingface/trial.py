@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from .layout import IGNORED, Layout, next_labels
 from .packing import PackedBatch
 from .probing import is_transient, some_tokens
 from .survey import PrefixLayerInfo
-
-if TYPE_CHECKING:
-    from .packer import Packer
 
 __all__ = ["Trial", "try_head"]
 
@@ -187,17 +184,17 @@ class Trial:
                 handle.remove()
 
 
-def try_head(packer: Packer, trial: Trial) -> bool:
+def try_head(base: PreTrainedModel, trial: Trial) -> bool:
     """Whether the base model's own forward computes logits and loss row by row.
 
     The forward is given the backbone's hidden states of a batch, and then those of the rows that predict a label.
     Both give the same logits and the same loss.
 
     Args:
-        packer: of the base model.
+        base: the base model.
         trial: whose backbone has run.
     """
-    base, backbone = packer.base, packer.backbone
+    backbone = trial.backbone
     ids = some_tokens(backbone, 2 * 3).view(2, 3)
     targets = next_labels(ids)
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
