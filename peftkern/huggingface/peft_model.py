@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What patches of PEFT models share: methods that stand in for PEFT's, and PEFT's own way as a fallback."""
+"""Questions about a ``PeftModel``, and replacements for its methods."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,12 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...model_info import rename_cache
-from ..calls import running
-from ..model_patch import PATCH
-from ..wiring import Wiring
+from ..model_info import rename_cache
+from .calls import running
+from .wiring import Wiring
 
-__all__ = ["GenerationInputs", "PeftCalls", "PeftMethod", "PeftWay", "has_prompt", "is_disabled", "is_peft_model"]
+__all__ = [
+    "GenerationInputs",
+    "PeftCalls",
+    "PeftMethod",
+    "has_prompt",
+    "is_disabled",
+    "is_peft_model",
+]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -136,51 +141,3 @@ class GenerationInputs:
         left = self.model.base_model.__dict__
         if left.get("prepare_inputs_for_generation") is self:
             left["prepare_inputs_for_generation"] = self.prepare
-
-
-class PeftWay:
-    """A ``PeftModel`` that runs PEFT's own code, since it cannot be sped up.
-
-    Args:
-        model: a ``PeftModel``.
-        way: what PEFT does.
-        reason: why nothing faster can be done.
-        keeps_bugs: do not pad TOKEN_CLS labels; PEFT then raises.
-    """
-
-    def __init__(self, model: Any, way: str, reason: str, *, keeps_bugs: bool = False) -> None:
-        self.model = model
-        self.keeps_bugs = keeps_bugs
-        self.way = way
-        self.reason = reason
-        self.wiring = Wiring()
-
-    def explain(self) -> str:
-        """How batches run, and why not otherwise."""
-        name = type(self.model.get_base_model()).__name__
-        return f"{name}: {self.way}, by PEFT's own code: {self.reason}"
-
-    def install(self) -> None:
-        """Mark the model, and say once that it is no faster."""
-        GenerationInputs(self.model).install(self.wiring)
-        self.wiring.add_hooks(self.model.base_model.register_forward_pre_hook(self.before_call, with_kwargs=True))
-        self.wiring.set_attribute(self.model, PATCH, self)
-        warnings.warn(f"peftkern: {self.explain()}", stacklevel=4)
-
-    def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Hook on the base model: labels of tokens for the prompt's rows, without which PEFT's TOKEN_CLS raises."""
-        labels, embeddings = kwargs.get("labels"), kwargs.get("inputs_embeds")
-        task = self.model.active_peft_config.task_type
-        if getattr(task, "value", task) != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:
-            return None
-        kwargs["labels"] = pad_labels(labels, embeddings.shape[1] - labels.shape[1])
-        return args, kwargs
-
-    def remove(self) -> None:
-        """Undo :meth:`install`."""
-        self.wiring.undo()
-
-
-def pad_labels(labels: Tensor, prompt_len: int) -> Tensor:
-    """[B, S] -> [B, P + S], -100 for the prompt."""
-    return torch.nn.functional.pad(labels, (prompt_len, 0), value=-100)
