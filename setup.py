@@ -166,7 +166,7 @@ class PlatformWheel(bdist_wheel):
 libraries = chosen_libraries()
 setup(
     ext_modules=[Extension(f"peftkern.libpeftkern_{name}", sources=[]) for name in libraries],
-    exclude_package_data={"peftkern": ["libpeftkern_*.so", "_build_info.json"]},  # left in a checkout by another build
+    exclude_package_data={"peftkern": ["libpeftkern_*.so", "_build_info.json"]},  # of another build
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     options={"egg_info": {"tag_build": local_version(libraries)}},
     setup_requires=cuda_toolkit() if "cuda" in libraries and nvcc() is None else [],

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ... import __version__, backends, native
+from ...processor import processor_name
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,9 @@ def stamp(device: torch.device | str = "cpu") -> dict[str, object]:
 
 @functools.cache
 def cpu_name() -> str:
-    """As the kernel names it, with what decides which kernels run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """The processor's name and, in parentheses, the instruction set that the native kernels use on it."""
     isa = native.cpu.default_isa(torch.bfloat16) if not native.cpu.MISSING else "no native library"
-    return f"{names[0] if names else 'unknown'} ({isa})"
+    return f"{processor_name()} ({isa})"
 
 
 def gpu_facts() -> dict[str, object]:
