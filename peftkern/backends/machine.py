@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
-from pathlib import Path
 
 import torch
 
 from .. import native
+from ..processor import processor_name
 from . import torch_attention, triton
 from .cost import measured
 from .cost.model import Machine
@@ -49,13 +48,3 @@ def identity(device: torch.device) -> str:
         return f"{name}, {triton.architecture(device)}, torch {torch.__version__}"
     isa = "no native library" if native.cpu.MISSING else native.cpu.default_isa(torch.bfloat16)
     return f"{processor_name()}, {isa}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def processor_name() -> str:
-    """The CPU's model name, or its architecture if the operating system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

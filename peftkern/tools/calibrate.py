@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how long this machine's backends take, for the choice that ``"auto"`` makes: :func:`calibrate`.
+"""Measure the backends on this machine, so that ``"auto"`` chooses by measured times: :func:`calibrate`.
 
-The result, a pair of factors per backend, dtype and kind of call, goes into a file of the user's cache folder, one
-for the CPU and one for the GPU, and takes the place of the rates that come with the package. A file of another
-machine, of another format or without sense is ignored, with a warning.
+The result is a pair of scale factors per backend, dtype and kind of call. It is written to a file in the user's cache
+folder, one for the CPU and one for the GPU, and replaces the rates that come with the package. A file that is
+malformed, has another format or comes from another machine is ignored with a warning.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +22,7 @@ from ..arguments import Call
 from ..backends import registry
 from ..backends.cost import measured, model
 from ..backends.machine import identity, machine_of, registered_flash
-from ..functional import prefix_attention
+from .bench.measuring import time_backends
 
 #: (B, Hq, Hkv, S, T, D, P): tiny, ordinary, long prefix, long sequence, decoding.
 SHAPES = (
@@ -37,7 +34,7 @@ LARGE = ((4, 32, 8, 1024, 1024, 128, 128), (4, 32, 8, 2048, 2048, 128, 64), (8, 
 
 
 class Row(NamedTuple):
-    """One measurement and what the model without it says."""
+    """One measurement, and the uncalibrated model's seconds for it: ``launches`` and ``work``."""
 
     backend: str
     kind: str
@@ -55,10 +52,18 @@ def calibrate(
     note: Callable[[str], object] = lambda line: None,
     at_most: float = math.inf,
 ) -> Path:
-    """Measure, write what was found, use it from now on in this process; the file's path.
+    """Measure the backends, write the factors, and use them from now on in this process.
 
-    About ``seconds`` are spent on measurements, beside what the kernels' compilation takes; after ``at_most`` seconds
-    no shape is begun. ``note`` is given a line for each measurement.
+    Args:
+        device: the CPU or a GPU.
+        seconds: time for measurements, without the compilation of kernels.
+        shapes: rows like :data:`SHAPES`; those by default, on a GPU with :data:`LARGE`.
+        dtypes: dtypes to measure.
+        note: called with a line for each measurement.
+        at_most: seconds after which no further shape is started.
+
+    Returns:
+        The path of the file.
     """
     device = torch.device(device)
     if shapes is None:
@@ -79,14 +84,14 @@ def calibrate(
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The measurements in a file of :func:`calibrate`'s."""
+    """The measurements in a file that :func:`calibrate` wrote."""
     return [Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(file.read_text())["rows"]]
 
 
 def fit(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
-    """Per kind the factors (a, b) with the least sum of ((a launches + b work) / seconds - 1)^2.
+    """Per kind the factors (a, b) that minimize the sum of ((a launches + b work) / seconds - 1)^2.
 
-    One factor for both where the rows do not tell them apart, or one would be negative.
+    Both are the same factor if the rows cannot separate them, or if one would be negative.
 
     >>> rows = [Row("cpu", "x", (), 2 * a + 3 * b, a, b) for a, b in ((1.0, 1.0), (1.0, 10.0))]
     >>> {name: tuple(round(s, 6) for s in scale) for name, scale in fit(rows).items()}
@@ -134,7 +139,7 @@ def measure(
                     name: model.price(registry.BACKENDS[name].cost(call, machine), call, machine) for name in names
                 }
                 names = [name for name in names if modelled[name] is not None]
-                for name, taken in timings(call, names, share).items():
+                for name, taken in time_backends(call, names, share).items():
                     times = modelled[name]
                     assert times is not None
                     note(f"{call}: {name} {taken * 1e3:.4g} ms, modelled {sum(times) * 1e3:.4g} ms")
@@ -142,52 +147,9 @@ def measure(
 
 
 def call_of_shape(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, training: bool) -> Call:
-    """The call of a row of :data:`SHAPES`."""
+    """The call that a row of :data:`SHAPES` describes."""
     batch, heads, kv_heads, queries, keys, dim, prefix = shape
     return Call(
         "prefix_attention", device, dtype, dtype, (batch, heads, queries, dim), (batch, kv_heads, keys, dim),
         (kv_heads, prefix, dim), (), training,
     )  # fmt: skip
-
-
-def timings(
-    call: Call, names: list[str], seconds: float, at_least: int = 5, options: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, float]:
-    """Median seconds of ``call`` on each of the backends, which take turns; at least ``at_least`` rounds.
-
-    Those for which memory does not suffice are left out. ``options`` are further arguments of
-    :func:`peftkern.prefix_attention`.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        value = torch.randn(shape, generator=generator).to(call.device, call.dtype)
-        return value.requires_grad_(call.needs_grad)
-
-    shapes = (call.q_shape, call.kv_shape, call.kv_shape, call.prefix_shape, call.prefix_shape)
-    inputs = [draw(shape) for shape in shapes]
-    dout = torch.ones_like(inputs[0])
-
-    def run(name: str) -> float:
-        start = time.perf_counter()
-        out = prefix_attention(*inputs, backend=name, **options)
-        if call.needs_grad:
-            torch.autograd.grad(out, inputs, dout)
-        if call.device.type == "cuda":
-            torch.cuda.synchronize(call.device)
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {}
-    for name in names:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            run(name)
-            times[name] = []
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < at_least or (time.perf_counter() < end and rounds < 1000):
-        best = min((min(taken) for taken in times.values() if taken), default=math.inf)
-        for name, taken in times.items():
-            if rounds < 2 or min(taken) < 5 * best:  # what is never chosen need not be known well
-                taken.append(run(name))
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -16,11 +16,12 @@ ALLOWED = {
     "arguments": set(),
     "reference": set(),
     "model_info": set(),
+    "processor": set(),
     "validation": {"arguments"},
     "native": {"arguments"},
     "backends.cost": {"arguments"},
     "backends.reference": {"arguments", "backends", "backends.cost", "reference"},
-    "backends": {"arguments", "native", "backends.cost"},
+    "backends": {"arguments", "native", "backends.cost", "processor"},
     "backends.registry": {"arguments", "backends", "backends.cost", "backends.reference"},
     "ops": {"arguments", "backends.registry"},
     "functional": {"arguments", "validation", "backends.registry", "ops"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "model_info", "explanation", "testing",
+        "checkpoint", "huggingface", "model_info", "processor", "explanation", "testing", "",
     },
 }  # fmt: skip
 #: Faces that import the rooms behind them: the package itself, and `python -m peftkern`.
