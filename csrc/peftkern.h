@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define PEFTKERN_ABI_VERSION 1
-#define PEFTKERN_CUDA_ABI_VERSION 2
+#define PEFTKERN_CUDA_ABI_VERSION 3
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -136,9 +136,8 @@ PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t 
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
   const void* part_out;      // [batch, num_heads, q_len, head_dim]: an attention over the sequence alone; may be `out`
-  const float* part_lse;     // [batch, num_heads, q_len], times part_lse_unit in natural logarithm; may be `lse`
+  const float* part_lse;     // [batch, num_heads, q_len], natural logarithm; may be `lse`
   int64_t part_out_stride[3], part_lse_stride[3];
-  double part_lse_unit;
   void* workspace;           // of peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
   int64_t workspace_size;
   int64_t device;

@@ -105,7 +105,6 @@ void merge_prefix(Queue& queue, const peftkern_cuda_attention& args) {
   forward.out = matrices(a.out, a.out_stride);
   forward.part_out = matrices(args.part_out, args.part_out_stride);
   forward.part_lse = matrices(args.part_lse, args.part_lse_stride);
-  forward.part_lse_scale = (float)(args.part_lse_unit * kLog2e);
   forward.lse = a.lse;
   forward.sinks = a.sinks;
   with_kernels(a.head_dim,

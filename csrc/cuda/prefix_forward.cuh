@@ -15,7 +15,6 @@ struct PrefixForward {
   Call call;
   Matrices q, prefix_k, prefix_v, out;
   Matrices part_out, part_lse;  // null: no sequence. The latter's `row` is the stride of its last dimension
-  float part_lse_scale;         // to units of log2
   float* lse;                   // [B, Hq, S]
   const float* sinks;
   int resident;  // rows of the prefix that shared memory holds, a multiple of 16
@@ -52,7 +51,7 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
       row[r] = row_at(call, sequence, kv_head, walk.first_row() + first + 8 * r);
       part_lse[r] = -INFINITY;
       if (args.part_lse.pointer != nullptr && row[r].valid && quad_lane == 0)
-        part_lse[r] = *args.part_lse.at<float>(row[r].batch, row[r].head, row[r].row) * args.part_lse_scale;
+        part_lse[r] = *args.part_lse.at<float>(row[r].batch, row[r].head, row[r].row) * kLog2e;
       const T* from = args.q.at<T>(row[r].batch, row[r].head, row[r].row);
 #pragma unroll
       for (int j = 0; j < kGroups; j++) {

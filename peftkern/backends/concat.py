@@ -68,11 +68,11 @@ def joined_features(features: tuple[str, ...]) -> tuple[str, ...]:
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     part = prefix_kernels.of_attention(args)
     if _nothing_to_see(args):
-        return part.merge_prefix(_without_prefix(args), None, None, 1.0)
+        return part.merge_prefix(_without_prefix(args), None, None)
     vendor, problem = _joined(args, part)
     out, lse = attention(vendor, problem)
     if args.sinks is not None or problem.empty is not None or vendor.lse_unit != 1.0:
-        return part.merge_prefix(_without_prefix(args), out, lse, vendor.lse_unit)
+        return part.merge_prefix(_without_prefix(args), out, lse)
     return laid_out(out, args.q.dtype), lse.contiguous()
 
 

@@ -81,7 +81,7 @@ def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     split = few_rows and args.k.shape[2] + args.prefix_k.shape[-2] >= _SPLIT_KEYS
     if args.gate is not None or (few_rows and not split and _shares_prefix(args)):
         native.cuda.prefix_attention(_sequence(prepared)._replace(sinks=None), out, lse, split)
-        native.cuda.merge_prefix(prepared, out, lse, 1.0, out, lse)
+        native.cuda.merge_prefix(prepared, out, lse, out, lse)
     else:
         native.cuda.prefix_attention(prepared, out, lse, split)
     return out, lse
@@ -138,7 +138,7 @@ def _gated_backward(
     _sink_gradient(args, lse, delta, gradients)
 
     prefix = args._replace(sinks=None, gate=None)
-    native.cuda.merge_prefix(prefix, None, None, 1.0, out, part_lse)
+    native.cuda.merge_prefix(prefix, None, None, out, part_lse)
     native.cuda.softmax_sums(dout, None, part_lse, prefix, delta, sequence=False)
     gated = prefix._replace(gate=args.gate)
     native.cuda.merge_prefix_backward(dout, None, out, part_lse, gated, gradients, delta)
@@ -184,13 +184,11 @@ def soft_prompt_embedding_backward(
     return dweight, dprompt
 
 
-def merge_prefix(
-    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def merge_prefix(args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of prefix, sinks and the sequence's ``part_out`` [B, Hq, S, D] and ``part_lse`` [B, Hq, S].
 
     The parts have any strides (unit along D) and are merged in place where they lie as the op's outputs do.
-    ``part_lse * lse_unit`` is in natural logarithm; None: there is no sequence.
+    None: there is no sequence.
     """
     out, lse = allocate_outputs(args)
     if part_out is not None:
@@ -198,7 +196,7 @@ def merge_prefix(
         out = part_out if part_out.stride() == out.stride() else out
     if part_lse is not None and part_lse.stride() == lse.stride():
         lse = part_lse
-    native.cuda.merge_prefix(_prepared(args), part_out, part_lse, lse_unit, out, lse)
+    native.cuda.merge_prefix(_prepared(args), part_out, part_lse, out, lse)
     return out, lse
 
 

@@ -65,9 +65,9 @@ def sequence_features(features: tuple[str, ...]) -> tuple[str, ...]:
 def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     part = prefix_kernels.of_attention(args)
     if _nothing_to_see(args):
-        return part.merge_prefix(args, None, None, 1.0)
+        return part.merge_prefix(args, None, None)
     vendor, problem = _sequence(args)
-    return part.merge_prefix(args, *attention(vendor, problem), vendor.lse_unit)
+    return part.merge_prefix(args, *attention(vendor, problem))
 
 
 def prefix_attention_backward(

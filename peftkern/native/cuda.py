@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 #: Version of the structs below; the library must have the same.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _PATH = Path(__file__).parents[1] / "libpeftkern_cuda.so"
 _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
@@ -46,7 +46,7 @@ _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or us
 DEVICE_TYPE = "cuda"
 
 # The structs of peftkern.h; see :mod:`.cpu`.
-_ATTENTION = struct.Struct("=62q3d8qd4q")
+_ATTENTION = struct.Struct("=62q3d12q")
 _ATTENTION_BACKWARD = struct.Struct("=62q3d32q6q")
 _SLOT = struct.Struct("=36q")
 _SLOT_BACKWARD = struct.Struct("=15q")
@@ -148,7 +148,7 @@ def _fields(args: AttentionArgs, out: Tensor, lse: Tensor) -> tuple[list[int | f
 
 
 def merge_prefix(
-    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float, out: Tensor, lse: Tensor
+    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:
     """Write ``out`` and ``lse`` (contiguous): prefix, sinks and ``part_out``, ``part_lse`` of the sequence.
 
@@ -157,7 +157,7 @@ def merge_prefix(
     """
     fields, _kept = _fields(args, out, lse)
     fields += [
-        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, 0, 0,
+        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), 0, 0,
         *_queue(args.q),
     ]  # fmt: skip
     _call("merge_prefix", _ATTENTION.pack(*fields))
@@ -172,7 +172,7 @@ def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool 
     if _library is None:
         raise NativeError(MISSING)
     fields, _kept = _fields(args, out, lse)
-    fields += [*[0] * 8, 1.0]
+    fields += [0] * 8
     queue = _queue(args.q)
     size = _library.peftkern_cuda_split_workspace_size(_ATTENTION.pack(*fields, 0, 0, *queue)) if split else 0
     workspace = lse.new_empty(size // 4)

@@ -65,7 +65,7 @@ class Recorder:
     def listening(self) -> Iterator[None]:
         """While it lasts, calls of the cpu backend come here."""
         packed: dict[str, bytes] = {}
-        originals = {op: getattr(native, op) for op in _OPS}
+        originals = {op: getattr(native.cpu, op) for op in _OPS}
 
         def pack(op, *args) -> bytes:
             originals[op](*args)

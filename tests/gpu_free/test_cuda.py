@@ -176,8 +176,8 @@ class Merging:
         part_out = (weights @ values).to(args.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         lse = torch.where(lse == -torch.inf, torch.inf, lse).float()  # as some kernels say that there is no key
         if not self.in_place:
-            part_out, lse = part_out.contiguous(), (lse / 2).transpose(1, 2).contiguous().transpose(1, 2)
-            return cuda.merge_prefix(args, part_out, lse, 2.0)
+            part_out, lse = part_out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+            return cuda.merge_prefix(args, part_out, lse)
         self.shim.writable(part_out, lse)
         out, out_lse = cuda.merge_prefix(args, part_out, lse)
         assert out is part_out
