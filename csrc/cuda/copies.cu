@@ -24,9 +24,9 @@ int launch(int64_t device, void* stream, void (*kernel)(Params), int results, co
 
 extern "C" {
 
-int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args) {
+int peftkern_cuda_concat(const peftkern_cuda_concat_args* args) {
   if (!args || !is_half(args->dtype)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot& a = *args;
+  const peftkern_cuda_concat_args& a = *args;
   const int64_t elements = a.batch * a.num_kv_heads * (a.prefix_len + a.kv_len) * a.head_dim;
   if ((a.prefix_dtype != PEFTKERN_FLOAT32 && a.prefix_dtype != a.dtype) || !copyable(elements))
     return PEFTKERN_INVALID_ARGUMENT;
@@ -45,15 +45,15 @@ int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args) {
   return launch(a.device, a.stream, a.dtype == PEFTKERN_FLOAT16 ? kv_slot<fp16> : kv_slot<bf16>, 2, slot);
 }
 
-int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args) {
+int peftkern_cuda_concat_backward(const peftkern_cuda_concat_backward_args* args) {
   if (!args || !(is_half(args->dtype) || args->dtype == PEFTKERN_FLOAT32)) return PEFTKERN_INVALID_ARGUMENT;
-  const peftkern_cuda_slot_backward& a = *args;
+  const peftkern_cuda_concat_backward_args& a = *args;
   const int64_t elements = a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim;
   if (!copyable(elements)) return PEFTKERN_INVALID_ARGUMENT;
-  if (a.head_dim % 8 || !aligned(a.dslot, a.dslot_stride) || !aligned(a.total)) return PEFTKERN_MISALIGNED;
+  if (a.head_dim % 8 || !aligned(a.dout, a.dout_stride) || !aligned(a.dprefix)) return PEFTKERN_MISALIGNED;
   SlotBackward slot{};
-  slot.dslot = matrices(a.dslot, a.dslot_stride);
-  slot.total = a.total;
+  slot.dslot = matrices(a.dout, a.dout_stride);
+  slot.total = a.dprefix;
   slot.prefix_ids = indices(a.prefix_ids, a.prefix_ids_dtype);
   slot.batch = (int)a.batch, slot.num_kv_heads = (int)a.num_kv_heads, slot.prefix_len = (int)a.prefix_len;
   slot.chunks = (int)(a.head_dim / 8), slot.count = elements / 8;

@@ -218,11 +218,11 @@ def lay_slot(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     length = args.prefix_k.shape[-2] + kv_len
     slot_k, slot_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
     k, v, prefix_k, prefix_v = (_aligned(x) for x in args[1:5])
-    native.cuda.kv_slot(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
+    native.cuda.concat(args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v), slot_k, slot_v)
     return slot_k, slot_v
 
 
 def sum_slot(args: AttentionArgs, dslot: Tensor, total: Tensor) -> None:
     """total, shaped like a prefix, = the sum over the batch of dslot [B, Hkv, P + T, D] before the sequence."""
     if total.numel():
-        native.cuda.kv_slot_backward(_aligned(dslot), args.prefix_ids, total)
+        native.cuda.concat_backward(_aligned(dslot), args.prefix_ids, total)
