@@ -40,7 +40,7 @@ def prefix_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over [prefix | sequence] in one softmax. The arguments are those of :func:`peftkern.prefix_attention`.
+    """Attention over [prefix | sequence] in one softmax, with the arguments of :func:`peftkern.prefix_attention`.
 
     Half precision is computed in fp32. A prefix of higher precision than q is rounded to q's dtype first.
 

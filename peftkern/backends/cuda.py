@@ -153,12 +153,12 @@ class CudaPrefixKernels(PrefixKernels):
         joined_k, joined_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
         k, v, prefix_k, prefix_v = (_aligned(x) for x in args[1:5])
         aligned = args._replace(k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
-        native.cuda.kv_slot(aligned, joined_k, joined_v)
+        native.cuda.concat(aligned, joined_k, joined_v)
         return joined_k, joined_v
 
     def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
         if total.numel():
-            native.cuda.kv_slot_backward(_aligned(djoined), args.prefix_ids, total)
+            native.cuda.concat_backward(_aligned(djoined), args.prefix_ids, total)
 
 
 def _limits(call: Call) -> list[str]:

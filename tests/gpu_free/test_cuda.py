@@ -130,7 +130,7 @@ def test_unneeded_gradients_are_not_computed(shim):
     shim.reset()
     out.sum().backward()
     assert given["q"].grad is None
-    assert shim.counters()["launches"] == 2, "the prefix's part, and the sum of its shares"
+    assert shim.counters()["launches"] == 2, "the prefix's part, and the sum of its splits"
 
 
 # -- the parts beside another library's kernel -----------------------------------------------------
@@ -286,7 +286,7 @@ def _args(given: dict, **options) -> AttentionArgs:
 
 @pytest.mark.parametrize("name", ["plain", "bank"])
 @pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
-def test_slot(shim, name, prefix_dtype):
+def test_concat(shim, name, prefix_dtype):
     shape, options = _sizes(name, D=40)
     args = _args(tensors(shape, torch.float16, prefix_dtype), **options)
     laid = cuda.lay_slot(args)
@@ -422,9 +422,9 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     dout = torch.randn_like(out)
     shim.reset()
     cuda.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
-    shares = 2
-    sums = (2 * shares + 1) * 2 * prefix_bytes  # in fp32: each share written and read, their sum written
-    _assert_traffic(shim, 5 * q_bytes + lse_bytes + shares * prefix_bytes + sums)
+    splits = 2
+    sums = (2 * splits + 1) * 2 * prefix_bytes  # in fp32: each split written and read, their sum written
+    _assert_traffic(shim, 5 * q_bytes + lse_bytes + splits * prefix_bytes + sums)
 
 
 def _assert_traffic(shim: Shim, least: int) -> None:

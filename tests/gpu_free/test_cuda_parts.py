@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``merge`` and ``slot`` with the CUDA kernels on the host shim, beside torch's CPU op and stand-ins."""
+"""``merge`` and ``concat`` with the CUDA kernels on the host shim, beside torch's CPU op and stand-ins."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_explain_says_which_kernels(shim, monkeypatch):
     stand_ins.install(monkeypatch, "cpu flash")
     text = str(peftkern.explain(**tensors(Shape(D=64), torch.float16), backend="merge"))
     assert "merge: ok (CUDA C++ beside torch's cpu flash), asked for by backend=" in text
-    assert "slot: ok (CUDA C++ beside torch's cpu flash)" in text
+    assert "concat: ok (CUDA C++ beside torch's cpu flash)" in text
 
 
 def test_what_the_library_lacks_is_left_to_triton(shim, monkeypatch):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels share: tiles in shared memory, fragments, the rows of a call, the softmax over a block of keys.
+// Shared by the attention kernels: tiles in shared memory, fragments, the rows of a call, the softmax over a block of keys.
 //
-// Scores are in units of log2. Of a warp, lanes 4 g to 4 g + 3 (a quad) hold rows g and g + 8 of an accumulator.
+// Scores are in units of log2. Lanes 4 g to 4 g + 3 of a warp (a quad) hold rows g and g + 8 of an accumulator.
 #ifndef PEFTKERN_CUDA_COMMON_H_
 #define PEFTKERN_CUDA_COMMON_H_
 
@@ -14,7 +14,7 @@ namespace peftkern {
 constexpr int kWarp = 32;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// [B, H, N, D] by strides in elements, the last one 1; for a prefix, B is the bank.
+// [B, H, N, D] with strides in elements; the stride along D is 1. For a prefix, B is the bank.
 struct Matrices {
   void* pointer;
   int64_t batch, head, row;
@@ -36,35 +36,35 @@ struct Indices {
   PEFTKERN_DEVICE int operator[](int i) const { return at(i); }
 };
 
-// One attention call. `merged`: no sequence differs from another for the kernel at hand, so that all rows are one list.
+// One attention call. `flattened`: the kernel need not tell sequences apart, so it treats all rows as one sequence.
 struct Call {
-  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, num_sequences, merged;
-  int causal, window, prefix_window;  // windows: 0 for none
-  float scale, softcap;               // softcap: 0 for none
+  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, num_sequences, flattened;
+  int causal, window, prefix_window;  // windows: 0 means none
+  float scale, softcap;               // softcap: 0 means none
   Indices cu_seqlens, prefix_ids, prefix_lens;
-  const float* prefix_bias;  // [Hq, P] by strides; null: none
+  const float* prefix_bias;  // [Hq, P], strides below; null: none
   int64_t bias_head, bias_key;
-  const float* gate;  // [Hq], its tanh: the prefix has a softmax of its own, weighted by it; null: one joint softmax
+  const float* gate;  // [Hq], the gate's tanh: it weights a separate softmax over the prefix; null: one joint softmax
 };
 
-// Queries of one sequence, and the prefix that they see (-1: none).
+// The queries of one sequence and the prefix that they see (-1: none).
 struct Sequence {
   int batch, first, length, prefix, prefix_len;
 };
 
-// A query: `head` of [0, Hq), `row` of [0, S), `place` its position within its sequence.
+// A query: `head` in [0, Hq), `row` in [0, S), `position` among the keys of its sequence.
 struct Row {
-  int batch, head, row, place;
+  int batch, head, row, position;
   bool valid;
 };
 
 PEFTKERN_DEVICE int count_sequences(const Call& call) {
-  return call.merged ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
+  return call.flattened ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
 }
 
 PEFTKERN_DEVICE Sequence sequence_at(const Call& call, int i) {
   Sequence s{i, 0, call.q_len, 0, call.prefix_len};
-  if (call.merged) {
+  if (call.flattened) {
     s.batch = 0;
     s.length = call.batch * call.q_len;
   } else if (call.cu_seqlens.pointer) {
@@ -78,19 +78,19 @@ PEFTKERN_DEVICE Sequence sequence_at(const Call& call, int i) {
   return s;
 }
 
-// Rows are counted per key head, position by position: the heads of a group lie side by side, so they share what is loaded.
+// Rows are numbered per key head, position by position. The heads of a group are adjacent, so they share loaded keys.
 PEFTKERN_DEVICE Row row_at(const Call& call, const Sequence& s, int kv_head, int i) {
-  const int position = i / call.group, at = position % call.q_len;
-  return {s.batch + position / call.q_len, kv_head * call.group + i % call.group, s.first + at,
-          at + call.kv_len - call.q_len, position < s.length};
+  const int query = i / call.group, at = query % call.q_len;
+  return {s.batch + query / call.q_len, kv_head * call.group + i % call.group, s.first + at,
+          at + call.kv_len - call.q_len, query < s.length};
 }
 
-// Where a row lies in a contiguous [B, Hq, S].
+// The index of a row in a contiguous [B, Hq, S].
 PEFTKERN_DEVICE int64_t index_of(const Call& call, const Row& row) {
   return ((int64_t)row.batch * call.num_kv_heads * call.group + row.head) * call.q_len + row.row;
 }
 
-// Walks the tiles of kRows rows of all sequences, or of those that see prefix `only`, from `begin` to `end`.
+// Walks one split of the tiles of kRows rows of all sequences, or of the sequences that see prefix `only`.
 template <int kRows>
 struct TileWalk {
   const Call& call;
@@ -101,12 +101,12 @@ struct TileWalk {
     return only < 0 || s.prefix == only ? (s.length * call.group + kRows - 1) / kRows : 0;
   }
 
-  // The `part`-th of `parts` even shares.
-  PEFTKERN_DEVICE TileWalk(const Call& c, int only_prefix, int part, int parts) : call(c), only(only_prefix) {
+  // The `split`-th of `splits` equal splits.
+  PEFTKERN_DEVICE TileWalk(const Call& c, int only_prefix, int split, int splits) : call(c), only(only_prefix) {
     int total = 0;
     for (int i = 0; i < count_sequences(call); i++) total += tiles_of(sequence_at(call, i));
-    const int begin = (int)((int64_t)total * part / parts);
-    left = (int)((int64_t)total * (part + 1) / parts) - begin;
+    const int begin = (int)((int64_t)total * split / splits);
+    left = (int)((int64_t)total * (split + 1) / splits) - begin;
     index = 0, tile = begin;
     settle();
   }
@@ -122,7 +122,7 @@ struct TileWalk {
     }
   }
 
-  // To the n-th tile from here; false if there are not so many.
+  // Skips n tiles. Returns false if fewer are left.
   PEFTKERN_DEVICE bool go_to(int n) {
     left -= n;
     tile += n;
@@ -138,8 +138,8 @@ struct TileWalk {
   }
 };
 
-// Rows of kColumns 16-bit elements in shared memory, as chunks of 16 bytes that are so placed that eight rows' chunks of one
-// column lie in different banks.
+// Rows of kColumns 16-bit elements in shared memory, as swizzled chunks of 16 bytes: the chunks of one column of eight
+// consecutive rows lie in different banks.
 template <int kColumns>
 struct Tile {
   static constexpr int kChunks = kColumns / 8;
@@ -150,15 +150,15 @@ struct Tile {
     const int swizzle = kChunks % 8 == 0 ? row & 7 : row >> 1 & 3;
     return (uint32_t)(row * kChunks + (chunk ^ swizzle)) * 16u;
   }
-  // The address of `chunks` further along a row, in fewer instructions than offset() takes. The chunk of `address` must
-  // lie below the lowest bit of `chunks`, and the tile on a multiple of its rows.
+  // The address `chunks` further along a row, in fewer instructions than offset() needs. The chunk of `address` must be
+  // below the lowest set bit of `chunks`, and the tile must start at a multiple of the size of its rows.
   static PEFTKERN_DEVICE uint32_t along(uint32_t address, int chunks) {
     return kChunks % 8 == 0 ? address ^ chunks * 16u : (address ^ (chunks & 3) * 16u) + (chunks & ~3) * 16u;
   }
 };
 
-// All threads of the block: rows [0, rows) to shared memory, of which `source(row)` is the address or null for zeros.
-// `any` is some address that is 16-byte aligned. Commit and wait are the caller's.
+// All threads of the block copy rows [0, rows) to shared memory. `source(row)` is a row's address, or null for zeros. `any`
+// is an arbitrary 16-byte aligned address. The caller commits and waits.
 template <class T, int kColumns, int kThreads, class Source>
 PEFTKERN_DEVICE void load_rows(uint32_t target, int rows, int head_dim, const void* any, Source source) {
   using Layout = Tile<kColumns>;
@@ -170,10 +170,10 @@ PEFTKERN_DEVICE void load_rows(uint32_t target, int rows, int head_dim, const vo
   }
 }
 
-// Transposes a 4 x 4 matrix of which each lane of a quad holds one row.
+// Transposes a 4 x 4 matrix; each lane of a quad holds one row.
 //
-// It turns 16-byte accesses into fragments and back: of 32 columns, lane t reads 16 bytes, words 4 t to 4 t + 3; a fragment
-// wants word t of each of the four chunks.
+// This converts between 16-byte accesses and fragments: lane t reads words 4 t to 4 t + 3 of 32 columns, and a fragment
+// needs word t of each of the four chunks.
 PEFTKERN_DEVICE void transpose_quad(uint32_t (&x)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
@@ -197,8 +197,8 @@ PEFTKERN_DEVICE float max_quad(float x) {
   return fmaxf(x, exchange_lanes(x, 2));
 }
 
-// Score of a product q k, in log2, and its derivative by (scale * product) in units of log2(e). `weight` multiplies the
-// key's part of the softmax.
+// The score of a product q k, in log2, and its derivative with respect to scale * product, in units of log2(e). `weight`
+// multiplies the key's softmax weight.
 struct Score {
   float value, slope, weight = 1.f;
 };
@@ -209,38 +209,39 @@ PEFTKERN_DEVICE Score score_of(const Call& call, float product) {
   return {capped * (call.softcap * kLog2e), 1.f - capped * capped};
 }
 
-// Whether a query at `place` sees token `slot` of a prefix of `length` tokens.
+// Whether a query at `position` sees `token` of a prefix of `length` tokens.
 template <bool kOptions>
-PEFTKERN_DEVICE bool sees_prefix(const Call& call, int place, int slot, int length) {
-  return slot < length && (!kOptions || call.prefix_window == 0 || length + place - slot < call.prefix_window);
+PEFTKERN_DEVICE bool sees_prefix(const Call& call, int position, int token, int length) {
+  // FAULT: prefix-one-key-long
+  return token < length && (!kOptions || call.prefix_window == 0 || length + position - token < call.prefix_window);
 }
 
-// What a head adds to the score of a token of the prefix, in log2.
+// The bias that a head adds to the score of a token of the prefix, in log2.
 template <bool kOptions>
-PEFTKERN_DEVICE float prefix_bias_of(const Call& call, int head, int slot) {
-  return kOptions && call.prefix_bias ? call.prefix_bias[head * call.bias_head + slot * call.bias_key] * kLog2e : 0.f;
+PEFTKERN_DEVICE float prefix_bias_of(const Call& call, int head, int token) {
+  return kOptions && call.prefix_bias ? call.prefix_bias[head * call.bias_head + token * call.bias_key] * kLog2e : 0.f;
 }
 
-// A warp's 16 rows of a softmax over keys that come block by block: the weighted sum of values for kColumns columns, the
-// running maximum, and each lane's part of the denominator.
+// The softmax state of a warp's 16 rows over keys that arrive block by block: the weighted sum of values for kColumns
+// columns, the running maximum m, and each lane's contribution to the denominator.
 template <int kColumns>
 struct RowState {
   float acc[kColumns / 8][4];
-  float peak[2], sum[2];
+  float m[2], sum[2];
 
   PEFTKERN_DEVICE RowState() {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
-    peak[0] = peak[1] = -INFINITY;
+    m[0] = m[1] = -INFINITY;
     sum[0] = sum[1] = 0.f;
   }
 };
 
-// Takes `count` keys, the first rows of two tiles in shared memory, into `state`; rows from there to the next multiple of
-// 16 must be zeros. `query(i, fragment)` gives columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` the masked
-// score of row g + 8 r. Values are taken from column `first_column` on.
+// Adds `count` keys, the first rows of two tiles in shared memory, to `state`. Rows from `count` to the next multiple of 16
+// must be zeros. `query(i, fragment)` loads columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` is the masked
+// score of row g + 8 r. Only the kColumns columns of the values from `first_column` on are used.
 template <class T, int kHeadDim, int kKeys, int kColumns, class Query, class ScoreOf>
 PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t values, int count, int first_column,
                             Query query, ScoreOf score) {
@@ -266,28 +267,28 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
         mma<T>(s[n], a[1], b[2], b[3]);
       }
   }
-  float peak[2] = {state.peak[0], state.peak[1]}, decay[2];
+  float m[2] = {state.m[0], state.m[1]}, decay[2];
 #pragma unroll
   for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       s[n][i] = score(s[n][i], n * 8 + 2 * (lane % 4) + (i & 1), i >> 1);
-      peak[i >> 1] = fmaxf(peak[i >> 1], s[n][i]);
+      m[i >> 1] = fmaxf(m[i >> 1], s[n][i]);
     }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    peak[r] = max_quad(peak[r]);
-    const float pivot = peak[r] == -INFINITY ? 0.f : peak[r];
-    decay[r] = exp2_approx(state.peak[r] - pivot);
-    state.peak[r] = peak[r];
+    m[r] = max_quad(m[r]);
+    const float base = m[r] == -INFINITY ? 0.f : m[r];  // -inf - -inf would be NaN
+    decay[r] = exp2_approx(state.m[r] - base);
+    state.m[r] = m[r];
     state.sum[r] *= decay[r];
-    peak[r] = pivot;
+    m[r] = base;
   }
 #pragma unroll
   for (int n = 0; n < kKeys / 8; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      s[n][i] = exp2_approx(s[n][i] - peak[i >> 1]);
+      s[n][i] = exp2_approx(s[n][i] - m[i >> 1]);
       state.sum[i >> 1] += s[n][i];
     }
 #pragma unroll
@@ -298,6 +299,7 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
   for (int k = 0; k < kKeys / 16; k++)
     if (16 * k < count) {
       const uint32_t a[4] = {pack<T>(s[2 * k][0], s[2 * k][1]), pack<T>(s[2 * k][2], s[2 * k][3]),
+                             // FAULT: fragments-swapped
                              pack<T>(s[2 * k + 1][0], s[2 * k + 1][1]), pack<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
 #pragma unroll
       for (int n = 0; n < kColumns / 16; n++) {

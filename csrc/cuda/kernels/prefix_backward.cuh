@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the part of an attention that its prefix contributes, given the merged out and lse.
+// Gradients of the prefix's part of an attention, given the merged out and lse.
 //
-// One pass over the rows for each part of the prefix that fits shared memory: delta, p and ds of a tile, dq added in place,
-// dprefix_k and dprefix_v summed in registers over a fixed share of the rows. The shares are then added in order, so the sums
-// are the same from run to run.
+// One pass over the rows for each chunk of the prefix that fits in shared memory: delta, p and ds of a tile; dq is added in
+// place; dprefix_k and dprefix_v are summed in registers over a fixed split of the rows. The splits are then added in order,
+// so the sums are the same from run to run.
 #ifndef PEFTKERN_CUDA_PREFIX_BACKWARD_H_
 #define PEFTKERN_CUDA_PREFIX_BACKWARD_H_
 
@@ -14,25 +14,25 @@ namespace peftkern {
 struct PrefixBackward {
   Call call;
   Matrices q, prefix_k, prefix_v, out, dout;
-  Matrices dq;           // added to; null: nobody needs it
+  Matrices dq;           // added to; null: not needed
   const float* lse;      // [B, Hq, S]
-  Matrices dlse;         // null: there is none. `row` is the stride of its last dimension
-  const float* delta;    // [B, Hq, S], less dlse, of a call with options; null: to be taken from out
-  float *dprefix_k, *dprefix_v;  // [share, bank, Hkv, P, D]; null: nobody needs it
+  Matrices dlse;         // null: zero. `row` is the stride of its last dimension
+  const float* delta;    // [B, Hq, S], used by calls with options only; null: computed from out
+  float *dprefix_k, *dprefix_v;  // [splits, bank, Hkv, P, D]; null: not needed
 };
 
-// The score of a row and a token of a prefix of `length` tokens, with all options.
-PEFTKERN_DEVICE Score prefix_score(const Call& call, const Row& row, int slot, int length, float product) {
+// The score of a row and a token of a prefix of `length` tokens, with all options applied.
+PEFTKERN_DEVICE Score prefix_score(const Call& call, const Row& row, int token, int length, float product) {
   Score score = score_of<true>(call, product);
-  if (sees_prefix<true>(call, row.place, slot, length))
-    score.value += prefix_bias_of<true>(call, row.head, slot);
+  if (sees_prefix<true>(call, row.position, token, length))
+    score.value += prefix_bias_of<true>(call, row.head, token);
   else
     score.value = -INFINITY;
   if (call.gate) score.weight = call.gate[row.head];
   return score;
 }
 
-// grid: (shares, key heads, prefixes)
+// grid: (splits, key heads, prefixes)
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_PARAMS PrefixBackward args) {
   using Shape = BackwardShape<kHeadDim>;
@@ -41,13 +41,13 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);
   const Call& call = args.call;
-  const int kv_head = blockIdx.y, prefix = blockIdx.z, share = blockIdx.x;
+  const int kv_head = blockIdx.y, prefix = blockIdx.z, split = blockIdx.x;
   const int prefix_len = call.prefix_lens.pointer ? call.prefix_lens[prefix] : call.prefix_len;
 
-  const bool known = kOptions && args.delta;  // plain calls have no register left for it
-  // The threads of a row's sums: kRowThreads share a row.
-  const int sum_row = threadIdx.x / kRowThreads, sum_part = threadIdx.x % kRowThreads;
-  // delta = rowsum(dout * out) - dlse, and lse, of the tile's rows to shared memory, when dout is there
+  const bool known = kOptions && args.delta;  // plain calls have no register left for this
+  // kRowThreads threads sum each row.
+  const int sum_row = threadIdx.x / kRowThreads, sum_thread = threadIdx.x % kRowThreads;
+  // Writes delta and lse of the tile's rows to shared memory, once dout has arrived there.
   const auto load_sums = [&](const TileWalk<Shape::kRows>& walk) {
     const Row row = row_at(call, walk.sequence, kv_head, walk.first_row() + sum_row);
     uint4 out[kRowChunks];
@@ -55,15 +55,15 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
       const T* from = args.out.at<T>(row.batch, row.head, row.row);
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
-        const int column = (sum_part + c * kRowThreads) * 8;
+        const int column = (sum_thread + c * kRowThreads) * 8;
         out[c] = make_uint4(0, 0, 0, 0);
         if (row.valid && column < call.head_dim) out[c] = *reinterpret_cast<const uint4*>(from + column);
       }
     }
     float row_lse = INFINITY, row_dlse = 0.f, delta = 0.f;
-    if (row.valid && sum_part == 0) {
+    if (row.valid && sum_thread == 0) {
       row_lse = args.lse[index_of(call, row)] * kLog2e;
-      if (row_lse == -INFINITY) row_lse = INFINITY;  // a row that sees nothing weighs nothing
+      if (row_lse == -INFINITY) row_lse = INFINITY;  // the weights of a row without keys are 0
       if (known)
         delta = args.delta[index_of(call, row)];
       else if (args.dlse.pointer)
@@ -75,7 +75,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
 #pragma unroll
       for (int c = 0; c < kRowChunks; c++) {
         const uint4 dout =
-            *reinterpret_cast<const uint4*>(shared + Shape::kDoutAt + Layout::offset(sum_row, sum_part + c * kRowThreads));
+            *reinterpret_cast<const uint4*>(shared + Shape::kDoutAt + Layout::offset(sum_row, sum_thread + c * kRowThreads));
         const uint32_t x[4] = {out[c].x, out[c].y, out[c].z, out[c].w}, y[4] = {dout.x, dout.y, dout.z, dout.w};
 #pragma unroll
         for (int w = 0; w < 4; w++) {
@@ -86,7 +86,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
 #pragma unroll
       for (int lanes = 1; lanes < kRowThreads; lanes *= 2) delta += exchange_lanes(delta, lanes);
     }
-    if (sum_part == 0) {
+    if (sum_thread == 0) {
       tile.lse()[sum_row] = row_lse;
       tile.delta()[sum_row] = delta - row_dlse;
     }
@@ -95,7 +95,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
   for (int first_key = 0; first_key < call.prefix_len; first_key += Shape::kKeys) {
     const int length = max(0, min(Shape::kKeys, prefix_len - first_key));
     Sums<Shape::kSumGroups> dk, dv;
-    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, share, length > 0 ? gridDim.x : 0x7fffffff);
+    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, split, length > 0 ? gridDim.x : 0x7fffffff);
     const auto load_queries = [&] {
       for (int d = 0; d < 2; d++) {
         const Matrices& matrices = d ? args.dout : args.q;
@@ -106,7 +106,8 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
       }
       copy_async_commit();
     };
-    if (first_key > 0) __syncthreads();  // the last tile's dq may still read the keys
+    // FAULT: next-keys-loaded-early
+    if (first_key > 0) __syncthreads();  // dq of the previous tile may still read the keys
     if (walk.more()) {
       for (int v = 0; v < 2; v++) {
         const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
@@ -126,11 +127,11 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
         if (!kOptions) return {key < length ? score_of<false>(call, product).value : -INFINITY, 1.f};
         return prefix_score(call, row_at(call, sequence, kv_head, first_row + i), first_key + key, prefix_len, product);
       });
-      __syncthreads();
+      __syncthreads();  // FAULT: p-and-ds-read-early
       tile.add_keys_and_values(dk, dv);
       walk.advance();
-      __syncthreads();
-      if (walk.more()) load_queries();  // while dq is under way
+      __syncthreads();  // FAULT: next-rows-loaded-early
+      if (walk.more()) load_queries();  // while dq is computed
       if (args.dq.pointer) {
         Sums<Shape::kQueryGroups> dq;
         tile.add_queries(dq);
@@ -141,7 +142,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
       }
     }
 
-    const int64_t matrix = ((int64_t)share * call.bank_size + prefix) * call.num_kv_heads + kv_head;
+    const int64_t matrix = ((int64_t)split * call.bank_size + prefix) * call.num_kv_heads + kv_head;
     const auto store = [&](const Sums<Shape::kSumGroups>& sums, float scale, float* matrices) {
       float* const target = matrices + (matrix * call.prefix_len + first_key) * call.head_dim;
       tile.store_sums(sums, scale, call.head_dim, [&](int key, int column, float2 pair) {
@@ -157,12 +158,12 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_backward(PEFTKERN_P
 struct PrefixBiasBackward {
   Call call;
   Matrices q, prefix_k, prefix_v, dout;
-  const float *lse, *delta;  // [B, Hq, S]; delta less dlse
-  float* dprefix_bias;       // [share, bank, elements], of which Hq * P
+  const float *lse, *delta;  // [B, Hq, S]
+  float* dprefix_bias;       // [splits, bank, elements]; the first Hq * P elements count
   int64_t elements;
 };
 
-// dprefix_bias[h, p] = sum of ds over the rows of head h, which neither the softcap nor a rounding has touched. ds of a tile
+// dprefix_bias[h, p] = sum of ds over the rows of head h, before the softcap's derivative and before rounding. ds of a tile
 // passes through shared memory in fp32. grid: (shares, key heads, prefixes)
 template <class T, int kHeadDim>
 PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTKERN_PARAMS PrefixBiasBackward args) {
@@ -170,10 +171,10 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTK
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);
   const Call& call = args.call;
-  const int kv_head = blockIdx.y, prefix = blockIdx.z, share = blockIdx.x;
+  const int kv_head = blockIdx.y, prefix = blockIdx.z, split = blockIdx.x;
   const int prefix_len = call.prefix_lens.pointer ? call.prefix_lens[prefix] : call.prefix_len;
-  float* const dscores = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [rows, keys], in the place of both
-  float* const sums = args.dprefix_bias + ((int64_t)share * call.bank_size + prefix) * args.elements;
+  float* const dscores = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [rows, keys], in the memory of p and ds
+  float* const sums = args.dprefix_bias + ((int64_t)split * call.bank_size + prefix) * args.elements;
   if (kv_head == 0)
     for (int64_t i = (int64_t)call.num_kv_heads * call.group * call.prefix_len + threadIdx.x; i < args.elements;
          i += Shape::kThreads)
@@ -181,7 +182,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTK
 
   for (int first_key = 0; first_key < call.prefix_len; first_key += Shape::kKeys) {
     const int length = max(0, min(Shape::kKeys, prefix_len - first_key));
-    // A thread owns one key, and every kThreads / kKeys-th head of the group.
+    // A thread owns one key and every (kThreads / kKeys)-th head of the group.
     const int own_key = threadIdx.x % Shape::kKeys;
     const auto each_sum = [&](auto take) {
       if (first_key + own_key >= call.prefix_len) return;
@@ -189,7 +190,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTK
         take(head, sums[(int64_t)(kv_head * call.group + head) * call.prefix_len + first_key + own_key]);
     };
     each_sum([](int, float& sum) { sum = 0.f; });
-    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, share, length > 0 ? gridDim.x : 0x7fffffff);
+    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, split, length > 0 ? gridDim.x : 0x7fffffff);
     if (walk.more())
       for (int v = 0; v < 2; v++) {
         const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
@@ -211,7 +212,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTK
       if (threadIdx.x < Shape::kRows) {
         const Row row = row_of(threadIdx.x);
         const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
-        tile.lse()[threadIdx.x] = lse == -INFINITY ? INFINITY : lse;  // a row that sees nothing weighs nothing
+        tile.lse()[threadIdx.x] = lse == -INFINITY ? INFINITY : lse;  // the weights of a row without keys are 0
         tile.delta()[threadIdx.x] = row.valid ? args.delta[index_of(call, row)] : 0.f;
       }
       copy_async_wait<0>();
@@ -219,8 +220,9 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) prefix_bias_backward(PEFTK
       tile.each_weight(
           [&](float product, int i, int key) { return prefix_score(call, row_of(i), first_key + key, prefix_len, product); },
           [&](int, int i, int key, float p, float dp) { dscores[i * Shape::kKeys + key] = p * (dp - tile.delta()[i]); });
-      __syncthreads();
+      __syncthreads();  // FAULT: ds-summed-early
       each_sum([&](int head, float& sum) {
+        // FAULT: rows-of-another-head
         for (int i = (head + call.group - first_row % call.group) % call.group; i < Shape::kRows; i += call.group)
           sum += dscores[i * Shape::kKeys + own_key];
       });

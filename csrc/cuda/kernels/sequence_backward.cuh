@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the part of an attention that its sequence contributes, given the joint out and lse: dq, dk and dv. Together
-// with prefix_backward.cuh, which adds to dq, the backward of sequence_forward.cuh.
+// Gradients of the sequence's part of an attention, given the joint out and lse: dq, dk and dv. Together with
+// prefix_backward.cuh, which adds to dq, this is the backward of sequence_forward.cuh.
 #ifndef PEFTKERN_CUDA_SEQUENCE_BACKWARD_H_
 #define PEFTKERN_CUDA_SEQUENCE_BACKWARD_H_
 
@@ -11,16 +11,16 @@ namespace peftkern {
 
 struct SequenceBackward {
   Call call;
-  Matrices q, k, v, out, dout, dq, dk, dv;  // gradients: null if nobody needs them
-  Matrices prefix_k, prefix_v;              // of softmax_sums
+  Matrices q, k, v, out, dout, dq, dk, dv;  // gradients: null if not needed
+  Matrices prefix_k, prefix_v;              // softmax_sums only
   const float* lse;                         // [B, Hq, S]
-  Matrices dlse;                            // null: there is none. `row` is the stride of its last dimension
+  Matrices dlse;                            // null: zero. `row` is the stride of its last dimension
   float* delta;                             // [B, Hq, S]
   const uint8_t* key_mask;                  // null: all keys are visible
   int64_t key_mask_batch, key_mask_key;
 };
 
-// delta = rowsum(dout * out) - dlse, a warp per row. grid: rows / 8
+// delta = rowsum(out * dout) - dlse, one warp per row. grid: rows / 8
 template <class T>
 PEFTKERN_KERNEL(256, 1) row_sums(PEFTKERN_PARAMS SequenceBackward args) {
   const Call& call = args.call;
@@ -40,7 +40,7 @@ PEFTKERN_KERNEL(256, 1) row_sums(PEFTKERN_PARAMS SequenceBackward args) {
   if (lane == 0) args.delta[i] = sum - (args.dlse.pointer ? *args.dlse.at<float>(b, h, row) : 0.f);
 }
 
-// Rows of q and dout, their lse and, if it is known, delta, for the rows of a tile from `first_row` on.
+// Loads q, dout and lse of the rows of a tile from `first_row` on, and delta if `with_delta`.
 template <class T, int kHeadDim>
 PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
                                   const Sequence& sequence, int kv_head, int first_row, bool with_delta = true) {
@@ -61,7 +61,7 @@ PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const S
   }
 }
 
-// Keys and values of a block from `first_key` of a sequence on, or of its prefix.
+// Loads a block of keys and values of a sequence, or of its prefix, from `first_key` on.
 template <class T, int kHeadDim>
 PEFTKERN_DEVICE void load_keys(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
                                const Sequence& sequence, int kv_head, int first_key, int end, bool is_prefix = false) {
@@ -77,7 +77,7 @@ PEFTKERN_DEVICE void load_keys(const BackwardTile<T, kHeadDim>& tile, const Sequ
   }
 }
 
-// The score of a row of a tile and a key of a sequence, whose keys end at `end`.
+// The score of a row and a key of a sequence. The keys end at `end`.
 template <bool kOptions>
 PEFTKERN_DEVICE Score sequence_score(const SequenceBackward& args, const Sequence& sequence, const Row& row, int key, int end,
                                      float product) {
@@ -89,7 +89,7 @@ PEFTKERN_DEVICE Score sequence_score(const SequenceBackward& args, const Sequenc
   return {visible ? score.value : -INFINITY, score.slope};
 }
 
-// p and ds of a tile of rows and a block of keys.
+// Computes p and ds of a tile of rows and a block of keys.
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_DEVICE void sequence_weights(const BackwardTile<T, kHeadDim>& tile, const SequenceBackward& args,
                                       const Sequence& sequence, int kv_head, int first_row, int first_key, int end) {
@@ -99,7 +99,7 @@ PEFTKERN_DEVICE void sequence_weights(const BackwardTile<T, kHeadDim>& tile, con
   });
 }
 
-// delta = sum of p dout v' over the keys, less dlse: what rowsum(dout * out) would be, had out not been rounded. A block owns
+// delta = the sum of p dout v' over the keys, less dlse: rowsum(out * dout) - dlse without the rounding of out. A block owns
 // a tile of rows and walks the prefix, then the sequence unless k is null. grid: (tiles, key heads)
 template <class T, int kHeadDim>
 PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARAMS SequenceBackward args) {
@@ -112,9 +112,9 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARA
   if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
   const Sequence sequence = walk.sequence;
   const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
-  const int last_place = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int last_position = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
   const int low = first_key_of(call, first_row / call.group + offset) / Shape::kKeys * Shape::kKeys;
-  const int high = args.k.pointer ? end_key_of(call, sequence, last_place) : low;
+  const int high = args.k.pointer ? end_key_of(call, sequence, last_position) : low;
   const int prefix_keys = (sequence.prefix_len + Shape::kKeys - 1) / Shape::kKeys * Shape::kKeys;
 
   float sums[2] = {0.f, 0.f};
@@ -131,7 +131,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARA
       const int key = first_key + k;
       if (!is_prefix) return sequence_score<true>(args, sequence, row, key, end, product);
       Score score = score_of<true>(call, product);
-      const bool visible = sees_prefix<true>(call, row.place, key, sequence.prefix_len);
+      const bool visible = sees_prefix<true>(call, row.position, key, sequence.prefix_len);
       score.value = visible ? score.value + prefix_bias_of<true>(call, row.head, key) : -INFINITY;
       return score;
     };
@@ -140,20 +140,21 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARA
   }
   copy_async_commit();
   copy_async_wait<0>();
-  // the warps beside each other add up their keys' sums, in order
-  float* const shares = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [side warps, rows]
+  // Warps with the same rows and different keys add up their sums, in order.
+  float* const side_sums = reinterpret_cast<float*>(shared + Shape::kWeightsAt);  // [side warps, rows]
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const float sum = sum_quad(sums[r]);
     if (tile.lane % 4 == 0)
-      shares[tile.warp / Shape::kRowWarps * Shape::kRows + tile.first_row() + tile.lane / 4 + 8 * r] = sum;
+      side_sums[tile.warp / Shape::kRowWarps * Shape::kRows + tile.first_row() + tile.lane / 4 + 8 * r] = sum;
   }
-  __syncthreads();
+  __syncthreads();  // FAULT: halves-of-delta-added-early
   if (threadIdx.x >= Shape::kRows) return;
   const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
   if (!row.valid) return;
   float sum = args.dlse.pointer ? -*args.dlse.at<float>(row.batch, row.head, row.row) : 0.f;
-  for (int side = 0; side < Shape::kSideWarps; side++) sum += shares[side * Shape::kRows + threadIdx.x];
+  // FAULT: half-of-the-keys-in-delta
+  for (int side = 0; side < Shape::kSideWarps; side++) sum += side_sums[side * Shape::kRows + threadIdx.x];
   args.delta[index_of(call, row)] = sum;
 }
 
@@ -169,8 +170,8 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_queries(
   if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
   const Sequence sequence = walk.sequence;
   const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
-  const int last_place = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
-  const int low = first_key_of(call, first_row / call.group + offset), high = end_key_of(call, sequence, last_place);
+  const int last_position = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int low = first_key_of(call, first_row / call.group + offset), high = end_key_of(call, sequence, last_position);
 
   Sums<Shape::kQueryGroups> dq;
   load_queries(tile, args, sequence, kv_head, first_row);
@@ -192,8 +193,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_queries(
   });
 }
 
-// dk and dv: a block owns a block of keys and walks the rows. Keys beyond all packed sequences belong to the last one's
-// tail and get zeros. grid: (blocks of keys of the longest sequence, key heads, sequences)
+// dk and dv: a block owns a block of keys and walks the rows. grid: (blocks of keys of the longest sequence, key heads, sequences)
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
   using Shape = BackwardShape<kHeadDim>;
@@ -205,7 +205,7 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_keys(PEF
   const int keys = call.cu_seqlens.pointer ? sequence.length : call.kv_len, offset = call.kv_len - call.q_len;
   if (first_key >= keys) return;
   const int last_key = min(first_key + Shape::kKeys, keys) - 1;
-  const int low = call.causal ? max(0, first_key - offset) : 0;  // rows that see the block, as positions of the sequence
+  const int low = call.causal ? max(0, first_key - offset) : 0;  // the rows that see the block
   const int high = min(sequence.length, call.window ? last_key + call.window - offset : sequence.length);
 
   Sums<Shape::kSumGroups> dk, dv;

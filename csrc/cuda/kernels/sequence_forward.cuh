@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over [prefix | sequence] in one kernel: a baseline for those without another library's.
+// Attention over [prefix | sequence] in one kernel: a baseline for use without another library.
 //
-// A block owns a tile of 64 rows of one key head and one sequence; keys and values pass through shared memory in two stages,
-// the prefix first, then the sequence up to the last key that the tile sees. Where there are few rows and many keys, several
-// blocks divide the keys of a tile among them, and combine_splits() adds up in order.
+// A block owns a tile of 64 rows of one key head and one sequence. Keys and values pass through shared memory in two stages:
+// the prefix first, then the sequence up to the last key that the tile sees. With few rows and many keys, the keys of a tile
+// are split between several blocks, and combine_splits() adds up the splits in order.
 #ifndef PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 #define PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 
@@ -19,32 +19,33 @@ struct SequenceForward {
   const uint8_t* key_mask;  // null: all keys are visible
   int64_t key_mask_batch, key_mask_key;
   int splits;      // of the keys
-  float* partial;  // [split, B, Hq, S, D + 2]: values by their weights, peak, sum; null: out and lse are written
+  float* partial;  // [splits, B, Hq, S, D + 2]: weighted sum of values, m, sum of weights; null: out and lse are written
 };
 
 template <int kHeadDim>
 struct SequenceForwardShape {
   static constexpr int kThreads = 128, kRows = 64, kKeys = kHeadDim > 128 ? 16 : kHeadDim > 64 ? 32 : 64;
-  static constexpr int kColumns = kHeadDim > 128 ? 128 : kHeadDim;  // of out per block, to fit the registers
+  static constexpr int kColumns = kHeadDim > 128 ? 128 : kHeadDim;  // of out per block, to fit in registers
   static constexpr int kQueryBytes = kRows * kHeadDim * 2, kBlockBytes = kKeys * kHeadDim * 2;
   static constexpr int kSharedBytes = kQueryBytes + 4 * kBlockBytes;
 };
 
-// Keys of a sequence that rows with places [first, last] see: [low, high) of its keys, which start at `sequence.first`.
-PEFTKERN_DEVICE int first_key_of(const Call& call, int first_place) {
-  return call.window ? max(0, first_place - call.window + 1) : 0;
+// The keys that rows at positions [first, last] of a sequence see: [low, high), counted from `sequence.first`.
+PEFTKERN_DEVICE int first_key_of(const Call& call, int first_position) {
+  return call.window ? max(0, first_position - call.window + 1) : 0;
 }
-PEFTKERN_DEVICE int end_key_of(const Call& call, const Sequence& sequence, int last_place) {
+PEFTKERN_DEVICE int end_key_of(const Call& call, const Sequence& sequence, int last_position) {
   const int keys = call.cu_seqlens.pointer ? sequence.length : call.kv_len;
-  return call.causal ? min(keys, last_place + 1) : keys;
+  return call.causal ? min(keys, last_position + 1) : keys;
 }
 
-// Whether a row sees a key of its sequence; `key` is below the end, as counted by the functions above.
+// Whether a row sees a key of its sequence. `key` is below the end that the functions above return.
 PEFTKERN_DEVICE bool sees_key(const Call& call, const Row& row, int key) {
-  return (!call.causal || key <= row.place) && (call.window == 0 || row.place - key < call.window);
+  // FAULT: row-sees-its-future
+  return (!call.causal || key <= row.position) && (call.window == 0 || row.position - key < call.window);
 }
 
-// No sequence if k is null. grid: (tiles, key heads, groups of columns times splits)
+// k is null if there is no sequence. grid: (tiles, key heads, groups of columns times splits)
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
   using Shape = SequenceForwardShape<kHeadDim>;
@@ -56,7 +57,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
   const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4;
   const int column = blockIdx.z % (kHeadDim / kColumns) * kColumns, split = blockIdx.z / (kHeadDim / kColumns);
   const int first = threadIdx.x / kWarp * 16;
-  // tiles in reverse: those that see most keys start first
+  // tiles in reverse order: those that see the most keys start first
   TileWalk<Shape::kRows> walk(call, -1, 0, 1);
   if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
   const Sequence sequence = walk.sequence;
@@ -64,11 +65,11 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
   const Row row[2] = {row_at(call, sequence, kv_head, walk.first_row() + first + lane / 4),
                       row_at(call, sequence, kv_head, walk.first_row() + first + lane / 4 + 8)};
   const int offset = call.kv_len - call.q_len;
-  const int first_place = walk.first_row() / call.group + offset;
-  const int last_place = min((walk.first_row() + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
+  const int first_position = walk.first_row() / call.group + offset;
+  const int last_position = min((walk.first_row() + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
   const int prefix_blocks = (sequence.prefix_len + Shape::kKeys - 1) / Shape::kKeys;
-  const int low = first_key_of(call, first_place) / Shape::kKeys * Shape::kKeys;
-  const int high = args.k.pointer ? end_key_of(call, sequence, last_place) : low;
+  const int low = first_key_of(call, first_position) / Shape::kKeys * Shape::kKeys;
+  const int high = args.k.pointer ? end_key_of(call, sequence, last_position) : low;
   const int count = prefix_blocks + max(0, (high - low + Shape::kKeys - 1) / Shape::kKeys);
 
   const auto load_block = [&](int block) {
@@ -100,7 +101,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
     copy_async_commit();
     const bool is_prefix = block < prefix_blocks;
     const int key0 = is_prefix ? block * Shape::kKeys : low + (block - prefix_blocks) * Shape::kKeys;
-    const uint32_t keys = blocks + block % 2 * 2 * Shape::kBlockBytes;
+    const uint32_t keys = blocks + block % 2 * 2 * Shape::kBlockBytes;  // FAULT: keys-of-the-other-stage
     attend<T, kHeadDim, Shape::kKeys, kColumns>(
         state, keys, keys + Shape::kBlockBytes, min(Shape::kKeys, (is_prefix ? sequence.prefix_len : high) - key0), column,
         [&](int i, uint32_t(&a)[4]) {
@@ -111,7 +112,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
           bool visible;
           float bias = 0.f;
           if (is_prefix) {
-            visible = sees_prefix<kOptions>(call, row[r].place, key, sequence.prefix_len);
+            visible = sees_prefix<kOptions>(call, row[r].position, key, sequence.prefix_len);
             if (visible) bias = prefix_bias_of<kOptions>(call, row[r].head, key);
           } else {
             visible = key < high && sees_key(call, row[r], key);
@@ -137,19 +138,19 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
           *reinterpret_cast<float2*>(to + at) = make_float2(state.acc[n][2 * r], state.acc[n][2 * r + 1]);
       }
       if (quad_lane == 0 && column == 0)
-        *reinterpret_cast<float2*>(to + call.head_dim) = make_float2(state.peak[r], sum);
+        *reinterpret_cast<float2*>(to + call.head_dim) = make_float2(state.m[r], sum);
     }
     return;
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
-    const float peak = fmaxf(state.peak[r], sink), pivot = peak == -INFINITY ? 0.f : peak;
-    const float weight = exp2_approx(state.peak[r] - pivot);
-    const float total = weight * sum_quad(state.sum[r]) + exp2_approx(sink - pivot);
-    const float scale = peak == -INFINITY ? 0.f : weight / total;
+    const float m = fmaxf(state.m[r], sink), base = m == -INFINITY ? 0.f : m;
+    const float weight = exp2_approx(state.m[r] - base);
+    const float total = weight * sum_quad(state.sum[r]) + exp2_approx(sink - base);
+    const float scale = m == -INFINITY ? 0.f : weight / total;
     if (row[r].valid && quad_lane == 0 && column == 0)
-      args.lse[index_of(call, row[r])] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
+      args.lse[index_of(call, row[r])] = m == -INFINITY ? -INFINITY : (base + log2f(total)) * kLn2;
 #pragma unroll
     for (int j = 0; j < kColumns / 32; j++) {
       uint32_t x[4];
@@ -166,7 +167,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
 }
 
 struct CombineSplits {
-  const float* partial;  // of sequence_forward
+  const float* partial;  // as sequence_forward writes it
   Matrices out;
   float* lse;  // [B, Hq, S]
   const float* sinks;
@@ -174,7 +175,7 @@ struct CombineSplits {
   int heads, q_len, head_dim, splits;
 };
 
-// out and lse of the splits and the sink, a warp per row. grid: rows / 8
+// out and lse from all splits and the sink, one warp per row. grid: rows / 8
 template <class T>
 PEFTKERN_KERNEL(256, 1) combine_splits(PEFTKERN_PARAMS CombineSplits args) {
   const int lane = threadIdx.x % kWarp, width = args.head_dim + 2;
@@ -183,26 +184,26 @@ PEFTKERN_KERNEL(256, 1) combine_splits(PEFTKERN_PARAMS CombineSplits args) {
   const int b = (int)(i / args.q_len / args.heads), h = (int)(i / args.q_len % args.heads), row = (int)(i % args.q_len);
   const float sink = args.sinks ? args.sinks[h] * kLog2e : -INFINITY;
   const auto split_at = [&](int split) { return args.partial + (split * args.rows + i) * width; };
-  float peak = sink;
-  for (int split = 0; split < args.splits; split++) peak = fmaxf(peak, split_at(split)[args.head_dim]);
-  const float pivot = peak == -INFINITY ? 0.f : peak;
-  float total = exp2_approx(sink - pivot);
+  float m = sink;
+  for (int split = 0; split < args.splits; split++) m = fmaxf(m, split_at(split)[args.head_dim]);
+  const float base = m == -INFINITY ? 0.f : m;
+  float total = exp2_approx(sink - base);
   for (int split = 0; split < args.splits; split++) {
     const float2 stats = *reinterpret_cast<const float2*>(split_at(split) + args.head_dim);
-    total += exp2_approx(stats.x - pivot) * stats.y;
+    total += exp2_approx(stats.x - base) * stats.y;
   }
-  const float inverse = peak == -INFINITY ? 0.f : 1.f / total;
+  const float inverse = m == -INFINITY ? 0.f : 1.f / total;
   for (int column = lane * 2; column < args.head_dim; column += 2 * kWarp) {
     float2 sum = make_float2(0.f, 0.f);
     for (int split = 0; split < args.splits; split++) {
       const float* const from = split_at(split);
-      const float weight = exp2_approx(from[args.head_dim] - pivot);
+      const float weight = exp2_approx(from[args.head_dim] - base);
       const float2 x = *reinterpret_cast<const float2*>(from + column);
       sum.x += weight * x.x, sum.y += weight * x.y;
     }
     *reinterpret_cast<uint32_t*>(args.out.at<T>(b, h, row) + column) = pack<T>(sum.x * inverse, sum.y * inverse);
   }
-  if (lane == 0) args.lse[i] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
+  if (lane == 0) args.lse[i] = m == -INFINITY ? -INFINITY : (base + log2f(total)) * kLn2;
 }
 
 }  // namespace peftkern

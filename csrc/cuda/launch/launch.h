@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host's side of a launch: a device for the length of a call, its limits, and an error that comes back as a status.
+// Kernel launches on the host side: selects the device for the duration of a call, knows its limits, turns errors into a
+// status.
 #ifndef PEFTKERN_CUDA_LAUNCH_H_
 #define PEFTKERN_CUDA_LAUNCH_H_
 
-#include "../peftkern.h"
-#include "common.cuh"
+#include "../../peftkern.h"
+#include "../kernels/common.cuh"
 
 #if defined(PEFTKERN_HOST_SHIM)
 #include "launch_shim.h"
@@ -15,10 +16,10 @@ namespace peftkern {
 
 inline int status_of(cudaError_t error) { return error == cudaSuccess ? PEFTKERN_OK : PEFTKERN_CUDA_ERROR + (int)error; }
 
-// Where the work of a call is queued. Makes its device the current one, and puts the previous one back.
-class Queue {
+// Launches the kernels of one call on a stream. Makes the stream's device current and restores the previous one at the end.
+class Launcher {
  public:
-  Queue(int64_t device, void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
+  Launcher(int64_t device, void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
     status_ = status_of(cudaGetDevice(&previous_));
     if (status_ == PEFTKERN_OK && previous_ != (int)device) {
       status_ = status_of(cudaSetDevice((int)device));
@@ -30,11 +31,11 @@ class Queue {
     limit(cudaDevAttrMultiProcessorCount, multiprocessors_);
     limit(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes_);
   }
-  ~Queue() {
+  ~Launcher() {
     if (changed_) cudaSetDevice(previous_);
   }
-  Queue(const Queue&) = delete;
-  Queue& operator=(const Queue&) = delete;
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
 
   int status() const { return status_; }
   int multiprocessors() const { return multiprocessors_; }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything that is not plain C++: the instructions of compute capability 8.0 that the kernels use, and the two 16-bit
-// element types. No other file holds inline PTX. tests/gpu_free/shim/device.h states the same functions for a CPU.
+// element types. No other file contains inline PTX. tests/gpu_free/shim/device.h implements the same functions for a CPU.
 #ifndef PEFTKERN_CUDA_PTX_H_
 #define PEFTKERN_CUDA_PTX_H_
 
@@ -32,12 +32,12 @@ namespace peftkern {
 
 PEFTKERN_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// 16 bytes from global to shared memory, both 16-byte aligned; zeros where not `valid`, and `source` is not read.
+// 16 bytes from global to shared memory, both 16-byte aligned; if not `valid`, zeros are written and `source` is not read.
 PEFTKERN_DEVICE void copy_async(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
 PEFTKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending groups of this thread are under way.
+// Waits until at most kPending copy groups of this thread are pending.
 template <int kPending>
 PEFTKERN_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

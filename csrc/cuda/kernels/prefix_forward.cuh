@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over a prefix, merged with the result of an attention over the sequence, in place if that lies there.
+// Attention over a prefix, merged with the result of an attention over the sequence. The merge works in place if both have
+// the same memory.
 //
-// A block keeps one prefix, or a part of a long one, in shared memory and walks a fixed share of the rows of a key head. Each
-// warp owns 16 rows of a tile of 64; q and out pass between global memory and registers in 16-byte accesses, so shared
-// memory holds keys and values only and nothing waits at a barrier but the change of a prefix.
+// A block keeps one prefix, or a chunk of a long one, in shared memory and walks a fixed split of the rows of a key head.
+// Each warp owns 16 rows of a tile of 64. q and out move between global memory and registers in 16-byte accesses, so shared
+// memory holds only keys and values, and warps wait for each other only when the prefix changes.
 #ifndef PEFTKERN_CUDA_PREFIX_FORWARD_H_
 #define PEFTKERN_CUDA_PREFIX_FORWARD_H_
 
@@ -14,16 +15,16 @@ namespace peftkern {
 struct PrefixForward {
   Call call;
   Matrices q, prefix_k, prefix_v, out;
-  Matrices part_out, part_lse;  // null: no sequence. The latter's `row` is the stride of its last dimension
+  Matrices part_out, part_lse;  // null: no sequence. part_lse.row is the stride of its last dimension
   float* lse;                   // [B, Hq, S]
   const float* sinks;
-  int resident;  // rows of the prefix that shared memory holds, a multiple of 16
+  int resident;  // rows of the prefix that fit in shared memory, a multiple of 16
 };
 
 template <int kHeadDim>
 struct PrefixForwardShape {
   static constexpr int kThreads = 128, kRows = 64, kKeys = kHeadDim > 128 ? 16 : 64;
-  static constexpr int kColumns = kHeadDim > 128 ? 64 : kHeadDim;  // of out at a time, to fit the registers
+  static constexpr int kColumns = kHeadDim > 128 ? 64 : kHeadDim;  // of out at a time, to fit in registers
   static constexpr int kBlocks = 2;                                // per multiprocessor
   static constexpr int kMaxResident = 16384 / kHeadDim / 16 * 16;
 };
@@ -39,7 +40,7 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
   const uint32_t keys = shared_address(shared), values = keys + Layout::bytes(args.resident);
   const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4;
   const int first = threadIdx.x / kWarp * 16 + lane / 4;  // this lane's rows of a tile are first and first + 8
-  int loaded_prefix = -1, loaded_part = -1;
+  int loaded_prefix = -1, loaded_key = -1;
 
   for (TileWalk<Shape::kRows> walk(call, -1, blockIdx.x, gridDim.x); walk.more(); walk.advance()) {
     const Sequence sequence = walk.sequence;
@@ -85,22 +86,23 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
       }
 
       RowState<kColumns> state;
-      for (int part = 0; part < sequence.prefix_len; part += args.resident) {
-        const int length = min(args.resident, sequence.prefix_len - part);
-        if (loaded_prefix != sequence.prefix || loaded_part != part) {
-          loaded_prefix = sequence.prefix, loaded_part = part;
-          __syncthreads();  // the other warps may still read what is there
+      for (int first_key = 0; first_key < sequence.prefix_len; first_key += args.resident) {
+        const int length = min(args.resident, sequence.prefix_len - first_key);
+        if (loaded_prefix != sequence.prefix || loaded_key != first_key) {
+          loaded_prefix = sequence.prefix, loaded_key = first_key;
+          // FAULT: prefix-replaced-early
+          __syncthreads();  // other warps may still read the previous keys
           const int rows = (length + 15) / 16 * 16;
           for (int v = 0; v < 2; v++) {
             const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
             load_rows<T, kHeadDim, Shape::kThreads>(
                 v ? values : keys, rows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
-                  return i < length ? matrices.at<T>(sequence.prefix, kv_head, part + i) : nullptr;
+                  return i < length ? matrices.at<T>(sequence.prefix, kv_head, first_key + i) : nullptr;
                 });
           }
           copy_async_commit();
-          copy_async_wait<0>();
-          __syncthreads();
+          copy_async_wait<0>();  // FAULT: prefix-not-awaited
+          __syncthreads();  // FAULT: prefix-read-early
         }
         for (int block = 0; block < length; block += Shape::kKeys) {
           attend<T, kHeadDim, Shape::kKeys, kColumns>(
@@ -110,35 +112,35 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
                 for (int n = 0; n < 4; n++) a[n] = q[i][n];
               },
               [&](float product, int key, int r) {
-                const bool visible = sees_prefix<kOptions>(call, row[r].place, part + block + key, sequence.prefix_len) &&
+                const bool visible = sees_prefix<kOptions>(call, row[r].position, first_key + block + key, sequence.prefix_len) &&
                                      block + key < length;
                 if (!visible) return -INFINITY;
                 return score_of<kOptions>(call, product).value +
-                       prefix_bias_of<kOptions>(call, row[r].head, part + block + key);
+                       prefix_bias_of<kOptions>(call, row[r].head, first_key + block + key);
               });
         }
       }
 
-      // out = (exp(part_lse) part_out + exp(peak) acc) / (exp(lse) + exp(peak) sum + exp(sink)), all by the largest exponent;
-      // gated: out = exp(part_lse) part_out / (exp(part_lse) + exp(sink)) + gate acc / sum
+      // out = (exp(part_lse) part_out + exp(m) acc) / (exp(part_lse) + exp(m) sum + exp(sink)), with the largest exponent
+      // factored out. Gated: out = exp(part_lse) part_out / (exp(part_lse) + exp(sink)) + gate acc / sum.
       float keep[2], add[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float seq = from_lane(part_lse[r], lane - quad_lane);
-        if (isinf(seq)) seq = -INFINITY;  // some attention kernels say +inf for a row without keys
+        if (isinf(seq)) seq = -INFINITY;  // some attention kernels return +inf for a row without keys
         const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
         const bool gated = kOptions && call.gate;
-        const float peak = fmaxf(fmaxf(gated ? -INFINITY : state.peak[r], seq), sink), sum = sum_quad(state.sum[r]);
-        const float pivot = peak == -INFINITY ? 0.f : peak;
-        keep[r] = exp2_approx(seq - pivot);
-        add[r] = gated ? 0.f : exp2_approx(state.peak[r] - pivot);
-        const float total = keep[r] + add[r] * sum + exp2_approx(sink - pivot);
-        const float inverse = peak == -INFINITY ? 0.f : 1.f / total;
+        const float m = fmaxf(fmaxf(gated ? -INFINITY : state.m[r], seq), sink), sum = sum_quad(state.sum[r]);
+        const float base = m == -INFINITY ? 0.f : m;
+        keep[r] = exp2_approx(seq - base);
+        add[r] = gated ? 0.f : exp2_approx(state.m[r] - base);
+        const float total = keep[r] + add[r] * sum + exp2_approx(sink - base);
+        const float inverse = m == -INFINITY ? 0.f : 1.f / total;
         keep[r] *= inverse;
         add[r] *= inverse;
         if (gated && sum > 0.f) add[r] = call.gate[row[r].head] / sum;
         if (row[r].valid && quad_lane == 0 && column + kColumns == kHeadDim)
-          args.lse[index_of(call, row[r])] = peak == -INFINITY ? -INFINITY : (pivot + log2f(total)) * kLn2;
+          args.lse[index_of(call, row[r])] = m == -INFINITY ? -INFINITY : (base + log2f(total)) * kLn2;
       }
 #pragma unroll
       for (int j = 0; j < kColumnGroups; j++)
@@ -154,7 +156,7 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
           }
           transpose_quad(x);
           const int at = column + (4 * j + quad_lane) * 8;
-          if (row[r].valid && at < call.head_dim)
+          if (row[r].valid && at < call.head_dim)  // FAULT: store-beyond-rows
             *reinterpret_cast<uint4*>(args.out.at<T>(row[r].batch, row[r].head, row[r].row) + at) =
                 make_uint4(x[0], x[1], x[2], x[3]);
         }

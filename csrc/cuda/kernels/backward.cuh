@@ -4,7 +4,8 @@
 //     p = exp2(score - lse)      ds = p (dout v' - delta) slope
 //     dv += p' dout              dk += ds' q              dq += ds k
 //
-// The eight warps of a block divide the three products differently, so p and ds pass through shared memory.
+// delta = rowsum(out * dout) - dlse. The eight warps of a block divide the three products differently, so p and ds pass
+// through shared memory.
 #ifndef PEFTKERN_CUDA_BACKWARD_H_
 #define PEFTKERN_CUDA_BACKWARD_H_
 
@@ -24,14 +25,14 @@ struct BackwardShape {
   static constexpr int kQueryGroups = (kGroups + kSideWarps - 1) / kSideWarps;
   static constexpr int kSumGroups = (kGroups + kColumnWarps - 1) / kColumnWarps;
 
-  // Where things lie in shared memory, in bytes.
+  // Offsets in shared memory, in bytes.
   static constexpr int kKeysAt = 0, kValuesAt = kKeys * kHeadDim * 2, kQueriesAt = 2 * kValuesAt;
   static constexpr int kDoutAt = kQueriesAt + kRows * kHeadDim * 2, kWeightsAt = kDoutAt + kRows * kHeadDim * 2;
   static constexpr int kDscoresAt = kWeightsAt + kRows * kKeys * 2, kLseAt = kDscoresAt + kRows * kKeys * 2;
   static constexpr int kDeltaAt = kLseAt + kRows * 4, kSharedBytes = kDeltaAt + kRows * 4;
 };
 
-// Sums of a warp: of each of its groups of 32 columns four accumulators of 16 x 8.
+// The sums of a warp: four accumulators of 16 x 8 for each of its groups of 32 columns.
 template <int kCount>
 struct Sums {
   float value[kCount][4][4];
@@ -58,7 +59,7 @@ struct BackwardTile {
   PEFTKERN_DEVICE float* lse() const { return reinterpret_cast<float*>(shared + Shape::kLseAt); }
   PEFTKERN_DEVICE float* delta() const { return reinterpret_cast<float*>(shared + Shape::kDeltaAt); }
 
-  // Rows and groups of columns of this warp: in the scores and dq, and in the sums over rows.
+  // The rows and the groups of columns of this warp: first for scores and dq, then for sums over rows.
   PEFTKERN_DEVICE int first_row() const { return warp % Shape::kRowWarps * 16; }
   PEFTKERN_DEVICE int query_group(int i) const { return warp / Shape::kRowWarps + Shape::kSideWarps * i; }
   PEFTKERN_DEVICE int first_key() const { return warp % Shape::kKeyWarps * 16; }
@@ -69,10 +70,10 @@ struct BackwardTile {
     load_rows<T, kHeadDim, Shape::kThreads>(base + at, rows, head_dim, any, source);
   }
 
-  // This warp's keys of the scores.
+  // The first of this warp's keys in the scores.
   PEFTKERN_DEVICE int first_score_key() const { return warp / Shape::kRowWarps * Shape::kWarpKeys; }
 
-  // q k' and dout v' of all rows and keys, in this warp's accumulators.
+  // q k' and dout v' of this warp's rows and keys.
   template <int kTiles>
   PEFTKERN_DEVICE void products(float (&s)[kTiles][4], float (&dp)[kTiles][4]) const {
     const int key0 = first_score_key(), row0 = first_row();
@@ -104,7 +105,7 @@ struct BackwardTile {
     }
   }
 
-  // p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
+  // Writes p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
   template <class ScoreOf>
   PEFTKERN_DEVICE void weights(ScoreOf score) const {
     constexpr int kTiles = Shape::kWarpKeys / 8;
@@ -132,7 +133,7 @@ struct BackwardTile {
     }
   }
 
-  // Calls take(r, row, key, p, dp) for this lane's rows, g + 8 r of the warp's, and keys; score() as for weights().
+  // Calls take(r, row, key, p, dp) for this lane's rows (row g + 8 r of the warp) and keys. score() is as in weights().
   template <class ScoreOf, class Take>
   PEFTKERN_DEVICE void each_weight(ScoreOf score, Take take) const {
     constexpr int kTiles = Shape::kWarpKeys / 8;
@@ -153,7 +154,7 @@ struct BackwardTile {
     }
   }
 
-  // target += a' b: a [rows, keys] of p or ds, b [rows, columns] of dout or q.
+  // target += a' b. a [rows, keys] is p or ds, b [rows, columns] is dout or q.
   PEFTKERN_DEVICE void add_rows(Sums<Shape::kSumGroups>& target, int a_at, int b_at) const {
 #pragma unroll
     for (int k = 0; k < Shape::kRows / 16; k++) {
@@ -200,7 +201,7 @@ struct BackwardTile {
     }
   }
 
-  // Rows of dq in global memory become scale * dq, added to what is there if `add`. `address(i)` is a row's, or null.
+  // Writes scale * dq to global memory, or adds it if `add`. `address(i)` is the address of row i, or null to skip it.
   template <class Address>
   PEFTKERN_DEVICE void store_queries(const Sums<Shape::kQueryGroups>& dq, float scale, bool add, int head_dim,
                                      Address address) const {
@@ -228,7 +229,7 @@ struct BackwardTile {
     }
   }
 
-  // Calls store(key, column, pair) with scale * sums, for pairs of columns.
+  // Calls store(key, column, pair) with scale * sums for each pair of columns.
   template <class Store>
   PEFTKERN_DEVICE void store_sums(const Sums<Shape::kSumGroups>& sums, float scale, int head_dim, Store store) const {
 #pragma unroll
