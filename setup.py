@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the native libraries with CMake and ninja; all other metadata is in pyproject.toml.
 
-PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries (auto: the CPU library where the tools for it are there).
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX keep their usual meaning; an isolated
-build without nvcc takes it from NVIDIA's packages. The libraries have a C ABI and know neither torch nor Python: one
-wheel serves every version of both. A wheel with CUDA kernels says what for: ``0.1.0+cu130.sm80.sm90``.
+PEFTKERN_BUILD=auto|none|cpu|cuda|all chooses the libraries. ``auto``, the default, builds the CPU library if its
+tools are installed. TORCH_CUDA_ARCH_LIST, CUDA_HOME, NVCC_THREADS, MAX_JOBS, CMAKE_ARGS and CXX have their usual
+meaning. An isolated build without nvcc takes nvcc from NVIDIA's packages. The libraries have a C ABI and depend on
+neither torch nor Python, so one wheel serves every version of both. The version of a wheel with CUDA kernels names
+the toolkit and the GPUs: ``0.1.0+cu130.sm80.sm90``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -27,7 +29,7 @@ LIBRARIES = {"auto": ["cpu"], "none": [], "cpu": ["cpu"], "cuda": ["cuda"], "all
 
 
 def nvcc() -> str | None:
-    """CUDA_HOME's, the first in PATH, or that of the package nvidia-cuda-nvcc (the extra ``build-cuda``)."""
+    """Path of nvcc: from CUDA_HOME, else from PATH, else from the package nvidia-cuda-nvcc (extra ``build-cuda``)."""
     if home := os.environ.get("CUDA_HOME"):
         return shutil.which(str(Path(home, "bin", "nvcc")))
     if found := shutil.which("nvcc"):
@@ -41,7 +43,7 @@ def nvcc() -> str | None:
 
 
 def cuda_toolkit() -> list[str]:
-    """The packages of the extra ``build-cuda``."""
+    """Requirements in the extra ``build-cuda``."""
     project = (ROOT / "pyproject.toml").read_text()
     extra = re.search(r"^build-cuda = \[(.*?)\]", project, re.M | re.S)
     assert extra is not None
@@ -49,9 +51,10 @@ def cuda_toolkit() -> list[str]:
 
 
 def missing_tools(libraries: list[str]) -> list[str]:
+    """What the libraries need and this machine lacks, as words for a message."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     missing = [] if any(shutil.which(shlex.split(c)[0]) for c in compilers) else ["a C++ compiler"]
-    # at the first of setuptools' steps, egg_info, an isolated build has yet to be told what it needs
+    # egg_info runs first: it tells an isolated build which packages to install, nvcc among them
     if "cuda" in libraries and nvcc() is None and "egg_info" not in sys.argv:
         missing.append("nvcc (a CUDA toolkit in PATH or CUDA_HOME, or the extra build-cuda)")
     return missing + [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
@@ -64,7 +67,7 @@ def chosen_libraries() -> list[str]:
         raise SystemExit(f"PEFTKERN_BUILD: expected one of {', '.join(LIBRARIES)}, got {choice!r}")
     missing = missing_tools(LIBRARIES[choice]) if LIBRARIES[choice] else []
     if missing and choice == "auto":
-        print(f"peftkern: skipping the CPU library, for want of {' and '.join(missing)}")
+        print(f"peftkern: the CPU library is not built: {' and '.join(missing)} not found")
         return []
     if missing:
         raise SystemExit(f"PEFTKERN_BUILD={choice} needs {' and '.join(missing)}")
@@ -72,7 +75,7 @@ def chosen_libraries() -> list[str]:
 
 
 def local_version(libraries: list[str]) -> str:
-    """What a wheel with CUDA kernels adds to its version: toolkit and architectures, ``+cu130.sm80.sm90ptx``."""
+    """Local version of a build with CUDA kernels, its toolkit and architectures: ``+cu130.sm80.sm90ptx``."""
     if "cuda" not in libraries or nvcc() is None:
         return ""
     output = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
@@ -85,6 +88,25 @@ def local_version(libraries: list[str]) -> str:
     return f"+cu{release[1]}{release[2]}.{'.'.join(tags)}"
 
 
+#: Variables that CMake reads once, when it configures a build folder for the first time.
+CONFIGURED_BY = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "TORCH_CUDA_ARCH_LIST")
+#: Programs in CMake's cache. Those of pip's build environment vanish with it.
+TOOLS = r"^CMAKE_(?:AR|LINKER|RANLIB|(?:CXX|CUDA|CUDA_HOST)_COMPILER):\w+=(/.+)$"
+
+
+def is_stale(build: Path, configuration: dict[str, object]) -> bool:
+    """Whether ``build`` was configured otherwise, or with programs that are no longer there.
+
+    CMake keeps options in its cache that a later command leaves out, and full paths of its programs.
+    """
+    cache, configured = build / "CMakeCache.txt", build / "configuration.json"
+    if not cache.exists():
+        return False
+    if not configured.exists() or json.loads(configured.read_text()) != configuration:
+        return True
+    return not all(os.path.exists(path) for path in re.findall(TOOLS, cache.read_text(), re.M))
+
+
 class CMakeBuild(build_ext):
     """One CMake build in place of setuptools' compiler; each extension is a library without a Python module."""
 
@@ -92,7 +114,7 @@ class CMakeBuild(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def get_source_files(self) -> list[str]:
-        """What a source distribution needs beside the package."""
+        """Files that a source distribution needs in addition to the package."""
         sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
         return [str(path.relative_to(ROOT)) for path in [ROOT / "CMakeLists.txt", *sources]]
 
@@ -104,14 +126,19 @@ class CMakeBuild(build_ext):
         if "cuda" in libraries:
             compiler = Path(str(nvcc()))
             cuda = [f"-DCMAKE_CUDA_COMPILER={compiler}"]
-            # NVIDIA's packages have their libraries in lib, where their nvcc does not look
+            # NVIDIA's packages keep their libraries in lib, a folder that their nvcc does not search
             environment["LIBRARY_PATH"] = f"{compiler.parent.parent / 'lib'}:{os.environ.get('LIBRARY_PATH', '')}"
-        subprocess.run(
-            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPEFTKERN_OUTPUT_DIR={output}",
-             *(f"-DPEFTKERN_{name.upper()}={'ON' if name in libraries else 'OFF'}" for name in ("cpu", "cuda")),
-             *cuda, *shlex.split(os.environ.get("CMAKE_ARGS", ""))],
-            check=True, env=environment,
-        )  # fmt: skip
+        options = [
+            f"-DPEFTKERN_OUTPUT_DIR={output}",
+            *(f"-DPEFTKERN_{name.upper()}={'ON' if name in libraries else 'OFF'}" for name in ("cpu", "cuda")),
+            *cuda, *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]  # fmt: skip
+        configuration = {"options": options, **{name: os.environ.get(name) for name in CONFIGURED_BY}}
+        fresh = ["--fresh"] if is_stale(build, configuration) else []
+        ninja = f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"  # not the one of an earlier build's environment
+        command = ["cmake", *fresh, "-S", ROOT, "-B", build, "-G", "Ninja", ninja, *options]
+        subprocess.run(command, check=True, env=environment)
+        (build / "configuration.json").write_text(json.dumps(configuration))
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True, env=environment)
 
@@ -123,7 +150,7 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The libraries depend on the platform, not on the interpreter: on Linux, on the glibc whose symbols they use."""
+    """A wheel for a platform and every interpreter; on Linux for the oldest glibc that has the symbols in use."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform = super().get_tag()[2]
@@ -139,7 +166,7 @@ class PlatformWheel(bdist_wheel):
 libraries = chosen_libraries()
 setup(
     ext_modules=[Extension(f"peftkern.libpeftkern_{name}", sources=[]) for name in libraries],
-    exclude_package_data={"peftkern": ["libpeftkern_*.so", "_build_info.json"]},  # of another build, in a checkout
+    exclude_package_data={"peftkern": ["libpeftkern_*.so", "_build_info.json"]},  # of another build
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
     options={"egg_info": {"tag_build": local_version(libraries)}},
     setup_requires=cuda_toolkit() if "cuda" in libraries and nvcc() is None else [],

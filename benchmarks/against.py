@@ -254,7 +254,7 @@ def measure(workers: dict[str, Worker], trees: dict[str, Path], order: Row, opti
         worker.ask("build", index)
     times = take_turns(
         {side: worker.step for side, worker in workers.items()}, 0.0 if options.quick else options.seconds,
-        2 if options.quick else options.at_least, measure=lambda call: [float(call())],  # type: ignore[arg-type]
+        2 if options.quick else options.at_least, clock=lambda call: [float(call())],  # type: ignore[arg-type]
     )  # fmt: skip
     peaks = measure_peaks(trees, order, index) if options.memory else dict.fromkeys(SIDES)
     row: Row = {

@@ -22,7 +22,7 @@ from report import RESULTS
 import peftkern
 from peftkern.arguments import Call
 from peftkern.tools import calibrate
-from peftkern.tools.bench.measuring import stamp
+from peftkern.tools.bench.measuring import stamp, time_backends
 from peftkern.tools.bench.providers import DTYPES
 from peftkern.tools.bench.show import progress, show, write
 
@@ -70,7 +70,7 @@ def measure(call: Call, options: dict[str, Any], seconds: float, at_least: int =
     """One row."""
     explanation = peftkern.explain(call)
     names = [name for name, reasons in explanation.reasons.items() if not reasons]
-    times = calibrate.timings(call, names, seconds, at_least, options)
+    times = time_backends(call, names, seconds, at_least, options)
     chosen = explanation.chosen
     assert chosen is not None
     row = {"call": str(call), "dtype": str(call.dtype).removeprefix("torch."), "training": call.needs_grad}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables, from what backends say of themselves and from results: ``python -m benchmarks.readme_tables``."""
+"""The README's tables, made from the backends and the results: ``python -m benchmarks.readme_tables``."""
 
 from __future__ import annotations
 

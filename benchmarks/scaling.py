@@ -105,7 +105,7 @@ def measure(
     rows = []
     for direction in DIRECTIONS:
         ready = {name: call.of(direction) for name, call in calls.items()}
-        times = take_turns({n: c for n, c in ready.items() if c}, seconds, at_least, measure=clock_for(device))
+        times = take_turns({n: c for n, c in ready.items() if c}, seconds, at_least, clock=clock_for(device))
         for name, time in times.items():
             row: dict[str, object] = {"axis": axis, "value": value, "provider": name, "direction": direction}
             row |= {"ms": time.median * 1e3, "spread": time.spread}

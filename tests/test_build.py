@@ -62,6 +62,34 @@ def test_a_missing_compiler_is_named(tmp_path):
     )
 
 
+def test_a_second_build_ignores_the_cache_of_the_first(tmp_path):
+    """As with pip: the first build's ninja has gone, and the second build has other options."""
+    pytest.importorskip("setuptools")
+    ninja = shutil.which("ninja")
+    if not (ninja and shutil.which("cmake") and shutil.which("c++")):
+        pytest.skip("needs cmake, ninja and c++ to build the portable CPU library")
+
+    def build(name: str, *options: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "ninja").write_text(f'#!/bin/sh\nexec "{ninja}" "$@"\n')
+        (folder / "ninja").chmod(0o755)
+        done = _setup(
+            "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"),
+            PEFTKERN_BUILD="cpu", PATH=f"{folder}:{os.environ['PATH']}",
+            CMAKE_ARGS=" ".join(["-DPEFTKERN_PORTABLE_ONLY=ON", *options]),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(folder)
+        return (tmp_path / "temp" / "cmake" / "CMakeCache.txt").read_text()
+
+    first, second = build("first", "-DCMAKE_SHARED_LINKER_FLAGS=-Wl,--build-id=none"), build("second")
+    assert "--build-id=none" in first
+    assert "--build-id=none" not in second, "an option of the first build is still in force"
+    assert str(tmp_path / "first") not in second
+    assert (tmp_path / "lib" / "peftkern" / "libpeftkern_cpu.so").exists()
+
+
 @needs_nvcc
 @pytest.mark.parametrize("architectures", ["7.5", "ampere", "8.0 sm_90"])
 def test_other_architectures_are_refused_by_name(tmp_path, architectures):

@@ -8,7 +8,8 @@ out, a disabled adapter) runs the implementation that the model had before, on t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
-from .cache import REQUIRED, SITE, WITHOUT_PREFIX, KeyValue, PrefixCache
+from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive, mask_function
+from .wiring import Wiring
 
-__all__ = ["Implementation", "attention_forward", "register"]
+__all__ = ["Implementation", "attention_forward", "register", "set_implementation"]
 
 NAME = "peftkern"
 
@@ -55,6 +57,19 @@ def register() -> None:
     """Make ``transformers`` know the implementation. Without the mask function it would drop masks without a word."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
+
+
+def set_implementation(configs: Iterable[Any], wiring: Wiring) -> None:
+    """Make peftkern the attention implementation of the configs that do not have it yet."""
+    for config in configs:
+        if not isinstance(config._attn_implementation, Implementation):
+            config._attn_implementation_internal = Implementation(config._attn_implementation)
+            wiring.on_undo(partial(_restore_implementation, config))
+
+
+def _restore_implementation(config: Any) -> None:
+    if isinstance(config._attn_implementation, Implementation):
+        config._attn_implementation_internal = config._attn_implementation.over
 
 
 def attention_forward(
@@ -92,9 +107,9 @@ def attention_forward(
         )
     if peftkern_prefix is not None:
         query, key, value = _autocast(query, key, value)
-    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
-    if prefix is None and peftkern_prefix is not None and peftkern_prefix.stream is not None:
-        if not hasattr(module, SITE):
+    prefix = None if peftkern_prefix is None else peftkern_prefix.prefix_for(module, key, value, attention_mask)
+    if prefix is None and peftkern_prefix is not None and peftkern_prefix.packed is not None:
+        if not hasattr(module, LAYER_INFO):
             kind = type(module).__name__
             raise ValueError(f"model: expected modules that take a prefix, as its batch is packed, got a {kind}")
         prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must still keep the sequences apart
@@ -126,12 +141,12 @@ def _attend(
             "cu_seq_lens_q: expected None, since the model cannot run packed sequences behind a prefix; pass padded "
             "ones with an attention_mask"
         )
-    options, stream = cache.options, cache.stream
+    options, packed = cache.options, cache.packed
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     mask_bias = None
     mask: CompactMask | None
-    if stream is not None:
-        mask = CompactMask(True, getattr(module, SITE).pattern[1], stream.key_mask)
+    if packed is not None:
+        mask = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], packed.key_mask)
     elif isinstance(attention_mask, LazyMask):
         mask = attention_mask.compact(num_keys)
         # A bias that depends on prefix and query, and a window that hides prefix keys: only the dense form has both.
@@ -156,7 +171,7 @@ def _attend(
         "key_mask": _on(query.device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        "cu_seqlens": None if stream is None else _on(query.device, stream.cu_seqlens),
+        "cu_seqlens": None if packed is None else _on(query.device, packed.cu_seqlens),
         "prefix_ids": _on(query.device, cache.ids),
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
@@ -170,7 +185,7 @@ def _attend(
             "another pattern; generate without torch.compile"
         )
     else:
-        out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
+        out = _attend_with_query_bias(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
     return out.transpose(1, 2)
 
 
@@ -208,7 +223,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _attend_in_two_parts(
+def _attend_with_query_bias(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 if TYPE_CHECKING:
-    from .packing import Stream
+    from .packing import PackedBatch
 
-__all__ = ["PrefixCache", "PrefixLayer", "PrefixOptions", "StreamCache"]
+__all__ = ["PrefixCache", "PrefixLayer", "PrefixOptions", "PromptCache"]
 
 KeyValue = tuple[Tensor, Tensor]
 
-#: Attribute of an attention module that takes a prefix: its :class:`.survey.Site`.
-SITE = "_peftkern_site"
+#: Attribute of an attention module that takes a prefix: its :class:`.survey.PrefixLayerInfo`.
+LAYER_INFO = "_peftkern_layer_info"
 
 
 #: Attribute of an attention module that must not run without a prefix, unless told so by WITHOUT_PREFIX.
@@ -108,7 +108,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.stores = stores
         self.options = options
         self.ids = ids
-        self.stream: Stream | None = None
+        self.packed: PackedBatch | None = None
         #: Prefix tokens of the longest layer, which relative position biases span.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
         self._offset = offset
@@ -139,7 +139,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         return int(super().get_seq_length())
 
     @property
-    def taken_positions(self) -> int:
+    def consumed_positions(self) -> int:
         """Positions of the sequence that the prefix takes."""
         return self.offset
 
@@ -182,7 +182,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._running, self._used = None, True
         return [name for name in names if name not in taken]
 
-    def reaches(self, layer: int) -> bool:
+    def has_prefix(self, layer: int) -> bool:
         """Whether a layer has a prefix."""
         return self.prefix[layer] is not None
 
@@ -201,16 +201,16 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         super().batch_select_indices(indices)
         self.ids = None if self.ids is None else self.ids[indices]
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
+    def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
         """(prefix_k, prefix_v) for an attention module that is about to run on these; None if it gets none.
 
         They are on the key's device, and of its dtype or fp32.
         """
-        site = getattr(module, SITE, None)
-        if site is None or (prefix := self.prefix[site.layer]) is None:
+        info = getattr(module, LAYER_INFO, None)
+        if info is None or (prefix := self.prefix[info.layer]) is None:
             return None
         if self._running is not None:  # a layer recomputed in the backward pass has been counted before
-            self._running.taken.add(site.name)
+            self._running.taken.add(info.name)
         return _like_key(prefix, key)
 
 
@@ -221,7 +221,7 @@ def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 
-class _StreamLayer(PrefixLayer):
+class _PackedLayer(PrefixLayer):
     """Keys and values of a stream's sequences, which are laid out as a batch when somebody reads them.
 
     A forward whose caller does not continue the sequence, as in evaluation, need not copy them.
@@ -231,16 +231,16 @@ class _StreamLayer(PrefixLayer):
         keys, values: [1, Hkv, N, D].
     """
 
-    def __init__(self, stream: Stream, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, packed: PackedBatch, keys: Tensor, values: Tensor) -> None:
         super().__init__(True)
-        self._packed: tuple[Stream, Tensor, Tensor] | None = (stream, keys, values)
+        self._packed: tuple[PackedBatch, Tensor, Tensor] | None = (packed, keys, values)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def _unpack(self) -> None:
         if self._packed is not None:
-            stream, keys, values = self._packed
+            packed, keys, values = self._packed
             self._packed = None
-            self.__dict__["keys"], self.__dict__["values"] = stream.padded_heads(keys), stream.padded_heads(values)
+            self.__dict__["keys"], self.__dict__["values"] = packed.padded_heads(keys), packed.padded_heads(values)
 
     @property
     def keys(self) -> Tensor:
@@ -263,7 +263,7 @@ class _StreamLayer(PrefixLayer):
         self.__dict__["values"] = values
 
 
-class StreamCache(PrefixCache):
+class PromptCache(PrefixCache):
     """The cache of a forward over a stream whose first rows are prompts: their keys are the prefix of the others.
 
     Args:
@@ -273,12 +273,12 @@ class StreamCache(PrefixCache):
         options: passed on to the attention function.
     """
 
-    def __init__(self, num_layers: int, stream: Stream, *, stores: bool, options: PrefixOptions) -> None:
+    def __init__(self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions) -> None:
         nothing: list[KeyValue | None] = [None] * num_layers
         super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
-        self.stream = stream
-        self.ids = stream.prefix_ids
-        self.span = stream.prompt_len
+        self.packed = packed
+        self.ids = packed.prefix_ids
+        self.span = packed.prompt_len
 
     @property
     def prefix_positions(self) -> int:
@@ -291,36 +291,36 @@ class StreamCache(PrefixCache):
         return int(super().get_seq_length())
 
     @property
-    def taken_positions(self) -> int:
+    def consumed_positions(self) -> int:
         """The prompt's."""
         return self.span
 
-    def reaches(self, layer: int) -> bool:
+    def has_prefix(self, layer: int) -> bool:
         """Every layer."""
         return True
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
+    def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
         """Views [A, Hkv, P, D] of the prompts' rows of ``key`` and ``value`` [1, Hkv, N, D]."""
-        site = getattr(module, SITE, None)
-        if site is None:
+        info = getattr(module, LAYER_INFO, None)
+        if info is None:
             return None
         if self._running is not None:
-            self._running.taken.add(site.name)
-        assert self.stream is not None
-        return _like_key((self.stream.bank(key), self.stream.bank(value)), key)
+            self._running.taken.add(info.name)
+        assert self.packed is not None
+        return _like_key((self.packed.bank(key), self.packed.bank(value)), key)
 
     def unpacked(self) -> PrefixCache:
         """The same keys and values as a cache of the padded batch, behind the prompts as a shared prefix."""
-        stream = self.stream
-        assert stream is not None
-        ids = stream.prompt_ids
+        packed = self.packed
+        assert packed is not None
+        ids = packed.prompt_ids
         # A layer that early exit has skipped has no keys.
         pairs = [(layer.keys, layer.values) if layer.is_initialized else None for layer in self.layers]
-        banks = [None if pair is None else (stream.bank(pair[0]), stream.bank(pair[1])) for pair in pairs]
+        banks = [None if pair is None else (packed.bank(pair[0]), packed.bank(pair[1])) for pair in pairs]
         if ids is None:
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
-            banks, offset=stream.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
+            banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
         )
-        cache.layers = [PrefixLayer(True) if pair is None else _StreamLayer(stream, *pair) for pair in pairs]
+        cache.layers = [PrefixLayer(True) if pair is None else _PackedLayer(packed, *pair) for pair in pairs]
         return cache

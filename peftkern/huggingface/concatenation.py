@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..model_info import given_cache
-from .layout import IGNORED
-from .packer import tokens_of
+from .call_arguments import tokens_of
+from .layout import pad_labels
 
 __all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
 
@@ -96,7 +96,7 @@ def concatenate(
             behind = torch.where(mask != 0, behind, position_ids)
         kwargs["position_ids"] = torch.cat([before, behind], -1)
     if pads_labels and labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
-        kwargs["labels"] = torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
+        kwargs["labels"] = pad_labels(labels, prompt_len)
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, Tensor):
         kwargs["logits_to_keep"] = keep + prompt_len

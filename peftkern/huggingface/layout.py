@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-__all__ = ["IGNORED", "HostNumbers", "Layout", "LayoutPlan", "indices_of", "next_labels", "targets_of"]
+__all__ = [
+    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "indices_of", "next_labels", "pad_labels", "targets_of",
+]  # fmt: skip
 
 IGNORED = -100
 
@@ -57,13 +59,13 @@ def indices_of(mask: Tensor, count: int) -> Tensor:
     return indices.scatter(0, ranks, torch.arange(mask.shape[0], device=mask.device))[:count]
 
 
-class LayoutPlan:
+class LayoutBuilder:
     """A layout up to the numbers that depend on the values of its mask and positions.
 
     Args:
         shape: (B, S).
         device: of the layout.
-        numbers: what the host must know is asked of it; call :meth:`layout` when it has been fetched.
+        numbers: what the host must know is asked of it; call :meth:`build` when it has been fetched.
         mask: [B, S], 0 for padding.
         position_ids: [B or 1, S]. Without a mask, a position that does not follow the one before it begins another
             sequence, as in ``transformers``.
@@ -166,7 +168,7 @@ class LayoutPlan:
         known = self._keep is not None and not self.saves_rows
         return known and not self.numbers.get("hidden")
 
-    def layout(self) -> Layout:
+    def build(self) -> Layout:
         """The layout, when ``numbers`` have been fetched."""
         rows, length = self.shape
         begin, steps, numbers = self._begin, self._steps, self.numbers
@@ -238,14 +240,14 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device, **facts: Any) -> Layout:
-        """The layout of a batch, with one host synchronisation. Arguments as for :class:`LayoutPlan`."""
+        """The layout of a batch, with one host synchronisation. Arguments as for :class:`LayoutBuilder`."""
         numbers = HostNumbers()
-        plan = LayoutPlan(shape, device, numbers, **facts)
+        builder = LayoutBuilder(shape, device, numbers, **facts)
         numbers.fetch()
-        return plan.layout()
+        return builder.build()
 
     @property
-    def packed_rows(self) -> bool:
+    def several_per_row(self) -> bool:
         """Whether a row of the batch held several sequences."""
         return self.owners is not None and self.owners.shape[0] > self.shape[0]
 
@@ -268,12 +270,17 @@ class Layout:
         return (x if self.tokens is None else x[self.tokens.to(x.device)]).unsqueeze(0)
 
 
+def pad_labels(labels: Tensor, prompt_len: int) -> Tensor:
+    """[B, S] -> [B, P + S]: no label for the P rows of a prompt."""
+    return torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
+
+
 def next_labels(labels: Tensor) -> Tensor:
     """[B, S] -> [B, S]: the label that each row predicts, the one after it."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def targets_of(labels: Tensor, begins: Tensor, packed_rows: bool) -> Tensor:
+def targets_of(labels: Tensor, begins: Tensor, several_per_row: bool) -> Tensor:
     """The label that each row predicts: the next one of its sequence, or -100.
 
     Args:
@@ -283,6 +290,6 @@ def targets_of(labels: Tensor, begins: Tensor, packed_rows: bool) -> Tensor:
             before the first token of a row predicts nothing.
     """
     targets = next_labels(labels)
-    if packed_rows:
+    if several_per_row:
         return targets.masked_fill(torch.nn.functional.pad(begins[:, 1:], (0, 1), value=True), IGNORED)
     return targets.masked_fill(begins.cumsum(1) == 0, IGNORED)

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .layout import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
+from .call_arguments import BOUNDARIES, forward_arguments, tokens_of
+from .layout import IGNORED, HostNumbers, Layout, LayoutBuilder, next_labels
 from .positions import PositionTable
-from .survey import Site
+from .survey import PrefixLayerInfo
 from .trial import Trial, try_head
 
-__all__ = ["BOUNDARIES", "Packer", "tokens_of"]
-
-#: Where packed sequences begin, for flash kernels; positions say the same.
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+__all__ = ["Packer"]
 
 _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
@@ -48,24 +46,24 @@ class Packer:
     """
 
     def __init__(
-        self, base: PreTrainedModel, backbone: PreTrainedModel, sites: dict[nn.Module, Site],
+        self, base: PreTrainedModel, backbone: PreTrainedModel, prefix_layers: dict[nn.Module, PrefixLayerInfo],
         tables: list[PositionTable],
     ) -> None:  # fmt: skip
         self.base = base
         self.backbone = backbone
-        self.sites = sites
-        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self.prefix_layers = prefix_layers
+        self.base_arguments = forward_arguments(base)
         self._tables = tables
-        self._first_layer = _first_layer(backbone, sites)
-        patterns = [site.pattern for site in sites.values()]
+        self._first_layer = _first_layer(backbone, prefix_layers)
+        patterns = [info.pattern for info in prefix_layers.values()]
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
-        self.reasons = _why_not(base, backbone, sites)
+        self.reasons = _reasons_against(base, backbone, prefix_layers)
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
 
     @property
-    def has_row_head(self) -> bool:
+    def accepts_logits_to_keep(self) -> bool:
         """Whether the base model is a causal language model that says which rows its output layer shall run on."""
         return "logits_to_keep" in self.base_arguments
 
@@ -78,17 +76,19 @@ class Packer:
         """
         if self.reasons:
             return
-        reason = trial.try_stream(self._layout_of)
+        reason = trial.try_packed(self._layout_of)
         if reason is not None and self.count_mask:  # a table that could read the mask need not
             self.count_mask = False
-            reason = trial.try_stream(self._layout_of)
+            reason = trial.try_packed(self._layout_of)
         for table in self._tables:
             table.reads_mask &= self.count_mask
         if reason is None and prompts:
             reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
-        elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self, trial):
+        elif (
+            self.accepts_logits_to_keep and self.base.loss_function is ForCausalLMLoss and try_head(self.base, trial)
+        ):
             self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
 
     def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:
@@ -97,7 +97,7 @@ class Packer:
             from_first=from_first, count_mask=self.count_mask,
         )  # fmt: skip
 
-    def head_is_packed(self) -> bool:
+    def head_runs_on_rows(self) -> bool:
         """Whether the output layer of this call runs on rows of the stream.
 
         It does where the base model's own forward and loss run, which were tried at patch time. A forward or loss
@@ -117,11 +117,11 @@ class Packer:
         kind = type(self.base).__name__
         return (
             f"{kind} computes its loss from the whole batch"
-            if self.has_row_head
+            if self.accepts_logits_to_keep
             else f"{kind} has no logits of tokens"
         )
 
-    def why_not(self, kwargs: Mapping[str, Any]) -> str | None:
+    def why_unpackable(self, kwargs: Mapping[str, Any]) -> str | None:
         """Why a call of the base model cannot run on a stream; None if it can.
 
         ``kwargs`` are its arguments, which speak of the sequence alone.
@@ -138,7 +138,7 @@ class Packer:
         if position_ids is not None and position_ids.dim() != 2:
             return "position_ids are not [B, S]"
         keep = kwargs.get("logits_to_keep")
-        if labels is not None and self.has_row_head and (isinstance(keep, Tensor) or keep):
+        if labels is not None and self.accepts_logits_to_keep and (isinstance(keep, Tensor) or keep):
             return "logits_to_keep is given beside labels"
         if kwargs.get("output_attentions", getattr(self.base.config, "output_attentions", False)):
             return "output_attentions are requested"
@@ -151,7 +151,7 @@ class Packer:
         forward = getattr(self.base.forward, "__func__", self.base.forward)
         return str(getattr(forward, "__globals__", {}).get("__name__", "")).startswith("trl.")
 
-    def plan(
+    def layout_builder(
         self,
         kwargs: Mapping[str, Any],
         numbers: HostNumbers,
@@ -159,7 +159,7 @@ class Packer:
         from_first: bool = False,
         pools_last_column: bool = False,
         count_labels: bool = False,
-    ) -> LayoutPlan:
+    ) -> LayoutBuilder:
         """How the batch of a call of the base model is packed.
 
         Padding is left out where labels, or ``logits_to_keep``, say that nothing looks at it.
@@ -174,7 +174,7 @@ class Packer:
         tokens = tokens_of(kwargs)
         labels = kwargs.get("labels")
         keep_padding, needed = self._padding(kwargs, tokens, pools_last_column)
-        return LayoutPlan(
+        return LayoutBuilder(
             (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
             keep_gaps=self.has_windows, from_first=from_first, count_mask=self.count_mask,
@@ -191,12 +191,12 @@ class Packer:
             return True, None
         if pools_last_column:
             return False, None
-        if self.has_row_head and labels is not None:
-            if not (self.head_is_packed() or self._looks_at_labelled_rows()):
+        if self.accepts_logits_to_keep and labels is not None:
+            if not (self.head_runs_on_rows() or self._looks_at_labelled_rows()):
                 return True, None
             return False, next_labels(labels) != IGNORED
         keep = kwargs.get("logits_to_keep")
-        if self.has_row_head and isinstance(keep, int) and keep > 0:
+        if self.accepts_logits_to_keep and isinstance(keep, int) and keep > 0:
             columns = torch.arange(tokens.shape[1], device=tokens.device)
             return False, (columns >= tokens.shape[1] - keep).expand(tokens.shape[:2])
         if loss_type == "ForTokenClassification" and labels is not None:
@@ -208,15 +208,9 @@ class Packer:
         return True, None
 
 
-def tokens_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """The argument of a call that has one entry [B, S, ...] a token."""
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            return kwargs[name]  # type: ignore[no-any-return]
-    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
-
-
-def _why_not(base: PreTrainedModel, backbone: PreTrainedModel, sites: Mapping[nn.Module, Site]) -> list[str]:
+def _reasons_against(
+    base: PreTrainedModel, backbone: PreTrainedModel, prefix_layers: Mapping[nn.Module, PrefixLayerInfo]
+) -> list[str]:
     """What rules out streams before anything has been run."""
     kind, reasons = type(backbone).__name__, []
     if backbone.config.is_encoder_decoder or base.config.is_encoder_decoder:
@@ -229,23 +223,27 @@ def _why_not(base: PreTrainedModel, backbone: PreTrainedModel, sites: Mapping[nn
             reasons.append(f"{name} does not accept additional keyword arguments")
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         reasons.append(f"{kind} takes no position_ids")
-    for module, site in sites.items():
+    for module, info in prefix_layers.items():
         if hasattr(module, "compute_bias"):
-            reasons.append(f"{site.name} has relative position biases")
-        elif site.pattern is None or not site.pattern[0]:
-            reasons.append(f"{site.name} has a mask other than a causal one with at most a window")
-        elif site.counts_rows:
-            reasons.append(f"{site.name} counts positions by itself")
+            reasons.append(f"{info.name} has relative position biases")
+        elif info.pattern is None or not info.pattern[0]:
+            reasons.append(f"{info.name} has a mask other than a causal one with at most a window")
+        elif info.counts_rows:
+            reasons.append(f"{info.name} counts positions by itself")
         else:
             continue
         break
     return reasons
 
 
-def _first_layer(backbone: nn.Module, sites: Mapping[nn.Module, Site]) -> nn.Module:
+def _first_layer(backbone: nn.Module, prefix_layers: Mapping[nn.Module, PrefixLayerInfo]) -> nn.Module:
     """The first element of a list of layers that holds a site; the backbone if there is none."""
     for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and any(part in sites for part in module[0].modules()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and any(part in prefix_layers for part in module[0].modules())
+        ):
             return module[0]
     return backbone
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .layout import IGNORED, Layout, indices_of
 
-__all__ = ["Head", "Stream"]
+__all__ = ["LogitRows", "PackedBatch"]
 
 
-class Stream:
+class PackedBatch:
     """A packed batch with its prompts: N = A * P + T rows.
 
     Args:
@@ -55,7 +55,7 @@ class Stream:
         self.prompt_ids = prompt_ids
         self.show_prompts = show_prompts
         self.used = False
-        self.head: Head | None = None
+        self.logit_rows: LogitRows | None = None
         self.cu_seqlens, self.prefix_ids = layout.cu_seqlens, None
         self.key_mask = None if layout.key_mask is None else layout.key_mask[None]
         self.num_prompts, self.prompt_len = (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
@@ -118,7 +118,7 @@ class Stream:
         return x[0].index_select(0, slots.flatten()).view(*slots.shape, x.shape[-1])
 
 
-class Head:
+class LogitRows:
     """Which rows the output layer runs on, and what each of them predicts.
 
     Models compare row i with label i + 1, and the last row with nothing. In a stream the last row of a prompt
@@ -139,7 +139,7 @@ class Head:
 
     def __init__(
         self,
-        stream: Stream,
+        packed: PackedBatch,
         labels: Tensor | None,
         *,
         labelled: bool,
@@ -150,26 +150,26 @@ class Head:
         self.labels: Tensor | None = None
         self._slots: Tensor | None = None
         if labels is not None:
-            self._supervise(stream, labels.to(stream.cu_seqlens.device), labelled, num_labelled)
+            self._supervise(packed, labels.to(packed.cu_seqlens.device), labelled, num_labelled)
             return
-        slots = stream.slots()
+        slots = packed.slots()
         if isinstance(keep, Tensor) or keep != 0:
             slots = slots[:, keep.to(slots.device)] if isinstance(keep, Tensor) else slots[:, -keep:]
             self.rows = slots.flatten()
             self._slots = torch.arange(self.rows.shape[0], device=slots.device).view(slots.shape)
-        elif stream.prompts is not None and not stream.show_prompts:
-            self.rows = stream.prompt_rows + torch.arange(stream.layout.positions.shape[0], device=slots.device)
-            self._slots = slots - stream.prompt_rows
+        elif packed.prompts is not None and not packed.show_prompts:
+            self.rows = packed.prompt_rows + torch.arange(packed.layout.positions.shape[0], device=slots.device)
+            self._slots = slots - packed.prompt_rows
         else:
             self._slots = slots
 
-    def _supervise(self, stream: Stream, labels: Tensor, labelled: bool, count: int | None) -> None:
-        layout, shown = stream.layout, stream.prompt_rows if stream.show_prompts else 0
+    def _supervise(self, packed: PackedBatch, labels: Tensor, labelled: bool, count: int | None) -> None:
+        layout, shown = packed.layout, packed.prompt_rows if packed.show_prompts else 0
         targets = layout.pack(layout.targets(labels))[0]
-        rows = stream.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
+        rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
         num_before = 0
-        if stream.prompts is not None:
-            last = (stream.sequence_prompts() + 1) * stream.prompt_len - 1
+        if packed.prompts is not None:
+            last = (packed.sequence_prompts() + 1) * packed.prompt_len - 1
             rows = torch.cat([last, torch.arange(shown, device=rows.device), rows])
             targets = torch.cat([labels.flatten()[layout.firsts], targets.new_full((shown,), IGNORED), targets])
             num_before = last.shape[0] + shown
@@ -178,7 +178,7 @@ class Head:
             chosen_rows = indices_of(chosen, int(chosen.sum()) if count is None else count)
             rows, targets = rows[chosen_rows], targets[chosen_rows]
         else:
-            self._slots = stream.slots() + (num_before - stream.prompt_rows)
+            self._slots = packed.slots() + (num_before - packed.prompt_rows)
         self.rows = torch.nn.functional.pad(rows, (0, 1))
         self.labels = torch.nn.functional.pad(targets, (1, 0), value=IGNORED)[None]
 

@@ -11,16 +11,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cache import PrefixOptions
-from .model_patch import PATCH
+from .concatenation_patch import ConcatenationPatch
+from .fallback_patch import FallbackPatch
+from .model_patch import LogitsError
+from .peft_model import has_prompt, is_peft_model
 from .prefix_patch import PrefixPatch
 from .prompt_patch import PromptPatch
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
-from .sources.module_prompt import ConcatenatedPrompt, ModulePrompt, is_embedding_prompt
-from .sources.peft_model import PeftWay, has_prompt, is_peft_model
+from .sources.module_prompt import ModulePrompt, is_embedding_prompt
 from .sources.peft_prefix import KEY_VALUE_TYPES, PeftPrefix
 from .sources.peft_prompt import PROMPT_TYPES, PeftPrompt
+from .wiring import PATCH, Patch
 
-__all__ = ["patch", "patched", "unpatch"]
+__all__ = ["explain", "patch", "patched", "unpatch"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -161,11 +164,23 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: if ``model`` is not the object that was patched.
     """
-    change = model.__dict__.get(PATCH)
+    change: Patch | None = model.__dict__.get(PATCH)
     if change is None:
         raise ValueError(f"model: expected what was given to patch, got a {type(model).__name__} that is not patched")
     change.remove()
     return model
+
+
+def explain(model: nn.Module) -> str:
+    """One line on how the batches of a patched model run, and why they do not run faster.
+
+    Raises:
+        ValueError: if ``model`` has not been patched.
+    """
+    change: Patch | None = getattr(model, PATCH, None)
+    if change is None:
+        raise ValueError(f"model: expected one that was given to patch, got {type(model).__name__}")
+    return change.explain()
 
 
 @contextlib.contextmanager
@@ -206,7 +221,7 @@ def _fall_back(
         raise ValueError(f"model: {reason}; PEFT's own code would run it, which strict=True rules out") from error
     if logits != "all":
         raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
-    PeftWay(model, way, reason, keeps_bugs=keeps_bugs).install()
+    FallbackPatch(model, way, reason, keeps_bugs=keeps_bugs).install()
 
 
 def _patch_peft_prefix(
@@ -216,8 +231,10 @@ def _patch_peft_prefix(
     try:
         source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout)
         PrefixPatch(model, base, source, options, packing=packing, logits=logits, strict=strict).install()
+    except LogitsError:
+        raise
     except ValueError as error:
-        if fix_seq2seq_layout or str(error).startswith("logits"):
+        if fix_seq2seq_layout:
             raise
         _fall_back(model, "the prefix is copied for every sample", error, logits, strict)
 
@@ -232,9 +249,9 @@ def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions
     try:
         source = PeftPrompt(model, peft_bugs=peft_bugs)
         PromptPatch(model, _outermost(model), source, options, logits=logits, strict=strict).install()
+    except LogitsError:
+        raise
     except ValueError as error:
-        if str(error).startswith("logits"):
-            raise
         _fall_back(model, "the prompt is put before every sample", error, logits, strict, peft_bugs)
 
 
@@ -243,15 +260,15 @@ def _patch_prompt(
 ) -> None:
     try:
         PromptPatch(model, base, source, options, logits=logits, strict=strict).install()
+    except LogitsError:
+        raise
     except ValueError as error:
         reason = str(error).removeprefix("model: ")
         if strict:
             raise ValueError(f"model: the prompt cannot run once for all samples: {reason}") from error
-        if str(error).startswith("logits"):
-            raise
         if logits != "all":
             raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
-        ConcatenatedPrompt(model, base, source, reason).install()
+        ConcatenationPatch(model, base, source, reason).install()
 
 
 def _find_base(model: nn.Module) -> PreTrainedModel:

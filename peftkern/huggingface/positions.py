@@ -44,7 +44,7 @@ class PositionTable:
         if end > self.num_positions:
             raise ValueError(
                 f"input_ids: expected at most {self.num_positions} positions, the length of the model's position "
-                f"table, got {end}, of which the prefix takes {cache.taken_positions}; shorten the sequence, or "
+                f"table, got {end}, of which the prefix takes {cache.consumed_positions}; shorten the sequence, or "
                 "patch a PrefixKV with shift_positions=False, which takes none"
             )
 

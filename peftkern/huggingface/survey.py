@@ -19,11 +19,11 @@ from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 
-__all__ = ["Site", "find_backbone", "survey"]
+__all__ = ["PrefixLayerInfo", "find_backbone", "survey"]
 
 
 @dataclass(frozen=True)
-class Site:
+class PrefixLayerInfo:
     """An attention module that takes a prefix.
 
     Attributes:
@@ -82,9 +82,9 @@ class _Survey(DynamicCache):  # type: ignore[misc]
     def __init__(self, names: dict[nn.Module, str]) -> None:
         Cache.__init__(self, layers=[])
         self.names = names
-        self.sites: dict[nn.Module, Site] = {}
+        self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.counts_rows = False
-        self.stream = None
+        self.packed = None
         # The tensors are held, so that no later one can have the address of an earlier one.
         self.returned: list[tuple[int, Tensor, Tensor]] = []
 
@@ -103,22 +103,24 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         self.counts_rows |= bool(self.returned)
         return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
+    def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
         pattern = mask.pattern if isinstance(mask, LazyMask) else None
         address = key.untyped_storage().data_ptr()
         for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
-                site = Site(self.names[module], layer, key.shape[1], key.shape[3], pattern)
+                info = PrefixLayerInfo(self.names[module], layer, key.shape[1], key.shape[3], pattern)
                 if values.shape != key.shape:
                     shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
-                    raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
-                if self.sites.setdefault(module, site) != site:
-                    raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
+                    raise ValueError(f"{info.name} has {shapes}, and a prefix needs the same shape for both")
+                if self.prefix_layers.setdefault(module, info) != info:
+                    raise ValueError(
+                        f"{info.name} is layers {self.prefix_layers[module].layer} and {layer} in one module"
+                    )
 
 
 def survey(
     backbone: PreTrainedModel, names: dict[nn.Module, str]
-) -> tuple[dict[nn.Module, Site], dict[int, KeyValue]]:
+) -> tuple[dict[nn.Module, PrefixLayerInfo], dict[int, KeyValue]]:
     """The attention modules of ``backbone`` that take a prefix.
 
     Its implementation must be peftkern's already, and it must be in eval mode (:func:`.trial.quiet`).
@@ -143,12 +145,14 @@ def survey(
         if is_transient(error):
             raise
         raise ValueError(f"model: {type(backbone).__name__} could not be run with a cache: {error}") from error
-    unseen = {layer for layer, _, _ in record.returned} - {site.layer for site in record.sites.values()}
-    if unseen or not record.sites:
+    unseen = {layer for layer, _, _ in record.returned} - {info.layer for info in record.prefix_layers.values()}
+    if unseen or not record.prefix_layers:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
             f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that the cache gives: "
             "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
-    sites = {module: replace(site, counts_rows=record.counts_rows) for module, site in record.sites.items()}
-    return sites, {layer: (keys, values) for layer, keys, values in record.returned}
+    prefix_layers = {
+        module: replace(info, counts_rows=record.counts_rows) for module, info in record.prefix_layers.items()
+    }
+    return prefix_layers, {layer: (keys, values) for layer, keys, values in record.returned}

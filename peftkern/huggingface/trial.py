@@ -10,21 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model_info import cache_argument
-from .cache import KeyValue, PrefixCache, PrefixOptions, StreamCache
+from .cache import KeyValue, PrefixCache, PrefixOptions, PromptCache
 from .layout import IGNORED, Layout, next_labels
-from .packing import Stream
+from .packing import PackedBatch
 from .probing import is_transient, some_tokens
-from .survey import Site
-
-if TYPE_CHECKING:
-    from .packer import Packer
+from .survey import PrefixLayerInfo
 
 __all__ = ["Trial", "try_head"]
 
@@ -52,12 +49,12 @@ class Trial:
     def __init__(
         self,
         backbone: PreTrainedModel,
-        sites: dict[nn.Module, Site],
+        prefix_layers: dict[nn.Module, PrefixLayerInfo],
         samples: dict[int, KeyValue],
         options: PrefixOptions,
     ) -> None:
         self.backbone = backbone
-        self.sites = sites
+        self.prefix_layers = prefix_layers
         self.options = replace(options, in_window=True, backend=_BACKEND)
         self.kind = type(backbone).__name__
         self.cache_name = cache_argument(backbone)
@@ -98,13 +95,13 @@ class Trial:
         """For other tokens than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
-    def try_stream(self, layout_of: LayoutOf) -> str | None:
+    def try_packed(self, layout_of: LayoutOf) -> str | None:
         """How a stream behind the prefix differs from the padded batch; None if it does not."""
 
         def run() -> str | None:
-            stream = Stream(layout_of(self.ids, self.mask, False))
+            packed = PackedBatch(layout_of(self.ids, self.mask, False))
             tokens = self.backbone.get_input_embeddings()(self.ids)
-            got = self._run_stream(self._cache(), stream, tokens)
+            got = self._run_packed(self._cache(), packed, tokens)
             return _compare(f"{self.kind} on a stream of rows", got, self._stock, self.mask, self._rounding)
 
         return self._guarded(run, "on a stream of rows")
@@ -122,13 +119,13 @@ class Trial:
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
             want = self._recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
             rounding = self._worst_rounding()
-            if batch.dtype in _MOST:  # half precision, whose rounding is worth a measurement
+            if batch.dtype in _MAX_ROUNDING:  # half precision, whose rounding is worth a measurement
                 moved = _round_otherwise(batch)
                 moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
                 rounding = _rounding(moved_outputs, want, padded)
-            stream = Stream(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
-            cache = StreamCache(len(self.prefix), stream, stores=False, options=self.options)
-            got = self._run_stream(cache, stream, tokens)
+            packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
+            cache = PromptCache(len(self.prefix), packed, stores=False, options=self.options)
+            got = self._run_packed(cache, packed, tokens)
             what = f"{self.kind} on a stream of rows behind a prompt"
             return _compare(what, got, want, padded, rounding)
 
@@ -155,19 +152,19 @@ class Trial:
             return self._recorded(**arguments)
         cache.begin()
         outputs = self._recorded(**arguments, peftkern_prefix=cache)
-        missing = cache.finish([site.name for site in self.sites.values()])
+        missing = cache.finish([info.name for info in self.prefix_layers.values()])
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
         return outputs
 
-    def _run_stream(self, cache: PrefixCache, stream: Stream, tokens: Tensor) -> Outputs:
-        cache.stream = stream
-        rows = stream.embeddings(stream.layout.pack(tokens))
+    def _run_packed(self, cache: PrefixCache, packed: PackedBatch, tokens: Tensor) -> Outputs:
+        cache.packed = packed
+        rows = packed.embeddings(packed.layout.pack(tokens))
         outputs = self._recorded(
-            inputs_embeds=rows, position_ids=stream.positions(cache.offset), attention_mask=None, use_cache=False,
+            inputs_embeds=rows, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
             peftkern_prefix=cache, **{self.cache_name: cache},
         )  # fmt: skip
-        return [stream.unpack(x) for x in outputs]
+        return [packed.unpack(x) for x in outputs]
 
     def _recorded(self, **arguments: Any) -> Outputs:
         """Outputs of the attention modules, in the order of their calls, and the last hidden states."""
@@ -178,7 +175,7 @@ class Trial:
             if isinstance(first, Tensor) and first.dim() == 3:
                 outputs.append(first)
 
-        handles = [module.register_forward_hook(record) for module in self.sites]
+        handles = [module.register_forward_hook(record) for module in self.prefix_layers]
         try:
             self.output = self.backbone(**arguments)
             return [*outputs, self.output[0]]
@@ -187,17 +184,17 @@ class Trial:
                 handle.remove()
 
 
-def try_head(packer: Packer, trial: Trial) -> bool:
+def try_head(base: PreTrainedModel, trial: Trial) -> bool:
     """Whether the base model's own forward computes logits and loss row by row.
 
     The forward is given the backbone's hidden states of a batch, and then those of the rows that predict a label.
     Both give the same logits and the same loss.
 
     Args:
-        packer: of the base model.
+        base: the base model.
         trial: whose backbone has run.
     """
-    base, backbone = packer.base, packer.backbone
+    backbone = trial.backbone
     ids = some_tokens(backbone, 2 * 3).view(2, 3)
     targets = next_labels(ids)
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
@@ -215,7 +212,7 @@ def try_head(packer: Packer, trial: Trial) -> bool:
                 backbone.forward = previous
 
     def agree(got: Tensor, want: Tensor) -> bool:
-        return got.shape == want.shape and _difference(got, want) <= 8 * _least(want.dtype)
+        return got.shape == want.shape and _difference(got, want) <= 8 * _tolerance(want.dtype)
 
     try:
         kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
@@ -258,7 +255,7 @@ def _rounding(moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float
         [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
         for a, b in zip(moved, outputs, strict=True)
     ]
-    if max(map(max, rounding)) > _MOST.get(outputs[0].dtype, 1e-3):
+    if max(map(max, rounding)) > _MAX_ROUNDING.get(outputs[0].dtype, 1e-3):
         raise ValueError("the stock model's numbers change from call to call")
     return rounding
 
@@ -281,14 +278,14 @@ def _compare(what: str, got: Outputs, want: Outputs, mask: Tensor | None, roundi
         for row in range(x.shape[0]):
             real = slice(None) if mask is None else mask[row].bool()
             difference = _difference(x[row][real], y[row][real])
-            if difference > max(_least(y.dtype), 8 * rounding[index][row]):
+            if difference > max(_tolerance(y.dtype), 8 * rounding[index][row]):
                 where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
                 return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
     return None
 
 
 #: Per dtype, how far one rounding moves a model at most. A model that keeps a state between calls moves further.
-_MOST = {torch.bfloat16: 0.5, torch.float16: 0.1}
+_MAX_ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 def _round_otherwise(x: Tensor) -> Tensor:
@@ -305,7 +302,7 @@ def _difference(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def _least(dtype: torch.dtype) -> float:
+def _tolerance(dtype: torch.dtype) -> float:
     """The difference that is always taken for rounding."""
     if dtype in (torch.bfloat16, torch.float16):
         return 4 * torch.finfo(dtype).eps

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .attention import Implementation
+__all__ = ["PATCH", "Patch", "Source", "Wiring"]
 
-__all__ = ["Wiring"]
+#: Attribute of a patched model: its :class:`Patch`.
+PATCH = "_peftkern_patch"
 
 
 class Wiring:
@@ -47,13 +50,6 @@ class Wiring:
             parameter.requires_grad_(False)
         self._undos.append(partial(_set_requires_grad, frozen))
 
-    def set_implementation(self, configs: Iterable[Any]) -> None:
-        """Make peftkern the attention implementation of the configs that do not have it."""
-        for config in configs:
-            if not isinstance(config._attn_implementation, Implementation):
-                config._attn_implementation_internal = Implementation(config._attn_implementation)
-                self._undos.append(partial(_restore_implementation, config))
-
     def on_undo(self, function: Callable[[], Any]) -> None:
         """Call ``function`` when everything is undone."""
         self._undos.append(function)
@@ -62,6 +58,55 @@ class Wiring:
         """Undo everything."""
         while self._undos:
             self._undos.pop()()
+
+
+class Patch(ABC):
+    """One patched model: what :func:`peftkern.unpatch` undoes and :func:`peftkern.explain` describes.
+
+    Attributes:
+        model: the module that the user passed to :func:`peftkern.patch`.
+        base: the Hugging Face model in it.
+        wiring: the changes made so far.
+        compiled_note: the note on the running call while torch.compile traces (:mod:`.calls`).
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:
+        self.model = model
+        self.base = base
+        self.wiring = Wiring()
+        self.compiled_note: Any = None
+
+    @abstractmethod
+    def install(self) -> None:
+        """Change the model."""
+
+    @abstractmethod
+    def explain(self) -> str:
+        """One line: how batches run, and why they do not run faster."""
+
+    def mark(self, *models: nn.Module) -> None:
+        """Make the patch an attribute of ``models``, by which it is found again."""
+        for owner in {id(model): model for model in models}.values():
+            self.wiring.set_attribute(owner, PATCH, self)
+
+    def remove(self) -> None:
+        """Undo :meth:`install`."""
+        self.wiring.undo()
+
+
+class Source(ABC):
+    """Provides the prefix or prompt of a patch.
+
+    Attributes:
+        is_given: whether the caller of the base model provides it with each call, as PEFT does. Otherwise every call
+            that does not continue a sequence gets it.
+    """
+
+    is_given: bool
+
+    @abstractmethod
+    def wire(self, patch: Patch) -> None:
+        """Install what the source needs in the model."""
 
 
 def _restore_attribute(owner: Any, name: str, value: Any, previous: tuple[Any, ...]) -> None:
@@ -79,8 +124,3 @@ def _remove_submodule(owner: nn.Module, name: str) -> None:
 def _set_requires_grad(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
-
-
-def _restore_implementation(config: Any) -> None:
-    if isinstance(config._attn_implementation, Implementation):
-        config._attn_implementation_internal = config._attn_implementation.over

@@ -1,33 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how long this machine's backends take, for the choice that ``"auto"`` makes: :func:`calibrate`.
+"""Measure the backends on this machine, so that ``"auto"`` chooses by measured times: :func:`calibrate`.
 
-The result, a pair of factors per backend, dtype and kind of call, goes into a file of the user's cache folder, one
-for the CPU and one for the GPU, and takes the place of the rates that come with the package. A file of another
-machine, of another format or without sense is ignored, with a warning.
+The result is a pair of scale factors per backend, dtype and kind of call. It is written to a file in the user's cache
+folder, one for the CPU and one for the GPU, and replaces the rates that come with the package. A file that is
+malformed, has another format or comes from another machine is ignored with a warning.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import platform
-import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .. import native
 from ..arguments import Call
-from ..backends.cost import model as choose
-
-FORMAT = 1
+from ..backends import registry
+from ..backends.cost import measured, model
+from ..backends.machine import identity, machine_of, registered_flash
+from .bench.measuring import time_backends
 
 #: (B, Hq, Hkv, S, T, D, P): tiny, ordinary, long prefix, long sequence, decoding.
 SHAPES = (
@@ -39,7 +34,7 @@ LARGE = ((4, 32, 8, 1024, 1024, 128, 128), (4, 32, 8, 2048, 2048, 128, 64), (8, 
 
 
 class Row(NamedTuple):
-    """One measurement and what the model without it says."""
+    """One measurement, and the uncalibrated model's seconds for it: ``launches`` and ``work``."""
 
     backend: str
     kind: str
@@ -47,62 +42,6 @@ class Row(NamedTuple):
     seconds: float
     launches: float
     work: float
-
-
-def path(device: torch.device) -> Path:
-    """Where the measured factors of the CPU, or of the GPU, are."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "peftkern" / f"rates_{device.type}.json"
-
-
-def identity(device: torch.device) -> str:
-    """The machine that factors belong to."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {triton_architecture(device)}, torch {torch.__version__}"
-    names = []
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    isa = "no native library" if native.cpu.MISSING else native.cpu.default_isa(torch.bfloat16)
-    return f"{names[0] if names else platform.machine()}, {isa}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def triton_architecture(device: torch.device) -> str:
-    """The GPU's row of the rates."""
-    from ..backends import triton
-
-    return triton.architecture(device)
-
-
-def load(device: torch.device) -> tuple[tuple[str, tuple[float, float]], ...]:
-    """The factors measured on this machine; none where there is no file, or, with a warning, not the right one."""
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        return ()
-    file = path(device)
-    try:
-        content = json.loads(file.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
-        if content["machine"] != identity(device):
-            raise ValueError(f"it was measured on {content['machine']}, this is {identity(device)}")
-        return tuple((str(name), _pair(scale)) for name, scale in content["scales"].items())
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        warnings.warn(
-            f"the measured rates in {file} are ignored: {reason}. `peftkern bench --calibrate` measures them again",
-            stacklevel=2,
-        )
-        return ()
-
-
-def _pair(scale: Any) -> tuple[float, float]:
-    launches, work = (float(x) for x in scale)
-    if not (0 <= launches < math.inf and 0 <= work < math.inf and launches + work > 0):
-        raise ValueError(f"{scale} are no factors")
-    return launches, work
 
 
 def calibrate(
@@ -113,38 +52,46 @@ def calibrate(
     note: Callable[[str], object] = lambda line: None,
     at_most: float = math.inf,
 ) -> Path:
-    """Measure, write what was found, use it from now on in this process; the file's path.
+    """Measure the backends, write the factors, and use them from now on in this process.
 
-    About ``seconds`` are spent on measurements, beside what the kernels' compilation takes; after ``at_most`` seconds
-    no shape is begun. ``note`` is given a line for each measurement.
+    Args:
+        device: the CPU or a GPU.
+        seconds: time for measurements, without the compilation of kernels.
+        shapes: rows like :data:`SHAPES`; those by default, on a GPU with :data:`LARGE`.
+        dtypes: dtypes to measure.
+        note: called with a line for each measurement.
+        at_most: seconds after which no further shape is started.
+
+    Returns:
+        The path of the file.
     """
     device = torch.device(device)
     if shapes is None:
         shapes = SHAPES + LARGE * (device.type == "cuda")
     end = time.monotonic() + at_most
     rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note, end))
-    file = path(device)
+    file = measured.path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "format": FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
+        "format": measured.FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
         "scales": {name: list(scale) for name, scale in fit(rows).items()}, "rows": [row._asdict() for row in rows],
     }  # fmt: skip
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(file)
-    choose.forget()
+    registry.forget()
     return file
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The measurements in a file of :func:`calibrate`'s."""
+    """The measurements in a file that :func:`calibrate` wrote."""
     return [Row(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(file.read_text())["rows"]]
 
 
 def fit(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
-    """Per kind the factors (a, b) with the least sum of ((a launches + b work) / seconds - 1)^2.
+    """Per kind the factors (a, b) that minimize the sum of ((a launches + b work) / seconds - 1)^2.
 
-    One factor for both where the rows do not tell them apart, or one would be negative.
+    Both are the same factor if the rows cannot separate them, or if one would be negative.
 
     >>> rows = [Row("cpu", "x", (), 2 * a + 3 * b, a, b) for a, b in ((1.0, 1.0), (1.0, 10.0))]
     >>> {name: tuple(round(s, 6) for s in scale) for name, scale in fit(rows).items()}
@@ -178,76 +125,31 @@ def measure(
     end: float = math.inf,
 ) -> Iterator[Row]:
     """Every backend that can run a shape, taking turns on it: medians, forward and forward with backward."""
-    from ..backends import explain
-
     share = seconds / max(1, 2 * len(shapes) * len(dtypes))
     for dtype in dtypes:
-        machine = choose.machine_of(device, dtype, choose.registered_flash(), torch.get_num_threads())
+        machine = machine_of(device, dtype, registered_flash(), torch.get_num_threads())
         for shape in shapes:
             for training in (False, True)[: 2 if shape[3] > 1 else 1]:
                 if time.monotonic() > end:
                     note("out of time")
                     return
                 call = call_of_shape(shape, device, dtype, training)
-                names = [name for name, reasons in explain(call).reasons.items() if not reasons]
-                modelled = {name: choose.model(call, name, machine) for name in names}
+                names = [name for name, reasons in registry.explain(call).reasons.items() if not reasons]
+                modelled = {
+                    name: model.price(registry.BACKENDS[name].cost(call, machine), call, machine) for name in names
+                }
                 names = [name for name in names if modelled[name] is not None]
-                for name, taken in timings(call, names, share).items():
+                for name, taken in time_backends(call, names, share).items():
                     times = modelled[name]
                     assert times is not None
                     note(f"{call}: {name} {taken * 1e3:.4g} ms, modelled {sum(times) * 1e3:.4g} ms")
-                    yield Row(name, choose.kind(call, name), shape, taken, *times)
+                    yield Row(name, model.kind(call, name), shape, taken, *times)
 
 
 def call_of_shape(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, training: bool) -> Call:
-    """The call of a row of :data:`SHAPES`."""
+    """The call that a row of :data:`SHAPES` describes."""
     batch, heads, kv_heads, queries, keys, dim, prefix = shape
     return Call(
         "prefix_attention", device, dtype, dtype, (batch, heads, queries, dim), (batch, kv_heads, keys, dim),
         (kv_heads, prefix, dim), (), training,
     )  # fmt: skip
-
-
-def timings(
-    call: Call, names: list[str], seconds: float, at_least: int = 5, options: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, float]:
-    """Median seconds of ``call`` on each of the backends, which take turns; at least ``at_least`` rounds.
-
-    Those for which memory does not suffice are left out. ``options`` are further arguments of
-    :func:`peftkern.prefix_attention`.
-    """
-    from ..functional import prefix_attention
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        value = torch.randn(shape, generator=generator).to(call.device, call.dtype)
-        return value.requires_grad_(call.needs_grad)
-
-    shapes = (call.q_shape, call.kv_shape, call.kv_shape, call.prefix_shape, call.prefix_shape)
-    inputs = [draw(shape) for shape in shapes]
-    dout = torch.ones_like(inputs[0])
-
-    def run(name: str) -> float:
-        start = time.perf_counter()
-        out = prefix_attention(*inputs, backend=name, **options)
-        if call.needs_grad:
-            torch.autograd.grad(out, inputs, dout)
-        if call.device.type == "cuda":
-            torch.cuda.synchronize(call.device)
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {}
-    for name in names:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            run(name)
-            times[name] = []
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < at_least or (time.perf_counter() < end and rounds < 1000):
-        best = min((min(taken) for taken in times.values() if taken), default=math.inf)
-        for name, taken in times.items():
-            if rounds < 2 or min(taken) < 5 * best:  # what is never chosen need not be known well
-                taken.append(run(name))
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}

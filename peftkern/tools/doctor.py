@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has, what each backend lacks, and a two-second self-test.
+"""Report versions, the build, the backends that run on this machine, and the result of a two-second self-test.
 
-Paste the output into a bug report. Only the standard library is imported at the start, and each probe is guarded: a
-failure becomes a line of the report. The exit status is 1 if the self-test fails.
+Paste the output into a bug report. The exit status is 1 if the self-test fails.
 """
+
+# This module imports only the standard library at the start, and guards each probe: the report must come out where
+# torch is broken.
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
+from ..processor import processor_name
+from . import versions
 
-#: Versions that the test suite has run with; others are reported, not refused.
-TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.20", "5.23", "5.24"), "peft": ("0.21",)}
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
 _VARIABLES = (
     "PEFTKERN_BACKEND", "PEFTKERN_BUILD", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "CUDA_HOME",
@@ -44,13 +47,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """The report: sections of names and values. A probe that fails gives ``{"failed": reason}``; nothing raises."""
+    """The report: sections of names and values. A probe that fails gives ``{"failed": reason}``."""
     probes: dict[str, Callable[[], dict[str, Any]]] = {
         "system": _system,
         "packages": _packages,
         "build": _build,
         "gpu": _gpu,
-        "backends": _backends,
+        "backends that run here": lambda: _backends()["here"],
+        "backends for other devices": lambda: _backends()["elsewhere"],
         "variables": lambda: {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "self-test": _self_test,
     }
@@ -60,25 +64,24 @@ def collect() -> dict[str, dict[str, Any]]:
 def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return probe()
-    except Exception as error:  # whatever is broken on this machine is what the report is for
+    except Exception as error:  # the report exists to show failures of any kind
         return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def _version_line(command: str) -> str:
-    """The first line of ``command --version`` with a version in it."""
+    """The first line of ``command --version`` that contains a version."""
     result = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=10, check=True)
     return next(line for line in result.stdout.splitlines() if re.search(r"\d\.\d", line))
 
 
 def _system() -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "peftkern": f"{__version__} ({os.path.dirname(os.path.abspath(__file__))})",
-        "python": f"{platform.python_version()} ({sys.executable})",
+        "peftkern": f"{__version__} ({_PACKAGE})",
+        "python": f"{_judged('Python', platform.python_version())} ({sys.executable})",
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "cpu": processor_name(),
     }
-    with open("/proc/cpuinfo") as lines:
-        facts["cpu"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     for name in ("c++", "nvcc"):
         facts[name] = _version_line(name) if shutil.which(name) else "not found"
     return facts
@@ -88,22 +91,23 @@ def _packages() -> dict[str, Any]:
     facts = {}
     for name in _PACKAGES:
         try:
-            version = importlib.metadata.version(name)
+            facts[name] = _judged(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             facts[name] = "not installed"
-            continue
-        tested = TESTED.get(name)
-        known = tested is None or any(version.startswith(f"{v}.") for v in tested)
-        facts[name] = version if known else f"{version} (untested; tested with {', '.join(tested or ())})"
     return facts
 
 
+def _judged(name: str, version: str) -> str:
+    """The version, with a remark if it lies outside the tested range."""
+    if name not in versions.TESTED or versions.is_tested(name, version):
+        return version
+    return f"{version} (untested; tested with {versions.tested_range(name)})"
+
+
 def _build() -> dict[str, Any]:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build_info.json")
+    path = os.path.join(_PACKAGE, "_build_info.json")
     if not os.path.exists(path):
-        return {
-            "native libraries": "none built: `pip install .` in a checkout with a C++ compiler builds the CPU one"
-        }
+        return {"native libraries": "none; `pip install .` in a checkout with a C++ compiler builds the CPU library"}
     with open(path) as file:
         facts = dict(json.load(file))
     cuda = facts.pop("cuda", None)
@@ -117,7 +121,7 @@ def _build() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
-        return {"devices": "none that torch can use"}
+        return {"devices": "torch finds no GPU"}
     facts: dict[str, Any] = {
         "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
     }
@@ -127,24 +131,52 @@ def _gpu() -> dict[str, Any]:
     return facts
 
 
-def _backends() -> dict[str, Any]:
+def _backends() -> dict[str, dict[str, Any]]:
+    """Backends for this machine's devices (``here``), with dtypes and refusals, and the others (``elsewhere``)."""
+    torch = importlib.import_module("torch")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    here: dict[str, Any] = {}
+    elsewhere: dict[str, Any] = {}
+    for device in devices:
+        explanations = {dtype: _explain(device, dtype) for dtype in ("float32", "bfloat16")}
+        for name in next(iter(explanations.values())).reasons:
+            if _serves(name, device):
+                here[f"{name} on {device}"] = _standing(name, explanations)
+            elif not any(_serves(name, other) for other in devices):
+                elsewhere[name] = "needs a GPU that torch can use"
+    return {"here": here, "elsewhere": elsewhere or {"none": "every backend serves a device of this machine"}}
+
+
+def _serves(name: str, device: str) -> bool:
+    """Whether the backend is meant for a kind of device. Triton's interpreter, which runs on CPUs, is for tests."""
+    return name == "reference" or (name == "cpu") == (device == "cpu")
+
+
+def _explain(device: str, dtype: str) -> Any:
+    """The explanation of a small training call."""
     torch, backends = importlib.import_module("torch"), importlib.import_module("peftkern.backends")
-    facts = {}
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        shape = (1, 2, 16, 64)
-        for dtype in (torch.float32, torch.bfloat16):
-            call = backends.Call(
-                "prefix_attention", torch.device(device), dtype, torch.float32, shape, shape, (2, 8, 64), (), True
-            )
-            explanation = backends.explain(call)
-            for name, reasons in explanation.reasons.items():
-                chosen = " (taken by 'auto')" if name == explanation.chosen else ""
-                facts[f"{name} {device} {str(dtype).removeprefix('torch.')}"] = "; ".join(reasons) or f"ok{chosen}"
-    return facts
+    shape, prefix = (1, 2, 16, 64), (2, 8, 64)
+    dtypes = (getattr(torch, dtype), torch.float32)
+    return backends.explain(
+        backends.Call("prefix_attention", torch.device(device), *dtypes, shape, shape, prefix, (), needs_grad=True)
+    )
+
+
+def _standing(name: str, explanations: dict[str, Any]) -> str:
+    """``float32, bfloat16 (taken by 'auto')``, or what is missing."""
+    runs = [dtype for dtype, found in explanations.items() if not found.reasons[name]]
+    auto = [dtype for dtype, found in explanations.items() if found.chosen == name]
+    taken = " (taken by 'auto')" if auto == runs else f" ('auto' takes it for {', '.join(auto)})"
+    lacks: dict[str, list[str]] = {}
+    for dtype, found in explanations.items():
+        if found.reasons[name]:
+            lacks.setdefault("; ".join(found.reasons[name]), []).append(dtype)
+    words = [", ".join(runs) + (taken if auto else "")] if runs else []
+    return "; ".join([*words, *(f"not {', '.join(dtypes)}: {reason}" for reason, dtypes in lacks.items())])
 
 
 def _self_test() -> dict[str, Any]:
-    """One small attention, forward and backward, on every backend that can, against the fp64 reference."""
+    """Compare a small attention, forward and backward, on every backend that can run it with the fp64 reference."""
     torch = importlib.import_module("torch")
     functional, backends = (importlib.import_module(f"peftkern.{name}") for name in ("functional", "backends"))
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 import peftkern
 from peftkern import PrefixKV
 from peftkern.huggingface.layout import Layout
-from peftkern.huggingface.packing import Head, Stream
+from peftkern.huggingface.packing import LogitRows, PackedBatch
 from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
 from tests.huggingface.test_prompts import rows_of
@@ -83,23 +83,23 @@ def test_rows_of_several_sequences():
     layout = Layout.of((2, SEQ), CPU, position_ids=POSITIONS)
     assert layout.cu_seqlens.tolist() == [0, 3, 7, 12, 14]
     assert layout.owners.tolist() == [0, 0, 1, 1]
-    assert layout.packed_rows
-    assert not Layout.of((2, SEQ), CPU, position_ids=torch.arange(SEQ)[None]).packed_rows
+    assert layout.several_per_row
+    assert not Layout.of((2, SEQ), CPU, position_ids=torch.arange(SEQ)[None]).several_per_row
 
 
 def test_a_head_pairs_rows_with_the_labels_of_the_next_ones():
     """The prompt's last row, 1, predicts the first token of each sequence."""
     labels = torch.tensor([[10, 11, 12], [20, 21, -100]])
     layout = Layout.of((2, 3), CPU, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    stream = Stream(layout, torch.zeros(1, 2, 4), show_prompts=True)
-    head = Head(stream, labels, labelled=False)
+    packed = PackedBatch(layout, torch.zeros(1, 2, 4), show_prompts=True)
+    head = LogitRows(packed, labels, labelled=False)
     assert head.rows.tolist() == [1, 1, 0, 1, 2, 3, 4, 5, 6, 0]
     assert head.labels.tolist() == [[-100, 10, 20, -100, -100, 11, 12, -100, 21, -100]]
-    head = Head(stream, labels, labelled=True)
+    head = LogitRows(packed, labels, labelled=True)
     assert head.rows.tolist() == [1, 1, 2, 3, 5, 0]
     assert head.labels.tolist() == [[-100, 10, 20, 11, 12, 21]]
-    assert stream.slots().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
-    assert Head(stream, None, labelled=True, keep=1).rows.tolist() == [4, 6]
+    assert packed.slots().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
+    assert LogitRows(packed, None, labelled=True, keep=1).rows.tolist() == [4, 6]
 
 
 @pytest.mark.parametrize("name", CAUSAL)

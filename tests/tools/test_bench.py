@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from peftkern.arguments import Call
 from peftkern.tools import cli
 from peftkern.tools.bench import attention, measuring, rows, session
-from peftkern.tools.bench.checks import Truth
+from peftkern.tools.bench.checks import Judge
 from peftkern.tools.bench.measuring import Timing, clock_for, take_turns
 from peftkern.tools.bench.providers import PROVIDERS, Calls, Problem, Provider, Unavailable, prepare, visible_keys
 from peftkern.tools.bench.report import sections, write_report
@@ -56,9 +57,9 @@ def test_providers_compute_the_same(name, shape):
     if isinstance(calls, Unavailable):
         assert len(calls.reason) > 10, calls
         return
-    truth = Truth(problem)
+    judge = Judge(problem)
     for backward in (False, True):
-        verdict = truth.judge(calls, backward, PROVIDERS[name].uses_prefix)
+        verdict = judge.judge(calls, backward, PROVIDERS[name].uses_prefix)
         assert not verdict.wrong, verdict.wrong
 
 
@@ -68,7 +69,7 @@ def test_providers_are_right_in_half_precision(name):
     calls = prepare(name, problem)
     assert isinstance(calls, Calls)
     for backward in (False, True):
-        assert not Truth(problem).judge(calls, backward, PROVIDERS[name].uses_prefix).wrong
+        assert not Judge(problem).judge(calls, backward, PROVIDERS[name].uses_prefix).wrong
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_flex_attention_computes_the_same(shape):
     calls = prepare("flex", problem)
     assert isinstance(calls, Calls)
     assert calls.both is None, "a backward that FlexAttention does not have on CPUs"
-    verdict = Truth(problem).judge(calls, False)
+    verdict = Judge(problem).judge(calls, False)
     assert not verdict.wrong, verdict.wrong
 
 
@@ -114,7 +115,7 @@ def test_the_bottom_right_flash_kernel_is_called_as_its_op_asks(monkeypatch):
             patch.setattr(Problem, "device", Device())
             made = PROVIDERS["cat-flash"].make(problem)
         assert callable(made)
-        verdict = Truth(problem).judge(Calls(lambda p=problem, m=made: m(*p.inputs), None, None), False)
+        verdict = Judge(problem).judge(Calls(lambda p=problem, m=made: m(*p.inputs), None, None), False)
         assert not verdict.wrong, verdict.wrong
         assert called["is_causal"]
         assert called["max_k"] == shape.P + shape.T
@@ -192,18 +193,6 @@ def test_a_failing_provider_does_not_cost_the_others_their_rows(monkeypatch):
     ]  # fmt: skip
 
 
-def test_truth_in_blocks_is_the_truth(monkeypatch):
-    """A block of queries at a time, or all at once; with cache and window."""
-    for shape in (SHAPES[3], SHAPES[5], SHAPES[6]):
-        problem = Problem.make(shape, torch.float32)
-        whole = Truth(problem).results(True, True)
-        with monkeypatch.context() as patch:
-            patch.setattr("peftkern.tools.bench.checks._BLOCK", 64)
-            blocks = Truth(problem).results(True, True)
-        for x, y in zip(whole, blocks, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pairs_are_what_the_reference_shows(shape):
     assert shape.pairs == visible_keys(shape, torch.device("cpu")).sum().item()
@@ -227,8 +216,25 @@ def test_a_sweep_is_every_combination():
 def test_quantiles_and_turns():
     timing = Timing.of([float(i) for i in range(1, 10)])
     assert (timing.p20, timing.median, timing.p80) == (2.0, 5.0, 8.0)
-    figures = take_turns({"a": lambda: None}, 0.0, at_least=4, measure=lambda call: [1.0, 2.0])
+    figures = take_turns({"a": lambda: None}, 0.0, at_least=4, clock=lambda call: [1.0, 2.0])
     assert figures["a"].median == 1.5
+
+
+def test_much_slower_calls_are_timed_twice():
+    seconds = {"fast": 1.0, "slow": 6.0}
+    called = []
+    calls = {name: (lambda name=name: called.append(name)) for name in seconds}
+    take_turns(calls, 0.0, at_least=5, clock=lambda call: [call() or seconds[called[-1]]], drop_slower=5.0)
+    assert called.count("fast") == 6, "once to warm up, then five rounds"
+    assert called.count("slow") == 3
+
+
+def test_backends_are_timed_in_turns():
+    dtypes, shape = (torch.float32, torch.float32), (1, 2, 9, 8)
+    call = Call("prefix_attention", torch.device("cpu"), *dtypes, shape, shape, (2, 3, 8), (), needs_grad=True)
+    found = measuring.time_backends(call, ["reference"], 0.0, options={"softcap": 5.0})
+    assert list(found) == ["reference"]
+    assert 0 < found["reference"] < 10
 
 
 def test_memory_counts_what_is_allocated_and_kept():
@@ -262,7 +268,7 @@ def test_gpu_times_come_from_do_bench(monkeypatch):
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
     called = []
-    figures = take_turns({"a": lambda: called.append(1)}, 0.0, at_least=4, measure=clock_for("cuda"))
+    figures = take_turns({"a": lambda: called.append(1)}, 0.0, at_least=4, clock=clock_for("cuda"))
     assert figures["a"].median == 0.002
     assert len(called) == 3, "one to warm up, two rounds of two figures"
     assert asked["return_mode"] == "all"

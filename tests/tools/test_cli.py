@@ -6,10 +6,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+import torch
 
-from peftkern.tools import cli, doctor
+from peftkern import native
+from peftkern.tools import cli, doctor, versions
 
 
 def _python(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -19,7 +23,15 @@ def _python(script: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_doctor_prints_every_section_and_passes(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for section in ("system", "packages", "build", "gpu", "backends", "self-test"):
+    for section in (
+        "system",
+        "packages",
+        "build",
+        "gpu",
+        "backends that run here",
+        "backends for other devices",
+        "self-test",
+    ):
         assert f"\n{section}\n" in f"\n{text}", f"section {section} is missing"
     assert "reference on cpu  ok" in text
 
@@ -44,13 +56,48 @@ def test_doctor_runs_where_torch_is_broken():
 
 
 def test_doctor_marks_untested_versions(monkeypatch):
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "99.0")
-    assert doctor._packages()["torch"] == "99.0 (untested; tested with 2.13, 2.15)"
+    for version, remark in (
+        ("99.0", " (untested; tested with 2.11 to 2.15)"),
+        ("2.10.9", " (untested; tested with 2.11 to 2.15)"),
+        ("2.14.1+cpu", ""),
+    ):
+        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name, version=version: version)
+        assert doctor._packages()["torch"] == version + remark
+
+
+def test_doctor_reads_the_build_and_groups_backends_by_device():
+    report = doctor.collect()
+    assert ("compiler" in report["build"]) == (not native.cpu.MISSING)
+    here, elsewhere = report["backends that run here"], report["backends for other devices"]
+    assert here["reference on cpu"].startswith("float32, bfloat16")
+    if native.cpu.MISSING:
+        assert native.cpu.MISSING in here["cpu on cpu"]
+    if not torch.cuda.is_available():
+        assert set(elsewhere) == {"triton", "merge", "concat", "cuda"}
+        assert not any("cuda" in words for words in here.values()), "a GPU's backend is listed for the CPU"
+
+
+def test_metadata_follow_the_tested_versions():
+    with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    lowest = {name: low for name, (low, _) in versions.TESTED.items()}
+    python = project["project"]["requires-python"]
+    assert python == f">={lowest['Python']}"
+    assert project["tool"]["mypy"]["python_version"] == lowest["Python"]
+    assert project["tool"]["ruff"]["target-version"] == "py" + lowest["Python"].replace(".", "")
+    requirements = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["demo"]]
+    for name in ("torch", "transformers", "peft"):
+        assert f"{name}>={lowest[name]}" in requirements
+    minors = [c.rpartition(".")[2] for c in project["project"]["classifiers"] if "Python :: 3." in c]
+    assert [f"3.{minor}" for minor in minors] == [
+        f"3.{i}" for i in range(*(int(v.split(".")[1]) + n for n, v in enumerate(versions.TESTED["Python"])))
+    ]
 
 
 def test_a_wrong_self_test_is_reported(monkeypatch):
-    from peftkern.backends import reference
+    from peftkern import backends
 
+    reference = backends.plan_named("reference")
     right = reference.prefix_attention
     monkeypatch.setattr(reference, "prefix_attention", lambda args: tuple(x + x.dtype.itemsize for x in right(args)))
     report = doctor._self_test()

@@ -9,9 +9,11 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,10 +22,11 @@ import torch
 from safetensors.torch import load_file
 
 from peftkern.tools.bench import memory
+from peftkern.tools.bench.measuring import Timing
 from peftkern.tools.cli import main
-from peftkern.tools.demo import assets, checkpoint, session, training
+from peftkern.tools.demo import assets, checkpoint, progress, session, training
 from peftkern.tools.demo.assets import Review
-from peftkern.tools.demo.options import DemoError, Options, add_arguments, resolve
+from peftkern.tools.demo.options import DTYPES, DemoError, Options, add_arguments, resolve
 from peftkern.tools.demo.report import Findings, as_json, headline, table, write_files
 from peftkern.tools.demo.reviews import Batch, Task, split, training_rows
 from peftkern.tools.demo.training import ARMS, Accuracy, Pair
@@ -174,7 +177,7 @@ def test_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(session, "train_pair", twice)
     assert main(command) == 130
-    assert "nothing to keep" in capsys.readouterr().out
+    assert "nothing was saved" in capsys.readouterr().out
     assert not list((tmp_path / "out").iterdir())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -209,7 +212,7 @@ def test_a_cartridge_keeps_its_first_token(tiny):
         (["--length", "120"], "the model has 128"),
         (["--model", "/no/such/folder"], "is no folder with a model"),
         (["--data", "/no/such.csv"], "--data /no/such.csv: cannot be read"),
-        (["--out", "/dev/null/x"], "no folder that can be written"),
+        (["--out", "/dev/null/x"], "cannot be written"),
         (["--resume"], "there is no checkpoint"),
     ],
 )
@@ -274,6 +277,50 @@ def test_quick_gives_way_to_what_is_said():
     options = resolve(parser.parse_args(["--quick", "--steps", "7"]))
     assert options.steps == 7
     assert options.seq < Options.seq
+
+
+@pytest.mark.parametrize(
+    ("seconds", "dtype"), [({"fp32": 1.0, "bf16": 4.0}, "fp32"), ({"fp32": 1.0, "bf16": 0.5}, "bf16")]
+)
+def test_the_default_dtype_is_the_faster_one(command, monkeypatch, capsys, no_memory, tmp_path, seconds, dtype):
+    timings = {name: Timing(value, 0.0) for name, value in seconds.items()}
+    monkeypatch.setattr(training, "take_turns", lambda calls, budget: timings)
+    at = command.index("--dtype")
+    assert main([*command[:at], *command[at + 2 :]]) == 0
+    assert json.loads((tmp_path / "out/result.json").read_text())["options"]["dtype"] == dtype
+    ratio = seconds["fp32"] / seconds["bf16"]
+    assert f"--dtype {dtype}: bf16 matrix products run at {ratio:.2g} times" in capsys.readouterr().out
+
+
+def test_both_dtypes_are_measured():
+    dtype, reason = training.faster_dtype(0.0)
+    assert dtype in DTYPES
+    assert "times the speed of fp32" in reason
+
+
+def test_a_log_has_lines_during_long_stages_and_an_estimate(command, monkeypatch, capsys, no_memory):
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^about \d+ s to go, \d+ s in all, judging by the first step$", printed, re.M), printed
+    assert re.search(r"^\d+ s: loading the model", printed, re.M), printed
+    assert re.search(r"^\d+ s: (zero-shot|prefix untrained|training|after training), \d+ of \d+$", printed, re.M), (
+        printed
+    )
+
+
+def test_a_terminal_shows_no_lines(monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    console = Console(force_terminal=True, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with progress.LogTicker(console):
+        time.sleep(0.05)
+    assert console.export_text() == ""
+
+
+def test_minutes():
+    assert [progress.minutes(x) for x in (0.4, 59.6, 245)] == ["0 s", "1 min 00 s", "4 min 05 s"]
 
 
 # Checkpoint

@@ -11,6 +11,7 @@ from torch import nn
 from ..cache import KeyValue
 from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
+from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
 
@@ -63,7 +64,7 @@ class ModulePrefix(PrefixSource):
         """Raise ValueError unless the shape of the prefix fits the model."""
         patch.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
 
-    def wire(self, patch: PrefixPatch) -> None:
+    def wire(self, patch: Patch) -> None:
         """Make the prefix a submodule of the Hugging Face model, in which it stays when wrappers are taken off."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())

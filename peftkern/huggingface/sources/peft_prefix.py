@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...model_info import given_cache
 from ..cache import KeyValue, PrefixCache
 from ..calls import running
+from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixPatch, PrefixSource
-from .peft_model import GenerationInputs, PeftCalls, PeftMethod
+from ..wiring import Patch
 
 __all__ = ["KEY_VALUE_TYPES", "PeftPrefix"]
 
@@ -61,7 +62,7 @@ class PeftPrefix(PrefixSource):
         assert self.patch is not None
         self.patch.check_geometry(f"adapter {name!r}", config.num_layers, config.num_attention_heads, head_dim)
 
-    def wire(self, patch: PrefixPatch) -> None:
+    def wire(self, patch: Patch) -> None:
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's."""
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)

@@ -9,7 +9,6 @@ a call bypasses that hook, both are PEFT's tensors.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 from ...model_info import given_cache
 from ..cache import PrefixCache
+from ..call_arguments import bind, forward_arguments
 from ..layout import HostNumbers
-from ..model_patch import bind
-from ..prompt_patch import Prompt, PromptPatch, PromptSource
-from .peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..prompt_patch import PromptPatch
+from ..prompts import Prompt, PromptSource
+from ..wiring import Patch
 
 __all__ = ["PROMPT_TYPES", "PeftPrompt"]
 
@@ -111,7 +112,7 @@ class PeftPrompt(PromptSource):
     def __init__(self, model: Any, *, peft_bugs: bool) -> None:
         self.model = model
         self.peft_bugs = peft_bugs
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.names = forward_arguments(model)
         self._get_prompt = model.get_prompt
         #: While torch.compile traces, which sees no attributes of tensors: the prompt between PEFT's two calls.
         self.traced: Prompt | None = None
@@ -137,8 +138,9 @@ class PeftPrompt(PromptSource):
         """The embeddings hide from a classification head where padding is."""
         return self.task == "SEQ_CLS"
 
-    def wire(self, patch: PromptPatch) -> None:
+    def wire(self, patch: Patch) -> None:
         """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's, and look at calls."""
+        assert isinstance(patch, PromptPatch)
         self.patch = patch
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)
@@ -193,7 +195,7 @@ class PeftPrompt(PromptSource):
             return Prompt(compute(1, task_ids.view(1)), shown=True)
         return Prompt(compute(batch_size, task_ids), task_ids, per_sample=True, shown=True)
 
-    def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+    def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The prompt in the embeddings, or what :meth:`prepare_inputs` has put there."""
         call: OuterCall | None = kwargs.pop("peftkern_call", None)
         prepared: Prompt | None = kwargs.pop("peftkern_prompt", None)
@@ -248,7 +250,9 @@ class PeftPrompt(PromptSource):
             return inputs
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
         bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
-        reason = self.patch.packer.why_not({n: x for n, x in inputs.items() if n != "position_ids" or x is None})
+        reason = self.patch.packer.why_unpackable(
+            {n: x for n, x in inputs.items() if n != "position_ids" or x is None}
+        )
         if reason is not None and not begun_by_peft:
             self.patch.fall_back(reason, self.concatenates)
         if begun_by_peft or bug or reason is not None:
@@ -263,16 +267,16 @@ class PeftPrompt(PromptSource):
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
-    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+    def notice_differences(self, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
         """Notices where PEFT's numbers differ."""
-        if numbers.get("left padding") and not patch.packer.count_mask:  # else padding moves nothing
-            patch.notice(
+        if numbers.get("left padding") and not self.patch.packer.count_mask:  # else padding moves nothing
+            self.patch.notice(
                 "left padding",
                 "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",
                 _BUGS,
             )
         if numbers.get("padding") and self.pools_last_column:
-            patch.notice(
+            self.patch.notice(
                 "SEQ_CLS", "the last token is pooled; PEFT pools the last column, whether padding or not", _BUGS
             )
 

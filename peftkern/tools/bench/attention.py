@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import memory
-from .checks import Truth
+from .checks import Judge
 from .measuring import Clock, clock_for, stamp, take_turns
 from .providers import DTYPES, PROVIDERS, Calls, Problem, Unavailable, chosen_by_auto, prepare
 from .rows import PROBLEM, Row
@@ -50,14 +50,14 @@ def measure(
             without[name] = ("not timed" if reason else "unavailable", prepared.reason)
         else:
             calls[name] = prepared
-    truth, auto = Truth(problem), chosen_by_auto(problem)
+    judge, auto = Judge(problem), chosen_by_auto(problem)
     base = key_columns(shape) | {"dtype": dtype, "device": device, "threads": torch.get_num_threads()}
     rows: list[Row] = []
     for direction in directions:
-        judged = {name: _judge(name, c, direction, truth) for name, c in calls.items()}
+        judged = {name: _judge(name, c, direction, judge) for name, c in calls.items()}
         timed = {name: calls[name].of(direction) for name, row in judged.items() if row["status"] == "ok"}
         ready: dict[str, Callable[[], object]] = {name: call for name, call in timed.items() if call is not None}
-        times = take_turns(ready, seconds, at_least, measure=clock or clock_for(device))
+        times = take_turns(ready, seconds, at_least, clock or clock_for(device))
         for name in named or PROVIDERS:
             status, reason = without.get(name, ("ok", ""))
             row = judged.get(name, {"status": status, "reason": reason})
@@ -86,13 +86,13 @@ def _guarded(make: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _judge(name: str, calls: Calls, direction: str, truth: Truth) -> Row:
+def _judge(name: str, calls: Calls, direction: str, judge: Judge) -> Row:
     """status, reason and errors."""
     backward = direction != "forward"
     provider = PROVIDERS[name]
     if backward and calls.both is None:
-        return {"status": "unavailable", "reason": provider.why_no_backward(truth.problem)}
-    verdict = _guarded(lambda: truth.judge(calls, backward, provider.uses_prefix))
+        return {"status": "unavailable", "reason": provider.why_no_backward(judge.problem)}
+    verdict = _guarded(lambda: judge.judge(calls, backward, provider.uses_prefix))
     if isinstance(verdict, str):
         return {"status": "failed", "reason": verdict}
     return {"status": "wrong" if verdict.wrong else "ok", "reason": verdict.wrong, "error": verdict.error,

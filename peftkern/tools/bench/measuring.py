@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of calls that take turns, their quantiles, and columns that say where a row comes from.
+"""Time calls that take turns; describe the machine and the sources of a measurement.
 
 Needs torch, and on a GPU Triton, whose ``do_bench`` clears the L2 cache before each call and times with events.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ... import __version__, backends, native
+from ...arguments import Call
+from ...functional import prefix_attention
+from ...processor import processor_name
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: quantiles, and (third - first quartile) / median."""
+    """Seconds per call: the median, p20 and p80, and the spread (third - first quartile) / median."""
 
     median: float
     spread: float
@@ -32,18 +39,20 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Of one call's measurements, two at least."""
+        """Summarize two or more measurements of one call."""
         first, median, third = statistics.quantiles(seconds, n=4)
         fifths = statistics.quantiles(seconds, n=5)
         return cls(median, (third - first) / median if median else 0.0, fifths[0], fifths[3])
 
 
-#: Measures one call: its seconds, one figure or several.
+_MOST_ROUNDS = 1000
+
+#: Measures one call and returns one or several times in seconds.
 Clock = Callable[[Callable[[], object]], list[float]]
 
 
 def by(now: Callable[[], float]) -> Clock:
-    """A clock of ``time``: ``perf_counter``, or ``process_time`` for the processor time of all threads."""
+    """A clock from a function of ``time``: ``perf_counter``, or ``process_time`` for the CPU time of all threads."""
 
     def measure(call: Callable[[], object]) -> list[float]:
         start = now()
@@ -54,14 +63,14 @@ def by(now: Callable[[], float]) -> Clock:
 
 
 def events(call: Callable[[], object]) -> list[float]:
-    """A GPU's events around calls that find the L2 cache cold: :func:`triton.testing.do_bench`."""
+    """GPU events around calls that find a cold L2 cache: :func:`triton.testing.do_bench`."""
     from triton.testing import do_bench
 
     return [ms / 1e3 for ms in do_bench(call, warmup=2, rep=20, return_mode="all")]
 
 
 def clock_for(device: torch.device | str) -> Clock:
-    """Events on a GPU, the wall clock elsewhere."""
+    """GPU events for a GPU, the wall clock for other devices."""
     return events if torch.device(device).type == "cuda" else by(time.perf_counter)
 
 
@@ -69,29 +78,78 @@ def take_turns(
     calls: dict[str, Callable[[], object]],
     seconds: float,
     at_least: int = 7,
-    clock: Callable[[], float] | None = None,
-    measure: Clock | None = None,
+    clock: Clock | None = None,
+    drop_slower: float = math.inf,
 ) -> dict[str, Timing]:
-    """Each call's timing. They alternate until ``seconds`` have passed, each round from another one on.
+    """Time ``calls`` in rounds until ``seconds`` have passed; each round starts with another call.
 
-    So a slow moment of the machine hits all of them, and none always runs in the caches that the same other one left.
-    ``clock`` is a function of ``time``, ``measure`` any other :data:`Clock`; without both, the wall clock.
+    A slow moment of the machine thus hits all calls, and no call always runs in the caches that the same other one
+    left behind. Every call runs once before the first round.
+
+    Args:
+        calls: functions to time, by name.
+        seconds: time for all rounds together.
+        at_least: number of measurements of each call that are made even if they take longer.
+        clock: measures one call; the wall clock by default.
+        drop_slower: after two rounds, calls that take this many times as long as the fastest one are timed no more.
     """
-    measure = measure or by(clock or time.perf_counter)
+    clock = clock or by(time.perf_counter)
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for name in names:
         calls[name]()
-    end = time.perf_counter() + seconds
-    while names and (time.perf_counter() < end or len(times[names[0]]) < at_least):
+    end, rounds = time.perf_counter() + seconds, 0
+    while names and (len(times[names[0]]) < at_least or (time.perf_counter() < end and rounds < _MOST_ROUNDS)):
         for name in names:
-            times[name] += measure(calls[name])
+            times[name] += clock(calls[name])
+        rounds += 1
         names = names[1:] + names[:1]
+        if rounds >= 2:
+            best = min(min(times[name]) for name in names)
+            names = [name for name in names if min(times[name]) <= drop_slower * best]
     return {name: Timing.of(times[name]) for name in calls}
 
 
+def time_backends(
+    call: Call,
+    names: Iterable[str],
+    seconds: float,
+    at_least: int = 5,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, float]:
+    """Median seconds of ``call`` on each of the named backends, forward, and backward if the call needs gradients.
+
+    Backends that run out of memory are left out. Backends five times slower than the fastest one are timed only
+    twice. ``options`` are further arguments of :func:`peftkern.prefix_attention`.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        value = torch.randn(shape, generator=generator).to(call.device, call.dtype)
+        return value.requires_grad_(call.needs_grad)
+
+    shapes = (call.q_shape, call.kv_shape, call.kv_shape, call.prefix_shape, call.prefix_shape)
+    inputs = [draw(shape) for shape in shapes]
+    dout = torch.ones_like(inputs[0])
+
+    def run(name: str) -> None:
+        out = prefix_attention(*inputs, backend=name, **options)
+        if call.needs_grad:
+            torch.autograd.grad(out, inputs, dout)
+        if call.device.type == "cuda":
+            torch.cuda.synchronize(call.device)
+
+    ready: dict[str, Callable[[], object]] = {}
+    for name in names:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run(name)
+            ready[name] = functools.partial(run, name)
+    times = take_turns(ready, seconds, at_least, drop_slower=5.0)
+    return {name: timing.median for name, timing in times.items()}
+
+
 def stamp(device: torch.device | str = "cpu") -> dict[str, object]:
-    """Columns that say on what, with what and from which sources a row was measured."""
+    """Columns that describe the machine, the packages and the sources of a measurement."""
     row: dict[str, object] = {
         "cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__, "peftkern": __version__,
         "git": git_sha(), "date": time.strftime("%Y-%m-%d"),
@@ -101,15 +159,13 @@ def stamp(device: torch.device | str = "cpu") -> dict[str, object]:
 
 @functools.cache
 def cpu_name() -> str:
-    """As the kernel names it, with what decides which kernels run."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """The processor's name and, in parentheses, the instruction set that the native kernels use on it."""
     isa = native.cpu.default_isa(torch.bfloat16) if not native.cpu.MISSING else "no native library"
-    return f"{names[0] if names else 'unknown'} ({isa})"
+    return f"{processor_name()} ({isa})"
 
 
 def gpu_facts() -> dict[str, object]:
-    """Name and architecture of the GPU, its clocks at this moment, the driver, CUDA and Triton."""
+    """Columns for the GPU: name, architecture, current clocks, driver, CUDA and Triton."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     facts: dict[str, object] = {
         "gpu": device.name, "arch": f"sm_{device.major}{device.minor}", "cuda": torch.version.cuda, "triton": "",
@@ -133,7 +189,7 @@ def gpu_facts() -> dict[str, object]:
 
 @functools.cache
 def git_sha() -> str:
-    """Of the commit of a checkout, with ``+`` where files differ from it; ``unknown`` for an installed package."""
+    """The checkout's commit, with ``+`` if files differ from it; ``unknown`` for an installed package."""
     root = Path(backends.__file__).parents[2]
     if not (root / ".git").exists():
         return "unknown"
@@ -144,7 +200,7 @@ def git_sha() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What it prints; nothing if it fails."""
+    """The output of a command; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from ... import __version__
@@ -24,9 +23,10 @@ from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
 from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
+from .progress import LogTicker, minutes, new_bars
 from .report import Findings, duration, headline, setting, table, write_files
 from .reviews import Batch, Task, split, training_rows
-from .training import ARMS, Arm, Pair, build_arms, evaluate, load_base, train_pair
+from .training import ARMS, Arm, Pair, build_arms, evaluate, faster_dtype, load_base, train_pair
 
 _SAVE_EVERY = 50
 _TELL_EVERY = 10
@@ -42,23 +42,29 @@ def run_session(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers and peft to each other
         try:
-            return _run(args, console)
+            with LogTicker(console) as ticker:
+                return _run(args, console, ticker)
         except KeyboardInterrupt:
             return _stopped(args, console)
 
 
-def _run(args: argparse.Namespace, console: Console) -> int:
+def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
     folder = _open_out(args)
     state = checkpoint.read(folder) if folder else None
-    options = resolve(args, state and state["options"])
     threads = args.threads or (state and state["threads"]) or torch.get_num_threads()
     torch.set_num_threads(threads)
+    if state is None and args.dtype is None:
+        args.dtype, reason = faster_dtype()
+        console.print(f"[dim]--dtype {args.dtype}: {reason}[/]")
+    options = resolve(args, state and state["options"])
     torch.manual_seed(options.seed)
     _quiet_libraries()
 
-    with console.status("reading the reviews"):
+    ticker.stage = "reading the reviews"
+    with console.status(ticker.stage):
         train, held_out = split(read_reviews(options.data), options.eval_rows)
-    with console.status("loading the model (converted at first use, about 20 s)"):
+    ticker.stage = "loading the model (the first run converts it, about 20 s)"
+    with console.status(ticker.stage):
         source = find_model(options.model, cache_folder(args.cache))
         base, task = load_base(source, options)
         arms = build_arms(base, task, options)
@@ -70,48 +76,54 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     backend = _backend(base, options, batch)
     console.print(f"[bold]{source.title}[/], stock PEFT beside PEFT + peftkern")
     console.print(f"[dim]{setting(options, threads, backend)}[/]")
+    _warn_if_busy(console)
 
-    if (load := _load()) > 0.5 * (cores := os.cpu_count() or 1):
-        console.print(
-            f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): times will spread, and fewer --threads "
-            "may be faster.[/]"
-        )
-
-    columns = (
-        TextColumn("{task.description:<16}"), BarColumn(12), MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Bars(*columns, console=console) as bars:
+    with new_bars(console) as bars:
+        ticker.bars = bars
         models = {name: arm.model for name, arm in arms.items()}
         _measure_accuracy("zero-shot", {"stock": base}, task, held_out, progress, bars)
         _measure_accuracy("untrained", models, task, held_out, progress, bars)
-        finished = _train(arms, task, train, progress, bars, args.out)
+        finished = _train(arms, task, train, progress, bars, args.out, ticker)
         if finished:
             _measure_accuracy("final", models, task, held_out, progress, bars)
     if not finished:
         return _stopped(args, console)
 
-    with console.status("measuring memory and rounding in a process of their own"):
+    ticker.stage = "measuring memory and rounding in a process of their own"
+    with console.status(ticker.stage):
         measured, trouble = _measure(source, options, batch, threads)
     versions = {"peftkern": __version__} | {name: version(name) for name in ("torch", "transformers", "peft")}
     found = (progress.pairs, progress.accuracy, measured)
-    findings = Findings(options, source.title, backend, threads, versions, *found)
-    files = write_files(findings, args.out)
-    console.print("", table(findings), "", sep="\n")
-    if trouble:
-        console.print(f"[yellow]{trouble}[/]")
-    if backend == "reference":
-        console.print("[yellow]peftkern ran its eager reference, no kernel: see `peftkern doctor`.[/]")
-    console.print(f"[bold]{headline(findings)}.[/]")
-    console.print(f"Saved in {args.out}: {', '.join(path.name for path in files)}, checkpoint-{progress.done}")
+    _report(Findings(options, source.title, backend, threads, versions, *found), trouble, args.out, console)
     return 0
 
 
+def _report(findings: Findings, trouble: str, out: Path, console: Console) -> None:
+    """Write the files and print the table."""
+    files = write_files(findings, out)
+    console.print("", table(findings), "", sep="\n")
+    if trouble:
+        console.print(f"[yellow]{trouble}[/]")
+    if findings.backend == "reference":
+        console.print("[yellow]peftkern ran its eager reference, not a kernel: see `peftkern doctor`.[/]")
+    console.print(f"[bold]{headline(findings)}.[/]")
+    console.print(f"Saved in {out}: {', '.join(path.name for path in files)}, checkpoint-{len(findings.pairs)}")
+
+
+def _warn_if_busy(console: Console) -> None:
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load > 0.5 * cores:
+        console.print(
+            f"[yellow]The machine is busy (load {load:.1f} on {cores} cores): times will spread, and fewer --threads "
+            "may be faster.[/]"
+        )
+
+
 def _open_out(args: argparse.Namespace) -> Path | None:
-    """Make ``--out``; the checkpoint to resume from, if that is asked for.
+    """Make ``--out``. With ``--resume``, return the checkpoint to resume from.
 
     Raises:
-        DemoError: if there is nothing to resume, or something that a fresh run would destroy.
+        DemoError: if there is no checkpoint to resume, or a fresh run would destroy an unfinished one.
     """
     if args.threads is not None and args.threads < 1:
         raise DemoError(f"--threads: expected at least 1, got {args.threads}")
@@ -133,14 +145,14 @@ def _open_out(args: argparse.Namespace) -> Path | None:
         (args.out / ".writable").touch()
         (args.out / ".writable").unlink()
     except OSError as error:
-        raise DemoError(f"--out {args.out}: no folder that can be written ({error.strerror})") from error
+        raise DemoError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     return None
 
 
 def _measure_accuracy(
     moment: str, models: dict[str, Any], task: Task, held_out: Sequence[Review], progress: Progress, bars: Bars
 ) -> None:
-    """Unless a resumed run knows it already."""
+    """Evaluate ``models`` on the held-out reviews, unless a resumed run has the result already."""
     if moment in progress.accuracy:
         return
     title = {"zero-shot": "zero-shot", "untrained": "prefix untrained", "final": "after training"}[moment]
@@ -151,17 +163,27 @@ def _measure_accuracy(
 
 
 def _train(
-    arms: dict[str, Arm], task: Task, train: Sequence[Review], progress: Progress, bars: Bars, out: Path
+    arms: dict[str, Arm],
+    task: Task,
+    train: Sequence[Review],
+    progress: Progress,
+    bars: Bars,
+    out: Path,
+    ticker: LogTicker,
 ) -> bool:
-    """Take the steps that are left and save; false if Ctrl-C came before the end."""
-    steps = progress.options.steps
+    """Take the remaining steps and save; false if Ctrl-C came before the end."""
+    steps, first = progress.options.steps, progress.done
     bar = bars.add_task("training", total=steps, completed=progress.done, note="")
     with _deferred_interrupt() as interrupted:
         while progress.done < steps and not interrupted:
             pair = train_pair(arms, task, train, progress.done, progress.options)
             progress.pairs.append(pair)
+            if progress.done == first + 1:
+                left = sum(pair.seconds.values()) * _pairs_left(progress)
+                whole = minutes(ticker.elapsed + left)
+                bars.console.print(f"about {minutes(left)} to go, {whole} in all, judging by the first step")
             bars.update(bar, advance=1, note=_note(pair))
-            if not bars.console.is_terminal and progress.done % _TELL_EVERY == 0:  # a log file shows no bar
+            if not bars.console.is_terminal and progress.done % _TELL_EVERY == 0:  # a log file shows no bars
                 bars.console.print(f"step {progress.done} of {steps}: {_note(pair)}")
             if progress.done % _SAVE_EVERY == 0 and progress.done < steps:
                 checkpoint.save(out, arms, progress)
@@ -169,9 +191,18 @@ def _train(
     return progress.done == steps
 
 
+def _pairs_left(progress: Progress) -> float:
+    """The rest of the run in units of a pair of training steps.
+
+    A step costs about three forward passes of its rows. The measurements at the end cost about five pairs.
+    """
+    options = progress.options
+    return options.steps - progress.done + options.eval_rows / (3 * options.batch_size) + 5
+
+
 @contextmanager
 def _deferred_interrupt() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes non-empty, so that the step at hand can end; a second one interrupts."""
+    """A list that the first Ctrl-C makes non-empty, so that the current step can end; a second Ctrl-C interrupts."""
     interrupted: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -188,7 +219,7 @@ def _deferred_interrupt() -> Iterator[list[int]]:
 def _stopped(args: argparse.Namespace, console: Console) -> int:
     saved = checkpoint.latest(args.out)
     if saved is None:
-        console.print("Stopped before training; there is nothing to keep.")
+        console.print("Stopped before training; nothing was saved.")
     else:
         console.print(f"Stopped. Saved: {saved}, whose folders {' and '.join(ARMS)} PeftModel.from_pretrained loads.")
         cache = f" --cache {args.cache}" if args.cache else ""
@@ -197,7 +228,7 @@ def _stopped(args: argparse.Namespace, console: Console) -> int:
 
 
 def _measure(source: ModelSource, options: Options, batch: Batch, threads: int) -> tuple[dict[str, Measured], str]:
-    """What was measured, or nothing and why: a run's other results outlive this."""
+    """The measurements, or none and the reason. A failure here must not cost the run's other results."""
     try:
         return measure(source, options, batch, threads), ""
     except DemoError as error:
@@ -205,7 +236,7 @@ def _measure(source: ModelSource, options: Options, batch: Batch, threads: int) 
 
 
 def _backend(base: Any, options: Options, batch: Batch) -> str:
-    """The backend that the training steps take."""
+    """Name of the backend that runs the training steps."""
     from ... import backends
 
     config = base.config
@@ -224,10 +255,6 @@ def _note(pair: Pair) -> str:
     losses = "  ".join(f"{pair.loss[arm]:.3f}" for arm in ARMS)
     seconds = "  ".join(duration(pair.seconds[arm]) for arm in ARMS)
     return f"loss {losses} · {seconds}"
-
-
-def _load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _quiet_libraries() -> None:

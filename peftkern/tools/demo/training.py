@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...huggingface.probing import quiet
 from ..bench import memory
+from ..bench.measuring import take_turns
 from .assets import ModelSource, Review
 from .options import DTYPES, DemoError, Options
 from .reviews import Batch, Task, training_rows
@@ -25,7 +28,7 @@ EVAL_BATCH = 16
 
 
 class Pair(NamedTuple):
-    """One step of both arms on one batch. ``first`` is the arm that went first, ``tokens`` is B * S."""
+    """One training step of both arms on one batch. ``first`` names the arm that ran first; ``tokens`` is B * S."""
 
     step: int
     first: str
@@ -35,25 +38,25 @@ class Pair(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """``correct`` of ``rows``, choosing between the two labels."""
+    """Number of ``rows`` and of ``correct`` answers, each a choice between two labels."""
 
     correct: int
     rows: int
 
     @property
     def value(self) -> float:
-        """Share of correct answers."""
+        """Fraction of correct answers, p."""
         return self.correct / self.rows
 
     @property
     def standard_error(self) -> float:
-        """Of a share, sqrt(p (1 - p) / n)."""
+        """Standard error of the fraction, sqrt(p (1 - p) / n)."""
         return math.sqrt(self.value * (1 - self.value) / self.rows)
 
 
 @dataclass
 class Arm:
-    """One PEFT model with its optimizer."""
+    """A PEFT model and its optimizer."""
 
     model: Any
     optimizer: torch.optim.AdamW = field(init=False)
@@ -64,11 +67,11 @@ class Arm:
 
     @property
     def prefix(self) -> dict[str, nn.Parameter]:
-        """The parameters that PEFT added, frozen ones included, by their names in the model."""
+        """Parameters that PEFT added, including frozen ones, by name."""
         return {name: p for name, p in self.model.named_parameters() if "prompt_encoder" in name}
 
     def train_step(self, batch: Batch, lr: float) -> tuple[float, float]:
-        """(loss, seconds) of forward, backward, clipping and update."""
+        """Forward, backward, clipping and update; returns (loss, seconds)."""
         parameters = self.optimizer.param_groups[0]["params"]
         self.optimizer.param_groups[0]["lr"] = lr
         start = time.perf_counter()
@@ -82,16 +85,34 @@ class Arm:
 
 
 def learning_rate(step: int, options: Options) -> float:
-    """Linear warm-up over the first steps, then linear down to a twentieth at the end."""
+    """Linear warm-up over :data:`WARMUP_STEPS`, then linear decay to a twentieth of the peak."""
     warm = min(1.0, (step + 1) / min(WARMUP_STEPS, options.steps))
     return options.lr * warm * max(0.05, 1 - step / options.steps)
+
+
+def faster_dtype(seconds: float = 0.05) -> tuple[str, str]:
+    """The dtype that this processor multiplies faster, and a sentence with the ratio.
+
+    Processors without bf16 instructions emulate them several times slower than fp32. The product has the shape of a
+    layer of SmolLM2-135M.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 576, generator=generator), torch.randn(576, 576, generator=generator)
+    calls: dict[str, Callable[[], object]] = {
+        name: functools.partial(nn.functional.linear, x.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype)))
+        for name, dtype in DTYPES.items()
+    }
+    times = take_turns(calls, seconds)
+    ratio = times["fp32"].median / times["bf16"].median
+    reason = f"bf16 matrix products run at {ratio:.2g} times the speed of fp32 on this processor"
+    return ("bf16" if ratio >= 1 else "fp32"), reason
 
 
 def load_base(source: ModelSource, options: Options) -> tuple[Any, Task]:
     """The frozen causal LM in the run's dtype, and the task for its tokenizer.
 
     Raises:
-        DemoError: if it cannot be loaded, or is too short for the prompts.
+        DemoError: if the model cannot be loaded, or has too few positions for the prompts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,13 +131,13 @@ def load_base(source: ModelSource, options: Options) -> tuple[Any, Task]:
 
 
 def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
-    """Both arms: the same frozen weights (shared in memory), the same initial prefix; one of them patched.
+    """Both arms, with the same frozen weights (shared in memory) and the same initial prefix; patches one of them.
 
-    The prefix starts as the keys and values of a few examples, a prompt as their embeddings; PEFT's random start
-    stays at chance.
+    A prefix starts as the keys and values of a few examples, a prompt as their embeddings. From PEFT's random
+    initialization neither learns more than chance in so few steps.
 
     Raises:
-        DemoError: if PEFT or peftkern refuse the model.
+        DemoError: if PEFT or peftkern refuses the model.
     """
     import peft
 
@@ -135,7 +156,7 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
             cache = given_cache(base(input_ids=examples, use_cache=True))
         for arm in ARMS:
             config = new_config(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
-            # peft adds its modules to the model it is given: each arm has its own modules around the same tensors.
+            # PEFT adds modules to the model it receives, so each arm gets its own modules around the same tensors
             models[arm] = peft.get_peft_model(_sharing_copy(base), config)
             if options.method == "prompt":
                 weight = models[arm].prompt_encoder["default"].embedding.weight
@@ -153,31 +174,28 @@ def _sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-@torch.no_grad()
 def evaluate(model: Any, task: Task, reviews: Sequence[Review], advance: Callable[[int], None]) -> Accuracy:
-    """Accuracy on ``reviews``; ``advance`` is told how many rows are done."""
-    training = model.training
-    model.eval()
+    """Accuracy on ``reviews``; calls ``advance`` with the number of rows after each batch."""
     correct = 0
-    for input_ids, attention_mask, labels in task.eval_batches(reviews, EVAL_BATCH):
-        positions, inverse = (attention_mask.sum(1) - 1 + _prompt_rows(model)).unique(return_inverse=True)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions).logits
-        answers = logits[torch.arange(len(labels)), inverse][:, task.label_ids].argmax(-1)
-        correct += int((answers == labels).sum())
-        advance(len(labels))
-    model.train(training)
+    with quiet(model):
+        for input_ids, attention_mask, labels in task.eval_batches(reviews, EVAL_BATCH):
+            positions, inverse = (attention_mask.sum(1) - 1 + _prompt_rows(model)).unique(return_inverse=True)
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions).logits
+            answers = logits[torch.arange(len(labels)), inverse][:, task.label_ids].argmax(-1)
+            correct += int((answers == labels).sum())
+            advance(len(labels))
     return Accuracy(correct, len(reviews))
 
 
 def _prompt_rows(model: Any) -> int:
-    """Rows of a model's logits before the first token's: a prompt has some, a prefix has none."""
+    """Number of logits before the first token's: the length of a prompt, 0 for a prefix."""
     config = getattr(model, "active_peft_config", None)
     is_prompt = config is not None and config.peft_type.value == "PROMPT_TUNING"
     return config.num_virtual_tokens if is_prompt else 0  # type: ignore[union-attr]
 
 
 def train_pair(arms: dict[str, Arm], task: Task, train: Sequence[Review], step: int, options: Options) -> Pair:
-    """Step number ``step`` (from 0) of both arms on the same batch; they take turns in going first."""
+    """Run step ``step`` (from 0) of both arms on the same batch. The arms take turns in running first."""
     batch = task.batch(training_rows(train, step, options.batch_size, options.seed))
     order = ARMS if step % 2 == 0 else ARMS[::-1]
     lr = learning_rate(step, options)
@@ -188,18 +206,18 @@ def train_pair(arms: dict[str, Arm], task: Task, train: Sequence[Review], step: 
 
 @torch.no_grad()
 def row_losses(model: Any, batch: Batch) -> Tensor:
-    """Loss of each row, [B] fp32."""
+    """Loss of each row. Shape [B], fp32."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
     logits = logits[:, _prompt_rows(model) :]
     losses = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="none"
     )
-    return losses.view(len(batch.labels), -1).sum(1)  # one position of a row has a label
+    return losses.view(len(batch.labels), -1).sum(1)  # each row has one label
 
 
 def rounding_error(arms: dict[str, Arm], batch: Batch) -> dict[str, float]:
-    """How far the run's dtype moves the loss of a row: rms distance to stock PEFT in fp32."""
-    base = arms["stock"].model.get_base_model()  # its tensors are those of the other arm, too
+    """Rounding error of a row's loss in the run's dtype: RMS distance to stock PEFT in fp32, per arm."""
+    base = arms["stock"].model.get_base_model()  # shares its tensors with the other arm
     dtype = base.dtype
     rounded = {name: row_losses(arm.model, batch) for name, arm in arms.items()}
     base.float()
@@ -209,6 +227,6 @@ def rounding_error(arms: dict[str, Arm], batch: Batch) -> dict[str, float]:
 
 
 def saved_bytes(model: Any, batch: Batch) -> int:
-    """Bytes that a forward pass keeps for backward: distinct storages, parameters and buffers excluded."""
+    """Bytes that a forward pass saves for backward: distinct storages, without parameters and buffers."""
     known = [*model.parameters(), *model.buffers()]
     return memory.saved_bytes(lambda: model(**batch._asdict()).loss, known)
