@@ -62,8 +62,8 @@ class ModelPatch(Patch):
         strict: raise for a call that would run a slower fallback.
 
     Attributes:
-        sites: the attention modules that take a prefix.
-        packer: how calls are packed.
+        prefix_layers: the attention modules that read the prefix.
+        packer: decides how calls are packed.
     """
 
     def __init__(
@@ -252,9 +252,7 @@ class ModelPatch(Patch):
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.cache_name)
-        if isinstance(
-            kwargs.get("attention_mask"), LazyMask
-        ):  # made by the base model, for mask functions that expect a tensor
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by the base model; mask functions take tensors
             kwargs["attention_mask"] = kwargs["attention_mask"].dense()
         packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
         cache = self.find_cache(kwargs, packed)
