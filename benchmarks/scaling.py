@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs as the batch B, the sequence S, the prefix P and a bank of A prefixes grow.
+"""Times and memory of attention as the batch B, the sequence S, the prefix P or a bank of A prefixes grows.
 
-    python benchmarks/scaling.py                     on the CPU, into results/scaling_cpu.csv and .svg
-    python benchmarks/scaling.py --device cuda
+    python -m benchmarks.scaling                     on the CPU, writes results/scaling_cpu.csv
+    python -m benchmarks.scaling --device cuda
 
-One size grows, the others stay at those of the base (smollm2-135m's heads, B = 4, S = 256, P = 64). Ours and PEFT's
-way take turns, forward and backward apart. Each line is fitted with least relative squares:
+One size grows; the others stay at the base (smollm2-135m's heads, B = 4, S = 256, P = 64). peftkern and PEFT's way
+take turns, forward and backward separately. Each line is a least-squares fit of relative errors:
 
-    B, P, A   ms = fixed + slope x         turns at x = fixed / slope, where what grows costs as much as the rest
-    S         ms = fixed S + slope S^2     turns at S = fixed / slope, from where on attention is quadratic
+    B, P, A   ms = fixed + slope x         turns at x = fixed / slope, where the growing part is half of the cost
+    S         ms = fixed S + slope S^2     turns at S = fixed / slope, where attention becomes quadratic
 
-``prefix_mb`` is what the forward keeps for backward because of the prefix: with it less without it. It is flat in B
-here and grows with it in PEFT's way; at ``wall`` it alone fills 80 GB over 32 layers (empty: it never does).
+``prefix_mb`` is what forward saves for backward with the prefix minus without it. It does not grow with B in peftkern
+and does in PEFT's way. At ``wall`` it alone fills 80 GB over 32 layers (empty: never).
 """
 
 from __future__ import annotations
@@ -23,21 +23,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from report import RESULTS
 
 import peftkern
 from peftkern.tools.bench.measuring import clock_for, stamp, take_turns
 from peftkern.tools.bench.memory import saved_bytes
 from peftkern.tools.bench.providers import DTYPES, PROVIDERS, Calls, Problem, prepare
 from peftkern.tools.bench.shapes import Shape
-from peftkern.tools.bench.show import progress, show, write
 
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from .common import RESULTS, progress, show, write
 
 BASE = Shape(4, 9, 3, 256, 64, 64, model="smollm2-135m")
 AXES = {
@@ -51,7 +47,7 @@ MEMORY, LAYERS = 80e9, 32
 
 
 def fit(axis: str, x: np.ndarray, ms: np.ndarray) -> tuple[float, float, float]:
-    """(fixed, slope, the largest relative residual) of the line of ``axis``."""
+    """(fixed, slope, largest relative residual) of the line for ``axis``."""
     columns = np.stack([x, x**2] if axis == "S" else [np.ones_like(x), x], 1)
     solution = np.linalg.lstsq(columns / ms[:, None], np.ones_like(ms), rcond=None)[0]
     residual = np.abs(columns @ solution / ms - 1).max()
@@ -59,7 +55,7 @@ def fit(axis: str, x: np.ndarray, ms: np.ndarray) -> tuple[float, float, float]:
 
 
 def _bank(problem: Problem, size: int) -> tuple[Problem, Callable[..., Any]]:
-    """The problem with ``size`` prefixes, used in turns by its samples, and its attention."""
+    """The problem with ``size`` prefixes, which its samples use in turn, and its attention."""
     inputs = (*problem.inputs[:3], *(x.expand(size, -1, -1, -1).clone() for x in problem.inputs[3:]))
     ids = torch.arange(problem.shape.B, device=problem.device) % size
     return replace(problem, inputs=inputs), functools.partial(peftkern.prefix_attention, prefix_ids=ids)
@@ -116,7 +112,7 @@ def measure(
 
 
 def fits(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per axis, provider and direction: the fitted line, where it turns, and the memory's wall."""
+    """A row per axis, provider and direction: the fitted line, its turning point, and the memory wall."""
     found = []
     for (axis, provider, direction), part in rows.groupby(["axis", "provider", "direction"], sort=False):
         part = part.sort_values("value")
@@ -137,40 +133,12 @@ def show_fits(table: pd.DataFrame) -> None:
         return "-" if np.isnan(x) else form.format(x)
 
     show(
-        "fitted lines: ms, and MB that are kept for the prefix at the least and the largest size",
+        "fitted lines in ms, and MB saved for the prefix at the smallest and the largest size",
         ("grows", "provider", "direction", "fixed", "slope", "turns at", "off by", "MB", "MB", "wall at"),
         ([r.axis, r.provider, r.direction, number(r.fixed), number(r.slope), number(r.turns, "{:.0f}"),
           f"{r.residual:.0%}", number(r.mb_first), number(r.mb_last), number(r.wall, "{:.0f}")]
          for r in table.itertuples()),
     )  # fmt: skip
-
-
-def draw(rows: pd.DataFrame) -> plt.Figure:
-    """Times and fitted lines, a panel per axis; kept bytes over B."""
-    axes = list(rows["axis"].unique())
-    figure, panels = plt.subplots(1, len(axes) + 1, figsize=(3.4 * (len(axes) + 1), 3.6), layout="constrained")
-    colours = {"peftkern": "tab:blue", "peft": "tab:orange"}
-    styles = {"forward": "-", "backward": "--"}
-    for panel, axis in zip(panels, axes, strict=False):
-        for (provider, direction), part in rows[rows["axis"] == axis].groupby(["provider", "direction"], sort=False):
-            x, ms = (part[name].to_numpy(float) for name in ("value", "ms"))
-            fixed, slope, _ = fit(axis, x, ms)
-            panel.plot(x, ms, "o", color=colours[provider], markersize=4)
-            line = np.linspace(x.min(), x.max(), 200)
-            fitted = fixed * line + slope * line**2 if axis == "S" else fixed + slope * line
-            panel.plot(line, fitted, styles[direction], color=colours[provider], label=f"{provider}, {direction}")
-        panel.set(title=f"{axis} grows", xlabel=axis, ylabel="ms", xscale="symlog" if x.min() == 0 else "log")
-        panel.set(yscale="log")
-    for provider, part in rows[(rows["axis"] == "B") & (rows["direction"] == "forward")].groupby("provider"):
-        panels[-1].plot(part["value"], part["prefix_mb"], "o-", color=colours[provider], label=provider)
-    panels[-1].set(title="kept for the prefix", xlabel="B", ylabel="MB per layer")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    r = rows.iloc[0]
-    about = f"B={r.B} S={r.S} P={r.P} Hq={r.Hq} Hkv={r.Hkv} D={r.D} {r['dtype']}, {r.threads} threads"
-    figure.supxlabel(f"{about}; {r.cpu}, torch {r.torch}, peftkern {r.git}", x=0.99, ha="right", fontsize=6)
-    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,9 +147,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--seconds", type=float, default=1.0, help="per size and direction (default %(default)s)")
-    parser.add_argument("--output", type=Path, help="CSV, with an SVG beside it; default in benchmarks/results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="time per size and direction (default %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="CSV file; default in benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args(arguments)
     base, axes = (QUICK_BASE, QUICK) if options.quick else (BASE, AXES)
     seconds, at_least = (0.0, 2) if options.quick else (options.seconds, 5)
@@ -195,9 +165,6 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or (None if options.quick else RESULTS / f"scaling_{options.device}.csv")
     if output:
         write(rows.to_dict("records"), output)
-        figure = draw(rows)
-        figure.savefig(output.with_suffix(".svg"))
-        plt.close(figure)
 
 
 if __name__ == "__main__":

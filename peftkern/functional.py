@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .arguments import AttentionArgs, AttentionGradients, Call, TensorInfo, attention_call, embedding_call
+from .arguments import AttentionArgs, AttentionGradients, TensorInfo, attention_call, embedding_call
 from .backends import registry
 from .validation import (
     autocast_attention,
     check_attention,
     check_embedding,
-    check_tensors,
     normalize_attention,
+    validate_attention,
 )
 
 __all__ = ["prefix_attention", "soft_prompt_embedding"]
@@ -140,8 +140,8 @@ def prefix_attention(  # type: ignore[misc]
 def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:
     """Validate the arguments of a prefix attention and choose its plan.
 
-    ``inputs`` may still have ``scale=None`` and ``softcap=None``. Validation and the choice depend on the inputs'
-    shapes, dtypes and options only, so their result is cached; a call seen before pays for a dictionary lookup.
+    ``inputs`` may still have ``scale=None`` and ``softcap=None``. Validation and the choice depend only on shapes,
+    dtypes, devices and options, so their result is cached: a call seen before costs a dictionary lookup.
 
     Returns:
         The arguments as backends receive them, the name of the plan, and whether a backward pass follows.
@@ -150,44 +150,50 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
         ValueError: naming the argument, what was expected and what came.
         BackendUnavailable: listing each backend's reasons.
     """
-    check_tensors(inputs)
-    inputs = autocast_attention(inputs)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.differentiable)
     if torch.compiler.is_compiling():
-        check_attention(inputs)
-        plan = registry.resolve(attention_call(inputs, needs_grad), backend)
-    else:
-        plan = _plan(_signature(inputs), needs_grad, backend)
+        return _prepare_uncached(inputs, dropout_seed, backend)
+    try:
+        inputs = autocast_attention(inputs)
+        needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
+        plan = _cached_plan(_signature(inputs), needs_grad, *registry.choice(backend, inputs.q.device))
+    except (AttributeError, TypeError):  # an argument is not a tensor, or sizes are symbolic and have no hash
+        return _prepare_uncached(inputs, dropout_seed, backend)
     return normalize_attention(inputs, dropout_seed), plan, needs_grad
 
 
+def _prepare_uncached(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:
+    args = validate_attention(inputs, dropout_seed)
+    needs_grad = torch.is_grad_enabled() and _requires_grad(args)
+    return args, registry.resolve(attention_call(args, needs_grad), backend), needs_grad
+
+
 def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
-    """What validation and the choice of a plan depend on: a key for a cache, unless sizes are symbolic."""
-    tensors = [
-        None if x is None else TensorInfo(x.shape, x.dtype, x.device)
-        for x in cast("tuple[Tensor | None, ...]", inputs[: _NUM_TENSORS - 1])
-    ]
+    """What validation and the choice of a plan depend on, as a hashable key."""
+    tensors: Any = inputs[: _NUM_TENSORS - 1]
+    q, k, v, prefix_k, prefix_v, *optional = tensors
     _, causal, window, prefix_in_window, softcap, dropout_p = inputs[_NUM_TENSORS:]
-    # 1 == 1.0 == True as keys, but not as arguments
-    return (*tensors, causal, window, prefix_in_window, softcap, dropout_p, type(causal), type(window))
+    return (
+        (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device),
+        (prefix_k.shape, prefix_k.dtype, prefix_k.device), (prefix_v.shape, prefix_v.dtype, prefix_v.device),
+        *[x if x is None else (x.shape, x.dtype, x.device) for x in optional],
+        causal, window, prefix_in_window, softcap, dropout_p,
+        type(causal), type(window),  # 1 == 1.0 == True as keys, but not as arguments
+    )  # fmt: skip
 
 
-def _plan(signature: tuple[Any, ...], needs_grad: bool, backend: str) -> str:
-    try:
-        call = _checked_call(signature, needs_grad)
-    except TypeError:  # symbolic sizes outside of torch.compile have no hash
-        call = _checked_call.__wrapped__(signature, needs_grad)
-    return registry.resolve(call, backend)
-
-
+@registry.forgettable
 @functools.lru_cache(maxsize=4096)
-def _checked_call(signature: tuple[Any, ...], needs_grad: bool) -> Call:
-    """The call of valid arguments; raises ValueError for others."""
+def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *state: Any) -> str:
     *tensors, causal, window, prefix_in_window, softcap, dropout_p, _, _ = signature
+    infos: list[Any] = [None if x is None else TensorInfo(*x) for x in tensors]
     numbers: Any = (None, None, causal, window, prefix_in_window, softcap, dropout_p)
-    args = AttentionArgs(*tensors, *numbers)
+    args = AttentionArgs(*infos, *numbers)
     check_attention(args)
-    return attention_call(args, needs_grad)
+    return registry.resolve(attention_call(args, needs_grad), requested)
+
+
+def _requires_grad(args: AttentionArgs) -> bool:
+    return any(x is not None and x.requires_grad for x in args.differentiable)
 
 
 class _PrefixAttention(torch.autograd.Function):

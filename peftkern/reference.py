@@ -62,10 +62,8 @@ def prefix_attention(
 
     seq_scores = _softcap(torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale, softcap).flatten(1, 2)  # [B, Hq, S, T]
     prefix_scores = _softcap(torch.einsum("bhgsd,ahpd->bhgsap", q, prefix_k) * scale, softcap).flatten(1, 2)
-    if bias is not None:
-        seq_scores = seq_scores + bias.to(fp)
-    if prefix_bias is not None:
-        prefix_scores = prefix_scores + prefix_bias.to(fp)[:, None, None, :]
+    seq_scores = seq_scores if bias is None else seq_scores + bias.to(fp)
+    prefix_scores = prefix_scores if prefix_bias is None else prefix_scores + prefix_bias.to(fp)[:, None, None, :]
 
     seq_visible, prefix_visible = visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, causal, key_mask, cu_seqlens, prefix_ids, prefix_lens,
@@ -78,11 +76,10 @@ def prefix_attention(
     prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
     if dropout_p > 0.0:
         assert dropout_seed is not None
-        shape = (batch, num_heads, q_len)
-        seq_keep = dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0)
+        shape, keep_p = (batch, num_heads, q_len), 1 - dropout_p
         prefix_keep = dropout_keep(dropout_seed, (*shape, prefix_len), dropout_p, part=1).unsqueeze(3)
-        seq_weights = seq_weights * seq_keep / (1 - dropout_p)
-        prefix_weights = prefix_weights * prefix_keep / (1 - dropout_p)
+        seq_weights = seq_weights * dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0) / keep_p
+        prefix_weights = prefix_weights * prefix_keep / keep_p
 
     seq_weights, prefix_weights = (w.unflatten(1, heads) for w in (seq_weights, prefix_weights))
     out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)

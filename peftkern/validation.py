@@ -167,7 +167,10 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         sinks, prefix_bias, gate = (None if x is None else x.to(fp) for x in (sinks, prefix_bias, gate))
         bias = bias if bias is None or bias.dtype == q.dtype else bias.to(fp)
     return AttentionArgs(
-        _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(prefix_k), _unit_stride(prefix_v),
+        q if q.stride(-1) == 1 else _unit_stride(q), k if k.stride(-1) == 1 else _unit_stride(k),
+        v if v.stride(-1) == 1 else _unit_stride(v),
+        prefix_k if prefix_k.stride(-1) == 1 else _unit_stride(prefix_k),
+        prefix_v if prefix_v.stride(-1) == 1 else _unit_stride(prefix_v),
         sinks, bias, prefix_bias, gate, *args[9:13],
         _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
         float(q.shape[3] ** -0.5 if args.scale is None else args.scale), args.causal, args.window,
@@ -238,4 +241,4 @@ def _check_device(argument: str, x: Tensor | None, owner: str, device: torch.dev
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.shape[-1] <= 1 else x.contiguous()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plants faults in source code, at marker comments.
 
-A line that a test breaks on purpose has a marker, ``// FAULT: <id>`` in C++ and ``# FAULT: <id>`` in Python, at its end
-or alone on the line above it. A test edits only the marked line. So renames elsewhere do not affect the test, and
+A line that a test breaks on purpose has a marker, ``// FAULT: <id>`` in C++ and ``# FAULT: <id>`` in Python, at its
+end or alone on the line above it. A test edits only the marked line. So renames elsewhere do not affect the test, and
 whoever edits the line sees that a test depends on it.
 """
 

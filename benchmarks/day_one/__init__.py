@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of ``benchmarks/gpu_day_one.py``."""
+"""Checks and measurements for a GPU that has never run peftkern: ``python benchmarks/gpu_day_one.py``."""

@@ -128,8 +128,12 @@ class Backend(ABC):
     name: ClassVar[str]
 
     @abstractmethod
+    def limits(self, call: Call) -> list[str]:
+        """Reasons why no machine can run a call on this backend. Empty if some machine can."""
+
+    @abstractmethod
     def plan(self, call: Call) -> Plan | Refusal:
-        """The plan for a call, or the reasons why there is none."""
+        """The plan for a call on this machine, or the reasons why there is none, the limits among them."""
 
     @abstractmethod
     def restore(self, choices: tuple[str, ...]) -> Plan:

@@ -78,7 +78,14 @@ class CompositeBackend(Backend):
         """The number of keys that torch's kernel reads."""
 
     def limits(self, call: Call) -> list[str]:
-        """Machine-independent limits: of Triton's prefix kernels, which support the most, and of torch's ops."""
+        reasons = self.unsupported(call)
+        if not reasons and call.op == "prefix_attention":
+            kernel = self._select_kernel(call)
+            reasons = list(kernel.reasons) if isinstance(kernel, Refusal) else []
+        return reasons
+
+    def unsupported(self, call: Call) -> list[str]:
+        """What the prefix kernels (those of Triton support the most) and all of torch's kernels lack."""
         reasons = triton.limits(call)
         if call.op == "prefix_attention":
             reasons += [
@@ -89,17 +96,17 @@ class CompositeBackend(Backend):
         return reasons
 
     def plan(self, call: Call) -> Plan | Refusal:
-        limits = self.limits(call)
-        if limits:
-            return Refusal(tuple(limits))
-        kernel = None
-        if call.op == "prefix_attention":
-            found = torch_attention.select(call, self.kernel_features(call.features), self.num_keys(call))
-            if isinstance(found, Refusal):
-                return found
-            kernel = found
+        reasons = self.unsupported(call)
+        if reasons:
+            return Refusal(tuple(reasons))
+        kernel = self._select_kernel(call) if call.op == "prefix_attention" else None
+        if isinstance(kernel, Refusal):
+            return kernel
         kernels = prefix_kernels.select(call)
         return kernels if isinstance(kernels, Refusal) else self.plan_type(kernel, kernels)
+
+    def _select_kernel(self, call: Call) -> TorchKernel | Refusal:
+        return torch_attention.select(call, self.kernel_features(call.features), self.num_keys(call))
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
         kernel, kernels = choices

@@ -85,8 +85,8 @@ class ConcatBackend(CompositeBackend):
     name = "concat"
     plan_type = ConcatPlan
 
-    def limits(self, call: Call) -> list[str]:
-        reasons = super().limits(call)
+    def unsupported(self, call: Call) -> list[str]:
+        reasons = super().unsupported(call)
         if "gate" in call.features:
             reasons.append("a gated prefix has a softmax of its own: use backend='merge' or 'triton'")
         if {"cu_seqlens", "bank"} <= set(call.features):

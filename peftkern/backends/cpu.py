@@ -66,17 +66,22 @@ class CpuBackend(Backend):
     name = "cpu"
     _plan = CpuPlan()
 
-    def plan(self, call: Call) -> Plan | Refusal:
+    def limits(self, call: Call) -> list[str]:
         reasons = []
-        if call.device.type != "cpu":
-            reasons.append(f"runs on cpu tensors, not on {call.device.type}")
         if call.dtype not in _DTYPES:
             reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp32, fp16 or bf16")
         if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
             reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}: use backend='reference'")
+        return reasons
+
+    def plan(self, call: Call) -> Plan | Refusal:
+        reasons = self.limits(call)
+        other_device = call.device.type != "cpu"
+        if other_device:
+            reasons.append(f"runs on cpu tensors, not on {call.device.type}")
         if native.cpu.MISSING:
             reasons.append(native.cpu.MISSING)
-        return Refusal(tuple(reasons), call.device.type != "cpu") if reasons else self._plan
+        return Refusal(tuple(reasons), other_device) if reasons else self._plan
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
         return self._plan

@@ -93,9 +93,28 @@ class CudaBackend(Backend):
     name = "cuda"
     _plan = CudaPlan()
 
+    def limits(self, call: Call) -> list[str]:
+        reasons = []
+        if call.dtype not in _DTYPES:
+            reasons.append(
+                f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'"
+            )
+        if call.op == "soft_prompt_embedding" and call.kv_shape[-1] % 8:
+            reasons.append(f"width {call.kv_shape[-1]} is not a multiple of 8: use backend='triton'")
+        if call.op == "prefix_attention":
+            head_dim = call.q_shape[-1]
+            if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
+                reasons.append(
+                    f"head dim {head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'"
+                )
+            unsupported = [name for name in _UNSUPPORTED if name in call.features]
+            if unsupported:
+                reasons.append(f"does not support {', '.join(unsupported)}: use backend='triton'")
+        return reasons
+
     def plan(self, call: Call) -> Plan | Refusal:
         missing, other_device = _missing(call.device)
-        reasons = (*_limits(call), *missing)
+        reasons = (*self.limits(call), *missing)
         return Refusal(reasons, other_device) if reasons else self._plan
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
@@ -159,25 +178,6 @@ class CudaPrefixKernels(PrefixKernels):
     def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
         if total.numel():
             native.cuda.concat_backward(_aligned(djoined), args.prefix_ids, total)
-
-
-def _limits(call: Call) -> list[str]:
-    """Machine-independent limits."""
-    reasons = []
-    if call.dtype not in _DTYPES:
-        reasons.append(
-            f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp16 or bf16, or backend='triton'"
-        )
-    if call.op == "soft_prompt_embedding" and call.kv_shape[-1] % 8:
-        reasons.append(f"width {call.kv_shape[-1]} is not a multiple of 8: use backend='triton'")
-    if call.op == "prefix_attention":
-        head_dim = call.q_shape[-1]
-        if head_dim % 8 or not 0 < head_dim <= _MAX_HEAD_DIM:
-            reasons.append(f"head dim {head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'")
-        unsupported = [name for name in _UNSUPPORTED if name in call.features]
-        if unsupported:
-            reasons.append(f"does not support {', '.join(unsupported)}: use backend='triton'")
-    return reasons
 
 
 def _missing(device: torch.device) -> tuple[list[str], bool]:

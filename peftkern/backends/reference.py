@@ -75,6 +75,9 @@ class ReferenceBackend(Backend):
     name = "reference"
     _plan = ReferencePlan()
 
+    def limits(self, call: Call) -> list[str]:
+        return []
+
     def plan(self, call: Call) -> Plan | Refusal:
         return self._plan
 

@@ -8,9 +8,9 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from .machine import machine_of, registered_flash
 from .merge import MergeBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
+
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
 
 __all__ = [
     "BACKENDS", "BackendUnavailable", "Explanation", "available_backends", "explain", "forget", "get_backend",
@@ -143,9 +145,23 @@ def estimates(call: Call) -> dict[str, Estimate | None]:
     return _ranked(call, *_state(call.device))
 
 
+def choice(backend: str, device: torch.device) -> tuple[str, str | None, int]:
+    """What a plan for ``device`` depends on beside the call: the requested backend and the state of torch."""
+    return (_request(backend)[0], *_state(device))
+
+
+_caches: list[Any] = [_ranked, _resolved, plan_named]
+
+
+def forgettable(cached: _Cached) -> _Cached:
+    """Register a ``functools.lru_cache`` of plans, which :func:`forget` then clears."""
+    _caches.append(cached)
+    return cached
+
+
 def forget() -> None:
     """Drop cached plans and estimates, for example after new rates have been measured."""
-    for cached in (machine_of, _ranked, _resolved, plan_named):
+    for cached in (machine_of, *_caches):
         cached.cache_clear()
 
 

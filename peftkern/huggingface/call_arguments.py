@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keyword arguments of a call of a model: reading and changing them."""
+"""Reads and changes the keyword arguments of a call of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "tokens_of",
 ]  # fmt: skip
 
-#: Where packed sequences begin, for flash kernels; positions say the same.
+#: Arguments that tell flash kernels where packed sequences start, which position ids determine too.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -29,18 +29,20 @@ def forward_arguments(model: nn.Module) -> tuple[str, ...]:
 
 
 def tokens_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """The argument of a call that has one entry [B, S, ...] a token."""
+    """The argument [B, S, ...] of a call with one entry per token."""
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
             return kwargs[name]  # type: ignore[no-any-return]
-    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
+    raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
 
 
 def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """All arguments of a call by name; None if somebody has given the module a forward with other arguments.
+    """All arguments of a call by name; None if the module's forward was replaced by one with other arguments.
 
     Args:
+        module: the module that is called.
         names: the arguments of the module's own forward.
+        args, kwargs: of the call.
     """
     if args and tuple(inspect.signature(module.forward).parameters) != names:
         return None
@@ -48,18 +50,18 @@ def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str,
 
 
 def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """The part of a call's cache that self attention reads."""
+    """The part of a call's cache that self-attention reads."""
     cache = given_cache(kwargs)
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
-    """Columns of the mask and positions for a prefix of which the caller does not speak.
+    """Count the prefix in the mask and positions of a caller who does not.
 
     Args:
-        cache: the prefix.
-        kwargs: arguments of a call of the backbone, which are changed.
-        seen: tokens of the sequence before the call; default those in ``cache``.
+        cache: the cache with the prefix.
+        kwargs: arguments of a call of the backbone, changed in place.
+        seen: tokens of the sequence before the call; default: those in ``cache``.
     """
     offset = cache.prefix_positions
     seen = cache.num_tokens if seen is None else seen
@@ -70,14 +72,14 @@ def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = 
             columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
             position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
         if offset and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
-            return  # the caller has counted it, as PEFT's own generate does
+            return  # the caller counts the prefix, as PEFT's own generate does
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + offset
 
 
 def check_replaceable(cache: Cache | None) -> None:
-    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
+    """Raise ValueError unless a :class:`PrefixCache` can replace the caller's cache: an empty, plain DynamicCache."""
     if cache is None:
         return
     if not isinstance(cache, DynamicCache) or cache.offloading:
@@ -85,6 +87,6 @@ def check_replaceable(cache: Cache | None) -> None:
         raise ValueError(f"cache: expected None or a DynamicCache without offloading, got a {kind}")
     if cache.get_seq_length() > 0:
         raise ValueError(
-            f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
-            "tokens that have not seen the prefix"
+            f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} tokens "
+            "that have not attended to the prefix"
         )

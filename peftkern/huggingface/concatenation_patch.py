@@ -21,13 +21,13 @@ __all__ = ["ConcatenationPatch"]
 
 
 class ConcatenationPatch(Patch):
-    """A plain model that has the prompt before every sample, since it cannot run it once.
+    """A plain model with the prompt before every sample.
 
     Args:
-        model: what the user patches.
+        model: the module that the user patches.
         base: the Hugging Face model in it.
-        source: the prompt.
-        reason: why it cannot be run once.
+        source: provides the prompt.
+        reason: why the prompt cannot run once per batch.
     """
 
     def __init__(self, model: nn.Module, base: PreTrainedModel, source: PromptSource, reason: str) -> None:
@@ -38,11 +38,11 @@ class ConcatenationPatch(Patch):
         self.arguments = forward_arguments(base)
 
     def explain(self) -> str:
-        """How batches run, and why not otherwise."""
+        """One line: how batches run, and why they do not run faster."""
         return f"{type(self.base).__name__}: the prompt is put before every sample: {self.reason}"
 
     def install(self) -> None:
-        """Change the model, and say once that the prompt does not run once."""
+        """Change the model, and warn that the prompt does not run once per batch."""
         self.wiring.add_hooks(
             self.base.register_forward_pre_hook(self.before_call, with_kwargs=True),
             self.base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
@@ -58,7 +58,7 @@ class ConcatenationPatch(Patch):
         warnings.warn(f"peftkern: {self.explain()}", stacklevel=4)
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Hook: put the prompt before the samples of a call that does not continue a sequence."""
+        """Hook: put the prompt before the samples of a call that starts a sequence."""
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         name = cache_name(self.arguments)
         if name is not None:
@@ -72,12 +72,12 @@ class ConcatenationPatch(Patch):
             note = concatenate(module, rows, kwargs, pads_labels=not self.has_encoder)
             if not self.has_encoder:
                 running.leave_note(self, note)
-        elif encoded:  # generate has run the encoder by itself
+        elif encoded:  # generate has run the encoder separately
             _fit_mask(kwargs)
         return (), kwargs
 
     def before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Hook: put the prompt before the samples of a call of the encoder alone, as ``generate`` makes it."""
+        """Hook: put the prompt before the samples of a call of the encoder alone, as in ``generate``."""
         if running.has(self):
             return args, kwargs
         kwargs = {**dict(zip(forward_arguments(module), args, strict=False)), **kwargs}
@@ -88,18 +88,18 @@ class ConcatenationPatch(Patch):
         return (), kwargs
 
     def after_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: take the prompt's rows out of the outputs. ``output`` is None if the forward has raised."""
+        """Hook: remove the prompt's rows from the outputs. ``output`` is None if the forward has raised."""
         note = running.leave(self)
         return note.strip(output) if isinstance(note, Concatenated) and output is not None else output
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Hook on what lies in the base model: raise where a call went around the base model's hooks."""
+        """Hook on the model within the base model: raise for a call that bypassed the base model's hooks."""
         if not running.has(self):
             raise bypassed_hooks(self.base)
 
 
 def _fit_mask(kwargs: dict[str, Any]) -> None:
-    """Columns for the prompt in the mask of an encoder's output."""
+    """Add columns for the prompt to the mask of an encoder's output."""
     mask, encoded = kwargs.get("attention_mask"), kwargs["encoder_outputs"][0]
     if mask is not None and mask.dim() == 2 and mask.shape[1] < encoded.shape[1]:
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (encoded.shape[1] - mask.shape[1], 0), value=1)

@@ -16,13 +16,13 @@ __all__ = ["FallbackPatch"]
 
 
 class FallbackPatch(Patch):
-    """A ``PeftModel`` that runs PEFT's own code, since it cannot be sped up.
+    """A ``PeftModel`` that runs PEFT's own code, because it cannot run ours.
 
     Args:
         model: a ``PeftModel``.
-        way: what PEFT does.
-        reason: why nothing faster can be done.
-        keeps_bugs: do not pad TOKEN_CLS labels; PEFT then raises.
+        way: how PEFT runs it, for :meth:`explain`.
+        reason: why it cannot run faster.
+        keeps_bugs: do not pad TOKEN_CLS labels, so that PEFT raises.
     """
 
     model: Any
@@ -34,18 +34,18 @@ class FallbackPatch(Patch):
         self.reason = reason
 
     def explain(self) -> str:
-        """How batches run, and why not otherwise."""
+        """One line: how batches run, and why they do not run faster."""
         return f"{type(self.base).__name__}: {self.way}, by PEFT's own code: {self.reason}"
 
     def install(self) -> None:
-        """Mark the model, and say once that it is no faster."""
+        """Mark the model, and warn that it is not faster."""
         GenerationInputs(self.model).install(self.wiring)
         self.wiring.add_hooks(self.model.base_model.register_forward_pre_hook(self.before_call, with_kwargs=True))
         self.mark(self.model)
-        warnings.warn(f"peftkern: {self.explain()}", stacklevel=4)
+        warnings.warn(f"peftkern: {self.explain()}", stacklevel=5)
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Hook on the base model: labels of tokens for the prompt's rows, without which PEFT's TOKEN_CLS raises."""
+        """Hook on the base model: pad TOKEN_CLS labels for the prompt's rows, where PEFT would raise."""
         labels, embeddings = kwargs.get("labels"), kwargs.get("inputs_embeds")
         task = self.model.active_peft_config.task_type
         if getattr(task, "value", task) != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:

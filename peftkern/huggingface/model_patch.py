@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of a patched model, common to prefixes and prompts.
+"""Hooks and markers a patch installs, for prefixes and prompts alike.
 
 ::
 
-    base model      before_call     decides whether the batch runs as a stream, and which rows the output layer sees
-      backbone      before_forward  hands the layers their prefix, packs the embeddings
+    base model      before_call     decides whether the batch is packed, and on which rows the output layer runs
+      backbone      before_forward  passes the prefix to the layers, packs the embeddings
         layers      attention_forward
-      backbone      after_forward   checks that no layer ran without its prefix, unpacks hidden states
+      backbone      after_forward   checks that every layer has read its prefix, unpacks hidden states
     base model      after_call      unpacks logits
 
-Outside of the backbone every tensor has the batch's shape, unless the output layer is known to treat rows one by one.
+Outside the backbone every tensor has the shape of the batch, unless the output layer is known to process each row
+independently.
 """
 
 from __future__ import annotations
@@ -42,27 +43,27 @@ __all__ = ["LogitsError", "ModelPatch"]
 
 
 class LogitsError(ValueError):
-    """``logits="labelled"`` was asked of a model that cannot compute some of its logits alone."""
+    """The model does not support ``logits="labelled"``."""
 
 
 class ModelPatch(Patch):
     """A prefix or prompt in one model.
 
-    The prefix travels as a keyword argument: the hook on the backbone adds it, and ``transformers`` hands it down to
-    the attention function. It therefore survives activation checkpointing, which takes the cache away from layers.
+    The prefix is passed as a keyword argument: the hook on the backbone adds it, and ``transformers`` forwards it to
+    the attention function. Activation checkpointing, which removes the cache from layers, does not affect it.
 
     Args:
-        model: what the user patches.
+        model: the module that the user patches.
         base: the Hugging Face model in it.
         source: provides the prefix or prompt.
         options: for the attention function.
-        packing: run batches as streams where that saves rows.
-        logits: ``"all"``, or ``"labelled"`` for those alone, in training steps, that predict a label.
-        strict: raise for a call that would run the slow way.
+        packing: pack batches where this removes rows.
+        logits: ``"all"``, or ``"labelled"`` to compute only the logits that predict a label, in training steps.
+        strict: raise for a call that would run a slower fallback.
 
     Attributes:
-        sites: the attention modules that take a prefix.
-        packer: how calls are packed.
+        prefix_layers: the attention modules that read the prefix.
+        packer: decides how calls are packed.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ModelPatch(Patch):
         self.backbone = find_backbone(base)
         self.arguments = forward_arguments(self.backbone)
         self.base_arguments = forward_arguments(base)
-        #: By which names backbone and base model take a cache.
+        #: Names of the cache argument of backbone and base model.
         self.cache_name = cache_argument(self.backbone)
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
@@ -96,31 +97,31 @@ class ModelPatch(Patch):
 
     @abstractmethod
     def check(self, trial: Trial) -> None:
-        """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
+        """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
 
     @property
     def requires_prefix(self) -> bool:
-        """Whether every call must have a prefix. A PEFT model may run without one, while its adapter is disabled."""
+        """Whether every call must have a prefix. A PEFT model runs without one while its adapter is disabled."""
         return not self.source.is_given
 
     @abstractmethod
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
-        """The stream for a call of the base model; None to run it as it is. May change ``kwargs``."""
+        """The packed batch for a call of the base model; None to run it unpacked. May change ``kwargs``."""
 
     @abstractmethod
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
-        """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
+        """The cache with the prefix for a call of the backbone; None if it gets no prefix. May change ``kwargs``."""
 
     def clean_output(self, note: Any, output: Any) -> Any:
-        """The base model's output as the caller expects it.
+        """The base model's output in the form that the caller expects.
 
         Args:
-            note: what :meth:`pack_call` left with :data:`.calls.running`.
+            note: the note that :meth:`pack_call` left in :data:`.calls.running`.
         """
         return output
 
     def install(self) -> None:
-        """Change the model. If that fails, the model is as it was."""
+        """Change the model. If this raises, the model is unchanged."""
         register()
         try:
             with quiet(self.backbone):
@@ -136,7 +137,7 @@ class ModelPatch(Patch):
                 self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
-                reasons = self.packer.reasons or [self.packer.why_head_sees_batch()]
+                reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]
                 raise LogitsError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
             self.source.wire(self)
         except BaseException:
@@ -152,24 +153,24 @@ class ModelPatch(Patch):
         self.wiring.add_hooks(
             base.register_forward_pre_hook(self.before_call, with_kwargs=True),
             backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            # First, so that everybody else's hooks see the batch.
+            # First, so that all other hooks see the unpacked batch.
             backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True, prepend=True),
             base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
         )
 
     def _configs(self) -> list[Any]:
-        """The configs whose attention implementation rules in the model, each once."""
+        """The configs that determine the attention implementation of the model's parts, each once."""
         configs = [module.config for module in self.base.modules() if isinstance(module, PreTrainedModel)]
         return list({id(config): config for config in configs}.values())
 
     def notice(self, case: str, difference: str, remedy: str = "") -> None:
-        """Warn once about a case."""
+        """Warn, once per ``case``."""
         if case not in self._noticed and not torch.compiler.is_compiling():
             self._noticed.add(case)
             warnings.warn(f"peftkern: {case}: {difference}.{remedy}", stacklevel=3)
 
     def fall_back(self, reason: str, how: str) -> None:
-        """Warn once about calls that run the slow way, or raise.
+        """Warn once that calls run a slower fallback, or raise.
 
         Raises:
             ValueError: if the patch is strict.
@@ -180,7 +181,7 @@ class ModelPatch(Patch):
 
     @property
     def is_training_step(self) -> bool:
-        """Whether a forward that starts now will have a backward."""
+        """Whether the current forward will be followed by a backward."""
         return self.backbone.training and torch.is_grad_enabled()
 
     # Hooks on the base model
@@ -188,25 +189,25 @@ class ModelPatch(Patch):
     def before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook: open a stream for the call of the base model."""
+        """Hook: pack the batch of the call."""
         bound = bind(module, self.base_arguments, args, kwargs)
         if bound is None:
             return args, kwargs
         kwargs = bound
         rename_cache(kwargs, self.base_cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # generate's, for a static cache
-            kwargs["attention_mask"] = kwargs["attention_mask"].contiguous()
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by generate, for a static cache
+            kwargs["attention_mask"] = kwargs["attention_mask"].for_static_cache()
         running.enter(self, module)
         packed = self.pack_call(kwargs, HostNumbers())
         if packed is None:
             return (), kwargs
         kwargs["peftkern_packed"] = packed
-        for name in BOUNDARIES:  # they describe the batch before it was packed
+        for name in BOUNDARIES:  # describe the unpacked batch
             kwargs.pop(name, None)
         return (), kwargs
 
     def pack_logits(self, packed: PackedBatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
-        """Have the output layer run on rows of the stream."""
+        """Have the output layer run on rows of the packed batch."""
         labels, keep = kwargs.get("labels"), kwargs.pop("logits_to_keep", None)
         labelled = self.selects_labels(kwargs)
         count = numbers.get("labelled") + (numbers.get("labelled first") if packed.prompts is not None else 0)
@@ -224,19 +225,19 @@ class ModelPatch(Patch):
             return True
         self.notice(
             "logits='labelled'",
-            "it has no effect, since the model's forward, loss or output layer has been replaced or hooked since "
-            "patch; all logits are computed",
+            "it has no effect, because the model's forward, loss or output layer has been replaced or hooked since "
+            "it was patched; all logits are computed",
         )
         return False
 
     def after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: lay the logits out as the batch is. ``output`` is None if the forward has raised."""
+        """Hook: unpack the logits. ``output`` is None if the forward has raised."""
         note = running.leave(self)
         if output is None:
             return None
         packed: PackedBatch | None = kwargs.get("peftkern_packed")
         if packed is not None and not packed.used:
-            names = f"{type(self.base).__name__} to hand its keyword arguments to {type(self.backbone).__name__}"
+            names = f"{type(self.base).__name__} to pass its keyword arguments to {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {names}, which got none; patch it with packing=False")
         if packed is not None and packed.logit_rows is not None:
             output = _unpack_logits(packed.logit_rows, output, kwargs["labels"] is not None)
@@ -247,11 +248,11 @@ class ModelPatch(Patch):
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook: give the backbone its prefix."""
+        """Hook: pass the prefix to the backbone, and pack its inputs."""
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made above, for mask functions that expect a tensor
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by the base model; mask functions take tensors
             kwargs["attention_mask"] = kwargs["attention_mask"].dense()
         packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
         cache = self.find_cache(kwargs, packed)
@@ -278,12 +279,14 @@ class ModelPatch(Patch):
         return (), kwargs
 
     def _pack_inputs(self, module: Any, packed: PackedBatch, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
-        """Put the stream in place of a call's batch."""
+        """Replace the batch of a call by the packed batch."""
         tokens = tokens_of(kwargs)
         if tokens.shape[:2] != packed.layout.shape:
             expected = f"{list(packed.layout.shape)} tokens in {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
-        if kwargs.pop("input_ids", None) is not None:  # whatever stands around the embedding sees the batch
+        if (
+            kwargs.pop("input_ids", None) is not None
+        ):  # the embedding, with its hooks and wrappers, sees the unpacked batch
             tokens = module.get_input_embeddings()(tokens)
         kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         kwargs["position_ids"] = packed.positions(cache.offset)
@@ -292,9 +295,9 @@ class ModelPatch(Patch):
         packed.used = True
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: check that no layer ran without its prefix. ``output`` is None if the forward has raised.
+        """Hook: check that every layer has read its prefix. ``output`` is None if the forward has raised.
 
-        Calls may be nested, or run in several threads, so all that is known of this one is in ``kwargs``.
+        Calls may be nested or run in several threads, so the state of this call is in ``kwargs``.
         """
         cache: PrefixCache | None = kwargs.get("peftkern_prefix")
         if cache is None or cache is WITHOUT_PREFIX:
@@ -302,7 +305,7 @@ class ModelPatch(Patch):
         if cache.pause is not None:
             without_checkpointing.end(cache.pause)
             cache.pause = None
-        # Early exit cuts num_hidden_layers for the time of a call.
+        # Early exit reduces num_hidden_layers for the duration of a call.
         num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
         expected = [
             info.name
@@ -325,10 +328,9 @@ class ModelPatch(Patch):
         return _without_cache(kwargs, output) if drops_cache else output
 
     def unpack_output(self, packed: PackedBatch, cache: PrefixCache, output: Any) -> Any:
-        """The backbone's output for the batch."""
-
+        """The backbone's output, unpacked."""
         first = packed.unpack if packed.logit_rows is None else packed.logit_rows.select
-        if isinstance(output, tuple):  # the first is what the heads see
+        if isinstance(output, tuple):  # the heads read its first element
             others = (self.unpack_cache(cache) if x is cache else _unpack_all(packed, x) for x in output[1:])
             return (first(output[0]), *others)
         output["last_hidden_state"] = first(output["last_hidden_state"])
@@ -340,12 +342,12 @@ class ModelPatch(Patch):
         return output
 
     def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
-        """The cache of a stream, for the batch."""
+        """The cache of a packed batch, unpacked."""
         return cache
 
 
 def _unpack_all(packed: PackedBatch, x: Any) -> Any:
-    """Hidden states, or a tuple of them, for the batch."""
+    """Hidden states, or a tuple of them, unpacked."""
     if isinstance(x, tuple):
         return tuple(_unpack_all(packed, y) for y in x)
     return packed.unpack(x) if isinstance(x, Tensor) else x
@@ -360,7 +362,7 @@ def _unpack_logits(head: LogitRows, output: Any, has_loss: bool) -> Any:
 
 
 def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:
-    """Without ``use_cache`` there is no cache in the output, or ``generate`` would continue with it."""
+    """The output without the cache. ``generate`` would continue with a cache that the caller did not request."""
     if isinstance(output, tuple):
         return tuple(item for item in output if item is not given_cache(kwargs))
     return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})

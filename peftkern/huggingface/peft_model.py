@@ -26,31 +26,31 @@ __all__ = [
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether ``model`` is a ``peft.PeftModel``; imports nothing."""
+    """Whether ``model`` is a ``peft.PeftModel``. Does not import peft."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def has_prompt(model: Any) -> bool:
-    """Whether a ``PeftModel`` has an adapter that is a prompt or a prefix."""
+    """Whether a ``PeftModel`` has a prompt or prefix adapter."""
     return any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def is_disabled(model: Any) -> bool:
-    """Whether a ``PeftModel`` runs in ``disable_adapter()``, which makes the base model's forward its own."""
+    """Whether a ``PeftModel`` is in ``disable_adapter()``, which replaces its forward by the base model's."""
     return getattr(model.forward, "__self__", model) is not model
 
 
 class PeftMethod:
-    """Stands in for a method of a ``PeftModel`` instance.
+    """Replaces a method of a ``PeftModel`` instance.
 
-    ``disable_adapter()`` puts back at its end what it found at its start. If the model was unpatched in between, this
-    object is put back. It then calls PEFT's method.
+    ``disable_adapter()`` saves the method when it starts and restores it when it ends. If the model is unpatched in
+    between, it restores this object, which then calls PEFT's method.
 
     Args:
         model: a ``PeftModel``.
         name: of the method.
-        function: called with PEFT's method and the arguments.
+        function: called with PEFT's method, followed by the arguments.
     """
 
     def __init__(self, model: Any, name: str, function: Callable[..., Any]) -> None:
@@ -61,7 +61,7 @@ class PeftMethod:
         self.installed = False
 
     def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Call the function, or PEFT's method once the patch is gone."""
+        """Call the function, or PEFT's method after the patch has been undone."""
         model = running.module(self.model, self.model)
         method = partial(getattr(type(model), self.name), model) if self.previous is None else self.previous
         if task_ids is not None:
@@ -71,19 +71,19 @@ class PeftMethod:
         return self.function(method, *args, **kwargs)
 
     def install(self, wiring: Wiring) -> None:
-        """Put it in place of the method, if the model's class has one."""
+        """Replace the method, if the model's class has it."""
         if hasattr(type(self.model), self.name):
             wiring.set_attribute(self.model, self.name, self)
             self.installed = True
             wiring.on_undo(self.retire)
 
     def retire(self) -> None:
-        """Be PEFT's method from now on."""
+        """Call PEFT's method from now on."""
         self.installed = False
 
 
 class PeftCalls:
-    """Hooks by which the methods that stand in for PEFT's know the module that runs, which may be a replica.
+    """Hooks that record which module runs, possibly a replica, for :class:`PeftMethod`.
 
     Args:
         model: a ``PeftModel``.
@@ -100,20 +100,20 @@ class PeftCalls:
         )
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Hook: a call begins."""
+        """Hook: a call starts."""
         running.enter(self.model, module)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook: a call has ended, or raised."""
+        """Hook: a call has returned or raised."""
         if not torch.compiler.is_compiling():
             running.leave(self.model)
 
 
 class GenerationInputs:
-    """The base model's ``prepare_inputs_for_generation``, with the cache under the name by which PEFT looks for it.
+    """The base model's ``prepare_inputs_for_generation``, with the cache under the name that PEFT reads.
 
-    PEFT knows ``past_key_values`` only. Where a model calls its cache ``cache``, PEFT takes every step of
-    ``generate`` for the first, and passes a second cache or the prompt again.
+    PEFT only reads ``past_key_values``. If a model names its cache ``cache``, PEFT takes every step of ``generate``
+    for the first one, and passes a second cache or the prompt again.
 
     Args:
         model: a ``PeftModel``, of any task.
@@ -124,20 +124,20 @@ class GenerationInputs:
         self.prepare = model.__dict__.get("base_model_prepare_inputs_for_generation")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inputs of the next step."""
+        """The inputs of the next step."""
         assert self.prepare is not None
         inputs = self.prepare(*args, **kwargs)
         rename_cache(inputs, "past_key_values")
         return inputs
 
     def install(self, wiring: Wiring) -> None:
-        """Change the model, if its task has ``generate``."""
+        """Change the model, if its task supports ``generate``."""
         if self.prepare is not None:
             wiring.set_attribute(self.model, "base_model_prepare_inputs_for_generation", self)
             wiring.on_undo(self.leave)
 
     def leave(self) -> None:
-        """PEFT's ``generate`` leaves what it used on the base model."""
+        """Remove this object from the base model, where PEFT's ``generate`` leaves it."""
         left = self.model.base_model.__dict__
         if left.get("prepare_inputs_for_generation") is self:
             left["prepare_inputs_for_generation"] = self.prepare

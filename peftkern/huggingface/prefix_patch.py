@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefix of keys and values in every layer: prefix tuning, cartridges and :class:`peftkern.PrefixKV`."""
+"""Patches for a prefix of keys and values in every layer: prefix tuning, cartridges, :class:`peftkern.PrefixKV`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class PrefixSource(Source):
 
     @abstractmethod
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without one."""
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
 
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
-        """The prefix in a stock cache, once per sample."""
+        """A stock cache with one copy of the prefix per sample."""
         return cache.as_stock(batch, dtype)
 
 
@@ -53,7 +53,7 @@ class PrefixPatch(ModelPatch):
     source: PrefixSource
 
     def check(self, trial: Trial) -> None:
-        """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
+        """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
         self.source.check(self)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
@@ -63,13 +63,11 @@ class PrefixPatch(ModelPatch):
             self.packer.reasons = ["packing=False"]
 
     def explain(self) -> str:
-        """How batches run, and why not otherwise."""
+        """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
         layers = len({info.layer for info in self.prefix_layers.values()})
-        return (
-            f"{type(self.base).__name__}: a prefix in {layers} layers, read where it lies; training batches run {how}"
-        )
+        return f"{type(self.base).__name__}: a prefix in {layers} layers, read in place; training batches run {how}"
 
     def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Raise ValueError unless a prefix of this shape fits the model."""
@@ -85,7 +83,7 @@ class PrefixPatch(ModelPatch):
                 )
 
     def new_cache(self, *, stores: bool, offset_outside: bool) -> PrefixCache:
-        """A cache with the prefix, for a call that has none."""
+        """A cache with the prefix, for a call that starts a sequence."""
         prefix = self.source.layer_kv(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
@@ -94,7 +92,7 @@ class PrefixPatch(ModelPatch):
         )
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
-        """Raise where reentrant checkpointing fails, or loses gradients without a word."""
+        """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
         keys = [kv[0] for kv in prefix if kv is not None]
         if keys and _saves_tensors(keys[0]):
             reason = "the prefix is computed (projection, MLP), and backward would run through it once per layer"
@@ -106,7 +104,7 @@ class PrefixPatch(ModelPatch):
         raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
 
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
-        """A training step on a padded batch, or on packed rows."""
+        """Pack a training step whose batch has padding, or several sequences per row."""
         cache, offset = self_attention_cache(kwargs), 0
         if isinstance(cache, PrefixCache):
             if cache.stores:
@@ -124,7 +122,7 @@ class PrefixPatch(ModelPatch):
             return None
         if self.packer.why_unpackable(sequence) is not None:
             return None
-        if mask is not None and is_tracing(mask):  # the number of rows would depend on values
+        if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None
         selects = self.selects_labels(kwargs)
         if mask is None and position_ids is None and not selects:
@@ -133,7 +131,7 @@ class PrefixPatch(ModelPatch):
         numbers.fetch()
         if not selects and not builder.saves_rows:
             if builder.is_all_real:
-                kwargs["attention_mask"] = None  # which need not be found out again
+                kwargs["attention_mask"] = None  # so that the mask function need not check it again
             running.leave_note(self, _ONE_SEQUENCE_PER_ROW)
             return None
         packed = PackedBatch(builder.build())
@@ -142,7 +140,7 @@ class PrefixPatch(ModelPatch):
         return packed
 
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
-        """The cache that the caller brings or continues, or one in place of an empty one."""
+        """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
         given = given_cache(kwargs)
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
@@ -179,8 +177,8 @@ class PrefixPatch(ModelPatch):
         return None
 
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
-        """Put a stock cache with the prefix in place of ours."""
-        self.fall_back(reason, "such calls run the stock attention, on a copy of the prefix for every sample")
+        """Replace our cache by a stock cache that contains the prefix."""
+        self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
@@ -193,7 +191,7 @@ class PrefixPatch(ModelPatch):
             place_behind(cache, kwargs)
 
     def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
-        """Without a mask, models read several sequences per row off the positions; with a cache they do not."""
+        """Warn or raise for several sequences per row. Models tell them apart by positions, but not with a cache."""
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return
@@ -202,29 +200,29 @@ class PrefixPatch(ModelPatch):
         if find_packed_sequence_indices(position_ids) is None:
             return
         if self.source.is_given:
-            self.fall_back("position_ids", "sequences packed into one row see each other, as in PEFT")
+            self.fall_back("position_ids", "sequences packed into one row attend to each other, as in PEFT")
             return
         raise ValueError(
-            "position_ids: expected one sequence a row, got packed ones, which would see each other; pass padded "
-            "sequences with an attention_mask"
+            "position_ids: expected one sequence per row, got packed sequences, which would attend to each other; "
+            "pass padded sequences with an attention_mask"
         )
 
 
-#: Note on a call whose rows are known to hold one sequence each.
-_ONE_SEQUENCE_PER_ROW = "one sequence a row"
+#: Note on a call in which every row is known to contain one sequence.
+_ONE_SEQUENCE_PER_ROW = "one sequence per row"
 
-#: Attribute of a stock cache that holds a prefix: the cache in whose place it stands.
+#: Attribute of a stock cache that contains a prefix: the PrefixCache that it replaces.
 _STOCK = "_peftkern_prefix_cache"
 
 
 def _is_reentrant(module: Any) -> bool:
-    """Whether a module runs under reentrant checkpointing."""
+    """Whether a module uses reentrant checkpointing."""
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     return bool(module.gradient_checkpointing and getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
 
 
 def _saves_tensors(tensor: Tensor) -> bool:
-    """Whether the graph behind ``tensor`` holds tensors that its first backward pass frees."""
+    """Whether the graph of ``tensor`` has saved tensors, which the first backward pass frees."""
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()

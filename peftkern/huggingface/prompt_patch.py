@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt at the embedding: PEFT's prompt tuning and its kin, and :class:`peftkern.SoftPrompt`.
+"""Patches for a prompt at the embedding: PEFT's prompt tuning and its relatives, and :class:`peftkern.SoftPrompt`.
 
-A causal model runs a prompt once a batch, as the first rows of a stream (:mod:`.packing`). Generation continues with
-the prompt's keys as a prefix that all rows share. Calls that cannot run on a stream have the prompt put before every
-sample.
+A causal model runs a prompt once per batch, as the first rows of a packed batch (:mod:`.packing`). Generation then
+continues with the prompt's keys as a prefix that all rows share. Calls that cannot be packed concatenate the prompt
+with every sample.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["PromptPatch"]
 
 
 class PromptPatch(ModelPatch):
-    """A prompt that runs once a batch."""
+    """A prompt that runs once per batch."""
 
     source: PromptSource
 
     def check(self, trial: Trial) -> None:
-        """Raise ValueError if the model cannot run on a stream, or decode behind the prompt's keys as a prefix."""
+        """Raise ValueError unless the model can run packed batches and decode with the prompt's keys as a prefix."""
         if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
             self.packer.reasons = [reason]
         self.packer.try_out(trial, prompts=True)
@@ -41,15 +41,17 @@ class PromptPatch(ModelPatch):
             raise ValueError("; ".join(self.packer.reasons))
 
     def explain(self) -> str:
-        """How batches run."""
-        return f"{type(self.base).__name__}: the prompt runs once a batch, before the sequences without their padding"
+        """One line: how batches run."""
+        return (
+            f"{type(self.base).__name__}: the prompt runs once per batch, before the sequences without their padding"
+        )
 
     def selects_labels(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call computes only the logits that predict a label."""
         return not self.source.needs_all_logits and super().selects_labels(kwargs)
 
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
-        """Every call with a prompt, unless it continues a sequence."""
+        """Pack every call with a prompt that does not continue a sequence."""
         cache = self_attention_cache(kwargs)
         continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
         prompt = self.source.find(self, kwargs, continues)
@@ -62,7 +64,7 @@ class PromptPatch(ModelPatch):
         return self._pack(prompt, kwargs, numbers)
 
     def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
-        """Have the prompt before every sample."""
+        """Put the prompt before every sample."""
         if prompt.given is not None:
             self.fall_back(reason, self.source.concatenates)
             kwargs.clear()
@@ -70,7 +72,7 @@ class PromptPatch(ModelPatch):
             return
         tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and kwargs.get("position_ids") is None:
-            # The sequence begins right behind the prompt, also where padding stands between them.
+            # The sequence's positions continue those of the prompt, even with padding between them.
             steps, first = torch.arange(tokens.shape[1], device=mask.device), (mask != 0).to(torch.int8).argmax(1)
             kwargs["position_ids"] = (steps - first[:, None]).clamp(min=0)
         rows = prompt.expanded().expand(tokens.shape[0], -1, -1)
@@ -82,7 +84,7 @@ class PromptPatch(ModelPatch):
         uses_cache = kwargs.get("use_cache")
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
         stores = bool(uses_cache) and not self.is_training_step
-        # A cache keeps the padding, which windows count when the sequence goes on, so the first call counts it too.
+        # A cache keeps padding, and windows count it when the sequence continues, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
         builder = self.packer.layout_builder(
             kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
@@ -115,11 +117,11 @@ class PromptPatch(ModelPatch):
         return packed
 
     def clean_output(self, note: Any, output: Any) -> Any:
-        """The base model's output as the caller expects it."""
+        """The base model's output in the form that the caller expects."""
         return note.strip(output) if isinstance(note, Concatenated) else output
 
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
-        """The cache of a stream, or of a sequence that goes on."""
+        """The cache of a packed batch, or of a sequence that continues."""
         if packed is not None:
             num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
             return PromptCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
@@ -131,7 +133,7 @@ class PromptPatch(ModelPatch):
         return None
 
     def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
-        """The cache of a stream, for the batch."""
+        """The cache of a packed batch, unpacked."""
         if not isinstance(cache, PromptCache) or not cache.stores:
             return None
         unpacked = cache.unpacked()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompt of a call, and the interface of what provides it."""
+"""The prompt of a call, and the interface of the classes that provide it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Prompt:
 
     Attributes:
         rows: [A, P, E]; with ``per_sample``, [B, P, E].
-        ids: [B], which prompt a sample has; None for the one prompt of all.
-        per_sample: ``rows`` holds the prompt of each sample, of which those with equal ids are equal.
-        shown: whether outputs have rows for the prompt, as PEFT's do.
-        given: the arguments as the caller made them, if they count the prompt. They are put back for a call in which
-            the prompt stands before every sample.
+        ids: [B], the prompt of each sample; None if all samples have the same prompt.
+        per_sample: ``rows`` contains the prompt of each sample; samples with equal ids have equal prompts.
+        shown: whether outputs have rows for the prompt, as in PEFT.
+        given: the caller's arguments, if they count the prompt. They are restored for a call that concatenates the
+            prompt with every sample.
     """
 
     rows: Tensor
@@ -37,15 +37,15 @@ class Prompt:
     given: dict[str, Any] | None = None
 
     def ask(self, numbers: HostNumbers) -> None:
-        """Ask which prompts the batch uses."""
+        """Request the number of different prompts in the batch."""
         if self.ids is not None and not is_tracing(self.ids):
             numbers.ask("prompts", first_of_each(self.ids.sort().values).sum())
 
     def used(self, numbers: HostNumbers) -> tuple[Tensor, Tensor | None]:
-        """([A, P, E] of the prompts in use, [B] which of them each sample has)."""
+        """([A, P, E], the prompts in use; [B], the index of each sample's prompt)."""
         if self.ids is None:
             return self.rows, None
-        if is_tracing(self.ids):  # all as they come
+        if is_tracing(self.ids):  # one prompt per sample, as the number of different ones depends on values
             rows = self.rows if self.per_sample else self.rows[self.ids]
             return rows, torch.arange(self.ids.shape[0], device=self.ids.device)
         return used_prompts(self.rows, self.ids, numbers.get("prompts"), self.per_sample)
@@ -56,23 +56,23 @@ class Prompt:
 
 
 def first_of_each(ids: Tensor) -> Tensor:
-    """Sorted integers [B] -> bool [B], whether each is the first of its value."""
+    """Sorted integers [B] -> bool [B], true at the first occurrence of each value."""
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = ids.diff() != 0
     return first
 
 
 def used_prompts(rows: Tensor, ids: Tensor, count: int, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """The different prompts among ``ids``, on the device.
+    """The different prompts among ``ids``, computed without a host synchronisation.
 
     Args:
         rows: [A, P, E]; with ``per_sample``, [B, P, E].
         ids: [B].
-        count: how many different ones there are.
-        per_sample: whether ``rows`` are those of the samples.
+        count: number of different ids.
+        per_sample: ``rows`` contains the prompt of each sample.
 
     Returns:
-        ([count, P, E] in the order of their ids, [B] which of them each sample has)
+        ([count, P, E] in the order of their ids, [B] the index of each sample's prompt)
     """
     ids = ids.to(rows.device)
     order = ids.sort()
@@ -85,9 +85,9 @@ class PromptSource(Source):
     """Provides the prompt of each call.
 
     Attributes:
-        concatenates: how the notice on a call that cannot be packed goes on.
-        pools_last_column: a classification head reads the last column, padding or not.
-        needs_all_logits: the caller computes a loss from the logits.
+        concatenates: the second half of the notice on a call that cannot be packed.
+        pools_last_column: whether a classification head reads the last column, even if it is padding.
+        needs_all_logits: whether the caller computes a loss from the logits.
     """
 
     concatenates: str
@@ -96,10 +96,18 @@ class PromptSource(Source):
 
     @abstractmethod
     def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
-        """The prompt of a call of the base model, whose arguments then speak of the sequence alone."""
+        """The prompt of a call of the base model; None if it gets none.
+
+        Removes the prompt from ``kwargs``, which then describe the sequence alone.
+
+        Args:
+            patch: the patch that runs the call.
+            kwargs: arguments of the call, changed in place.
+            continues: whether the call continues a sequence.
+        """
 
     def notice_differences(self, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
-        """Give notice of what is worth one, when ``numbers`` have been fetched."""
+        """Warn of results that differ from PEFT's. ``numbers`` have been fetched."""
         return
 
 

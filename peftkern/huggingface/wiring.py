@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch changes in a model, and how each change is undone."""
+"""The base classes of patches, and the changes that a patch makes to a model and undoes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PATCH = "_peftkern_patch"
 
 
 class Wiring:
-    """Changes to a model, each recorded with its undo. :meth:`undo` runs them in reverse order.
+    """Changes to a model, each recorded with its inverse. :meth:`undo` undoes them in reverse order.
 
-    An attribute is restored only while it still is what was set here. If somebody has replaced it since, it is
-    theirs.
+    An attribute is restored only if it still has the value that was set here. If other code has replaced the value in
+    the meantime, it is left alone.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Wiring:
         self._undos.append(partial(_restore_attribute, owner, name, value, previous))
 
     def add_hooks(self, *handles: Any) -> None:
-        """Keep the handles of hooks, to remove them."""
+        """Record handles of hooks, which :meth:`undo` removes."""
         self._undos += [handle.remove for handle in handles]
 
     def add_submodule(self, owner: nn.Module, name: str, module: nn.Module) -> None:
@@ -44,18 +44,18 @@ class Wiring:
         self._undos.append(partial(_remove_submodule, owner, name))
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Switch ``requires_grad`` off."""
+        """Clear ``requires_grad`` of parameters."""
         frozen = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
         self._undos.append(partial(_set_requires_grad, frozen))
 
     def on_undo(self, function: Callable[[], Any]) -> None:
-        """Call ``function`` when everything is undone."""
+        """Have :meth:`undo` call ``function``."""
         self._undos.append(function)
 
     def undo(self) -> None:
-        """Undo everything."""
+        """Undo all changes."""
         while self._undos:
             self._undos.pop()()
 
@@ -110,7 +110,7 @@ class Source(ABC):
 
 
 def _restore_attribute(owner: Any, name: str, value: Any, previous: tuple[Any, ...]) -> None:
-    # Bound methods are made anew at each access, so they are compared by value.
+    # Every access creates a new bound method, so methods are compared by value.
     if name in owner.__dict__ and owner.__dict__[name] == value:
         del owner.__dict__[name]
         if previous:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -13,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.day_one import correctness, plan
+from benchmarks.day_one.context import Context
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day_one.py"
 NEED_A_GPU = {"correct_cuda_bf16", "cuda_graph"}
@@ -55,19 +57,15 @@ def test_dry_run(tmp_path):
 @pytest.mark.parametrize("part", [1, 2, 3])
 def test_the_checks_of_a_gpu(monkeypatch, tmp_path, part):
     """All features and shapes, on copies with the same strides, as on a device of its own."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    stages = importlib.import_module("day_one.stages")
-    monkeypatch.setattr(stages.Context, "device", "cpu:0")
+    monkeypatch.setattr(Context, "device", "cpu:0")
     for dtype, parts in (("bf16", 3), ("fp32", 3)):
-        context = stages.Context(tmp_path, dry_run=False, end=math.inf)
-        stages.correct(context, "reference", dtype, part, parts)
+        context = Context(tmp_path, dry_run=False, end=math.inf)
+        correctness.correct(context, "reference", dtype, part, parts)
         assert re.fullmatch(r"\d+ calls right, 0 refused", context.lines[0])
 
 
-def test_the_parts_are_the_whole(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    script = importlib.import_module("gpu_day_one")
-    names = [name for group in script.GROUPS for name in group]
+def test_the_parts_are_the_whole():
+    names = [name for group in plan.GROUPS for name in group]
     assert len(set(names)) == len(names)
     parts = {re.sub(r"\dof", "", name) for name in names if "of" in name}
     for whole in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -13,52 +14,22 @@ import torch
 
 from benchmarks import readme_tables
 from peftkern.tools.bench import memory, rows
-from peftkern.tools.bench.checks import Truth
 from peftkern.tools.bench.measuring import cpu_name, take_turns
-from peftkern.tools.bench.providers import Problem, Provider
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STAMP = {"cpu", "cores", "threads", "torch", "peftkern", "git", "date"}
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Imports a script of the folder by its name."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
-
-
-@pytest.mark.parametrize("decode", [False, True])
-def test_cpu_attention(script, tmp_path, capsys, decode):
-    path = tmp_path / "rows.csv"
-    threads = ["1", "2"] if decode else ["1"]
-    arguments = ["--quick", "--threads", *threads, "--dtypes", "fp32", "--output", str(path), *["--decode"] * decode]
-    script("cpu_attention").main(arguments)
-    rows = pd.read_csv(path)
-    assert set(rows) >= STAMP
-    assert len(rows) == (1 if decode else 3) * 2 * len(threads), "a row per direction, shape and number of threads"
-    for name in ("peftkern_ms", "peft_ms", "no_prefix_ms", "peftkern_spread", "over_matmul", "error", "error_peft"):
-        assert (rows[name] > 0).all(), name
-    printed = capsys.readouterr().out
-    assert "medians ± spreads" in printed
-    assert decode or "fp32 forward over PEFT" in printed, "no table of the bars"
-
-
-def test_a_row_that_is_wrong_is_not_timed(script, monkeypatch):
-    module = script("cpu_attention")
-    right = module.PROVIDERS["peftkern"]
-    wrong = Provider("one percent off", lambda problem: lambda *inputs: right.make(problem)(*inputs) * 1.01)
-    monkeypatch.setitem(module.PROVIDERS, "peftkern", wrong)
-    problem = Problem.make(module.QUICK[0], torch.float32)
-    for with_gradients in (False, True):
-        with pytest.raises(AssertionError, match="errs by"):
-            module.check(Truth(problem), module.calls_of(problem), with_gradients)
+def script():
+    """Imports a benchmark by its name."""
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.mark.slow
 def test_training_step(script, tmp_path):
     path = tmp_path / "rows.csv"
-    script("training_step").main(["--quick", "--threads", "1", "--output", str(path)])
+    script("end_to_end.__main__").main(["no-prefix", "--quick", "--threads", "1", "--output", str(path)])
     rows = pd.read_csv(path)
     assert set(rows) >= STAMP
     assert (rows[["peft_s", "peftkern_s", "no_prefix_s", "over_peft", "over_no_prefix"]] > 0).all(axis=None)
@@ -71,10 +42,10 @@ def test_calls_take_turns():
 
 
 def test_bars_are_judged_by_mean_and_by_worst(script):
-    report = script("report")
-    figure = report.Figure("a", "attention", "", "x", mean=2.0, worst=1.5)
+    bars = script("bars")
+    figure = bars.Figure("a", "attention", "", "x", mean=2.0, worst=1.5)
     for ratios, reached in (([2.0, 2.0], True), ([1.0, 8.0], False), ([1.6, 1.6], False)):
-        mean, worst, verdict = report.judge(figure, pd.DataFrame({"x": ratios}))
+        mean, worst, verdict = bars.judge(figure, pd.DataFrame({"x": ratios}))
         assert mean == pytest.approx(math.prod(ratios) ** 0.5)
         assert worst == min(ratios)
         assert verdict == reached
@@ -87,7 +58,7 @@ def _step_rows(**columns) -> pd.DataFrame:
 
 def test_a_bar_that_is_missed_or_not_measured_is_said_so(script, tmp_path, capsys):
     _step_rows().to_csv(tmp_path / "rows.csv", index=False)
-    script("report").show(step=tmp_path / "rows.csv")
+    script("bars").show(step=tmp_path / "rows.csv")
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "bf16" in line}
     assert "1.29 / 1.29 │ " in lines["bf16 training step over PEFT, S=512, P=20"]
     assert "missed" in lines["bf16 training step over PEFT, S=512, P=20"]
@@ -97,16 +68,30 @@ def test_a_bar_that_is_missed_or_not_measured_is_said_so(script, tmp_path, capsy
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_plots_are_made_from_results(script, tmp_path, suffix):
-    kernel = pd.DataFrame(
-        {"shape": ["1,2,2,3,4,5"] * 2, "model": "tiny", "dtype": "bf16", "threads": [1, 2], "direction": "forward",
-         "speedup_over_peft": [2.0, 3.0], "cpu": "a cpu", "torch": "2", "git": "0"}
-    )  # fmt: skip
-    paths = [tmp_path / "kernel.csv", tmp_path / "step.csv"]
-    kernel.to_csv(paths[0], index=False)
-    _step_rows().to_csv(paths[1], index=False)
-    script("plot").main([*map(str, paths), "--format", suffix])
-    for path in paths:
-        assert path.with_suffix(f".{suffix}").stat().st_size > 1000
+    sizes = {"model": "m", "B": 1, "Hq": 2, "Hkv": 2, "cached": 0, "D": 8, "P": 4, "dtype": "bf16", "device": "cpu",
+             "threads": 1, "direction": "forward", "status": "ok", "p20_ms": 1.0, "p80_ms": 3.0}  # fmt: skip
+    results = rows.Results(tmp_path / "attention.csv")
+    results.add(sizes | {"provider": name, "S": S, "p50_ms": 2.0} for name in ("peft", "peftkern") for S in (8, 16))
+    _step_rows().to_csv(tmp_path / "step.csv", index=False)
+    scaling = BENCHMARKS / "results" / "scaling_cpu.csv"
+    (tmp_path / "scaling.csv").write_text(scaling.read_text())
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    names = ("attention", "step", "scaling", "other")
+    script("plot").main([*(str(tmp_path / f"{name}.csv") for name in names), "--format", suffix])
+    drawn = {path.name for path in tmp_path.glob(f"*.{suffix}") if path.stat().st_size > 1000}
+    assert drawn == {f"{name}.{suffix}" for name in ("attention_over_S", "attention_times", "step", "scaling")}
+
+
+def test_every_result_can_be_plotted_and_no_plot_is_in_git(script):
+    plot, drawn = script("plot"), set()
+    for path in sorted((BENCHMARKS / "results").rglob("*.csv")):
+        figures = plot.figures_of(path)
+        drawn |= {path.stem} if figures else set()
+        for figure in figures.values():
+            plot.plt.close(figure)
+    assert drawn == {"attention", "scaling_cpu", "training_step"}
+    tracked = subprocess.run(["git", "ls-files", "*.svg", "*.png"], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert tracked.stdout == ""
 
 
 def test_scaling(script, tmp_path, capsys):
@@ -116,7 +101,6 @@ def test_scaling(script, tmp_path, capsys):
     rows = pd.read_csv(path)
     assert set(rows) >= STAMP
     assert set(rows["axis"]) == set(module.AXES)
-    assert path.with_suffix(".svg").stat().st_size > 1000
     assert "wall at" in capsys.readouterr().out
     kept = rows[rows["axis"].eq("B") & rows["direction"].eq("forward")].groupby("provider")["prefix_mb"].agg(list)
     assert len(set(kept["peftkern"])) == 1, "what is kept of the prefix grows with the batch"
@@ -138,7 +122,7 @@ def test_every_backend_takes_a_turn(script, tmp_path):
 
 
 def test_the_longest_length_that_fits(script):
-    longest = script("end_to_end").longest
+    longest = script("end_to_end.workers").longest
     tried = []
 
     def fits(length: int) -> bool:
@@ -152,7 +136,7 @@ def test_the_longest_length_that_fits(script):
 
 
 def test_models_are_cut_in_depth_and_vocabulary(script):
-    module = script("end_to_end")
+    module = script("end_to_end.models")
     for name, model in module.MODELS.items():
         config = module.config_of(name, 2)
         assert config.num_hidden_layers == 2
@@ -176,8 +160,19 @@ def test_memory_can_be_limited():
 
 def test_end_to_end_steps_and_generation(script, tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    arguments = ["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)]
-    script("end_to_end").main(arguments)
+    arguments = [
+        "patch",
+        "--quick",
+        "--part",
+        "step",
+        "generate",
+        "--no-memory",
+        "--threads",
+        "1",
+        "--output",
+        str(path),
+    ]
+    script("end_to_end.__main__").main(arguments)
     rows = pd.read_csv(path)
     assert set(rows) >= STAMP
     steps = rows[rows["part"] == "step"]
@@ -191,7 +186,7 @@ def test_end_to_end_steps_and_generation(script, tmp_path, capsys):
 
 
 def test_a_step_that_is_wrong_is_not_timed(script, monkeypatch):
-    module = script("end_to_end")
+    module = script("end_to_end.patch")
     right = module.load
 
     def wrong(order, arm, *arguments):
@@ -207,7 +202,7 @@ def test_a_step_that_is_wrong_is_not_timed(script, monkeypatch):
 
 
 def test_generation_without_room_is_out_of_memory(script):
-    module = script("end_to_end")
+    module = script("end_to_end.patch")
     order = {"model": "tiny", "path": None, "layers": 2, "vocab": 128, "dtype": "fp32", "threads": 1, "B": 64, "S": 3,
              "P": 2000, "new_tokens": 2, "part": "generate", "data": "full", "budget_mb": 20}  # fmt: skip
     rows = {row["arm"]: row for row in module.measure_generate(order, 0.0)}
@@ -219,13 +214,15 @@ def test_generation_without_room_is_out_of_memory(script):
 @pytest.mark.slow
 def test_end_to_end_longest(script, tmp_path):
     path = tmp_path / "rows.csv"
-    script("end_to_end").main(["--quick", "--part", "longest", "--threads", "1", "--output", str(path)])
+    script("end_to_end.__main__").main(
+        ["patch", "--quick", "--part", "longest", "--threads", "1", "--output", str(path)]
+    )
     rows = pd.read_csv(path).set_index("arm")
     assert 0 < rows.loc["PEFT", "longest_S"] < rows.loc["patch", "longest_S"]
 
 
 def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
-    module = script("end_to_end")
+    module = script("end_to_end.patch")
 
     def interrupted(order, *arguments):
         raise KeyboardInterrupt
@@ -236,7 +233,19 @@ def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
     before = [about | {"arm": "replaced"}, about | {"part": "longest", "arm": "another part"},
               about | {"cpu": "another", "arm": "another processor"}]  # fmt: skip
     pd.DataFrame(before).to_csv(path, index=False)
-    module.main(["--quick", "--part", "step", "generate", "--no-memory", "--threads", "1", "--output", str(path)])
+    arguments = [
+        "patch",
+        "--quick",
+        "--part",
+        "step",
+        "generate",
+        "--no-memory",
+        "--threads",
+        "1",
+        "--output",
+        str(path),
+    ]
+    script("end_to_end.__main__").main(arguments)
     rows = pd.read_csv(path)
     assert set(rows["part"]) == {"step", "longest"}
     assert "replaced" not in set(rows["arm"])

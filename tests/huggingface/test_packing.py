@@ -40,14 +40,14 @@ def test_a_layout_goes_there_and_back(name):
     assert packed.tolist() == [IDS[real].tolist()]
     assert layout.cu_seqlens.tolist() == [0, *real.sum(1).cumsum(0).tolist()]
     assert layout.cu_seqlens.dtype == torch.int32
-    assert torch.equal(packed[0][layout.slots][real], IDS[real])
+    assert torch.equal(packed[0][layout.rows][real], IDS[real])
     assert layout.positions.tolist() == torch.arange(SEQ).expand(BATCH, -1)[real].tolist()
     assert layout.key_mask is None
 
 
 def test_padding_shows_a_row_of_its_sequence():
     layout = Layout.of((2, 4), CPU, mask=torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
-    assert layout.slots.tolist() == [[0, 0, 1, 1], [2, 2, 2, 3]]
+    assert layout.rows.tolist() == [[0, 0, 1, 1], [2, 2, 2, 3]]
 
 
 def test_positions_from_the_first_token():
@@ -56,7 +56,7 @@ def test_positions_from_the_first_token():
     assert Layout.of((2, 4), CPU, mask=mask, from_first=True).positions.tolist() == [0, 1, 2, 0, 1, 2]
     kept = Layout.of((2, 4), CPU, mask=mask, from_first=True, keep_padding=True)
     assert kept.pack(torch.arange(8).view(2, 4)).tolist() == [[1, 2, 3, 0, 4, 5, 6, 7]], "padding goes behind"
-    assert kept.slots.tolist() == [[3, 0, 1, 2], [4, 5, 6, 7]]
+    assert kept.rows.tolist() == [[3, 0, 1, 2], [4, 5, 6, 7]]
     assert kept.key_mask.tolist() == [True, True, True, False, True, True, True, False]
 
 
@@ -73,7 +73,7 @@ def test_needed_padding_and_gaps():
 @pytest.mark.parametrize("from_first", [False, True])
 def test_small_and_empty_batches(shape, from_first):
     layout = Layout.of(shape, CPU, mask=torch.zeros(shape), from_first=from_first, keep_padding=shape[1] == 0)
-    assert layout.slots.shape == shape
+    assert layout.rows.shape == shape
     assert layout.cu_seqlens.shape == (shape[0] + 1,)
     if 0 not in shape:
         assert layout.cu_seqlens.tolist() == [0, 0], "a sample without tokens is an empty sequence"
@@ -98,7 +98,7 @@ def test_a_head_pairs_rows_with_the_labels_of_the_next_ones():
     head = LogitRows(packed, labels, labelled=True)
     assert head.rows.tolist() == [1, 1, 2, 3, 5, 0]
     assert head.labels.tolist() == [[-100, 10, 20, 11, 12, 21]]
-    assert packed.slots().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
+    assert packed.shown_rows().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
     assert LogitRows(packed, None, labelled=True, keep=1).rows.tolist() == [4, 6]
 
 
@@ -140,7 +140,7 @@ def test_only_tokens_run_through_the_model(config):
 
 def test_models_that_cannot_be_packed_say_so():
     assert peftkern.explain(models.peft_model(LLAMA, patched=True)) == (
-        "LlamaForCausalLM: a prefix in 2 layers, read where it lies; training batches run without their padding"
+        "LlamaForCausalLM: a prefix in 2 layers, read in place; training batches run without their padding"
     )
     for name in ("llama4 (chunks)", "bert", "t5"):
         assert "run with their padding: " in peftkern.explain(models.peft_model(FAMILIES[name], patched=True))

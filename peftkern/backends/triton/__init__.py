@@ -377,6 +377,9 @@ class TritonBackend(_B):
         r = tuple(why_not(call))
         return _R(r, call.device.type == "cpu" and not _INTERPRETED) if r else TritonPlan()
 
+    def limits(self, call):
+        return limits(call)
+
     def restore(self, choices):
         return TritonPlan()
 

@@ -19,24 +19,24 @@ SUBMODULE = "peftkern_prompt"
 
 
 class EmbeddingPrompt(Protocol):
-    """What a patch needs of a prompt; :class:`peftkern.SoftPrompt` is one."""
+    """The interface of a prompt module, which :class:`peftkern.SoftPrompt` implements."""
 
     weight: Tensor
     embed_dim: int
 
 
 def is_embedding_prompt(value: object) -> TypeGuard[EmbeddingPrompt]:
-    """Not by ``isinstance``, which from Python 3.12 on does not see a module's parameters."""
+    """Whether ``value`` is an :class:`EmbeddingPrompt`. From Python 3.12, ``isinstance`` ignores parameters."""
     return hasattr(value, "weight") and hasattr(value, "embed_dim")
 
 
 class ModulePrompt(PromptSource):
-    """The prompt is a submodule of the Hugging Face model; callers speak of the sequence alone.
+    """The prompt is a submodule of the Hugging Face model. Callers pass arguments of the sequence alone.
 
     Args:
-        prompt: with ``weight`` [P, E], or a bank [A, P, E]; calls then say ``prompt_ids`` [B].
+        prompt: with ``weight`` [P, E], or a bank [A, P, E]; calls then pass ``prompt_ids`` [B].
         base: the Hugging Face model.
-        freeze: switch ``requires_grad`` off for the model's own parameters while patched.
+        freeze: clear ``requires_grad`` of the model's own parameters while it is patched.
     """
 
     is_given = False
@@ -52,22 +52,24 @@ class ModulePrompt(PromptSource):
         self.freeze = freeze
 
     def wire(self, patch: Patch) -> None:
-        """Make the prompt a submodule of the Hugging Face model, in which it stays when wrappers are taken off."""
+        """Make the prompt a submodule of the Hugging Face model, so that it stays when wrappers are removed."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prompt))
 
     def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The module's weight, or its bank and the prompt of each sample."""
-        # The module that runs: replicas have a prompt of their own.
+        # The module that runs may be a replica, which has its own copy of the prompt.
         prompt: EmbeddingPrompt = getattr(running.module(patch, patch.base), SUBMODULE)
         weight, ids = prompt.weight, kwargs.pop("prompt_ids", None)
         if continues:
             return None
         if weight.dim() == 2:
             if ids is not None:
-                raise ValueError("prompt_ids: expected None, as the prompt is not a bank, got a tensor")
+                raise ValueError("prompt_ids: expected None, because the prompt is not a bank, got a tensor")
             return Prompt(weight[None])
         if ids is None:
-            raise ValueError("prompt_ids: expected the prompt of each sample [B], as the prompt is a bank, got None")
+            raise ValueError(
+                "prompt_ids: expected the prompt of each sample [B], because the prompt is a bank, got None"
+            )
         return Prompt(weight, ids.to(weight.device))

@@ -48,9 +48,7 @@ class Judge:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._problems = {True: problem, False: _without_prefix(problem)}
-        self._oracles = {
-            uses_prefix: Oracle(*p.inputs, p.dout, **p.shape.options) for uses_prefix, p in self._problems.items()
-        }
+        self._oracles = {uses_prefix: _oracle(p) for uses_prefix, p in self._problems.items()}
         self._errors: dict[tuple[bool, bool], list[tuple[float, float]]] = {}
 
     def judge(self, calls: Calls, backward: bool, uses_prefix: bool = True) -> Verdict:
@@ -90,6 +88,11 @@ class Judge:
         if not backward:
             return [oracle.out()]
         return oracle.gradients() if uses_prefix else oracle.gradients()[:3]
+
+
+def _oracle(problem: Problem) -> Oracle:
+    q, k, v, prefix_k, prefix_v = problem.inputs
+    return Oracle(q, k, v, prefix_k, prefix_v, problem.dout, **problem.shape.options)
 
 
 def _without_prefix(problem: Problem) -> Problem:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user of ``peftkern bench`` can choose, checked before anything is measured. Standard library only."""
+"""Options of ``peftkern bench``, checked before anything is measured. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,35 +7,42 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .shapes import DIRECTIONS, MODELS
+from .shapes import DIRECTIONS, MODELS, SHAPES
 
 _DTYPES = ("bf16", "fp16", "fp32")
 
 
 class BenchError(ValueError):
-    """Something the user can put right; the message says how. Shown without a traceback, exit status 2."""
+    """An error that the user can correct; the message says how. Shown without a traceback, with exit status 2."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``peftkern bench``."""
     add = parser.add_argument
-    add("--model", nargs="+", metavar="NAME", default=["llama-3.2-1b"], help=f"of {', '.join(MODELS)}")
-    add("--seq", type=int, nargs="+", metavar="S", default=[512], help="queries of a sample; default 512")
+    add(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        default=["llama-3.2-1b"],
+        help=f"attention of these models: {', '.join(MODELS)}; default llama-3.2-1b",
+    )
+    add("--seq", type=int, nargs="+", metavar="S", default=[512], help="queries per sample; default 512")
     add("--prefix", type=int, nargs="+", metavar="P", default=[64], help="prefix tokens; default 64")
     add("--batch", type=int, nargs="+", metavar="B", default=[1], help="samples; default 1")
     add("--cached", type=int, metavar="N", default=0, help="keys before the queries, as in decoding; default 0")
-    add("--dtype", nargs="+", metavar="DTYPE", default=["bf16"], help=f"of {', '.join(_DTYPES)}; default bf16")
+    add("--shapes", choices=sorted(SHAPES), help="a fixed list of shapes in place of the five options above")
+    add("--dtype", nargs="+", metavar="DTYPE", default=["bf16"], help=f"{', '.join(_DTYPES)}; default bf16")
     add(
         "--direction", nargs="+", metavar="DIRECTION", default=["forward", "forward+backward"],
-        help=f"of {', '.join(DIRECTIONS)}; default forward forward+backward",
+        help=f"{', '.join(DIRECTIONS)}; default forward forward+backward",
     )  # fmt: skip
-    add("--providers", nargs="+", metavar="NAME", help="those of --list; default all that are no waste of time here")
-    add("--device", metavar="cpu|cuda", help="default cuda where there is one")
-    add("--threads", type=int, nargs="+", metavar="N", help="CPU threads; default what torch takes")
-    add("--seconds", type=float, default=3.0, help="of timing per row of the sweep and direction; default 3")
-    add("--cpu-time", action="store_true", help="processor time, of one thread, for machines that others use")
+    add("--providers", nargs="+", metavar="NAME", help="names from --list; default all that are worth timing here")
+    add("--device", metavar="cpu|cuda", help="default cuda if torch finds a GPU")
+    add("--threads", type=int, nargs="+", metavar="N", help="CPU threads; default torch's number")
+    add("--seconds", type=float, default=3.0, help="time per shape and direction; default 3")
+    add("--cpu-time", action="store_true", help="measure processor time on one thread, for busy machines")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak and saved memory")
-    add("--output", type=Path, metavar="FOLDER", help="attention.csv, report.html, report.md and plots")
+    add("--output", type=Path, metavar="FOLDER", help="folder for attention.csv, report.html and report.md")
     add("--resume", action="store_true", help="go on after the rows that --output has")
     add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing: the report of this file")
     add(

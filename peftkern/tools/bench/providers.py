@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peftkern
-from peftkern import backends, reference
+from peftkern import backends
 from peftkern.backends import torch_attention
+from peftkern.reference import visibility
 
 from .shapes import DIRECTIONS, Shape
 
@@ -153,7 +154,7 @@ def joined(sequence: Tensor, prefix: Tensor, repeat: int = 1) -> Tensor:
 def visible_keys(shape: Shape, device: torch.device) -> Tensor:
     """[S, P + T] bool: which key a query sees, by the definition of the reference."""
     sizes = (1, shape.S, shape.T, 1, shape.P)
-    sequence, prefix = reference.visibility(sizes, device, True, None, None, None, None, shape.window, True)
+    sequence, prefix = visibility(sizes, device, True, None, None, None, None, shape.window, True)
     parts = (prefix[:, :, :, 0].expand(1, 1, shape.S, shape.P), sequence.expand(1, 1, shape.S, shape.T))
     return torch.cat(parts, -1)[0, 0]
 

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of ``peftkern bench``: rows in, one HTML page that needs no other file, the same as Markdown, plots.
+"""The report of ``peftkern bench`` as one HTML page with plots, and as Markdown without.
 
-Where peftkern loses comes before everything else; what was wrong or failed is named with what was wrong.
+Problems where peftkern loses come first. Wrong and failed providers are listed with the reason.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plot import figures, save
+from .plot import as_svg, figures
 from .rows import Comparison, Row, absent, groups, is_ours, title
 
 _HOW = (
-    "Medians (p50) with the second and eighth decile. The providers of a problem take turns in one process. The "
-    "outputs of each, or gradients, are compared with fp64 before it is timed, and may err twice (gradients: three "
-    "times) as much as PEFT's way in the same dtype. Ratios are times as fast: below 1, peftkern is the slower one. "
-    "'no prefix' computes less than the others and is a yardstick. TFLOP/s count useful operations, GB/s each input "
-    "and output once. Peak memory is beside what is there before the call, saved memory what forward keeps for "
-    "backward beside its inputs."
+    "Medians (p50) with the second and eighth decile. The providers of a problem take turns in one process. Before a "
+    "provider is timed, its outputs or gradients are compared with fp64; they may err twice (gradients: three times) "
+    "as much as PEFT's way in the same dtype. Ratios are times as fast: below 1, peftkern is slower. 'no prefix' "
+    "computes less than the others and is a yardstick. TFLOP/s count useful operations, GB/s count each input and "
+    "output once. Peak memory is the growth during the call. Saved memory is what forward saves for backward in "
+    "addition to its inputs."
 )
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0 1.6em;font-size:13px}td,th{padding:.2em .7em;text-align:right}
@@ -30,34 +29,28 @@ td:first-child,th:first-child,td:last-child{text-align:left}th{border-bottom:1px
 tr.ours{font-weight:600;background:#eef5fb}tr.loses td{background:#fdeeee}tr.bad{color:#b00020}tr.none{color:#888}
 svg{max-width:100%;height:auto}h3{font-size:1em;margin-bottom:0}p.where{color:#666}"""
 
-#: A heading, column names, (class, cells) per line, a sentence before the table.
+#: A heading, column names, (class, cells) per line, and a sentence above the table.
 Section = tuple[str, Sequence[str], list[tuple[str, list[str]]], str]
 
 
 def write_report(rows: list[Row], folder: Path) -> list[Path]:
-    """report.html, report.md and the plots of ``rows`` in ``folder``; their paths."""
+    """Write report.html and report.md into ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, paths = [], []
-    for name, figure in figures(rows).items():
-        picture = io.StringIO()
-        figure.savefig(picture, format="svg")
-        pictures.append((name, picture.getvalue()))
-        paths.append(save(figure, folder / f"{name}.svg"))
     parts = sections(rows)
     page, text = folder / "report.html", folder / "report.md"
-    page.write_text(_html(rows, parts, [picture for _, picture in pictures]))
-    text.write_text(_markdown(rows, parts, [f"{name}.svg" for name, _ in pictures]))
-    return [page, text, *paths]
+    page.write_text(_html(rows, parts, [as_svg(figure) for figure in figures(rows).values()]))
+    text.write_text(_markdown(rows, parts))
+    return [page, text]
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """The tables: the comparison, losses first; what was wrong; what could not run; every row."""
+    """The tables: the comparison, losses first; wrong and failed rows; providers that did not run; every row."""
     compared = [Comparison.of(group) for group in groups(rows)]
     found = [_comparison(compared)]
     bad = [row for row in rows if row["status"] in ("wrong", "failed")]
     if bad:
         lines = [("bad", [title(row), row["provider"], row["status"], row["reason"]]) for row in bad]
-        found.append(("Wrong or failed, and so not timed", ("problem", "provider", "", ""), lines, ""))
+        found.append(("Wrong or failed, hence not timed", ("problem", "provider", "", ""), lines, ""))
     if missing := absent(rows):
         lines = [("none", list(line)) for line in missing]
         found.append(("Not timed here", ("provider", "", "why"), lines, ""))
@@ -81,7 +74,7 @@ def _comparison(compared: list[Comparison]) -> Section:
     words = f"{len(compared)} problems; peftkern loses to the best alternative in {losses}."
     if ratios:
         words += f" Times as fast as PEFT's way: geometric mean {mean:.2f}, least {min(ratios):.2f}."
-    return "What peftkern gains, the worst first", columns, lines, words
+    return "Speed-up by peftkern, the worst first", columns, lines, words
 
 
 def _group(c: Comparison) -> Section:
@@ -103,7 +96,7 @@ def _number(value: Any) -> str:
 
 
 def _where(rows: list[Row]) -> list[str]:
-    """Lines that say on what and from which sources the rows come; more than one if they differ."""
+    """Descriptions of machine and sources; several if the rows differ."""
     names = ("gpu", "arch", "sm_mhz", "memory_mhz", "driver", "cuda", "cpu", "cores", "torch", "triton", "peftkern",
              "git", "date")  # fmt: skip
     lines = [", ".join(f"{name} {row[name]}" for name in names if row.get(name)) for row in rows]
@@ -123,17 +116,15 @@ def _html(rows: list[Row], parts: Iterable[Section], pictures: list[str]) -> str
         )
         out.append(f"<table><tr>{cells}</tr>{body}</table>")
         if index == 0:
-            out += [picture[picture.index("<svg") :] for picture in pictures]
+            out += pictures
     return "\n".join(out) + "\n"
 
 
-def _markdown(rows: list[Row], parts: Iterable[Section], pictures: list[str]) -> str:
+def _markdown(rows: list[Row], parts: Iterable[Section]) -> str:
     out = ["# Prefix attention: peftkern and its alternatives", "", *_where(rows), "", _HOW, ""]
-    for index, (heading, columns, lines, words) in enumerate(parts):
+    for heading, columns, lines, words in parts:
         out += [f"## {heading}", "", *([words, ""] if words else [])]
         out += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         out += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for _, line in lines]
         out.append("")
-        if index == 0:
-            out += [f"![{name}]({name})" for name in pictures] + [""]
     return "\n".join(out)

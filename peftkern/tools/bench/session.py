@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of ``peftkern bench``: a sweep, a table for each problem, and what is left in a folder."""
+"""One run of ``peftkern bench``: measure a sweep, print a table per problem, write the report."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .measuring import by, cpu_name, git_sha, gpu_facts
 from .options import BenchError
 from .providers import PROVIDERS
 from .rows import Comparison, Results, Row
-from .shapes import MODELS, sweep
+from .shapes import MODELS, SHAPES, sweep
 
 
 def run_session(options: argparse.Namespace) -> int:
-    """Measure what is not there yet, show it, write the report: 0, 1 where one of ours was wrong or failed.
+    """Measure the problems without rows, show them, write the report; 1 if a peftkern provider was wrong or failed.
 
     Raises:
-        BenchError: for what the user can put right.
+        BenchError: for errors that the user can correct.
     """
     console = Console(width=None if Console().is_terminal else 150)
     checks.check(options)
@@ -50,7 +50,7 @@ def run_session(options: argparse.Namespace) -> int:
     problems = _problems(options, device)
     todo = [key for key in problems if _problem(*key, device) not in results.known]
     if len(todo) < len(problems):
-        console.print(f"{len(problems) - len(todo)} of {len(problems)} problems are in {path} already")
+        console.print(f"{len(problems) - len(todo)} of {len(problems)} problems are already in {path}")
     console.print(_where(device), style="dim")
     interrupted = _measure(console, options, device, results, todo)
     _show_absent(console, results.rows)
@@ -58,7 +58,7 @@ def run_session(options: argparse.Namespace) -> int:
         console.print(f"rows: {path}")
         _report(console, results.rows, path.parent)
     if interrupted:
-        console.print("stopped: the rows that were measured are kept; --resume goes on" if path else "stopped")
+        console.print("stopped; the measured rows are kept, and --resume continues" if path else "stopped")
         return 130
     return _status(results.rows)
 
@@ -67,7 +67,8 @@ Key = tuple[Any, str, int, str]  # shape, dtype, threads, direction
 
 
 def _problems(options: argparse.Namespace, device: str) -> list[Key]:
-    shapes = sweep(options.model, options.seq, options.prefix, options.batch, options.cached)
+    sizes = (options.model, options.seq, options.prefix, options.batch, options.cached)
+    shapes = SHAPES[options.shapes] if options.shapes else sweep(*sizes)
     one = options.cpu_time or device == "cuda"
     threads = [1] if options.cpu_time else options.threads or [torch.get_num_threads()]
     threads = threads[:1] if one else threads
@@ -83,7 +84,7 @@ def _problem(shape: Any, dtype: str, threads: int, direction: str, device: str) 
 
 
 def _measure(console: Console, options: argparse.Namespace, device: str, results: Results, todo: list[Key]) -> bool:
-    """Whether Ctrl-C ended it."""
+    """Measure the problems; true if Ctrl-C ended it."""
     clock = by(time.process_time) if options.cpu_time else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     before = torch.get_num_threads()
@@ -109,7 +110,7 @@ def _measure(console: Console, options: argparse.Namespace, device: str, results
 
 
 def table(measured: list[Row]) -> Table:
-    """Of one problem: what was timed, the fastest first, then what was wrong."""
+    """The table of one problem: timed providers, the fastest first, then wrong and failed ones."""
     compared = Comparison.of(measured)
     shown = Table(title=rows.title(measured[0]), title_justify="left", box=None, pad_edge=False)
     for name in (
@@ -133,9 +134,9 @@ def table(measured: list[Row]) -> Table:
         )
         note = row["reason"] or note
         shown.add_row(
-            row["provider"], f"{row['p50_ms']:.3g}", f"{row['p20_ms']:.3g} to {row['p80_ms']:.3g}",
-            f"{row['tflops']:.3g}", f"{row['gb_s']:.3g}", ratio, _number(row.get("peak_mb")),
-            _number(row.get("saved_mb")), f"{row['error_ratio']:.2f}", note,
+            row["provider"], f"{row['p50_ms']:.3g}", f"{_number(row['p20_ms'])} to {_number(row['p80_ms'])}",
+            _number(row["tflops"]), _number(row["gb_s"]), ratio, _number(row.get("peak_mb")),
+            _number(row.get("saved_mb")), _number(row["error_ratio"]), note,
             style="bold" if rows.is_ours(row["provider"]) else "",
         )  # fmt: skip
     for row in measured:
@@ -172,7 +173,7 @@ def _report(console: Console, found: list[Row], folder: Path) -> None:
 
 
 def _status(found: list[Row]) -> int:
-    """1 if a provider of ours was wrong or failed."""
+    """Exit status: 1 if a peftkern provider was wrong or failed."""
     return int(any(row["status"] in ("wrong", "failed") and rows.is_ours(row["provider"]) for row in found))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of prefix attention that benchmarks share, by the names of models, and how much work they are."""
+"""Shapes of prefix attention by model name, and their work in operations and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a model, as its ``config.json`` has them. ``window`` is that of its layers with a sliding window."""
+    """Sizes of a model from its ``config.json``. ``window`` is the size of its sliding windows, if it has any."""
 
     family: str  # transformers' ``model_type``
     layers: int
@@ -40,7 +40,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One call: T = S + cached keys; ``model`` says where such sizes come from. The window counts the prefix."""
+    """Sizes of one call. T = S + cached keys; ``model`` names a model of such sizes; ``window`` counts the prefix."""
 
     B: int
     Hq: int
@@ -55,12 +55,12 @@ class Shape:
 
     @property
     def T(self) -> int:
-        """Sequence keys."""
+        """Number of sequence keys."""
         return self.S + self.cached
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`peftkern.prefix_attention` that are not at their defaults."""
+        """Keyword arguments of :func:`peftkern.prefix_attention` that differ from their defaults."""
         options = {"window": self.window, "softcap": self.softcap}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -77,7 +77,7 @@ class Shape:
         return float(per_pair * self.D * self.B * self.Hq * self.pairs)
 
     def bytes(self, direction: str, itemsize: int) -> float:
-        """What must be moved at least: each input read once, each output written once, the prefix once per call.
+        """Bytes that must be moved: each input read once, each output written once, the prefix once per call.
 
         Forward reads q, k, v and the prefix and writes out; backward reads those and dout and writes their gradients.
         """
@@ -95,7 +95,7 @@ class Shape:
 def sweep(
     models: Iterable[str], seq: Iterable[int], prefix: Iterable[int], batch: Iterable[int], cached: int = 0
 ) -> list[Shape]:
-    """Every combination, the models' attention by their names in :data:`MODELS`.
+    """Every combination of sizes, for the attention of models in :data:`MODELS`.
 
     Raises:
         ValueError: for a model that is not in the table.
@@ -109,6 +109,7 @@ def sweep(
     return shapes
 
 
+#: Ten shapes of training steps.
 TRAINING = (
     Shape(4, 12, 12, 512, 64, 32, model="GPT-2"),
     Shape(2, 12, 12, 1024, 64, 64, model="GPT-2"),
@@ -122,6 +123,7 @@ TRAINING = (
     Shape(1, 32, 8, 512, 128, 2048, model="Llama-3-8B, cartridge"),
 )
 
+#: Shapes of decoding: a few queries behind many cached keys.
 DECODE = (
     Shape(1, 9, 3, 1, 64, 20, cached=1023, model="SmolLM2-135M"),
     Shape(128, 9, 3, 1, 64, 2048, cached=127, model="SmolLM2-135M, cartridge, large batch"),
@@ -134,9 +136,8 @@ DECODE = (
     Shape(1, 9, 3, 16, 64, 100, cached=65520, model="SmolLM2-135M, 64k, 16 at once"),
 )
 
-# For a run that shows that a script works.
+#: Tiny shapes, to see that something runs.
 QUICK = (Shape(2, 4, 2, 33, 16, 5, model="quick"), Shape(1, 2, 2, 1025, 8, 3, model="quick"))
-QUICK_DECODE = (
-    Shape(2, 4, 2, 1, 16, 8, cached=15, model="quick"),
-    Shape(1, 4, 2, 3, 16, 8, cached=60, model="quick"),
-)
+
+#: Lists of shapes by name.
+SHAPES = {"training": TRAINING, "decode": DECODE, "quick": QUICK}

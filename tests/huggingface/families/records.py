@@ -66,7 +66,7 @@ gradients without padding and with padding on either side, greedy tokens, and a 
 {versions}
 
 - **equal**: to stock within rounding; the number is the largest relative difference. "padding-free": training steps
-  leave padding out. "prompt once": the prompt runs once a batch.
+  leave padding out. "prompt once": the prompt runs once per batch.
 - **PEFT's way**: equal, but the prompt runs before every sample, as PEFT has it.
 - **PEFT cannot**, **stock cannot**: no stock training step runs, or its prefix changes nothing.
 - **refused**: `patch` or the module raises a ValueError, and nothing changes.

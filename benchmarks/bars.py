@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the results stand to the bars that the project has set itself: ``python benchmarks/report.py``.
+"""Compare results with the project's own bars: ``python -m benchmarks.bars``.
 
-Reads results/cpu_attention.csv and results/training_step.csv. Geometric mean and worst row of each figure.
+Reads the rows of `peftkern bench --shapes training` and results/training_step.csv; prints the geometric mean and the
+worst row of each figure.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+from peftkern.tools.bench.rows import Comparison, groups, read
+
+from .common import RESULTS
+
+ATTENTION = RESULTS / "bench" / "zen4" / "shapes" / "attention.csv"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Ratios (larger is better) of the rows that ``query`` selects, and what their mean and least should reach."""
+    """Ratios (larger is better) in the rows that ``query`` selects, with bars for their mean and their worst."""
 
     title: str
     source: str  # "attention" or "step"
@@ -40,7 +45,7 @@ def _step(length: int, bar: float) -> Figure:
     return Figure(f"bf16 training step over PEFT, S={length}, P=20", "step", query, "over_peft", worst=bar)
 
 
-PEFT, BARE, LONG = "speedup_over_peft", "speedup_over_no_prefix", " and S >= 1024"
+PEFT, BARE = "over_peft", "over_no_prefix"
 FIGURES = (
     _kernel("bf16 forward over PEFT", "bf16", "forward", PEFT, mean=4.5, worst=2.5),
     _kernel("bf16 backward over PEFT", "bf16", "backward", PEFT, mean=3.5, worst=2.0),
@@ -48,10 +53,6 @@ FIGURES = (
     _kernel("fp32 backward over PEFT", "fp32", "backward", PEFT, mean=2.0),
     _kernel("bf16 forward+backward over SDPA without a prefix, P <= 64", "bf16", "forward+backward", BARE,
             " and P <= 64", mean=2.0),
-    _kernel("bf16 forward GFLOP/s over torch.matmul 2048^3, S >= 1024", "bf16", "forward", "over_matmul", LONG,
-            worst=1.1),
-    _kernel("fp32 forward GFLOP/s over torch.matmul 2048^3, S >= 1024", "fp32", "forward", "over_matmul", LONG,
-            worst=1.4),
     _step(512, 1.3),
     _step(1024, 1.5),
     _step(2048, 1.8),
@@ -61,21 +62,32 @@ FIGURES = (
 
 
 def geometric_mean(ratios: pd.Series) -> float:
-    """NaN of nothing."""
+    """Geometric mean; NaN for an empty series."""
     return math.exp(np.log(ratios).mean()) if len(ratios) else math.nan
 
 
 def judge(figure: Figure, rows: pd.DataFrame) -> tuple[float, float, bool]:
-    """(geometric mean, least, whether the bars are reached)."""
+    """(geometric mean, worst, whether both reach their bars)."""
     ratios = rows[figure.column]
     mean, worst = geometric_mean(ratios), ratios.min()
     reached = all(got >= bar for got, bar in ((mean, figure.mean), (worst, figure.worst)) if bar is not None)
     return mean, worst, reached
 
 
+def attention_ratios(path: Path) -> pd.DataFrame:
+    """A row per training problem in a CSV file of `peftkern bench`, with peftkern's speed-ups."""
+    compared = [Comparison.of(group) for group in groups(read(path))]
+    keys = ("dtype", "threads", "direction", "S", "P")
+    return pd.DataFrame(
+        {name: c.rows[0][name] for name in keys} | {PEFT: c.over(c.peft), BARE: c.over(c.floor)}
+        for c in compared if not c.rows[0]["cached"]
+    )  # fmt: skip
+
+
 def show(attention: Path | None = None, step: Path | None = None) -> None:
-    """The table, a part per number of threads; figures without rows are named too."""
-    results = {name: pd.read_csv(path) for name, path in (("attention", attention), ("step", step)) if path}
+    """Print the table, per number of threads. Figures without rows are listed as not measured."""
+    results = {"attention": attention_ratios(attention)} if attention else {}
+    results |= {"step": pd.read_csv(step)} if step else {}
     threads = sorted({int(n) for rows in results.values() for n in rows["threads"]})
     table = Table(title="figures and bars: geometric mean / worst")
     for name in ("figure", "threads", "rows", "bar", "measured", ""):
@@ -94,9 +106,9 @@ def show(attention: Path | None = None, step: Path | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print."""
+    """Print the table for the files of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", type=Path, default=RESULTS / "cpu_attention.csv")
+    parser.add_argument("--attention", type=Path, default=ATTENTION)
     parser.add_argument("--step", type=Path, default=RESULTS / "training_step.csv")
     options = parser.parse_args(arguments)
     show(options.attention, options.step)
