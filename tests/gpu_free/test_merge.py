@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``merge`` and ``slot``: the Triton part in the guarded interpreter, the vendor's part by torch's CPU op.
+"""``merge`` and ``concat``: the Triton part in the guarded interpreter, the vendor's part by torch's CPU op.
 
 The vendor table's other rows run their own code too, on stand-ins for the ops that only a GPU has (stand_ins.py), and
 call the real ops on tensors without data, which checks arguments and shapes.
@@ -16,8 +16,9 @@ import torch
 
 import peftkern
 from peftkern import ops
-from peftkern.backends import BACKENDS, allocate_outputs, merge, torch_attention
-from peftkern.backends.triton import prefix_kernels as prefix_part
+from peftkern.backends import allocate_outputs, merge, torch_attention
+from peftkern.backends.triton import launch
+from peftkern.backends.triton.prefix_kernels import TritonPrefixKernels
 from peftkern.testing.bounds import ROUNDS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -242,7 +243,7 @@ def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(backend, monkeypatch
     first, second = results(), results()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for processors in (1, 1000):
-        monkeypatch.setattr(BACKENDS["triton"], "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(launch, "processors", lambda device, n=processors: n)
         for a, b in zip(first, results(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -264,7 +265,7 @@ def test_bytes_of_the_merge_and_that_it_is_in_place(monkeypatch):
     part.normal_()
     part_lse.normal_()
     with guard() as watch:
-        out, merged = prefix_part.merge_prefix(args, part, part_lse)
+        out, merged = TritonPrefixKernels().merge_prefix(args, part, part_lse)
     assert out is part
     assert merged is part_lse
     moved, least = watch.loads.total() + watch.stores.total(), 3 * q + 2 * lse + prefix
@@ -281,7 +282,7 @@ def test_bytes_of_the_backward(monkeypatch):
     gradients.dq.normal_()
     dout = torch.randn_like(out)
     with guard() as watch:
-        prefix_part.merge_prefix_backward(dout, out, statistics, args, gradients.dq, gradients)
+        TritonPrefixKernels().merge_prefix_backward(dout, out, statistics, args, gradients.dq, gradients)
     moved = sum(n["_prefix_merge_bwd_kernel"] for n in (watch.loads, watch.stores))
     least = 5 * q + lse + 2 * prefix
     assert least <= moved <= 1.05 * least, f"{moved / least:.3f} times the least"
@@ -325,6 +326,6 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="merge"))
     assert "merge: no kernel of torch's can (flash: no key_mask): use backend='triton'" in text
     text = str(peftkern.explain(**inputs, softcap=1.0))
-    assert "slot: no kernel of torch's has softcap: use backend='triton'" in text
+    assert "concat: no kernel of torch's has softcap: use backend='triton'" in text
     monkeypatch.setattr(torch_attention, "VENDORS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))

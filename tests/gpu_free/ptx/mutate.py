@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from triton.runtime.jit import JITFunction
 
+from ..triton_faults import Fault, function_of, planted_in
 from .launch import Launch
 from .machine import Violation
 
@@ -94,11 +95,11 @@ def superfluous(replays: list[Replay], candidates: list[tuple[int, int]]) -> lis
 
 
 @contextlib.contextmanager
-def planted(function: JITFunction, text: str, slip: str) -> Iterator[None]:
-    """Within the block ``text`` in the source of a Triton function reads ``slip``."""
+def planted(fault: Fault) -> Iterator[None]:
+    """Within the block Triton compiles the kernels with a fault in their source."""
+    function = function_of(fault)
     source = function.src
-    assert text in source, f"{function.__name__} has no {text!r}"
-    _replace_source(function, source.replace(text, slip, 1))
+    _replace_source(function, planted_in(source, fault))
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from peftkern import functional
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors
 
-from ..test_guard import FAULTS
+from ..triton_faults import FAULTS
 from . import mutate
 from .launch import Violation, emulated
 from .mutate import Replay, line_of, places, planted, superfluous, without
@@ -122,15 +122,16 @@ def test_every_wrong_stride_and_size_is_told(sign):
     assert changed > 60
 
 
-@pytest.mark.parametrize("fault", [
-    pytest.param(f, id=f"{f[1]}-{f[3]}", marks=() if i in (0, 6, 14) else pytest.mark.slow)
-    for i, f in enumerate(FAULTS)
-])  # fmt: skip
+FAST = {"key-range-end", "prefix-window", "merge-decay"}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=f.id, marks=() if f.id in FAST else pytest.mark.slow) for f in FAULTS]
+)
 def test_a_slip_in_the_source_is_told(fault):
     """The faults that the interpreter's guard must catch, in compiled code."""
-    module, name, text, slip, feature_name = fault
-    shape, options = feature(feature_name, Shape(B=2, Hq=2, Hkv=1, S=65, P=65, D=20))
-    with planted(getattr(module, name), text, slip), emulated("sm_80"), pytest.raises((AssertionError, Violation)):
+    shape, options = feature(fault.case, Shape(B=2, Hq=2, Hkv=1, S=65, P=65, D=20))
+    with planted(fault), emulated("sm_80"), pytest.raises((AssertionError, Violation)):
         check_backend("triton", tensors(shape, torch.float16), options)  # a tighter bound than bf16's
 
 
