@@ -61,7 +61,7 @@ FAULTS_BESIDE_OTHERS = [
     Fault("row-value-head-stride", "x.stride_h", "x.stride_b", "plain", "merge"),
     Fault("merge-last-tile", "tiles, workers", "tiles - 1, workers", "plain", "merge"),
     Fault("merge-first-tile", "range(worker,", "range(0,", "plain", "merge"),
-    Fault("merge-mask", "block, True", "block, False", "plain", "merge"),
+    Fault("merge-mask", "True", "False", "plain", "merge"),
     Fault("merge-decay", "denom * decay + ", "denom + ", "plain", "merge"),
     Fault("merge-values", "values * weight[:, None]", "values", "plain", "merge"),
     Fault("merge-base", "* LOG2E", "* LN2", "plain", "merge"),

@@ -55,12 +55,12 @@ def _row_statistics(q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, s
     dout_tile = load_query_tile(dout, block)
     if out is None:
         q_tile = load_query_tile(q, block)
-        (prefix_m, prefix_denom, prefix_acc), (m, denom, acc) = attend(
-            q_tile, dout_tile, k, v, prefix_k, prefix_v, block
-        )
+        prefix_state, state = attend(q_tile, dout_tile, k, v, prefix_k, prefix_v, block)
+        m, denom, acc = state
         lse = m + tl.log2(denom)
         delta = acc * inverse(denom, opts)
         if opts.gate is not None:
+            prefix_m, prefix_denom, prefix_acc = prefix_state
             prefix_lse = prefix_m + tl.log2(prefix_denom)
             prefix_lse = tl.where(prefix_lse == -float("inf"), float("inf"), prefix_lse)
             tl.store(stats.prefix_lse + offset + rows, prefix_lse, mask=inside)

@@ -197,7 +197,8 @@ def _forward_rows(q, k, v, prefix_k, prefix_v, out, lse_ptr, block):
     """Store one block of rows of out and lse."""
     opts, sizes = block.opts, block.sizes
     q_tile = load_query_tile(q, block)
-    prefix_state, (m, denom, acc) = attend(q_tile, None, k, v, prefix_k, prefix_v, block)
+    prefix_state, state = attend(q_tile, None, k, v, prefix_k, prefix_v, block)
+    m, denom, acc = state  # Triton 3.4 does not parse nested targets
     result = acc * inverse(denom, opts)[:, None]
     if opts.gate is not None:
         _, prefix_denom, prefix_acc = prefix_state

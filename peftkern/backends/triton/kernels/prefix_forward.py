@@ -51,15 +51,9 @@ def _attend_to_resident(q, k, v, rows, inside, block):
     """The softmax state of a tile q over a prefix that fits one block of keys, k and v."""
     tokens = tl.arange(0, block.BLOCK_N)[None, :]
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores, unit, slope = prefix_scores(
-        products,
-        rows[:, None],
-        tokens,
-        inside[:, None],
-        block.sizes.prefix_len,
-        block,
-        True,  # FAULT: merge-mask
-    )
+    sees, length = inside[:, None], block.sizes.prefix_len
+    MASKED: tl.constexpr = True  # FAULT: merge-mask
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, sees, length, block, MASKED)
     state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     return softmax_step(state, None, scores, unit, slope, k, v, None, block.opts)
 
