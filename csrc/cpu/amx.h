@@ -180,7 +180,7 @@ static void gemm_tiles(int64_t M, int64_t N, const Sums& sums, const uint32_t* A
   for (int64_t i = 0; i < M; i += kTileStep)
     for (int64_t j = 0; j < N; j += kTileStep) {
       if (M - i > kTileRows)
-        tile_kernel<2, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, least(kTileStep, M - i), c, finish);
+        tile_kernel<2, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, min(kTileStep, M - i), c, finish);
       else
         tile_kernel<1, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, M - i, c, finish);
     }

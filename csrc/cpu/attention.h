@@ -208,11 +208,11 @@ static void set_row(const Problem& p, const Sequence& s, int64_t position, int64
   block.sample[r] = s.batch;
   block.head[r] = head;
   block.row[r] = s.start + position;
-  const int64_t high = a.causal ? most(0, least(s.kv_len, key_position + 1)) : s.kv_len;
-  const int64_t low = a.window ? least(s.kv_len, most(0, key_position - a.window + 1)) : 0;
+  const int64_t high = a.causal ? max(0, min(s.kv_len, key_position + 1)) : s.kv_len;
+  const int64_t low = a.window ? min(s.kv_len, max(0, key_position - a.window + 1)) : 0;
   const bool window_on_prefix = a.window && a.prefix_in_window;
   const int64_t prefix_low =
-      window_on_prefix ? least(s.prefix_len, most(0, s.prefix_len + key_position - a.window + 1)) : 0;
+      window_on_prefix ? min(s.prefix_len, max(0, s.prefix_len + key_position - a.window + 1)) : 0;
   block.high[r] = (int32_t)high;
   block.low[r] = (int32_t)low;
   block.prefix_low[r] = (int32_t)prefix_low;
@@ -231,9 +231,9 @@ static void copy_row(Block& block, int64_t from, int64_t to, int64_t head) {
 static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, int64_t first_head,
                        Block& block) {
   const Plan& plan = *p.plan;
-  const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
+  const int64_t heads = min(plan.heads_per_block, plan.group_size - first_head);
   const int64_t first = position_block * plan.positions_per_block;
-  start_block(block, least(plan.positions_per_block, s.q_len - first) * heads, p.row_step);
+  start_block(block, min(plan.positions_per_block, s.q_len - first) * heads, p.row_step);
   const int64_t head = kv_head * plan.group_size + first_head;
   for (int64_t r = 0; r < block.count; r += heads) {
     set_row(p, s, first + r / heads, head, r, block);
@@ -250,7 +250,7 @@ static void prefetch_rows(const Problem& p, const Sequence& s, int64_t kv_head, 
   const int64_t dtype = p.args->dtype, line = dtype == PEFTKERN_FLOAT32 ? 16 : 32;
   const int64_t first = position_block * plan.positions_per_block;
   const int64_t base = s.batch * stride[0] + kv_head * plan.group_size * stride[1] + s.start * stride[2];
-  for (int64_t i = first; i < least(first + plan.positions_per_block, s.q_len); i++)
+  for (int64_t i = first; i < min(first + plan.positions_per_block, s.q_len); i++)
     for (int64_t h = 0; h < plan.heads_per_block; h++)
       for (int64_t d = 0; d < p.head_dim; d += line)
         __builtin_prefetch(offset(data, dtype, base + h * stride[1] + i * stride[2] + d));
@@ -263,7 +263,7 @@ struct TileRange {
 static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
   const int64_t low = part == kPrefix ? block.prefix_low_min : block.low_min;
   const int64_t end = part == kPrefix ? s.prefix_len : block.high_max;
-  return {low / kBlockN * kBlockN, most(end, low / kBlockN * kBlockN)};
+  return {low / kBlockN * kBlockN, max(end, low / kBlockN * kBlockN)};
 }
 
 // Rows of a block that see something of the tile [begin, begin + n), in whole steps: what a causal diagonal or a window
@@ -302,12 +302,12 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
         store(scores + j * kBlockM + r, x);
       }
     if (part == kPrefix && a.prefix_bias)
-      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++)
+      for (int64_t r = rows.begin; r < min(rows.end, block.count); r++)
         for (int64_t j = 0; j < n; j++)
           scores[j * kBlockM + r] += (float)kLog2e * a.prefix_bias[block.head[r] * a.prefix_bias_stride[0] +
                                                                    (begin + j) * a.prefix_bias_stride[1]];
     if (part == kSequence && a.bias)
-      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++) {
+      for (int64_t r = rows.begin; r < min(rows.end, block.count); r++) {
         const int64_t at = s.batch * a.bias_stride[0] + block.head[r] * a.bias_stride[1] +
                            block.row[r] * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
         for (int64_t j = 0; j < n; j++)

@@ -45,15 +45,15 @@ static Partials take_partials(const Problem& p, const Needs& needs, Arena& arena
   const peftkern_attention& a = *p.args;
   const int64_t groups = p.plan->num_groups;
   const int64_t prefix = groups * a.num_kv_heads * a.prefix_len * p.padded_dim;
-  const int64_t split = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
+  const int64_t partial = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
   Partials x;
   x.dprefix_k = arena.take<float>(needs.dprefix_k ? prefix : 0);
   x.dprefix_v = arena.take<float>(needs.dprefix_v ? prefix : 0);
   x.dprefix_bias = arena.take<float>(needs.dprefix_bias ? groups * a.num_heads * a.prefix_len : 0);
   x.dsinks = arena.take<double>(needs.dsinks ? groups * a.num_heads : 0);
   x.dgate = arena.take<double>(needs.dgate ? groups * a.num_heads : 0);
-  x.dk = arena.take<float>(needs.dk ? split : 0);
-  x.dv = arena.take<float>(needs.dv ? split : 0);
+  x.dk = arena.take<float>(needs.dk ? partial : 0);
+  x.dv = arena.take<float>(needs.dv ? partial : 0);
   return x;
 }
 
@@ -62,7 +62,7 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
   const int64_t at = group * a.num_kv_heads + kv_head, prefix = a.prefix_len * p.padded_dim;
-  const int64_t split = plan.max_kv_len * p.padded_dim, G = plan.group_size;
+  const int64_t split_size = plan.max_kv_len * p.padded_dim, G = plan.group_size;
   Sums sums{};
   if (needs.dprefix_k)
     sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
@@ -75,13 +75,13 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   for (int32_t i = 0; i < plan.groups[group].count; i++) {
     const Unit& unit = plan.units[plan.groups[group].first + i];
     const Sequence& seq = plan.sequences[unit.sequence];
-    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split;
+    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split_size;
     const size_t bytes = sizeof(float) * seq.kv_len * p.padded_dim;
-    if (needs.dk) sums.dk = (float*)memset(unit.parts > 1 ? partials.dk + partial : s.dk, 0, bytes);
-    if (needs.dv) sums.dv = (float*)memset(unit.parts > 1 ? partials.dv + partial : s.dv, 0, bytes);
-    backward_blocks(p, needs, b, seq, kv_head, unit.part, unit.parts, s, sums, nullptr);
-    if (unit.parts == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
-    if (unit.parts == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
+    if (needs.dk) sums.dk = (float*)memset(unit.splits > 1 ? partials.dk + partial : s.dk, 0, bytes);
+    if (needs.dv) sums.dv = (float*)memset(unit.splits > 1 ? partials.dv + partial : s.dv, 0, bytes);
+    backward_blocks(p, needs, b, seq, kv_head, unit.split, unit.splits, s, sums, nullptr);
+    if (unit.splits == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
+    if (unit.splits == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
   }
 }
 
@@ -99,15 +99,15 @@ static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const 
   }
 }
 
-// dk or dv of a sequence that was split: its parts in their order, into the first.
-static void sum_parts(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
+// dk or dv of a sequence that was split: adds the splits to the first one, in order.
+static void sum_splits(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
                       const int64_t* stride) {
   const Unit& unit = p.plan->units[first_unit];
   const Sequence& seq = p.plan->sequences[unit.sequence];
-  const int64_t split = p.plan->max_kv_len * p.padded_dim;
-  float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split;
-  for (int32_t part = 1; part < unit.parts; part++) {
-    const float* next = first + part * p.args->num_kv_heads * split;
+  const int64_t split_size = p.plan->max_kv_len * p.padded_dim;
+  float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split_size;
+  for (int32_t split = 1; split < unit.splits; split++) {
+    const float* next = first + split * p.args->num_kv_heads * split_size;
     for (int64_t i = 0; i < seq.kv_len * p.padded_dim; i += kLanes) store(first + i, load(first + i) + load(next + i));
   }
   store_sequence(p, seq, kv_head, first, out, stride);
@@ -151,7 +151,7 @@ static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, B
   const int64_t heads = size[1] == 1 ? 1 : a.num_kv_heads;
   int64_t blocks = 1;
   if (size[2] > 1) {
-    for (int64_t i = 0; i < plan.num_sequences; i++) blocks = most(blocks, num_position_blocks(plan, plan.sequences[i]));
+    for (int64_t i = 0; i < plan.num_sequences; i++) blocks = max(blocks, num_position_blocks(plan, plan.sequences[i]));
   }
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < outer * heads * blocks; task++) {
@@ -177,7 +177,7 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   Needs main = needs;
   main.dbias = false;
   const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;
-  const int num_threads = (int)most(1, args.num_threads);
+  const int num_threads = (int)max(1, args.num_threads);
   const int64_t packed_size = args.bank_size * kv_heads * problem.packed_len * problem.padded_dim;
 
   BackwardScratch unused;
@@ -217,9 +217,9 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < plan.num_units * kv_heads; i++) {
       const int32_t unit = (int32_t)(i / kv_heads);
-      if (plan.units[unit].parts == 1 || plan.units[unit].part != 0) continue;
-      if (needs.dk) sum_parts(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
-      if (needs.dv) sum_parts(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
+      if (plan.units[unit].splits == 1 || plan.units[unit].split != 0) continue;
+      if (needs.dk) sum_splits(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
+      if (needs.dv) sum_splits(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
     }
 #pragma omp master
     sum_small(problem, b, partials);

@@ -61,7 +61,7 @@ int peftkern_soft_prompt_embedding(const peftkern_embedding* args) {
   if (!args || !valid(*args)) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_embedding& a = *args;
   const int64_t length = a.prompt_len + a.seq_len, size = a.dtype == PEFTKERN_FLOAT32 ? 4 : 2;
-#pragma omp parallel for num_threads((int)most(1, a.num_threads)) schedule(static)
+#pragma omp parallel for num_threads((int)max(1, a.num_threads)) schedule(static)
   for (int64_t i = 0; i < a.batch * length; i++) {
     const int64_t b = i / length, position = i % length;
     char* out = static_cast<char*>(a.out) + i * a.dim * size;
@@ -94,7 +94,7 @@ int peftkern_soft_prompt_embedding_backward(const peftkern_embedding_backward* a
   if (!args || !valid(args->forward)) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_embedding_backward& g = *args;
   const peftkern_embedding& a = g.forward;
-#pragma omp parallel num_threads((int)most(1, a.num_threads))
+#pragma omp parallel num_threads((int)max(1, a.num_threads))
   {
     if (g.dprompt) {
 #pragma omp for schedule(static)

@@ -109,7 +109,7 @@ struct VisibleKeys {
   bool pairs;
 
   Range operator()(int64_t i, int64_t rows) const {
-    const int64_t count = high ? most(0, least(n, high[first + i + rows - 1] - begin)) : n;
+    const int64_t count = high ? max(0, min(n, high[first + i + rows - 1] - begin)) : n;
     return {0, pairs ? (count + 1) / 2 : count};
   }
 };
@@ -216,12 +216,12 @@ PEFTKERN_INLINE void for_key_groups(const Problem& p, const Block& block, Part p
   const bool diagonal = on_diagonal(block, part, begin, n);
   if (!diagonal) return f(0, n, rows.begin, some_hidden(p, block, part, begin, n));
   const int64_t step = p.diagonal_keys;
-  const int64_t below = most(0, block.high_min - begin) / step * step;
+  const int64_t below = max(0, block.high_min - begin) / step * step;
   if (below) f(0, below, rows.begin, some_hidden(p, block, part, begin, below));
   for (int64_t key = below; key < n; key += step) {
     int64_t first = rows.begin;
     while (first + block.step < rows.end && block.high[first + block.step - 1] <= begin + key) first += block.step;
-    f(key, least(step, n - key), first, true);
+    f(key, min(step, n - key), first, true);
   }
 }
 

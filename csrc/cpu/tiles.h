@@ -28,7 +28,7 @@ struct SequenceTiles {
   // The next tile's rows lie far apart, where processors do not look for them.
   void prefetch(const Problem& p, int64_t base_k, int64_t base_v, int64_t begin) const {
     const peftkern_attention& a = *p.args;
-    const int64_t end = least(sequence->kv_len, begin + kBlockN), line = a.dtype == PEFTKERN_FLOAT32 ? 16 : 32;
+    const int64_t end = min(sequence->kv_len, begin + kBlockN), line = a.dtype == PEFTKERN_FLOAT32 ? 16 : 32;
     for (int64_t t = sequence->start + begin; t < sequence->start + end; t++)
       for (int64_t d = 0; d < p.head_dim; d += line) {
         __builtin_prefetch(offset(a.k, a.dtype, base_k + t * a.k_stride[2] + d));
@@ -80,7 +80,7 @@ struct SequenceTiles {
         if (p.backward) pad_rows(p, n, v_row, v_rows);
         for (int64_t j = 0; j < n; j += kTileStep) {
           const auto summed = [&](int64_t i) { return p.backward ? k_row(j + i) : v_row(j + i); };
-          transpose_pairs(p, least(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
+          transpose_pairs(p, min(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
         }
       }
       return {{k_rows, width}, {v_rows, width}, {by_key, kBlockN / 2}};
@@ -153,7 +153,7 @@ static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
   const int64_t dim = p.padded_dim, length = p.args->prefix_len;
   alignas(64) float k[2 * kMaxHeadDim] = {}, v[2 * kMaxHeadDim] = {};
   for (int64_t j = 0; j < length; j += 2) {
-    const int64_t n = least(2, length - j);
+    const int64_t n = min(2, length - j);
     widen_prefix(p, prefix, kv_head, j, n, k, v);
     if (n < 2) {
       memset(k + dim, 0, sizeof(float) * dim);
@@ -179,7 +179,7 @@ static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
   const uint16_t* summed = reinterpret_cast<const uint16_t*>(p.backward ? out_k : out_v);
   for (int64_t j = 0; j < length; j += kTileStep) {
     uint32_t* by_key = words(out_k) + (p.packed_len + j / kBlockN * kBlockN) * dim / 2 + j % kBlockN / 2;
-    transpose_pairs(p, least(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key,
+    transpose_pairs(p, min(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key,
                     kBlockN / 2);
   }
 #endif

@@ -66,7 +66,6 @@ PEFTKERN_INLINE vf max(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
-PEFTKERN_INLINE vf min(vf a, vf b) { return -max(-a, -b); }
 
 PEFTKERN_INLINE bool any_greater(vf a, vf b) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512F__)
@@ -274,8 +273,9 @@ PEFTKERN_INLINE vh to_half(vf x) {
 #endif
 }
 
-PEFTKERN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PEFTKERN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+// Not std::min and std::max: a linker may keep the copy of a template that was compiled for another instruction set.
+PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTKERN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 PEFTKERN_INLINE const char* offset(const void* data, int64_t dtype, int64_t elements) {
@@ -312,11 +312,11 @@ PEFTKERN_INLINE vf load_lanes(const void* data, int64_t lanes) {
 template <int64_t kDtype>
 PEFTKERN_INLINE void store_lanes(void* data, vf x, int64_t lanes) {
   if (kDtype == PEFTKERN_FLOAT32) {
-    __builtin_memcpy(data, &x, 4 * least(lanes, kLanes));
+    __builtin_memcpy(data, &x, 4 * min(lanes, kLanes));
     return;
   }
   vh y = kDtype == PEFTKERN_FLOAT16 ? to_half(x) : to_bf16(x);
-  __builtin_memcpy(data, &y, 2 * least(lanes, kLanes));
+  __builtin_memcpy(data, &y, 2 * min(lanes, kLanes));
 }
 
 template <int64_t kDtype>
