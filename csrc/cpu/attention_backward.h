@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: its tasks, a group of sequences that see one prefix and a kv head each, and the ordered sums over tasks.
+// The tasks of the backward, and the ordered sums over tasks. A task is a group of sequences that see the same prefix,
+// and one kv head.
 #ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 #define PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 
@@ -8,7 +9,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Row blocks first, first + step, ... of a sequence.
+// The backward of row blocks first, first + step, ... of a sequence.
 static void backward_blocks(const Problem& p, const Needs& needs, const peftkern_attention_backward& b,
                             const Sequence& seq, int64_t kv_head, int64_t first, int64_t step, BackwardScratch& s,
                             const Sums& sums, float* dbias) {
@@ -23,7 +24,7 @@ static void backward_blocks(const Problem& p, const Needs& needs, const peftkern
   }
 }
 
-// Writes one sequence's and head's fp32 rows [kv_len, padded_dim] to dk or dv.
+// Writes the fp32 rows [kv_len, padded_dim] of one sequence and kv head to dk or dv.
 static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, const float* rows, void* out,
                            const int64_t* stride) {
   for (int64_t t = 0; t < seq.kv_len; t++) {
@@ -33,7 +34,7 @@ static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_hea
   }
 }
 
-// Partial sums between the tasks (one per group and kv head) and the ordered sums that follow.
+// The partial sums of the tasks, one per group and kv head. The ordered sums follow.
 struct Partials {
   float *dprefix_k, *dprefix_v;  // [groups, num_kv_heads, prefix_len, padded_dim]
   float* dprefix_bias;           // [groups, num_heads, prefix_len]
@@ -64,12 +65,11 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   const int64_t at = group * a.num_kv_heads + kv_head, prefix = a.prefix_len * p.padded_dim;
   const int64_t split_size = plan.max_kv_len * p.padded_dim, G = plan.group_size;
   Sums sums{};
-  if (needs.dprefix_k)
-    sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
-  if (needs.dprefix_v)
-    sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_k) sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_v) sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
   if (needs.dprefix_bias)
-    sums.dprefix_bias = (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
+    sums.dprefix_bias =
+        (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
   if (needs.dsinks) sums.dsinks = (double*)memset(partials.dsinks + at * G, 0, sizeof(double) * G);
   if (needs.dgate) sums.dgate = (double*)memset(partials.dgate + at * G, 0, sizeof(double) * G);
   for (int32_t i = 0; i < plan.groups[group].count; i++) {
@@ -85,7 +85,7 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   }
 }
 
-// dprefix_x[bank, kv_head] = the groups that saw it, in their order.
+// dprefix_x[bank, kv_head] = the sum over the groups that see this prefix, in order.
 static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const float* partials, float* out) {
   const peftkern_attention& a = *p.args;
   const int64_t dim = p.padded_dim, D = p.head_dim;
@@ -101,7 +101,7 @@ static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const 
 
 // dk or dv of a sequence that was split: adds the splits to the first one, in order.
 static void sum_splits(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
-                      const int64_t* stride) {
+                       const int64_t* stride) {
   const Unit& unit = p.plan->units[first_unit];
   const Sequence& seq = p.plan->sequences[unit.sequence];
   const int64_t split_size = p.plan->max_kv_len * p.padded_dim;
@@ -137,8 +137,8 @@ static void sum_small(const Problem& p, const peftkern_attention_backward& b, co
   }
 }
 
-// dbias is summed over every dimension it was broadcast over, so its tasks are cut along the others; they recompute weights
-// and their gradients. Trained biases are rare: the main pass stays free of them.
+// dbias is summed over every dimension along which bias is broadcast, so its tasks are cut along the other dimensions.
+// They recompute the weights and their gradients. Trained biases are rare, so the main pass does not pay for them.
 static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, BackwardScratch& s) {
   const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
@@ -147,7 +147,8 @@ static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, B
   const Sums none{};
   const int64_t* size = b.bias_size;
   const int64_t sequences = a.cu_seqlens ? plan.num_sequences : a.batch;
-  const int64_t outer = size[2] > 1 && a.cu_seqlens ? sequences : size[0];  // sequences or samples of the bias
+  const int64_t outer =
+      size[2] > 1 && a.cu_seqlens ? sequences : size[0];  // sequences or samples that have a bias of their own
   const int64_t heads = size[1] == 1 ? 1 : a.num_kv_heads;
   int64_t blocks = 1;
   if (size[2] > 1) {
@@ -171,8 +172,8 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
 #if PEFTKERN_HAS_PAIRS
   use_pairs(problem);
 #endif
-  const Needs needs{b.dq != nullptr,        b.dk != nullptr,     b.dv != nullptr,
-                    b.dprefix_k != nullptr, b.dprefix_v != nullptr, b.dsinks != nullptr,
+  const Needs needs{b.dq != nullptr,        b.dk != nullptr,           b.dv != nullptr,
+                    b.dprefix_k != nullptr, b.dprefix_v != nullptr,    b.dsinks != nullptr,
                     b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
   Needs main = needs;
   main.dbias = false;

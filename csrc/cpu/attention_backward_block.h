@@ -6,8 +6,8 @@
 //   scores    ds = w (g - delta) slope scale, delta = rowsum - dlse; dk += ds^T q, dq += ds k
 //
 // w and g of all tiles are kept between the walks. So the gradients contain neither the rounding of lse nor that of a
-// half-precision out, and those of the prefix are accurate to fp32. If only the prefix's gradient is needed (in a model's
-// first layer), lse and rowsum = dout . out are used as they are and the sequence's keys are not read.
+// half-precision out, and those of the prefix are accurate to fp32. If only the prefix's gradient is needed (in a
+// model's first layer), lse and rowsum = dout . out are used as they are and the sequence's keys are not read.
 #ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_BLOCK_H_
 #define PEFTKERN_CPU_ATTENTION_BACKWARD_BLOCK_H_
 
@@ -17,8 +17,8 @@ namespace peftkern {
 namespace PEFTKERN_ISA {
 
 // Second walk: weights that sum to one, dropout, dv, rowsum.
-static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part,
-                         int64_t first_tile, float* dv, bool normalize, bool sum_rows) {
+static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part, int64_t first_tile,
+                         float* dv, bool normalize, bool sum_rows) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
   const float* total = part == kPrefix && a.gate ? s.prefix_total : s.total;
@@ -29,7 +29,7 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
     const RowRange rows = rows_of(s.block, part, begin, n);
     const bool dropout = a.dropout_p > 0.0;
     if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
-    // Two vectors of rows at a time: that is what a vector of pairs of rows holds.
+    // Two vectors of rows at a time, as many as a vector of pairs of rows holds.
     const bool paired = p.pairs && part == kSequence && !dropout && dv;
     for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
       const int vectors = r + kLanes < rows.end ? 2 : 1;
@@ -45,7 +45,8 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
           vf w = load(weights + i);
           if (normalize) {
             const vf quotient = w * inverse[u];
-            w = quotient + (w - quotient * sum[u]) * inverse[u];  // as good as a division, exactly 1 for a lone key
+            w = quotient +
+                (w - quotient * sum[u]) * inverse[u];  // as accurate as a division, and exactly 1 for a single key
             store(weights + i, w);
           }
           vf g = load(grad + i);
@@ -67,8 +68,11 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
       }
     }
     if (dv)
-      add_over_rows(p, s, part, begin, n, rows, paired ? nullptr : dropout || gated ? s.applied : weights, s.dout, s.dout_pairs,
-                    dv + begin * p.padded_dim);
+      add_over_rows(p, s, part, begin, n, rows,
+                    paired             ? nullptr
+                    : dropout || gated ? s.applied
+                                       : weights,
+                    s.dout, s.dout_pairs, dv + begin * p.padded_dim);
   }
 }
 
@@ -96,7 +100,7 @@ static void add_bias_gradients(const Problem& p, const Sequence& seq, const Bloc
   }
 }
 
-// Third walk: grads become the gradients of the products.
+// Third walk: turns `grads` into the gradients of the products.
 static void walk_scores(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
                         Part part, int64_t first_tile, float* dk, const Sums& sums, float* dbias,
                         const peftkern_attention_backward& b) {
@@ -117,8 +121,7 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
     if (p.pairs && part == kSequence && !through_scores && a.softcap == 0.0) {
       pair_score_gradients(s, weights, grad, n, rows, minus_delta, factors);
       if (dk) add_over_rows(p, s, part, begin, n, rows, nullptr, s.q, s.q_pairs, dk + begin * p.padded_dim);
-      if (needs.dq)
-        add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, nullptr);
+      if (needs.dq) add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, nullptr);
       continue;
     }
 #endif
@@ -140,7 +143,7 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
   }
 }
 
-// Rows of q or dout in all the forms that the walks read.
+// Loads rows of q or dout in all forms that the walks read.
 static void load_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride,
                       [[maybe_unused]] bool in_fp32, float* rows, float* panel, [[maybe_unused]] float* pairs) {
   load_panel(p, block, data, stride, rows, panel);
@@ -158,11 +161,10 @@ static void start_rows(const peftkern_attention& a, const peftkern_attention_bac
   for (int64_t r = 0; r < block.vectors * kLanes; r++) {
     const int64_t head = block.head[r], at = block.row[r];
     const float lse = a.lse[(seq.batch * a.num_heads + head) * a.q_len + at];
-    s.lse[r] = lse == -kInf ? kInf : (float)(lse * kLog2e);  // rounded once: an error here is one of the whole row
-    const float dlse =
-        b.dlse && r < block.count
-            ? b.dlse[seq.batch * b.dlse_stride[0] + head * b.dlse_stride[1] + at * b.dlse_stride[2]]
-            : 0.0f;
+    s.lse[r] = lse == -kInf ? kInf : (float)(lse * kLog2e);  // rounded only once: an error here affects the whole row
+    const float dlse = b.dlse && r < block.count
+                           ? b.dlse[seq.batch * b.dlse_stride[0] + head * b.dlse_stride[1] + at * b.dlse_stride[2]]
+                           : 0.0f;
     s.dlse[kSequence][r] = dlse;
     s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
     s.rowsum[kSequence][r] = s.rowsum[kPrefix][r] = s.prefix_total[r] = 0.0f;
@@ -172,8 +174,8 @@ static void start_rows(const peftkern_attention& a, const peftkern_attention_bac
   }
 }
 
-// Completes rowsum after the second walk; adds to the gradients of the sinks and the gate. `exact`: the walk has summed over
-// the sequence; else rowsum is computed from out.
+// Completes rowsum after the second walk; adds to the gradients of the sinks and the gate. `exact`: the walk has summed
+// over the sequence; else rowsum is computed from out.
 static void finish_rowsums(const Problem& p, BackwardScratch& s, const Sums& sums, bool exact) {
   const peftkern_attention& a = *p.args;
   const Block& block = s.block;
@@ -205,7 +207,7 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   const Block& block = s.block;
   const int64_t dim = p.padded_dim;
   const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
-  const bool floats = prefix_tiles && !p.amx;  // what sums of the prefix's gradients multiply
+  const bool floats = prefix_tiles && !p.amx;  // the prefix's gradients multiply floats, not terms
   load_rows(p, block, a.q, a.q_stride, floats && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
   load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (floats && sums.dprefix_v), s.dout, s.dout_panel,
             s.dout_pairs);
@@ -229,8 +231,7 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
 #endif
   if (needs.dq)
     for (int64_t r = 0; r < block.count; r++) {
-      const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] +
-                         block.row[r] * b.dq_stride[2];
+      const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] + block.row[r] * b.dq_stride[2];
       narrow_row(s.dq + r * dim, 1.0f, p.head_dim, a.dtype, const_cast<char*>(offset(b.dq, a.dtype, at)));
     }
 }

@@ -8,10 +8,9 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// The prefix's own softmax (gate): its scores are left in `weights`, the logarithm of its denominator in
-// `prefix_lse`.
-static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
-                          TileRange range) {
+// The separate softmax over the prefix of calls with a gate: writes its scores to `weights` and the logarithm of its
+// denominator to `prefix_lse`.
+static void prefix_scores(const Problem& p, const Sequence& seq, int64_t kv_head, BackwardScratch& s, TileRange range) {
   float m[kBlockM], sum[kBlockM];
   for (int64_t r = 0; r < kBlockM; r++) m[r] = -kInf, sum[r] = 0.0f;
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
@@ -74,8 +73,8 @@ struct LseWeightEpilogue {
   }
 };
 
-static void weigh_products_by_lse(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part, const Tile& tile,
-                            int64_t begin, int64_t n, RowRange rows, float* weights) {
+static void weigh_products_by_lse(const Problem& p, const Sequence& seq, BackwardScratch& s, Part part,
+                                  const Tile& tile, int64_t begin, int64_t n, RowRange rows, float* weights) {
   const Hidden hidden = hidden_of(p, seq, s.block, part, begin);
   for_key_groups(p, s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first, bool some_hidden) {
     clear_keys(weights, key, count, RowRange{rows.begin, first});
@@ -90,7 +89,8 @@ static void weigh_products_by_lse(const Problem& p, const Sequence& seq, Backwar
 }
 
 // Turns scores, up to `factor`, into weights relative to lse.
-static void weigh_scores_by_lse(const float* lse, float* total, float* weights, int64_t n, RowRange rows, float factor) {
+static void weigh_scores_by_lse(const float* lse, float* total, float* weights, int64_t n, RowRange rows,
+                                float factor) {
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     const vf base = load(lse + r);
     vf sum = zero();
@@ -103,9 +103,9 @@ static void weigh_scores_by_lse(const float* lse, float* total, float* weights, 
   }
 }
 
-// First walk over a part: weights, still relative to lse, and their gradients.
-static void walk_products(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head, BackwardScratch& s,
-                          Part part, int64_t first_tile) {
+// First walk over a part: weights, relative to lse, and their gradients.
+static void walk_products(const Problem& p, const Needs& needs, const Sequence& seq, int64_t kv_head,
+                          BackwardScratch& s, Part part, int64_t first_tile) {
   const peftkern_attention& a = *p.args;
   const TileRange range = tiles_of(seq, s.block, part);
   const bool own_softmax = part == kPrefix && a.gate;

@@ -16,7 +16,7 @@ struct Needs {
   bool prefix() const { return sequence() || scores() || dprefix_v; }
 };
 
-// What a task adds to. Null where not needed.
+// The sums that a task adds to. Null: not needed.
 struct Sums {
   float *dk, *dv;                // [kv_len, padded_dim] of the sequence at hand
   float *dprefix_k, *dprefix_v;  // [prefix_len, padded_dim]
@@ -24,20 +24,20 @@ struct Sums {
   double *dsinks, *dgate;        // [group_size]
 };
 
-constexpr int64_t kTerms = 3;  // bf16 numbers whose sum is a float
+constexpr int64_t kTerms = 3;  // the number of bf16 terms whose sum is a float
 
 struct BackwardScratch {
-  float *q, *dout;              // [kBlockM][padded_dim] floats, for sums over rows that are made in fp32
+  float *q, *dout;              // [kBlockM][padded_dim] floats, for sums over rows in fp32
   float *q_panel, *dout_panel;  // for products with keys and values
   float *q_pairs, *dout_pairs;  // pairs of neighbouring rows, for sums over rows
   float *out, *dq;
-  float* dq_sums;               // dq as sums over keys are made for AMX, [padded_dim][kBlockM]; else dq
-  float *weights, *grads, *slopes;  // [tiles of prefix and sequence][kBlockN][kBlockM]
-  float *factors, *applied;         // [kBlockN][kBlockM]: of dropout; weights as values see them
-  float *row_pairs, *key_pairs;     // a tile of weights or gradients in pairs of rows, of keys
-  float* row_terms;                 // of the prefix, for AMX: see split_rows
-  float lse[kBlockM], prefix_lse[kBlockM];  // prefix_lse: of the prefix's own softmax (gate)
-  float total[kBlockM], prefix_total[kBlockM];  // sums of weights relative to them, 1 but for rounding
+  float* dq_sums;                           // for AMX: dq as [padded_dim][kBlockM]; else dq itself
+  float *weights, *grads, *slopes;          // [tiles of prefix and sequence][kBlockN][kBlockM]
+  float *factors, *applied;                 // [kBlockN][kBlockM]: dropout's factors; the weights that multiply values
+  float *row_pairs, *key_pairs;             // a tile of weights or gradients as pairs of rows, as pairs of keys
+  float* row_terms;                         // for AMX and the prefix: see split_rows()
+  float lse[kBlockM], prefix_lse[kBlockM];  // prefix_lse: that of the separate softmax of calls with a gate
+  float total[kBlockM], prefix_total[kBlockM];  // sums of the weights relative to them: 1 up to rounding
   float rowsum[2][kBlockM], part_scale[2][kBlockM], dlse[2][kBlockM];  // by Part
   float *dk, *dv;
   SequenceTiles tiles;
@@ -62,7 +62,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
   s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? tile : 0);
   s.applied = arena.take<float>(p.args->dropout_p > 0.0 || p.args->gate ? tile : 0);
-  s.row_pairs = arena.take<float>(p.pairs ? tile / 2 + kLanes : 0);  // vectors of pairs may end behind the last key
+  s.row_pairs = arena.take<float>(p.pairs ? tile / 2 + kLanes : 0);  // a vector of pairs may end beyond the last key
   s.key_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
   s.row_terms = arena.take<float>(p.amx ? kTerms * (tile / 2) + kLanes : 0);
   s.dk = arena.take<float>(needs.dk ? length * dim : 0);
@@ -75,7 +75,7 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.tiles.sequence = nullptr;
 }
 
-// Where a tile's weights, grads and slopes lie.
+// The offset of a tile in weights, grads and slopes.
 static int64_t tile_offset(int64_t first_tile, TileRange range, int64_t begin) {
   return (first_tile + (begin - range.begin) / kBlockN) * kBlockN * kBlockM;
 }

@@ -8,7 +8,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// The rows that see keys i, i + 1, ... of a tile on the diagonal, counted from `first`: the range that their sums take.
+// The rows, counted from `first`, that see keys i, i + 1, ... of a tile on the diagonal: the range that is summed.
 struct SeeingRows {
   const int32_t* high;  // null: all
   int64_t begin, first, count;
@@ -21,9 +21,10 @@ struct SeeingRows {
   }
 };
 
-// Two vectors of rows r, r + 1, ... of key j, as pairs of neighbouring rows: what `add_over_rows` multiplies.
+// Stores two vectors of rows r, r + 1, ... of key j as pairs of neighbouring rows, which add_over_rows() multiplies.
 PEFTKERN_INLINE void store_row_pairs([[maybe_unused]] float* pairs, [[maybe_unused]] int64_t j,
-                                     [[maybe_unused]] int64_t r, [[maybe_unused]] vf first, [[maybe_unused]] vf second) {
+                                     [[maybe_unused]] int64_t r, [[maybe_unused]] vf first,
+                                     [[maybe_unused]] vf second) {
 #if PEFTKERN_HAS_PAIRS
   const vu both = bf16_both(first, second);
   __builtin_memcpy(words(pairs) + (j * kBlockM + r) / 2, &both, sizeof both);
@@ -31,7 +32,7 @@ PEFTKERN_INLINE void store_row_pairs([[maybe_unused]] float* pairs, [[maybe_unus
 }
 
 #if PEFTKERN_HAS_PAIRS
-// A tile x [n][kBlockM] in pairs of neighbouring rows.
+// Stores a tile x [n][kBlockM] as pairs of neighbouring rows.
 static void pair_rows(const float* x, int64_t n, RowRange rows, float* pairs) {
   for (int64_t j = 0; j < n; j++)
     for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes)
@@ -39,7 +40,7 @@ static void pair_rows(const float* x, int64_t n, RowRange rows, float* pairs) {
                       r + kLanes < rows.end ? load(x + j * kBlockM + r + kLanes) : zero());
 }
 
-// Pairs of neighbouring keys, as `add_over_keys` multiplies them.
+// Stores a tile as pairs of neighbouring keys, which add_over_keys() multiplies.
 static void pair_keys(const float* x, int64_t n, RowRange rows, float* pairs) {
   for (int64_t j = 0; j < n; j += 2)
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
@@ -68,9 +69,9 @@ static void pair_score_gradients(const BackwardScratch& s, const float* weights,
 #endif
 
 #if PEFTKERN_HAS_AMX
-// A tile x [n][kBlockM] as terms [kTerms][kBlockN][kBlockM], bf16: each the leading eight bits of what the former leave, so
-// that their sum is x. Products with bf16 are exact and sums are fp32, as if x were multiplied in fp32; but infinity
-// becomes NaN.
+// Splits a tile x [n][kBlockM] into bf16 terms [kTerms][kBlockN][kBlockM] whose sum is x. Each term is the leading
+// eight bits of the remainder. Products with bf16 are exact and sums are fp32, so the result is as if x were multiplied
+// in fp32, except that infinity becomes NaN.
 static void split_rows(const float* x, int64_t n, RowRange rows, float* terms) {
   const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -87,8 +88,8 @@ static void split_rows(const float* x, int64_t n, RowRange rows, float* terms) {
 }
 #endif
 
-// sums [n keys, dim] += x times a block's rows, over the rows; x is [n][kBlockM]. In pairs, which round x to bf16, for the
-// sequence (x null: `row_pairs` holds them); in fp32 for the prefix, whose gradients are what is trained.
+// sums [n keys, dim] += x [n][kBlockM] times the block's rows. For the sequence, x is rounded to pairs of bf16; a null
+// x means that `row_pairs` already holds them. For the prefix, whose gradients train parameters, x stays fp32.
 static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64_t begin, int64_t n, RowRange rows,
                           const float* x, const float* floats, [[maybe_unused]] const float* pairs, float* sums) {
   const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
@@ -119,7 +120,7 @@ static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64
   gemm<false>(n, dim, seeing, x + rows.begin, kBlockM, floats + rows.begin * dim, dim, add);
 }
 
-// dq [rows, dim] += grad^T keys (grad null: `key_pairs` holds it)
+// dq [rows, dim] += grad^T keys. A null grad means that `key_pairs` already holds it.
 static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const Tile& tile, int64_t begin, int64_t n,
                           RowRange rows, const float* grad) {
   const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;

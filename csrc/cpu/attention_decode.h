@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of a few queries per sample against many keys. The rows of all samples that see one prefix are packed together
-// against it, so that it is read once instead of once per sample. Keys are cut into chunks for the threads. The partial
-// results are joined by their m and sums.
+// Forward of a few queries per sample against many keys. The rows of all samples that see one prefix are packed
+// together against it, so that it is read once instead of once per sample. Keys are cut into chunks for the threads.
+// The partial results are joined by their m and sums.
 #ifndef PEFTKERN_CPU_ATTENTION_DECODE_H_
 #define PEFTKERN_CPU_ATTENTION_DECODE_H_
 
@@ -10,7 +10,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Per row (sample, head, position) and chunk of keys, the prefix's chunks first.
+// Partial results per row (sample, head, position) and chunk of keys. The prefix's chunks come first.
 struct PartialRows {
   float *out, *m, *sum;
   int64_t prefix_chunks, chunks;
@@ -42,7 +42,7 @@ static void store_partial_rows(const Problem& p, const ForwardScratch& s, int64_
   }
 }
 
-// Rows [first, first + kBlockM) of a group against one chunk of its prefix.
+// Attention of rows [first, first + kBlockM) of a group to one chunk of the group's prefix.
 static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head, int64_t first, int64_t chunk,
                           ForwardScratch& s, const PartialRows& partial) {
   const peftkern_attention& a = *p.args;
@@ -62,13 +62,13 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
     const int64_t n = min(kBlockN, end - begin);
     if (begin + n <= s.block.prefix_low_min) continue;
     widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
-    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}), begin,
-             n);
+    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}),
+             begin, n);
   }
   store_partial_rows(p, s, chunk, partial);
 }
 
-// All rows of a sequence against one chunk of its own keys.
+// Attention of all rows of a sequence to one chunk of its own keys.
 static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, int64_t chunk, ForwardScratch& s,
                             const PartialRows& partial) {
   const int64_t G = p.plan->group_size;
@@ -90,7 +90,7 @@ static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_he
   store_partial_rows(p, s, partial.prefix_chunks + chunk, partial);
 }
 
-// The row of lane 0, from all its chunks that have a sum.
+// Joins the chunks of the row in lane 0; skips chunks of which it sees no key.
 static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, const PartialRows& partial) {
   const peftkern_attention& a = *p.args;
   const int64_t dim = p.padded_dim, head = s.block.head[0];
@@ -110,7 +110,8 @@ static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, c
     if (partial.sum[at] == 0.0f) continue;
     const float weight = std::exp2(partial.m[at] - m);
     sum += partial.sum[at] * weight;
-    for (int64_t d = 0; d < dim; d += kLanes) store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
   }
   s.m[0] = m;
   s.sum[0] = sum;

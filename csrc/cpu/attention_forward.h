@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: per block of rows one walk over the prefix's tiles and then the sequence's, with an online softmax (Milakov and
-// Gimelshein 2018; Dao et al. 2022).
+// Forward: each block of rows walks the tiles of the prefix and then those of the sequence, with an online softmax
+// (Milakov and Gimelshein 2018; Dao et al. 2022).
 #ifndef PEFTKERN_CPU_ATTENTION_FORWARD_H_
 #define PEFTKERN_CPU_ATTENTION_FORWARD_H_
 
@@ -13,20 +13,20 @@ namespace peftkern {
 namespace PEFTKERN_ISA {
 
 struct ForwardScratch {
-  float *rows, *panel;              // queries
-  float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the scores' place, or pairs of keys
+  float *rows, *panel;                // queries
+  float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the memory of the scores, or pairs of keys
   float *out, *prefix_out;
-  float* sums;  // out as sums over keys are made for AMX, [padded_dim][kBlockM]; else out
-  float m[kBlockM], sum[kBlockM];  // weights are 2^(score - m); their sum
-  float base[kBlockM];             // m, but 0 where m is -inf
-  float alpha[kBlockM];            // the factor that a change of m applies to earlier weights
+  float* sums;                               // for AMX: out as [padded_dim][kBlockM]; else out itself
+  float m[kBlockM], sum[kBlockM];            // weights are 2^(score - m); their sum
+  float base[kBlockM];                       // m, but 0 where m is -inf
+  float alpha[kBlockM];                      // the factor that a change of m applies to earlier weights
   float tile_m[kBlockM], tile_sum[kBlockM];  // the current tile's largest score, before the factor, and sum of weights
-  bool empty;  // no tile has been added to out
+  bool empty;                                // no tile has been added to out yet
   SequenceTiles tiles;
   Block block;
 };
 
-// `length`: keys that are widened at a time.
+// `length`: the number of keys that are widened at a time.
 static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena, ForwardScratch& s) {
   const int64_t dim = p.padded_dim;
   s.rows = arena.take<float>(kBlockM * dim);
@@ -59,8 +59,8 @@ static void reset_softmax(const Problem& p, ForwardScratch& s, bool with_sink) {
   s.empty = true;
 }
 
-// Raises those m that `tile_m` exceeds by more than 8. Weights stay below 2^8, and most tiles do not rescale out. Returns
-// whether it raised any.
+// Raises those m that `tile_m` exceeds by more than 8. Weights stay below 2^8, and most tiles do not rescale out.
+// Returns whether it raised any.
 static bool raise_m(const Problem& p, ForwardScratch& s, RowRange rows, float factor) {
   bool moved = false;
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
@@ -81,7 +81,8 @@ static bool raise_m(const Problem& p, ForwardScratch& s, RowRange rows, float fa
   if (p.amx) {
     for (int64_t r = rows.begin; r < rows.end && moved && !s.empty; r += kLanes) {
       const vf alpha = load(s.alpha + r);
-      for (int64_t d = 0; d < p.padded_dim; d++) store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
+      for (int64_t d = 0; d < p.padded_dim; d++)
+        store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
     }
     return moved;
   }
@@ -94,7 +95,7 @@ static bool raise_m(const Problem& p, ForwardScratch& s, RowRange rows, float fa
   return moved;
 }
 
-// Weights of keys i and i + 1, to where `multiply_keys` reads them.
+// Stores the weights of keys i and i + 1 where multiply_keys() reads them.
 PEFTKERN_INLINE void store_weights(float* weights, int64_t i, int64_t r, vf first, const vf* second) {
   store(weights + i * kBlockM + r, first);
   if (second) store(weights + (i + 1) * kBlockM + r, *second);
@@ -106,8 +107,8 @@ PEFTKERN_INLINE void store_weights(uint32_t* weights, int64_t i, int64_t r, vf f
 }
 #endif
 
-// Turns products into weights relative to the present m while they are in registers. `tile_m` then tells whether m must be
-// raised.
+// Turns products into weights relative to the present m while they are in registers. `tile_m` then tells whether m must
+// be raised.
 template <typename T, bool kSomeHidden>
 struct WeightEpilogue {
   const float* base;
@@ -134,7 +135,8 @@ struct WeightEpilogue {
         total[n % 2] += c[n][v];
       }
 #pragma GCC unroll 16
-      for (int n = 0; n < kRows; n += 2) store_weights(weights, i + n, r, c[n][v], n + 1 < kRows ? &c[n + 1][v] : nullptr);
+      for (int n = 0; n < kRows; n += 2)
+        store_weights(weights, i + n, r, c[n][v], n + 1 < kRows ? &c[n + 1][v] : nullptr);
       store(tile_m + r, max(new_m[0], new_m[1]));
       store(sum + r, total[0] + total[1]);
     }
@@ -164,8 +166,9 @@ static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch
         multiply_rows(p, tile.k, key, count, panel, columns,
                       WeightEpilogue<T, true>{s.base, s.tile_m, s.tile_sum, weights, p.log2_scale, hidden, key, first});
       else
-        multiply_rows(p, tile.k, key, count, panel, columns,
-                      WeightEpilogue<T, false>{s.base, s.tile_m, s.tile_sum, weights, p.log2_scale, hidden, key, first});
+        multiply_rows(
+            p, tile.k, key, count, panel, columns,
+            WeightEpilogue<T, false>{s.base, s.tile_m, s.tile_sum, weights, p.log2_scale, hidden, key, first});
     });
   } while (raise_m(p, s, rows, p.log2_scale));
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(s.sum + r, load(s.sum + r) + load(s.tile_sum + r));
@@ -179,7 +182,7 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
   const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     const float* scores = s.scores + r;
-    vf tile_m[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, for the latency of a maximum
+    vf tile_m[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, to hide the latency of a maximum
     int64_t k = 1;
     for (; k + 4 <= n; k += 4)
       for (int64_t i = 0; i < 4; i++) tile_m[i] = max(tile_m[i], load(scores + (k + i) * kBlockM));
@@ -216,8 +219,7 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
                      int64_t begin, int64_t n) {
   const RowRange rows = rows_of(s.block, part, begin, n);
   const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
-  if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0)
-    weigh_scores(p, seq, s, part, tile, begin, n, rows);
+  if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0) weigh_scores(p, seq, s, part, tile, begin, n, rows);
 #if PEFTKERN_HAS_PAIRS
   else if (p.pairs)
     weigh_products<uint32_t>(p, seq, s, part, tile, begin, n, rows);
@@ -228,7 +230,8 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
     memset(s.sums, 0, sizeof(float) * (p.amx ? kBlockM : s.block.count) * dim);
     s.empty = false;
   }
-  const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin, p.pairs};
+  const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin,
+                            p.pairs};
 #if PEFTKERN_HAS_AMX
   if (p.amx) {
     pad_weights(s.weights, n, rows);
@@ -238,8 +241,7 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
     return;
   }
 #endif
-  multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key,
-                Store{s.out + rows.begin * dim, dim, !s.empty});
+  multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key, Store{s.out + rows.begin * dim, dim, !s.empty});
   s.empty = false;
 }
 
@@ -247,8 +249,8 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
   const TileRange range = tiles_of(seq, s.block, part);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
     const int64_t n = min(kBlockN, range.end - begin);
-    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
-                                      : s.tiles.get(p, begin, min(kBlockN, seq.kv_len - begin));
+    const Tile tile =
+        part == kPrefix ? prefix_tile(p, seq, kv_head, begin) : s.tiles.get(p, begin, min(kBlockN, seq.kv_len - begin));
     add_tile(p, seq, s, part, tile, begin, n);
   }
 #if PEFTKERN_HAS_AMX
@@ -307,7 +309,7 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
   }
 }
 
-// The prefixes, packed by all threads of the team; a barrier follows.
+// Packs the prefixes with all threads of the team. A barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)  // FAULT: prefix-read-before-it-is-packed
   for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {

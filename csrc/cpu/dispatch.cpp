@@ -78,7 +78,9 @@ struct Planner {
     }
   }
 
-  int64_t blocks(const Sequence& s) const { return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block; }
+  int64_t blocks(const Sequence& s) const {
+    return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
+  }
 
   // The approximate time that a sequence takes, for one kv head.
   double work(const Sequence& s) const { return double(s.q_len) * (double(s.kv_len) / 2 + double(s.prefix_len) + 1); }
@@ -179,7 +181,7 @@ bool valid(const peftkern_attention& a) {
   return known && sizes && a.window >= 0 && a.dropout_p >= 0.0 && a.dropout_p < 1.0;
 }
 
-// The offsets and indices that memory depends on.
+// Checks the offsets and indices that memory accesses depend on.
 bool valid_indices(const peftkern_attention& a) {
   const int64_t count = a.cu_seqlens ? a.num_sequences : a.batch;
   if (a.cu_seqlens) {
@@ -207,7 +209,7 @@ bool valid_indices(const peftkern_attention& a) {
 bool request_amx() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;                                  // AMX-BF16, AMX-TILE
   if (!__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) || !(ecx >> 27 & 1)) return false;  // OSXSAVE
   asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   constexpr unsigned kTileState = 3u << 17;
@@ -226,8 +228,7 @@ bool has_amx() { return false; }
 bool has_isa(int isa) {
 #if PEFTKERN_X86
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
@@ -240,8 +241,8 @@ bool has_isa(int isa) {
   return isa == PEFTKERN_ISA_PORTABLE;
 }
 
-// Whether a multiply-add of bf16 pairs is as fast as one of floats. It is on AMD's cores; on Intel's it takes four times as
-// long.
+// Whether a multiply-add of bf16 pairs is as fast as one of floats. It is on AMD's cores; on Intel's it takes four
+// times as long.
 bool has_fast_bf16() {
 #if PEFTKERN_X86
   __builtin_cpu_init();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// [prompt | weight[input_ids]] in one pass, and its gradients.
+// [prompt | weight[input_ids]] in one pass, and the gradients of prompt and weight.
 #include <omp.h>
 
 #include <cstring>
@@ -39,7 +39,8 @@ int64_t token_of(const peftkern_embedding& a, int64_t b, int64_t s) {
 }
 
 // row += dout[b, position, begin:end]
-void add_row(const peftkern_embedding_backward& g, int64_t b, int64_t position, int64_t begin, int64_t end, float* row) {
+void add_row(const peftkern_embedding_backward& g, int64_t b, int64_t position, int64_t begin, int64_t end,
+             float* row) {
   const int64_t dtype = g.forward.dtype;
   const char* source = offset(g.dout, dtype, b * g.dout_stride[0] + position * g.dout_stride[1]);
   int64_t e = begin;
@@ -109,7 +110,8 @@ int peftkern_soft_prompt_embedding_backward(const peftkern_embedding_backward* a
       // Each thread owns a range of columns and adds the tokens in their order.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       const int64_t begin = a.dim * thread / threads, end = a.dim * (thread + 1) / threads;
-      for (int64_t v = 0; v < a.vocab_size; v++) memset(g.dweight + v * a.dim + begin, 0, sizeof(float) * (end - begin));
+      for (int64_t v = 0; v < a.vocab_size; v++)
+        memset(g.dweight + v * a.dim + begin, 0, sizeof(float) * (end - begin));
       for (int64_t b = 0; b < a.batch; b++)
         for (int64_t s = 0; s < a.seq_len; s++)
           add_row(g, b, a.prompt_len + s, begin, end, g.dweight + token_of(a, b, s) * a.dim);
