@@ -64,6 +64,7 @@ class ModelPatch(Patch):
     Attributes:
         prefix_layers: the attention modules that read the prefix.
         packer: decides how calls are packed.
+        tables: the tables of learned positions.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ModelPatch(Patch):
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
-        self._tables: list[PositionTable] = []
+        self.tables: list[PositionTable] = []
         self._noticed: set[str] = set()
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
@@ -126,14 +127,14 @@ class ModelPatch(Patch):
         try:
             with quiet(self.backbone):
                 set_implementation(self._configs(), self.wiring)
-                with watch_tables(self.backbone) as self._tables:
+                with watch_tables(self.backbone) as self.tables:
                     names = {module: name for name, module in self.model.named_modules()}
                     self.prefix_layers, samples = survey(self.backbone, names)
                 for module, info in self.prefix_layers.items():
                     self.wiring.set_attribute(module, LAYER_INFO, info)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
-                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self._tables)
+                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self.tables)
                 self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
@@ -268,7 +269,7 @@ class ModelPatch(Patch):
                     place_behind(cache, kwargs)
             else:
                 self._pack_inputs(module, packed, cache, kwargs)
-            for table in self._tables:
+            for table in self.tables:
                 table.check(cache, kwargs)
         except Exception:
             cache.finish([])

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import PrefixKV
+from peftkern.huggingface.wiring import PATCH
 
 warnings.filterwarnings("ignore", message=".*does not support `output_attentions`.*")
 
 VOCAB, BATCH, SEQ, PREFIX = 97, 3, 7, 5
+FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
 
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _STACK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -357,3 +359,27 @@ def generate(model: Any, task: str, **options: Any) -> Tensor:
     torch.manual_seed(3)
     inputs = {"input_ids": IDS, "attention_mask": LEFT if task == "CAUSAL_LM" else RIGHT, **options}
     return model.generate(**inputs, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+
+
+def assert_same_step(got: Step, want: Step, mask: Tensor | None = None, tolerance: float = FP32_TOLERANCE) -> None:
+    """Two training steps have equal losses, outputs and gradients. ``mask`` excludes padding from the outputs."""
+    assert got.output.shape == want.output.shape, "outputs have another shape than PEFT's"
+    assert difference(got.loss, want.loss) <= tolerance, "losses differ"
+    output, gradients = step_difference(got, want, behind_prompt(mask))
+    assert output <= tolerance, f"outputs differ by {output:.1e}"
+    assert gradients <= tolerance, f"gradients differ by {gradients:.1e}"
+
+
+def rows_of(model: Any) -> list[int]:
+    """A list to which each forward appends the number of rows that the first layer sees."""
+    rows: list[int] = []
+    layer = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(args[0].shape[:2].numel()), with_kwargs=True
+    )
+    return rows
+
+
+def patch_of(model: Any) -> Any:
+    """The patch of a patched model, for tests of its internal state."""
+    return getattr(model, PATCH)

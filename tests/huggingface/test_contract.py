@@ -174,7 +174,7 @@ def test_eager_attention_is_beside_each_model():
 
 
 def test_checkpointing_is_a_partial_that_names_its_mode():
-    """model_patch._is_reentrant reads it."""
+    """prefix_patch._is_reentrant reads it."""
     model = models.base_model(LLAMA)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))

@@ -11,8 +11,7 @@ from peftkern import PrefixKV
 from peftkern.huggingface.layout import Layout
 from peftkern.huggingface.packing import LogitRows, PackedBatch
 from tests.huggingface import models
-from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
-from tests.huggingface.test_prompts import rows_of
+from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 

@@ -8,10 +8,9 @@ import torch
 
 import peftkern
 from tests.huggingface import models
-from tests.huggingface.models import FAMILIES, MASKS, PROJECTION, TASKS
+from tests.huggingface.models import FAMILIES, FP32_TOLERANCE, FP64_TOLERANCE, MASKS, PROJECTION, TASKS
 
 BACKENDS = ("reference", "cpu")
-FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
 GENERATION = {
     "greedy": {"do_sample": False},
     "beam": {"do_sample": False, "num_beams": 3},

@@ -21,7 +21,7 @@ def patch(name, model=None):
 
 
 def tables_of(model):
-    return [table.num_positions for table in model._peftkern_patch._tables]
+    return [table.num_positions for table in models.patch_of(model).tables]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

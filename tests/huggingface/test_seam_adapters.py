@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 import peftkern
+from peftkern.huggingface.wiring import PATCH
 from tests.huggingface import by_hand, models
 from tests.huggingface.by_hand import GREEDY, LLAMA, assert_close, token_rows
 from tests.huggingface.models import IDS, PREFIX, SEQ
@@ -47,7 +48,7 @@ def test_unpatched_while_disabled(method):
         by_hand.refused(lambda: peftkern.unpatch(model), "disable")
         assert_same_outputs(model, without, "within disable_adapter")
     assert_same_outputs(model, with_adapter, "behind disable_adapter")
-    if hasattr(model, "_peftkern_patch"):
+    if hasattr(model, PATCH):
         peftkern.unpatch(model)
         assert_same_outputs(model, with_adapter, "after unpatch")
 

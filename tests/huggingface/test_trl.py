@@ -20,8 +20,8 @@ import peftkern
 from tests.huggingface.kinds import KINDS, PEFT_KINDS, losses_differ, patched_model, stock_model
 from tests.huggingface.models import PREFIX, difference
 from tests.huggingface.trl_runs import (
+    CASES,
     LLAMA,
-    ORDERS,
     TOLERANCE,
     assert_same_run,
     data,
@@ -33,8 +33,6 @@ from tests.huggingface.trl_runs import (
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 slow = pytest.mark.slow
-
-CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
 
 
 class Separate:

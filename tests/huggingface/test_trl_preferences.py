@@ -19,6 +19,7 @@ from tests.huggingface import models
 from tests.huggingface.kinds import KINDS, PEFT_KINDS, is_native, losses_differ, patched_model, stock_model
 from tests.huggingface.models import PREFIX, difference
 from tests.huggingface.trl_runs import (
+    CASES,
     LLAMA,
     ORDERS,
     TOLERANCE,
@@ -31,8 +32,6 @@ from tests.huggingface.trl_runs import (
 )
 
 slow = pytest.mark.slow
-
-CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
 
 
 def with_reference(kind):

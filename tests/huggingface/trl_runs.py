@@ -16,7 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 import peftkern
-from tests.huggingface.kinds import PREFIX, assert_learns, losses_differ, patched_model, stock_model, trained
+from tests.huggingface.kinds import (
+    KINDS,
+    PEFT_KINDS,
+    PREFIX,
+    assert_learns,
+    losses_differ,
+    patched_model,
+    stock_model,
+    trained,
+)
 from tests.huggingface.models import FAMILIES, VOCAB, Family, difference
 
 datasets.disable_progress_bars()
@@ -145,6 +154,7 @@ def assert_same_run(got: Run, want: Run, metrics: tuple[str, ...] = (), *, toler
 
 
 ORDERS = ("patch, then trainer", "trainer, then patch")
+CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
 
 
 def patched_run(
