@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain model that has the prompt before every sample, because it cannot run it once per batch."""
+"""The patch for plain models that cannot run a prompt once per batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ConcatenationPatch"]
 
 
 class ConcatenationPatch(Patch):
-    """A plain model with the prompt before every sample.
+    """Puts the prompt before every sample of a plain model.
 
     Args:
         model: the module that the user patches.

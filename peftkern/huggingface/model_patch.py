@@ -47,7 +47,7 @@ class LogitsError(ValueError):
 
 
 class ModelPatch(Patch):
-    """A prefix or prompt in one model.
+    """Puts a prefix or prompt into one model.
 
     The prefix is passed as a keyword argument: the hook on the backbone adds it, and ``transformers`` forwards it to
     the attention function. Activation checkpointing, which removes the cache from layers, does not affect it.
@@ -285,9 +285,8 @@ class ModelPatch(Patch):
         if tokens.shape[:2] != packed.layout.shape:
             expected = f"{list(packed.layout.shape)} tokens in {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
-        if (
-            kwargs.pop("input_ids", None) is not None
-        ):  # the embedding, with its hooks and wrappers, sees the unpacked batch
+        if kwargs.pop("input_ids", None) is not None:
+            # The embedding may have hooks and wrappers, which see the unpacked batch.
             tokens = module.get_input_embeddings()(tokens)
         kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         kwargs["position_ids"] = packed.positions(cache.offset)

@@ -48,7 +48,7 @@ class PrefixSource(Source):
 
 
 class PrefixPatch(ModelPatch):
-    """A prefix of keys and values in one model."""
+    """Puts a prefix of keys and values into one model."""
 
     source: PrefixSource
 
@@ -191,7 +191,7 @@ class PrefixPatch(ModelPatch):
             place_behind(cache, kwargs)
 
     def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
-        """Warn or raise for several sequences per row. Models tell them apart by positions, but not with a cache."""
+        """Warn or raise for several sequences per row, which models separate by positions only without a cache."""
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return

@@ -28,7 +28,7 @@ __all__ = ["PromptPatch"]
 
 
 class PromptPatch(ModelPatch):
-    """A prompt that runs once per batch."""
+    """Puts a prompt into one model, which runs it once per batch."""
 
     source: PromptSource
 
@@ -92,11 +92,11 @@ class PromptPatch(ModelPatch):
         )  # fmt: skip
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.shape[1] and not is_tracing(mask):
-            numbers.ask("left padding", (mask[:, 0] == 0).any())
-            numbers.ask("padding", (mask == 0).any())
-        prompt.ask(numbers)
+            numbers.request("left padding", (mask[:, 0] == 0).any())
+            numbers.request("padding", (mask == 0).any())
+        prompt.request(numbers)
         numbers.fetch()
-        self.source.notice_differences(kwargs, numbers)
+        self.source.notice_differences(numbers)
         layout = builder.build()
         kwargs["use_cache"] = stores and not layout.several_per_row
         rows, ids = prompt.used(numbers)
