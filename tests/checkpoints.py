@@ -75,7 +75,7 @@ def assert_same(actual, expected):
 
 
 def logits_with(model, prefix):
-    """The model's logits with a prefix handed to it by means of transformers alone."""
+    """The model's logits with a prefix passed to it by transformers alone."""
     if isinstance(prefix, SoftPrompt):
         embeds = prefix(IDS, model.get_input_embeddings().weight)
         return model(inputs_embeds=embeds).logits

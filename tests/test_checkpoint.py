@@ -108,7 +108,7 @@ def test_continued_training_is_training_without_the_stop(name, tmp_path):
 
 
 def test_peft_goes_on_training_what_we_loaded(tmp_path):
-    """PEFT refuses is_trainable=True for prompt learning; its fresh adapter takes our tensors instead."""
+    """PEFT rejects is_trainable=True for prompt learning, so a new adapter loads our tensors."""
     save_prefix(OURS["prefix"](), tmp_path)
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
         peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)

@@ -26,7 +26,7 @@ class Crash(BaseException):
 
 
 def _crash_at(monkeypatch, what, call):
-    """The call-th use of a step of saving dies."""
+    """The call-th use of a step of saving crashes."""
     real, calls = getattr(os, what), []
 
     def dies(*args):
@@ -44,7 +44,7 @@ STEPS = [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2), ("fsync", 3
 @pytest.mark.parametrize(("what", "call"), STEPS, ids=[f"{what} {call}" for what, call in STEPS])
 @pytest.mark.parametrize("old", ["prefix", "prompt", "length per layer", None])
 def test_a_crash_loses_nothing(old, what, call, tmp_path, monkeypatch):
-    """Whatever was in the folder, after the crash it is the old checkpoint or the new one, and no litter."""
+    """After the crash the folder contains the old checkpoint or the new one, and no temporary files."""
     before, after = (OURS | ONLY_OURS)[old]() if old else None, OURS["projection"]()
     if before is not None:
         save_prefix(before, tmp_path)
@@ -63,7 +63,7 @@ def test_a_crash_loses_nothing(old, what, call, tmp_path, monkeypatch):
 
 
 def test_killed_between_the_files_it_loads(tmp_path):
-    """A kill leaves what an exception would have cleaned: new weights, the config of before, a temporary file."""
+    """A killed process leaves new weights, the old config, and a temporary file."""
     old, new = OURS["prompt"](), ONLY_OURS["length per layer"]()
     save_prefix(old, tmp_path)
     save_prefix(new, tmp_path / "new")
@@ -100,7 +100,7 @@ def _pickle(folder, zipped):
 
 
 def _edit_config(text="", **changes):
-    """What PEFT saved, with its config changed, replaced by a text, or (None) missing."""
+    """A folder saved by PEFT, with its config changed, replaced by a text, or removed (None)."""
 
     def edit(folder):
         peft.get_peft_model(llama(), prefix_config()).save_pretrained(folder, save_embedding_layers=False)
@@ -206,7 +206,7 @@ def test_a_prompt_for_another_model_is_refused(tmp_path):
 
 
 def test_a_classifier_that_peft_saved_beside_it_is_kept(tmp_path):
-    """SEQ_CLS adapters carry the classifier: loading names it, saving does not overwrite it."""
+    """SEQ_CLS adapters contain the classifier: loading names it, and saving does not overwrite it."""
     bert = transformers.BertForSequenceClassification(
         transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=60)
     )

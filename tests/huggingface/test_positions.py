@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables: which embeddings are some, and which sequences behind a prefix stay on them."""
+"""Position tables: which embeddings are position tables, and which sequences with a prefix exceed them."""
 
 from __future__ import annotations
 

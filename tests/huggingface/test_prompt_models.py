@@ -60,7 +60,7 @@ def test_heads_that_may_look_at_padding_get_it(name):
 
 @pytest.mark.parametrize("name", ["llama TOKEN_CLS", "bert TOKEN_CLS"])
 def test_labels_of_tokens(name):
-    """PEFT raises. The loss is that of the tokens' rows."""
+    """PEFT raises. The loss is computed from the rows of tokens."""
     family = TASKS[name]
     model = models.prompt_model(family, patched=True)
     labels = (IDS % 3).masked_fill(RIGHT == 0, -100)
@@ -114,7 +114,7 @@ def test_labelled_logits_have_equal_loss_and_gradients():
 
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2"])
 def test_a_soft_prompt_in_a_plain_model(name):
-    """Callers speak of the sequence alone; the loss is PEFT's."""
+    """Callers pass arguments of the sequence alone; the loss is PEFT's."""
     family = FAMILIES[name]
     stock = models.prompt_model(family, patched=False)
     prompt = SoftPrompt(stock.get_base_model(), PREFIX, init=models.peft_prefix(stock).detach())
@@ -174,7 +174,7 @@ def test_what_cannot_be_packed_says_why(name):
 
 
 def test_a_model_that_counts_rows_is_found_out():
-    """Its positions are those of the batch's columns, whatever it is told."""
+    """Its positions are the columns of the batch, regardless of position_ids."""
     family = FAMILIES["llama (GQA)"]
 
     def model(patched):

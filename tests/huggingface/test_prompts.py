@@ -86,7 +86,7 @@ def test_prompts_run_once_and_padding_not_at_all(kind, inputs, prompts):
 
 
 def test_padding_with_labels_counts_as_in_peft():
-    """Its rows are kept for their loss, and nothing sees them."""
+    """Its rows are kept for their loss, and no other row attends to them."""
     model = models.prompt_model(LLAMA, patched=True)
     rows = rows_of(model)
     got = models.training_step(model, LLAMA.task, RIGHT)

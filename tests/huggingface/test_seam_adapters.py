@@ -71,7 +71,7 @@ def test_nothing_stays_of_a_patch_that_ended_while_disabled(method):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_patched_while_disabled(method):
-    """The block of ``patched`` lies within that of ``disable_adapter``."""
+    """``patched`` within ``disable_adapter``."""
     with_adapter, without = stock(method)
     model = by_hand.build(method, patched=False).eval()
     with model.disable_adapter(), peftkern.patched(model):
@@ -132,7 +132,7 @@ def test_an_adapter_is_deleted_while_patched(method, deleted):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_merging_a_prompt_learning_model_fails_as_in_peft(method):
-    """PEFT's base model has no such method; a patch must not make it look as if it had worked."""
+    """PEFT's base model has no such method; a patch must not hide the error."""
     want = stock(method)[0]
     model = by_hand.build(method).eval()
     with pytest.raises(AttributeError, match="merge_and_unload"):
@@ -150,7 +150,7 @@ def lora(seed=3):
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
 @pytest.mark.parametrize("method", ["native prefix", "native prompt"])
 def test_lora_is_taken_out_while_a_prefix_is_patched_in(method, way):
-    """Either the prefix goes with the model that comes out, and is in its ``state_dict``, or it acts no more."""
+    """The returned model either has the prefix, also in its ``state_dict``, or runs without it."""
     model = lora()
     learned = by_hand.llama_prefix() if method == "native prefix" else by_hand.soft_prompt()
     without = getattr(lora(), way)()
