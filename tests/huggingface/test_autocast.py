@@ -112,9 +112,7 @@ def test_forward_and_backward(training, dtype, name, method):
     assert rms(want.logits - exact.logits) > 0, "stock does not round here"
     assert_rounds_like("logits", got.logits, want.logits, exact.logits, 2, dtype)
     assert rms(got.logits - exact.logits) >= rms(want.logits - exact.logits) / 3, "autocast is off: as exact as fp32"
-    spread = rms(
-        want.logits - exact.logits
-    )  # a single number may agree by chance, so the bound of the loss follows from the logits
+    spread = rms(want.logits - exact.logits)  # a single number may agree by chance
     assert abs(got.loss - exact.loss) <= 2 * abs(want.loss - exact.loss) + spread
     assert len(got.gradients) == len(want.gradients)
     if method == "SoftPrompt" and name == T5:  # PEFT's parameter has rows for the decoder, which it never uses
