@@ -15,7 +15,7 @@ from ..model_info import given_cache
 from .call_arguments import tokens_of
 from .layout import pad_labels
 
-__all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
+__all__ = ["Concatenated", "concatenate", "count_concatenated_prompt", "shows_prompt"]
 
 #: Attribute of a cache that contains a concatenated prompt: the length of the prompt.
 _LENGTH = "_peftkern_prompt_len"
@@ -110,7 +110,7 @@ def concatenate(
     return Concatenated(prompt_len, prompt_len + tokens.shape[1], given_cache(kwargs))
 
 
-def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
+def count_concatenated_prompt(cache: Any, kwargs: dict[str, Any]) -> bool:
     """Whether ``cache``, or a recurrent state, contains a concatenated prompt.
 
     If so, the mask and positions of the call are changed to count the prompt.

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import BOUNDARIES, bind, forward_arguments, place_behind, tokens_of
+from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
 from .masks import LazyMask
@@ -266,7 +266,7 @@ class ModelPatch(Patch):
         try:
             if packed is None:
                 if not cache.counts_outside:
-                    place_behind(cache, kwargs)
+                    count_prefix(cache, kwargs)
             else:
                 self._pack_inputs(module, packed, cache, kwargs)
             for table in self.tables:

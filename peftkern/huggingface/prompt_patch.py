@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_tracing
 from .cache import PrefixCache, PromptCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
-from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
+from .concatenation import Concatenated, concatenate, count_concatenated_prompt, shows_prompt
 from .layout import HostNumbers, pad_labels
 from .model_patch import ModelPatch
 from .packing import PackedBatch
@@ -53,7 +53,9 @@ class PromptPatch(ModelPatch):
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Pack every call with a prompt that does not continue a sequence."""
         cache = self_attention_cache(kwargs)
-        continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
+        continues = isinstance(cache, PrefixCache) or (
+            not self.source.is_given and count_concatenated_prompt(cache, kwargs)
+        )
         prompt = self.source.find(self, kwargs, continues)
         if continues or prompt is None:
             return None
