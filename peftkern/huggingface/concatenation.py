@@ -111,9 +111,14 @@ def concatenate(
 
 
 def count_concatenated_prompt(cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``cache``, or a recurrent state, contains a concatenated prompt.
+    """Count a prompt that is in ``cache``, or in a recurrent state, in the mask and positions of a call.
 
-    If so, the mask and positions of the call are changed to count the prompt.
+    Args:
+        cache: of the call.
+        kwargs: arguments of the call, changed in place.
+
+    Returns:
+        Whether there is such a prompt.
     """
     prompt_len = getattr(cache, _LENGTH, None)
     if prompt_len is not None and _is_empty(cache):  # it has been reset
