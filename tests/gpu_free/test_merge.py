@@ -19,7 +19,7 @@ from peftkern import ops
 from peftkern.arguments import allocate_outputs
 from peftkern.backends import BACKENDS, merge, torch_attention
 from peftkern.backends.triton import prefix_kernels as prefix_part
-from peftkern.testing.bounds import ROUNDS, check_backend, ratios
+from peftkern.testing.bounds import ROUNDINGS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
 from . import stand_ins
@@ -96,7 +96,7 @@ def test_right_results_have_room(backend, dtype):
     """Not only within the bound, but within two thirds of it, on torch's CPU kernel."""
     kernel = functools.partial(peftkern.prefix_attention, backend=backend, return_lse=True)
     with guard():
-        _, errors = ratios(kernel, tensors(SHAPE, dtype, torch.float32), {}, rounds=ROUNDS[backend])
+        _, errors = ratios(kernel, tensors(SHAPE, dtype, torch.float32), {}, roundings=ROUNDINGS[backend])
     for one in errors.values():
         assert one.worst <= 2 / 3, one.message
 
