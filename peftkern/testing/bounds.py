@@ -218,7 +218,8 @@ def check_backend(
     """Run a backend forward and backward, and assert that every result is within the error bound.
 
     Only the backend runs on ``device``, on copies with the same strides. The fp64 results it is compared with are
-    computed on the CPU, where they hold all scores in memory: a few hundred tokens are checked in less than a second.
+    computed on the CPU, where they hold all scores in memory. Checking a few hundred tokens takes seconds; see
+    :class:`peftkern.testing.Oracle` for larger calls.
 
     Args:
         backend: name of a backend, see :func:`peftkern.available_backends`.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -121,7 +121,8 @@ def _cu_seqlens(s: Shape, g: torch.Generator) -> Tensor:
     return torch.tensor([0, s.S // 3, s.S // 3, s.S], dtype=torch.int32)
 
 
-def _ids(s: Shape, g: torch.Generator) -> Tensor:
+def _prefix_ids(s: Shape, g: torch.Generator) -> Tensor:
+    """Each prefix of the bank in turn, and none for the last sample."""
     ids = torch.arange(s.B) % (s.A or 1)
     if s.B > 1:
         ids[-1] = -1
@@ -131,37 +132,37 @@ def _ids(s: Shape, g: torch.Generator) -> Tensor:
 class Feature(NamedTuple):
     """How a feature is turned on."""
 
-    #: The sizes that the feature needs.
-    sizes: dict[str, int]
     #: The keyword arguments of the call, for its shape and a generator of random numbers.
-    options: Callable[[Shape, torch.Generator], dict[str, Any]]
+    options: Callable[[Shape, torch.Generator], dict[str, Any]] = lambda s, g: {}
+    #: The sizes that the feature needs, for a given shape.
+    sizes: Callable[[Shape], dict[str, int]] = lambda s: {}
 
 
 #: Every feature of :func:`peftkern.prefix_attention` by name; :func:`feature` turns one on.
 FEATURES: dict[str, Feature] = {
-    "plain": Feature({}, lambda s, g: {}),
-    "non_causal": Feature({}, lambda s, g: {"causal": False}),
-    "scale": Feature({}, lambda s, g: {"scale": 0.37}),
-    "kv_cache": Feature({"T": 11}, lambda s, g: {}),
-    "key_mask": Feature({}, lambda s, g: {"key_mask": _key_mask(s, g)}),
-    "window": Feature({}, lambda s, g: {"window": 4}),
-    "window_after_prefix": Feature({}, lambda s, g: {"window": 3, "prefix_in_window": False}),
-    "softcap": Feature({}, lambda s, g: {"softcap": 1.5}),
-    "sinks": Feature({}, lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
-    "bias": Feature({}, lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
-    "bias_row": Feature({}, lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
-    "prefix_bias": Feature({}, lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
-    "gate": Feature({}, lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
-    "dropout": Feature({}, lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
-    "packed": Feature({"B": 1}, lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}),
-    "bank": Feature({"A": 3}, lambda s, g: {"prefix_ids": _ids(s, g)}),
+    "plain": Feature(),
+    "non_causal": Feature(lambda s, g: {"causal": False}),
+    "scale": Feature(lambda s, g: {"scale": 0.37}),
+    "kv_cache": Feature(sizes=lambda s: {"T": max(11, s.S + 2)}),
+    "key_mask": Feature(lambda s, g: {"key_mask": _key_mask(s, g)}),
+    "window": Feature(lambda s, g: {"window": 4}),
+    "window_after_prefix": Feature(lambda s, g: {"window": 3, "prefix_in_window": False}),
+    "softcap": Feature(lambda s, g: {"softcap": 1.5}),
+    "sinks": Feature(lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
+    "bias": Feature(lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
+    "bias_row": Feature(lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
+    "prefix_bias": Feature(lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
+    "gate": Feature(lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
+    "dropout": Feature(lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
+    "packed": Feature(lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}, lambda s: {"B": 1}),
+    "bank": Feature(lambda s, g: {"prefix_ids": _prefix_ids(s, g)}, lambda s: {"A": 3}),
     "ragged_bank": Feature(
-        {"A": 3},
-        lambda s, g: {"prefix_ids": _ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+        lambda s, g: {"prefix_ids": _prefix_ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+        lambda s: {"A": 3},
     ),
     "packed_bank": Feature(
-        {"B": 1, "A": 2},
         lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
+        lambda s: {"B": 1, "A": 2},
     ),
 }  # fmt: skip
 
@@ -182,9 +183,8 @@ def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict[str, An
     >>> sorted(FEATURES)[:4]
     ['bank', 'bias', 'bias_row', 'dropout']
     """
-    sizes, options = FEATURES[name]
-    shape = Shape(**{**vars(shape), **sizes})
-    return shape, options(shape, torch.Generator().manual_seed(seed))
+    shape = replace(shape, **FEATURES[name].sizes(shape))
+    return shape, FEATURES[name].options(shape, torch.Generator().manual_seed(seed))
 
 
 def combination(seed: int) -> tuple[Shape, dict[str, Any]]:

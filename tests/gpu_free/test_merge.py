@@ -38,7 +38,7 @@ UNMASKED = {
 
 
 def _feature(name: str, shape: Shape = SHAPE):
-    """``kv_cache`` names a T that is too short for this shape."""
+    """``kv_cache`` with 15 cached keys."""
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
 
 
