@@ -420,7 +420,7 @@ def test_what_is_interrupted_keeps_its_rows(monkeypatch, tmp_path, capsys):
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--seconds", "nan"], "--seconds: expected at least 0, got nan"),
         (["--device", "tpu"], "--device: expected some of cpu, cuda, got 'tpu'"),
-        (["--resume"], "--resume: expected --output with the folder to go on in, got none"),
+        (["--resume"], "--resume: expected --output with the folder to continue in, got none"),
         (["--cpu-time", "--threads", "2"], "--cpu-time: expected --device cpu --threads 1, got .*--threads 2"),
         (["--output", __file__], "--output: expected a folder, got the file .*test_bench.py"),
         (["--from", "nowhere.csv"], "--from: expected a CSV file, got nowhere.csv"),
