@@ -33,7 +33,7 @@ class Spread(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """The results of a finished run. ``speedup`` and memory ratios are stock / peftkern: above 1, peftkern is better."""
+    """The results of a run. ``speedup`` and memory ratios are stock / peftkern: above 1, peftkern is better."""
 
     options: Options
     model: str
