@@ -38,7 +38,7 @@ PARTS = ("survey", "trial")
 #: (owner, name, part) of the timed functions. None of them calls another one.
 TIMED = (
     (model_patch, "survey", "survey"), (trial.Trial, "__init__", "trial"), (trial.Trial, "try_prefix", "trial"),
-    (trial.Trial, "try_stream", "trial"), (trial.Trial, "try_prompt", "trial"), (packer, "try_head", "trial"),
+    (trial.Trial, "try_packed", "trial"), (trial.Trial, "try_prompt", "trial"), (packer, "try_head", "trial"),
 )  # fmt: skip
 
 

@@ -48,9 +48,7 @@ NAMES = {
 
 def _runs(name: str, calls: list[backends.Call]) -> bool:
     """Whether the backend runs all of ``calls``, forward and backward, on a machine that meets its requirements."""
-    backend = backends.get_backend(name)
-    limits = getattr(backend, "limits", backend.why_not)
-    return all(not limits(call) for call in calls)
+    return all(not backends.get_backend(name).limits(call) for call in calls)
 
 
 def _call(dtype: torch.dtype, shape: Shape, options: dict) -> backends.Call:

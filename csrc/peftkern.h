@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI of peftkern's native libraries: no torch, no Python, nothing that exits.
+// The C ABI of peftkern's native libraries. It depends on neither torch nor Python, and no call ends the process.
 //
-// Every call takes one struct and returns a status. Every field is eight bytes wide, so that a caller may fill a struct
-// as one array. Strides count elements; a tensor's last dimension has stride 1 unless its strides are listed in full.
-// A null pointer stands for "not given" (inputs) or "not needed" (gradients).
+// Every call takes one struct and returns a status. Every field is eight bytes wide, so structs have no padding and a
+// caller can fill one as an array. Strides count elements. The last dimension of a tensor has stride 1 unless all its
+// strides are listed. A null pointer means "not given" for an input and "not needed" for a gradient.
+//
+// peftkern/native/abi.py declares the same structs; tests/native/test_abi.py compares the two.
 #ifndef PEFTKERN_H_
 #define PEFTKERN_H_
 
 #include <stdint.h>
 
 #define PEFTKERN_ABI_VERSION 1
-#define PEFTKERN_CUDA_ABI_VERSION 2
+#define PEFTKERN_CUDA_ABI_VERSION 3
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -27,9 +29,9 @@ enum peftkern_status {
   PEFTKERN_INVALID_ARGUMENT = 1,
   PEFTKERN_UNSUPPORTED_ISA = 2,
   PEFTKERN_OUT_OF_MEMORY = 3,
-  PEFTKERN_MISALIGNED = 4,       // CUDA: a pointer or stride is not a multiple of 16 bytes
-  PEFTKERN_SHARED_MEMORY = 5,    // CUDA: the device has too little shared memory for the kernel
-  PEFTKERN_CUDA_ERROR = 1000,    // plus a cudaError_t
+  PEFTKERN_MISALIGNED = 4,     // CUDA: a pointer or stride is not a multiple of 16 bytes
+  PEFTKERN_SHARED_MEMORY = 5,  // CUDA: the device has too little shared memory for the kernel
+  PEFTKERN_CUDA_ERROR = 1000,  // plus a cudaError_t
 };
 
 enum peftkern_dtype {
@@ -40,7 +42,7 @@ enum peftkern_dtype {
   PEFTKERN_INT64 = 4,
 };
 
-// Instruction sets, from the plainest. AUTO takes the one that is fastest for the dtype on this processor.
+// Instruction sets, plainest first. AUTO selects the fastest one for the dtype on this processor.
 enum peftkern_isa {
   PEFTKERN_ISA_AUTO = 0,
   PEFTKERN_ISA_PORTABLE = 1,
@@ -50,7 +52,7 @@ enum peftkern_isa {
   PEFTKERN_ISA_AMX_BF16 = 5,
 };
 
-// Attention over [prefix | sequence]; peftkern/reference.py says what it means.
+// Attention over [prefix | sequence]. peftkern/reference.py defines the result.
 typedef struct peftkern_attention {
   const void* q;             // [batch, num_heads, q_len, head_dim]
   const void* k;             // [batch, num_kv_heads, kv_len, head_dim]
@@ -58,8 +60,8 @@ typedef struct peftkern_attention {
   const void* prefix_k;      // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
   const void* prefix_v;
   const float* sinks;        // [num_heads], contiguous
-  const void* bias;          // broadcast to [batch, num_heads, q_len, kv_len] by strides of 0, bias_dtype
-  const float* prefix_bias;  // broadcast to [num_heads, prefix_len]
+  const void* bias;          // [batch, num_heads, q_len, kv_len], bias_dtype; stride 0 along broadcast dimensions
+  const float* prefix_bias;  // [num_heads, prefix_len]; stride 0 along broadcast dimensions
   const float* gate;         // [num_heads], contiguous
   const uint8_t* key_mask;   // [batch, kv_len]
   const void* cu_seqlens;    // [num_sequences + 1], contiguous
@@ -68,7 +70,7 @@ typedef struct peftkern_attention {
   void* out;                 // [batch, num_heads, q_len, head_dim]
   float* lse;                // [batch, num_heads, q_len], contiguous
   int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, bank_size, prefix_len;
-  int64_t num_sequences;     // of cu_seqlens
+  int64_t num_sequences;     // in cu_seqlens
   int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, head, row
   int64_t prefix_k_stride[3], prefix_v_stride[3];     // bank, head, row
   int64_t bias_stride[4], prefix_bias_stride[2], key_mask_stride[2];
@@ -79,13 +81,13 @@ typedef struct peftkern_attention {
   double scale, softcap, dropout_p;                   // softcap 0: none
 } peftkern_attention;
 
-// `forward.out` and `forward.lse` hold the results of the forward.
+// `forward.out` and `forward.lse` are inputs here: the results of the forward.
 typedef struct peftkern_attention_backward {
   peftkern_attention forward;
   const void* dout;          // [batch, num_heads, q_len, head_dim]
   const float* dlse;         // [batch, num_heads, q_len]
-  void *dq, *dk, *dv;        // as q, k, v
-  float *dprefix_k, *dprefix_v;  // as prefix_k, contiguous
+  void *dq, *dk, *dv;        // shaped like q, k, v
+  float *dprefix_k, *dprefix_v;  // shaped like prefix_k, contiguous
   float* dsinks;             // [num_heads]
   float* dbias;              // [bias_size], contiguous
   float* dprefix_bias;       // [prefix_bias_size], contiguous
@@ -116,10 +118,11 @@ typedef struct peftkern_embedding_backward {
 PEFTKERN_API int peftkern_abi_version(void);
 PEFTKERN_API const char* peftkern_error_string(int status);
 
-// Whether this processor and this build have an instruction set; its name, or null beyond the last.
+// Whether both this processor and this build support an instruction set.
 PEFTKERN_API int peftkern_isa_available(int isa);
+// The name of an instruction set; null if there is none with this number.
 PEFTKERN_API const char* peftkern_isa_name(int isa);
-// What AUTO stands for.
+// The instruction set that AUTO selects.
 PEFTKERN_API int peftkern_isa_default(int dtype);
 
 PEFTKERN_API int peftkern_prefix_attention(const peftkern_attention* args);
@@ -130,16 +133,16 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 // One block of Philox4x32-10, for known-answer tests.
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-// libpeftkern_cuda: device pointers, fp16 and bf16, head_dim a multiple of 8 up to 256, a prefix of q's dtype. Work is queued
-// on `stream` of `device`, nothing waits for it. Pointers and strides in bytes are multiples of 16. Dropout must be 0, `bias`
-// and `gate` null where the sequence is read; `gate` holds its tanh; `isa` and `num_threads` are not read.
+// libpeftkern_cuda: pointers are device pointers, dtypes fp16 and bf16, head_dim a multiple of 8 up to 256, and the prefix
+// has q's dtype. Calls queue work on `stream` of `device` and do not wait for it. Pointers, and strides in bytes, are
+// multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls that read the sequence. `gate` holds the
+// gate's tanh. `isa` and `num_threads` are ignored.
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
-  const void* part_out;      // [batch, num_heads, q_len, head_dim]: an attention over the sequence alone; may be `out`
-  const float* part_lse;     // [batch, num_heads, q_len], times part_lse_unit in natural logarithm; may be `lse`
+  const void* part_out;      // [batch, num_heads, q_len, head_dim]: attention over the sequence alone; may be `out`
+  const float* part_lse;     // [batch, num_heads, q_len], natural logarithm; may be `lse`
   int64_t part_out_stride[3], part_lse_stride[3];
-  double part_lse_unit;
-  void* workspace;           // of peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
+  void* workspace;           // peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
   int64_t workspace_size;
   int64_t device;
   void* stream;
@@ -147,16 +150,16 @@ typedef struct peftkern_cuda_attention {
 
 typedef struct peftkern_cuda_attention_backward {
   peftkern_attention_backward backward;
-  float* delta;              // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, or room for it
-  void* workspace;           // of peftkern_cuda_workspace_size bytes
+  float* delta;              // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, or memory for it
+  void* workspace;           // peftkern_cuda_workspace_size bytes
   int64_t workspace_size;
   int64_t delta_is_given;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention_backward;
 
-// out[b] = [prefix | k[b]], and so for v, in one launch; prefix_dtype may be fp32.
-typedef struct peftkern_cuda_slot {
+// out_k[b] = [prefix_k | k[b]] and out_v[b] = [prefix_v | v[b]], in one launch. prefix_dtype may be fp32.
+typedef struct peftkern_cuda_concat_args {
   const void *k, *v;                // [batch, num_kv_heads, kv_len, head_dim]
   const void *prefix_k, *prefix_v;  // [bank_size, num_kv_heads, prefix_len, head_dim]
   const void* prefix_ids;           // [batch], contiguous
@@ -166,20 +169,20 @@ typedef struct peftkern_cuda_slot {
   int64_t dtype, prefix_dtype, prefix_ids_dtype;
   int64_t device;
   void* stream;
-} peftkern_cuda_slot;
+} peftkern_cuda_concat_args;
 
-// total = the sum of dslot before the sequence, over the samples of each prefix; dtype may be fp32.
-typedef struct peftkern_cuda_slot_backward {
-  const void* dslot;         // [batch, num_kv_heads, at least prefix_len, head_dim]
+// dprefix = the sum of the first prefix_len rows of dout over the samples of each prefix. dtype may be fp32.
+typedef struct peftkern_cuda_concat_backward_args {
+  const void* dout;          // [batch, num_kv_heads, at least prefix_len, head_dim]: the gradient of out_k or out_v
   const void* prefix_ids;    // [batch], contiguous
-  float* total;              // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
+  float* dprefix;            // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
   int64_t batch, num_kv_heads, head_dim, bank_size, prefix_len;
-  int64_t dslot_stride[3], dtype, prefix_ids_dtype;
+  int64_t dout_stride[3], dtype, prefix_ids_dtype;
   int64_t device;
   void* stream;
-} peftkern_cuda_slot_backward;
+} peftkern_cuda_concat_backward_args;
 
-// The forward reads `backward.forward` only. `dweight` must be null.
+// The forward reads only `backward.forward`. `dweight` must be null.
 typedef struct peftkern_cuda_embedding {
   peftkern_embedding_backward backward;
   int64_t device;
@@ -188,29 +191,30 @@ typedef struct peftkern_cuda_embedding {
 
 PEFTKERN_API int peftkern_cuda_abi_version(void);
 PEFTKERN_API const char* peftkern_cuda_error_string(int status);
-// What the library holds code for: "8.0,9.0+PTX".
+// The compute capabilities that the library holds code for: "8.0,9.0+PTX".
 PEFTKERN_API const char* peftkern_cuda_architectures(void);
 
-// out and lse of the prefix, the sinks and the attention over the sequence in `part_out` and `part_lse`, merged (k and v are
-// not read). A null part stands for no sequence, a part_lse of +inf or -inf for a row that saw no key.
+// Merges the prefix and the sinks with the attention over the sequence in `part_out` and `part_lse`; writes out and lse. k
+// and v are not read. Null parts mean that there is no sequence. A part_lse of +inf or -inf marks a row that saw no key.
 PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args);
-// Given the merged `forward.out` and `forward.lse`: adds the prefix's part to dq, writes dprefix_k, dprefix_v, dprefix_bias.
-// The latter is [num_heads, prefix_len] in a buffer of a multiple of 16 bytes and needs a given delta. With a gate, out and
-// lse are the prefix's own.
+// Takes the merged `forward.out` and `forward.lse`. Adds the prefix's part to dq; writes dprefix_k, dprefix_v and
+// dprefix_bias. dprefix_bias is [num_heads, prefix_len] in a buffer whose size is a multiple of 16 bytes, and needs
+// delta_is_given. With a gate, out and lse are those of the prefix alone.
 PEFTKERN_API int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args);
 PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* args);
 
-// Writes `delta`, not from out but as the sum over prefix and sequence of what out and dout are products of: exact where out
-// has been rounded. With k null, over the prefix alone.
+// Writes `delta` as the sum of p * (dout . v) over prefix and sequence, less dlse. The sum does not read `out`, so it is
+// exact where out is rounded to half precision. With k null, it covers the prefix alone.
 PEFTKERN_API int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args);
 
-// All of it, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias.
+// The whole attention, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and
+// dprefix_bias.
 PEFTKERN_API int64_t peftkern_cuda_split_workspace_size(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention(const peftkern_cuda_attention* args);
 PEFTKERN_API int peftkern_cuda_prefix_attention_backward(const peftkern_cuda_attention_backward* args);
 
-PEFTKERN_API int peftkern_cuda_kv_slot(const peftkern_cuda_slot* args);
-PEFTKERN_API int peftkern_cuda_kv_slot_backward(const peftkern_cuda_slot_backward* args);
+PEFTKERN_API int peftkern_cuda_concat(const peftkern_cuda_concat_args* args);
+PEFTKERN_API int peftkern_cuda_concat_backward(const peftkern_cuda_concat_backward_args* args);
 PEFTKERN_API int peftkern_cuda_soft_prompt_embedding(const peftkern_cuda_embedding* args);
 PEFTKERN_API int peftkern_cuda_soft_prompt_embedding_backward(const peftkern_cuda_embedding* args);
 

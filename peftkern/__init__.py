@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 _HOME = {
     "prefix_attention": "functional",
     "soft_prompt_embedding": "functional",
-    "explain": "functional",
-    "available_backends": "backends",
-    "use_backend": "backends",
-    "BackendUnavailable": "backends",
+    "explain": "explanation",
+    "available_backends": "backends.registry",
+    "use_backend": "backends.registry",
+    "BackendUnavailable": "backends.registry",
     "PrefixKV": "modules",
     "SoftPrompt": "modules",
     "save_prefix": "checkpoint",
@@ -47,9 +47,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .backends import BackendUnavailable, available_backends, use_backend
+    from .backends.registry import BackendUnavailable, available_backends, use_backend
     from .checkpoint import load_prefix, save_prefix
-    from .functional import explain, prefix_attention, soft_prompt_embedding
+    from .explanation import explain
+    from .functional import prefix_attention, soft_prompt_embedding
     from .huggingface.patch import patch, patched, unpatch
     from .modules import PrefixKV, SoftPrompt
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend is given, what it returns, and what it must be able to say: the contract of all backends."""
+"""The arguments and results of the ops, and the description of a call by which a backend is chosen.
+
+The ground floor: everything else in the package may import this module, and it imports nothing of the package.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +17,12 @@ OpName = Literal["prefix_attention", "soft_prompt_embedding"]
 
 
 class AttentionArgs(NamedTuple):
-    """The arguments of one prefix attention, in the order of the op's schema (tensors first, then numbers).
+    """The arguments of one prefix attention in the order of the op's schema, tensors first.
 
-    Shapes as in :func:`peftkern.prefix_attention`. ``softcap`` 0.0 and ``window`` ``None`` mean "none"; ``scale`` is
-    always a number; ``dropout_seed`` is a 0-dim int64 tensor, given iff ``dropout_p > 0``.
+    The shapes are those of :func:`peftkern.prefix_attention`. ``softcap=0.0`` disables the cap, ``window=None`` the
+    window. ``scale`` is always a number. ``dropout_seed`` is a 0-dim int64 tensor if ``dropout_p > 0``, else None.
+
+    The op's schema (:mod:`peftkern.ops`) is derived from the annotations of these fields.
     """
 
     q: Tensor
@@ -42,14 +48,14 @@ class AttentionArgs(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
-        """The nine arguments that may have a gradient, q to gate."""
+        """The nine arguments that may have a gradient: ``q`` to ``gate``."""
         return cast("tuple[Tensor | None, ...]", self[: len(AttentionGradients._fields)])
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients of the nine differentiable arguments, in the order of :class:`AttentionArgs`.
+    """The gradients of the nine differentiable arguments, in the order of :class:`AttentionArgs`.
 
-    What nobody needs is a tensor without elements (an op's outputs cannot be optional).
+    A gradient that was not requested is a tensor without elements, since an op's outputs cannot be optional.
     """
 
     dq: Tensor
@@ -64,14 +70,14 @@ class AttentionGradients(NamedTuple):
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Softmax statistics and prefix gradients are fp32, or fp64 where the activations are."""
+    """The dtype of softmax statistics and prefix gradients: fp64 for fp64 activations, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allocate_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """Uninitialised (out [B,Hq,S,D] with the memory order [B,S,Hq,D], lse [B,Hq,S]).
+    """Uninitialised ``out`` [B, Hq, S, D] and ``lse`` [B, Hq, S].
 
-    The order is the one the next linear layer reads, so no copy follows.
+    ``out`` lies in memory as [B, S, Hq, D], the order in which the next linear layer reads it, so no copy follows.
     """
     batch, num_heads, q_len, head_dim = args.q.shape
     out = args.q.new_empty(batch, q_len, num_heads, head_dim).transpose(1, 2)
@@ -79,10 +85,10 @@ def allocate_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradients:
-    """Uninitialised gradients, empty where ``needs`` (nine flags) is false.
+    """Uninitialised gradients; those whose flag in ``needs`` (nine flags) is false have no elements.
 
-    dq, dk, dv have their argument's dtype and the memory order [B,S,H,D]; all others are contiguous fp32 (fp64 with
-    fp64 activations), whatever their argument's dtype: they are sums over many rows.
+    dq, dk and dv have their argument's dtype and lie in memory as [B, S, H, D]. All others are sums over many rows
+    and therefore contiguous fp32 (fp64 for fp64 activations), whatever their argument's dtype.
     """
     fp = lse_dtype(args.q.dtype)
     gradients = []
@@ -97,13 +103,21 @@ def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradi
     return AttentionGradients(*gradients)
 
 
+class TensorInfo(NamedTuple):
+    """The shape, dtype and device of a tensor: all that validation and the choice of a backend read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class Call:
-    """What an op is asked to do: all that a backend may refuse on, and nothing else.
+    """What an op is asked to do: everything that a backend may refuse or price, and nothing else.
 
-    ``features`` holds the names of the optional arguments in use (``"key_mask"``, ``"window"``, ``"bank"``, …);
-    ``needs_grad`` says whether a backward pass will follow. For ``soft_prompt_embedding``, ``q_shape`` is
-    [B, S], ``kv_shape`` the weight's [V, E] and ``prefix_shape`` the prompt's.
+    ``features`` holds the names of the optional arguments in use (``"key_mask"``, ``"window"``, ``"bank"``, …), and
+    ``needs_grad`` says whether a backward pass follows. For ``soft_prompt_embedding``, ``q_shape`` is [B, S],
+    ``kv_shape`` the weight's [V, E] and ``prefix_shape`` the prompt's.
     """
 
     op: OpName
@@ -115,9 +129,20 @@ class Call:
     prefix_shape: tuple[int, ...]
     features: tuple[str, ...] = ()
     needs_grad: bool = False
+    _hash: int | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        """Computed once: a call is looked up each time an op runs."""
+        if self._hash is None:
+            fields = (
+                self.op, self.device, self.dtype, self.prefix_dtype, self.q_shape, self.kv_shape, self.prefix_shape,
+                self.features, self.needs_grad,
+            )  # fmt: skip
+            object.__setattr__(self, "_hash", hash(fields))
+        return cast(int, self._hash)
 
     def __str__(self) -> str:
-        """One line for messages, sizes and dtypes first."""
+        """One line for messages: shapes, dtypes, device, features."""
         names = ("q", "k", "prefix_k") if self.op == "prefix_attention" else ("input_ids", "weight", "prompt")
         shapes = zip(names, (self.q_shape, self.kv_shape, self.prefix_shape), strict=True)
         parts = [f"{name} {list(shape)}" for name, shape in shapes]
@@ -128,59 +153,37 @@ class Call:
         return " · ".join([*parts, "forward and backward" if self.needs_grad else "forward"])
 
 
-def call_of(args: AttentionArgs, needs_grad: bool = False) -> Call:
-    """What a backend may refuse of a prefix attention."""
-    features = [
-        name
-        for name, used in (
-            ("non-causal", not args.causal),
-            ("key_mask", args.key_mask is not None),
-            ("cu_seqlens", args.cu_seqlens is not None),
-            ("bank", args.prefix_ids is not None),
-            ("prefix_lens", args.prefix_lens is not None),
-            ("window", args.window is not None),
-            ("prefix outside window", args.window is not None and not args.prefix_in_window),
-            ("softcap", args.softcap != 0.0),
-            ("sinks", args.sinks is not None),
-            ("bias", args.bias is not None),
-            ("prefix_bias", args.prefix_bias is not None),
-            ("gate", args.gate is not None),
-            ("dropout", args.dropout_p > 0.0),
-        )
-        if used
-    ]
+def attention_call(args: AttentionArgs, needs_grad: bool = False) -> Call:
+    """The :class:`Call` of a prefix attention. Tensors may be given as :class:`TensorInfo`."""
+    features = tuple(name for name, is_used in _FEATURES if is_used(args))
     return Call(
         "prefix_attention", args.q.device, args.q.dtype, args.prefix_k.dtype, tuple(args.q.shape),
-        tuple(args.k.shape), tuple(args.prefix_k.shape), tuple(features), needs_grad,
+        tuple(args.k.shape), tuple(args.prefix_k.shape), features, needs_grad,
     )  # fmt: skip
 
 
-class Backend(Protocol):
-    """What a backend module provides. ``needs`` in a backward says, per output, whether anybody wants it."""
+_FEATURES: tuple[tuple[str, Callable[[AttentionArgs], bool]], ...] = (
+    ("non-causal", lambda args: not args.causal),
+    ("key_mask", lambda args: args.key_mask is not None),
+    ("cu_seqlens", lambda args: args.cu_seqlens is not None),
+    ("bank", lambda args: args.prefix_ids is not None),
+    ("prefix_lens", lambda args: args.prefix_lens is not None),
+    ("window", lambda args: args.window is not None),
+    ("prefix outside window", lambda args: args.window is not None and not args.prefix_in_window),
+    ("softcap", lambda args: bool(args.softcap)),
+    ("sinks", lambda args: args.sinks is not None),
+    ("bias", lambda args: args.bias is not None),
+    ("prefix_bias", lambda args: args.prefix_bias is not None),
+    ("gate", lambda args: args.gate is not None),
+    ("dropout", lambda args: args.dropout_p > 0.0),
+)
 
-    def why_not(self, call: Call) -> list[str]:
-        """Reasons, each with what to do about it, why ``call`` cannot run here; empty if it can."""
 
-    def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """(out, lse), laid out by :func:`allocate_outputs`."""
-
-    def prefix_attention_backward(
-        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
-    ) -> AttentionGradients:
-        """Gradients, laid out by :func:`allocate_gradients`. ``dlse`` is None where lse is not used."""
-
-    def soft_prompt_embedding(
-        self, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None
-    ) -> Tensor:
-        """[B, P+S, E] contiguous, of the weight's dtype."""
-
-    def soft_prompt_embedding_backward(
-        self,
-        dout: Tensor,
-        input_ids: Tensor,
-        weight: Tensor,
-        prompt: Tensor,
-        prompt_ids: Tensor | None,
-        needs: list[bool],
-    ) -> tuple[Tensor, Tensor]:
-        """(dweight, dprompt), both fp32 (fp64 with fp64 weights), contiguous; empty where not needed."""
+def embedding_call(
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, needs_grad: bool = False
+) -> Call:
+    """The :class:`Call` of a soft prompt embedding."""
+    return Call(
+        "soft_prompt_embedding", weight.device, weight.dtype, prompt.dtype, tuple(input_ids.shape),
+        tuple(weight.shape), tuple(prompt.shape), () if prompt_ids is None else ("bank",), needs_grad,
+    )  # fmt: skip

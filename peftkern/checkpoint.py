@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefixes on disk, in PEFT's folder format: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-``prompt_embeddings`` and the config are what PEFT reads. Parameters that this does not give back (the MLP of a
-projection) lie beside it under keys ``peftkern.*``, which PEFT skips. The header of the weights repeats the config,
-so the weights alone are a whole checkpoint, and one rename replaces it. A prefix that PEFT cannot express (a length
-per layer, a bank, the natural layer order of an encoder-decoder model) carries a ``peft_type`` that PEFT refuses.
+PEFT reads ``prompt_embeddings`` and the config. Parameters that these do not determine (the MLP of a projection) are
+stored under keys ``peftkern.*``, which PEFT ignores. The header of the weights repeats the config, so the weights
+alone are a complete checkpoint, which a single rename replaces. A prefix that PEFT cannot represent (one length per
+layer, a bank, the natural layer order of an encoder-decoder model) has a ``peft_type`` that PEFT rejects.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ _PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PEFTKERN_PROMPT")
 
 
 def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -> None:
-    """Saves a prefix so that :func:`load_prefix` and, where it can express it, PEFT load it.
+    """Saves a prefix for :func:`load_prefix` and, if PEFT can represent it, for PEFT.
 
-    Both files are written beside their places, flushed to the disk, and then renamed, the weights first. Whatever
-    stops this on the way, :func:`load_prefix` finds either the old prefix or the new one, whole.
+    Both files are written under temporary names, flushed to disk, and then renamed, the weights first. If this is
+    interrupted at any point, :func:`load_prefix` finds either the complete old prefix or the complete new one.
 
     Args:
-        prefix: what to save.
-        folder: made if it is not there; its ``adapter_model.safetensors`` and ``adapter_config.json`` are replaced.
+        prefix: the module to save.
+        folder: created if it does not exist. Its ``adapter_model.safetensors`` and ``adapter_config.json`` are
+            replaced.
 
     Raises:
-        ValueError: if the folder's weights also hold somebody else's tensors (a classifier that PEFT saved beside its
-            prefix), which would be lost.
+        ValueError: if the folder's weights also contain other tensors (a classifier that PEFT saved with its prefix),
+            which would be lost.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -64,7 +65,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
         raise ValueError(f"prefix: expected a PrefixKV or SoftPrompt, got {type(prefix).__name__}")
     config = {"inference_mode": True, **prefix.origin._asdict(), **config}
     full = {**config, **own, "peftkern_format": FORMAT_VERSION}
-    # PEFT warns of fields it does not know.
+    # PEFT warns about fields that it does not know.
     public = full if config["peft_type"].startswith("PEFTKERN") else config
 
     folder = Path(folder)
@@ -79,23 +80,23 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
 def load_prefix(
     folder: str | os.PathLike[str], trainable: bool = True, *, model: Any = None
 ) -> PrefixKV | SoftPrompt:
-    """Loads what :func:`save_prefix` or PEFT's ``save_pretrained`` left in a folder, for continued training too.
+    """Loads a prefix that :func:`save_prefix` or PEFT's ``save_pretrained`` has saved, for inference or training.
 
-    PEFT's PREFIX_TUNING and CARTRIDGE give a :class:`PrefixKV`, PROMPT_TUNING and P_TUNING a :class:`SoftPrompt`.
-    PEFT saves the output of a projection or prompt encoder without its MLP, so those go on as flat parameters.
+    PEFT's PREFIX_TUNING and CARTRIDGE become a :class:`PrefixKV`, PROMPT_TUNING and P_TUNING a :class:`SoftPrompt`.
+    PEFT saves the output of a projection or prompt encoder without its MLP, so training continues on flat parameters.
     Tensors of other modules (``modules_to_save``) are not loaded; a warning names them.
 
     Args:
-        folder: a local folder with the two files; the config may be missing beside weights of :func:`save_prefix`.
-        trainable: false clears ``requires_grad``.
-        model: a Hugging Face model or config that the prefix must fit; a model also gives the device.
+        folder: a local folder with the two files. The config may be missing if :func:`save_prefix` wrote the weights.
+        trainable: False clears ``requires_grad``.
+        model: a Hugging Face model or config that the prefix must fit. A model also determines the device.
 
     Returns:
-        The prefix in the stored dtype; half precision becomes fp32, of the same values.
+        The prefix in the stored dtype; half precision is converted to fp32.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: missing, truncated, a pickle, another format, another
-            kind of adapter, shapes that do not fit the config, or made for another model.
+        ValueError: naming the file and the problem: missing, truncated, a pickle, another format, another type of
+            adapter, shapes that do not fit the config, or a prefix for another model.
     """
     folder = Path(folder)
     path = folder / WEIGHTS_NAME
@@ -123,7 +124,7 @@ def load_prefix(
 
 
 def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config fields, fields of our own, and the tensors."""
+    """PEFT's config fields, our own fields, and the tensors."""
     uniform = len(set(prefix.lengths)) == 1
     config: dict[str, Any] = {
         "peft_type": "PEFTKERN_PREFIX",
@@ -158,7 +159,7 @@ def _describe_prompt(prompt: SoftPrompt) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrefixKV:
-    """The shapes are compared with a module on the meta device, so that nothing is allocated before they fit."""
+    """Compares shapes with a module on the meta device, so that nothing is allocated unless they fit."""
     names = ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")
     num_layers, num_kv_heads, token_dim, length = (_size(config, name) for name in names)
     if token_dim % num_kv_heads:
@@ -181,7 +182,7 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
 
 
 def _build_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SoftPrompt:
-    """PEFT stores num_virtual_tokens rows per transformer submodule, and uses those of the first."""
+    """PEFT stores num_virtual_tokens rows per transformer submodule, and uses only those of the first."""
     length, embed_dim = _size(config, "num_virtual_tokens"), _size(config, "token_dim")
     num_prompts, weight = config.get("num_prompts"), tensors["prompt_embeddings"]
     bank = [] if num_prompts is None else [num_prompts]
@@ -204,7 +205,7 @@ def _check_shape(name: str, x: Tensor, expected: list[int]) -> None:
 
 
 def _master(x: Tensor) -> Tensor:
-    """A copy (what was read is mapped from the file) in at least fp32."""
+    """A copy in at least fp32; tensors that safetensors has read are mapped from the file."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
@@ -223,7 +224,7 @@ def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
 
 
 def _check_nothing_lost(path: Path) -> None:
-    """A file that cannot be read holds nothing to lose."""
+    """Raise ValueError if replacing the file would lose other tensors. An unreadable file has nothing to lose."""
     with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(path, framework="pt") as file:
         foreign = _foreign(file.keys())
         if foreign:
@@ -237,8 +238,11 @@ def _foreign(names: Iterable[str]) -> list[str]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config. Our weights carry their config; of the file beside them only the origin is then taken, for
-    it may have been edited, or be that of the prefix before."""
+    """Tensors and config.
+
+    Our weights contain their config. Only the origin is then read from the config file, because that file may have
+    been edited, or belong to the previous prefix.
+    """
     weights, config_path = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     if not weights.is_file():
         pickle = " (adapter_model.bin is a pickle, which is not read: save it as safetensors)"
@@ -277,7 +281,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Puts files in place in the given order, each by one rename, after all of them have reached the disk."""
+    """Replace files in the given order, each by one rename, after all of them have been flushed to disk."""
     temporary = {name: folder / f".{name}.{uuid4().hex}.tmp" for name in contents}
     try:
         for name, data in contents.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face model, config, tokenizer or cache says about the prefix it takes."""
+"""Reads from a Hugging Face model, config, tokenizer or cache what a prefix for it needs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 __all__ = [
     "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed_dim_of", "geometry_of", "given_cache",
-    "layers_of", "rename_cache", "text_cache", "text_config", "tokens_of",
+    "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
 ]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
 
-#: What models call the cache that they take and return. A model has one of the names, which depends on the version of
+#: Names of a model's cache, as argument and as output. Which of them a model uses depends on the version of
 #: transformers.
 CACHE_NAMES = ("past_key_values", "cache")
 
@@ -31,7 +31,7 @@ _TASK_OF_CLASS = {
 
 
 class Origin(NamedTuple):
-    """What a prefix was made for; kept in checkpoints, since PEFT chooses its model class by ``task_type``."""
+    """The model and task of a prefix, stored in checkpoints. PEFT selects its model class by ``task_type``."""
 
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, model_or_config: Any) -> Origin:
-        """Reads a Hugging Face model or config; None gives the defaults."""
+        """The origin of a Hugging Face model or config; the defaults for None."""
         if model_or_config is None:
             return cls()
         config = getattr(model_or_config, "config", model_or_config)
@@ -58,7 +58,7 @@ class Origin(NamedTuple):
 
 
 def text_config(model_or_config: Any) -> Any:
-    """The language decoder's config: of a vision-language model its text part, of an encoder-decoder its decoder."""
+    """The config of the language decoder: a vision-language model's text config, or an encoder-decoder's decoder."""
     config = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
         raise ValueError(f"model_or_config: expected a Hugging Face model or config, got {type(model_or_config)}")
@@ -66,7 +66,7 @@ def text_config(model_or_config: Any) -> Any:
 
 
 def geometry_of(model_or_config: Any, given: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
-    """(num_layers, num_kv_heads, head_dim), each the given one or the config's."""
+    """(num_layers, num_kv_heads, head_dim): the given values, where None the config's."""
     if any(n is None for n in given):
         if model_or_config is None:
             raise ValueError(
@@ -111,14 +111,14 @@ def _heads_and_dim(config: Any) -> tuple[int, int]:
 
 
 def embed_dim_of(config: Any) -> int:
-    """Width of the token embeddings, which ELECTRA and OPT-350m project to the hidden size."""
+    """Width of the token embeddings. ELECTRA and OPT-350m project it to the hidden size."""
     config = text_config(config)
     names = ("embedding_size", "word_embed_proj_dim", "hidden_size")
     return int(next(n for n in (getattr(config, name, None) for name in names) if n))
 
 
-def tokens_of(tokenizer: Any, text: str, length: int) -> list[int]:
-    """The text's tokens, repeated or cut to the length."""
+def text_tokens(tokenizer: Any, text: str, length: int) -> list[int]:
+    """The text's token ids, repeated or truncated to the length."""
     ids = list(tokenizer(text)["input_ids"])
     if not ids or length < 1:
         raise ValueError(f"text, length: expected at least one token, got {text!r} ({len(ids)} tokens) and {length}")
@@ -126,15 +126,15 @@ def tokens_of(tokenizer: Any, text: str, length: int) -> list[int]:
 
 
 def cache_name(names: Iterable[str]) -> str | None:
-    """Which of ``names``, those of arguments or outputs, is the cache's; None if there is none."""
+    """The name of the cache among ``names`` of arguments or outputs; None if there is none."""
     return next((name for name in names if name in CACHE_NAMES), None)
 
 
 def cache_argument(model: Any) -> str:
-    """By which name a model takes its cache.
+    """The name of a model's cache argument.
 
     Raises:
-        ValueError: if it takes none.
+        ValueError: if it has none.
     """
     name = cache_name(inspect.signature(model.forward).parameters)
     if name is None:
@@ -149,10 +149,10 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
-    """Put the cache among the arguments of a call under ``name``, whichever of its names the caller used.
+    """Rename the cache among the arguments of a call to ``name``, in place.
 
     Raises:
-        ValueError: if there are two.
+        ValueError: if there are two caches.
     """
     given = {other: arguments.pop(other) for other in CACHE_NAMES if other in arguments}
     caches = [cache for cache in given.values() if cache is not None]
@@ -164,7 +164,7 @@ def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
 
 @torch.no_grad()
 def text_cache(model: Any, input_ids: Tensor) -> Any:
-    """What the model caches for the tokens. A cache made without a config keeps every token in sliding layers too."""
+    """The model's cache of the tokens. Created without a config, so that sliding layers keep all tokens too."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -185,7 +185,7 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
 
 
 def layers_of(cache: Any) -> list[KeyValue]:
-    """(key, value) [Hkv, T, D] of each layer of a cache of batch 1."""
+    """(key, value) [Hkv, T, D] of each layer of a cache with batch size 1."""
     cache = getattr(cache, "self_attention_cache", cache)
     layers = [(x.keys, x.values) for x in cache.layers] if hasattr(cache, "layers") else [tuple(x[:2]) for x in cache]
     if not layers or any(not isinstance(x, Tensor) for pair in layers for x in pair):

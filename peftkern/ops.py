@@ -1,48 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as the compiler and the profiler see them: schema, shape function, and the call into a backend.
+"""The ops that the compiler and the profiler see: schema, shape function, and the call into a plan.
 
-One registered op per direction. They have no derivative of their own; :mod:`peftkern.functional` wraps them. The
-backend's name is an argument, resolved once in Python: a constant of the graph, the same in forward and backward.
+There is one op per direction. The ops have no derivative; :mod:`peftkern.functional` adds it. The plan's name is an
+argument, resolved once in Python: a constant of the graph, the same in forward and backward.
 """
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import torch
 from torch import Tensor
 
-from .backends import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs, get_backend, lse_dtype
+from .arguments import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs, lse_dtype
+from .backends.registry import plan_named
 
 NAMESPACE = "peftkern"
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
-_ATTENTION_ARGS = (
-    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
-    "Tensor? prefix_bias, Tensor? gate, Tensor? key_mask, Tensor? cu_seqlens, Tensor? prefix_ids, "
-    "Tensor? prefix_lens, Tensor? dropout_seed, float scale, bool causal, SymInt? window, bool prefix_in_window, "
-    "float softcap, float dropout_p"
-)
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int | None: "SymInt?"}
+_ATTENTION_ARGS = ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in get_type_hints(AttentionArgs).items())
 _EMBEDDING_ARGS = "Tensor input_ids, Tensor weight, Tensor prompt, Tensor? prompt_ids"
 _GRADIENTS = ", ".join(f"Tensor {name}" for name in AttentionGradients._fields)
 
-_lib.define(f"prefix_attention({_ATTENTION_ARGS}, str backend) -> (Tensor out, Tensor lse)")
+_lib.define(f"prefix_attention({_ATTENTION_ARGS}, str plan) -> (Tensor out, Tensor lse)")
 _lib.define(
     f"prefix_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ATTENTION_ARGS}, bool[] needs, "
-    f"str backend) -> ({_GRADIENTS})"
+    f"str plan) -> ({_GRADIENTS})"
 )
-_lib.define(f"soft_prompt_embedding({_EMBEDDING_ARGS}, str backend) -> Tensor")
+_lib.define(f"soft_prompt_embedding({_EMBEDDING_ARGS}, str plan) -> Tensor")
 _lib.define(
-    f"soft_prompt_embedding_backward(Tensor dout, {_EMBEDDING_ARGS}, bool[] needs, str backend) "
+    f"soft_prompt_embedding_backward(Tensor dout, {_EMBEDDING_ARGS}, bool[] needs, str plan) "
     "-> (Tensor dweight, Tensor dprompt)"
 )
 
 
 def _check_index(name: str, index: Tensor | None, low: int, high: int) -> None:
-    """Raise if an index is outside [low, high). Only where looking costs no synchronisation: on the CPU."""
+    """Raise if an index is outside [low, high). CPU only, to avoid a device synchronisation."""
     if index is None or index.device.type != "cpu" or index.numel() == 0:
         return
-    least, most = (int(x) for x in torch.aminmax(index))
-    if least < low or most >= high:
-        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got values from {least} to {most}")
+    lowest, highest = (int(x) for x in torch.aminmax(index))
+    if lowest < low or highest >= high:
+        raise ValueError(f"{name}: expected values from {low} to {high - 1}, got values from {lowest} to {highest}")
 
 
 def _check_values(args: AttentionArgs) -> None:
@@ -61,10 +60,10 @@ def _check_values(args: AttentionArgs) -> None:
 
 
 def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]
-    *values, backend = inputs
+    *values, plan = inputs
     args = AttentionArgs(*values)
     _check_values(args)
-    return get_backend(backend).prefix_attention(args)
+    return plan_named(plan).prefix_attention(args)
 
 
 def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
@@ -73,8 +72,8 @@ def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
 
 
 def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
-    *values, needs, backend = inputs
-    return tuple(get_backend(backend).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs))
+    *values, needs, plan = inputs
+    return tuple(plan_named(plan).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs))
 
 
 def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
@@ -83,15 +82,15 @@ def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ign
 
 
 def _soft_prompt_embedding(
-    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, backend: str
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, plan: str
 ) -> Tensor:
     _check_index("input_ids", input_ids, 0, weight.shape[0])
     _check_index("prompt_ids", prompt_ids, 0, prompt.shape[0])
-    return get_backend(backend).soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
+    return plan_named(plan).soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
 
 
 def _soft_prompt_embedding_fake(
-    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, backend: str
+    input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, plan: str
 ) -> Tensor:
     batch, length = input_ids.shape
     return weight.new_empty(batch, prompt.shape[-2] + length, weight.shape[1])
@@ -104,9 +103,9 @@ def _soft_prompt_embedding_backward(
     prompt: Tensor,
     prompt_ids: Tensor | None,
     needs: list[bool],
-    backend: str,
+    plan: str,
 ) -> tuple[Tensor, Tensor]:
-    return get_backend(backend).soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
+    return plan_named(plan).soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
 
 
 def _soft_prompt_embedding_backward_fake(
@@ -116,7 +115,7 @@ def _soft_prompt_embedding_backward_fake(
     prompt: Tensor,
     prompt_ids: Tensor | None,
     needs: list[bool],
-    backend: str,
+    plan: str,
 ) -> tuple[Tensor, Tensor]:
     fp = lse_dtype(weight.dtype)
     dweight, dprompt = (

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operations mean, in eager PyTorch: the specification that every backend is judged by.
+"""The specification: what the operations compute, in eager PyTorch. Every backend is compared with it.
 
-Differentiable, any float dtype, any device. Written to be read: it forms the whole score matrix.
+It is differentiable and supports every float dtype and device. It is written for readers and forms the whole score
+matrix.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ def prefix_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over [prefix | sequence], one softmax. Arguments as in :func:`peftkern.prefix_attention`.
+    """Attention over [prefix | sequence] in one softmax, with the arguments of :func:`peftkern.prefix_attention`.
 
-    Returns out [B,Hq,S,D] of q's dtype and lse [B,Hq,S], the natural logarithm of the softmax's denominator. Half
-    precision is computed in fp32; a prefix of higher precision than q is rounded to q's dtype first.
+    Half precision is computed in fp32. A prefix of higher precision than q is rounded to q's dtype first.
+
+    Returns:
+        (out [B, Hq, S, D] in q's dtype, lse [B, Hq, S], the natural logarithm of the softmax's denominator).
     """
     dtype, fp = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, num_heads, q_len, head_dim = q.shape
@@ -51,7 +54,7 @@ def prefix_attention(
     if prefix_k.dim() == 3:  # a bank of one
         prefix_k, prefix_v = prefix_k[None], prefix_v[None]
     bank, _, prefix_len, _ = prefix_k.shape
-    heads = (num_kv_heads, num_heads // num_kv_heads)  # of a kv head, then of the queries that share it
+    heads = (num_kv_heads, num_heads // num_kv_heads)  # key head, query head within its group
 
     q = q.to(fp).unflatten(1, heads)
     k, v = k.to(fp), v.to(fp)
@@ -59,10 +62,8 @@ def prefix_attention(
 
     seq_scores = _softcap(torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale, softcap).flatten(1, 2)  # [B, Hq, S, T]
     prefix_scores = _softcap(torch.einsum("bhgsd,ahpd->bhgsap", q, prefix_k) * scale, softcap).flatten(1, 2)
-    if bias is not None:
-        seq_scores = seq_scores + bias.to(fp)
-    if prefix_bias is not None:
-        prefix_scores = prefix_scores + prefix_bias.to(fp)[:, None, None, :]
+    seq_scores = seq_scores if bias is None else seq_scores + bias.to(fp)
+    prefix_scores = prefix_scores if prefix_bias is None else prefix_scores + prefix_bias.to(fp)[:, None, None, :]
 
     seq_visible, prefix_visible = visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, causal, key_mask, cu_seqlens, prefix_ids, prefix_lens,
@@ -71,30 +72,39 @@ def prefix_attention(
     seq_scores = seq_scores.masked_fill(~seq_visible, -_INF)
     prefix_scores = prefix_scores.masked_fill(~prefix_visible, -_INF).flatten(3)  # [B, Hq, S, A*P]
 
-    sink_scores = q.new_full((num_heads,), -_INF) if sinks is None else sinks.to(fp)
-    sink_scores = sink_scores[:, None, None].expand(batch, num_heads, q_len, 1)
-    if gate is None:
-        weights, lse = softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
-        prefix_weights, seq_weights, _ = weights.split([bank * prefix_len, kv_len, 1], -1)
-    else:
-        weights, lse = softmax(torch.cat([seq_scores, sink_scores], -1))
-        seq_weights = weights[..., :kv_len]
-        weights, _ = softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
-        prefix_weights = weights[..., : bank * prefix_len] * torch.tanh(gate.to(fp))[:, None, None]
-
+    prefix_weights, seq_weights, lse = _attention_weights(prefix_scores, seq_scores, sinks, gate)
     prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
     if dropout_p > 0.0:
         assert dropout_seed is not None
-        shape = (batch, num_heads, q_len)
-        seq_keep = dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0)
+        shape, keep_p = (batch, num_heads, q_len), 1 - dropout_p
         prefix_keep = dropout_keep(dropout_seed, (*shape, prefix_len), dropout_p, part=1).unsqueeze(3)
-        seq_weights = seq_weights * seq_keep / (1 - dropout_p)
-        prefix_weights = prefix_weights * prefix_keep / (1 - dropout_p)
+        seq_weights = seq_weights * dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0) / keep_p
+        prefix_weights = prefix_weights * prefix_keep / keep_p
 
     seq_weights, prefix_weights = (w.unflatten(1, heads) for w in (seq_weights, prefix_weights))
     out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)
     out = out + torch.einsum("bhgsap,ahpd->bhgsd", prefix_weights, prefix_v)
     return out.flatten(1, 2).to(dtype), lse
+
+
+def _attention_weights(
+    prefix_scores: Tensor, seq_scores: Tensor, sinks: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(prefix weights [B, Hq, S, A*P], sequence weights [B, Hq, S, T], lse [B, Hq, S]) of one softmax, or of two if
+    the prefix is gated.
+    """
+    num_prefix_keys, num_keys = prefix_scores.shape[-1], seq_scores.shape[-1]
+    fp, shape = seq_scores.dtype, (*seq_scores.shape[:3], 1)
+    sink_scores = seq_scores.new_full((seq_scores.shape[1],), -_INF) if sinks is None else sinks.to(fp)
+    sink_scores = sink_scores[:, None, None].expand(shape)
+    if gate is None:
+        weights, lse = softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
+        prefix_weights, seq_weights, _ = weights.split([num_prefix_keys, num_keys, 1], -1)
+        return prefix_weights, seq_weights, lse
+    weights, lse = softmax(torch.cat([seq_scores, sink_scores], -1))
+    prefix_weights, _ = softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
+    gated = prefix_weights[..., :num_prefix_keys] * torch.tanh(gate.to(fp))[:, None, None]
+    return gated, weights[..., :num_keys], lse
 
 
 def visibility(
@@ -108,7 +118,10 @@ def visibility(
     window: int | None,
     prefix_in_window: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Which query sees which key: bool, broadcastable to [B, Hq, S, T] and to [B, Hq, S, A, P]."""
+    """Which query sees which key: two bool tensors, broadcastable to [B, Hq, S, T] and to [B, Hq, S, A, P].
+
+    ``sizes`` is (B, S, T, A, P).
+    """
     batch, q_len, kv_len, bank, prefix_len = sizes
     keys = torch.arange(kv_len, device=device)
     rows = torch.arange(q_len, device=device) + kv_len - q_len  # bottom-right: the last query sees the last key
@@ -126,14 +139,14 @@ def visibility(
         position = rows - cu_seqlens[sequence[0]]
         seq_visible = seq_visible & (sequence[0][:, None] == sequence[0])
 
-    slots = torch.arange(prefix_len, device=device)
+    tokens = torch.arange(prefix_len, device=device)
     lens = torch.full((bank,), prefix_len, device=device) if prefix_lens is None else prefix_lens
-    prefix_visible = (slots < lens[:, None])[None, None, None]  # [1, 1, 1, A, P]
+    prefix_visible = (tokens < lens[:, None])[None, None, None]  # [1, 1, 1, A, P]
     if prefix_ids is not None:
         chosen = prefix_ids[sequence][..., None] == torch.arange(bank, device=device)  # [B, S or 1, A]
         prefix_visible = prefix_visible & chosen[:, None, :, :, None]
     if window is not None and prefix_in_window:
-        distance = position[:, None, None] + lens[:, None] - slots  # [S, A, P]
+        distance = position[:, None, None] + lens[:, None] - tokens  # [S, A, P]
         prefix_visible = prefix_visible & (distance < window)
     return seq_visible, prefix_visible
 
@@ -143,22 +156,22 @@ def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights, lse) over the last axis; a row of -inf gives zeros and -inf, and zero gradients, never NaN."""
-    pivot = scores.detach().amax(-1, keepdim=True)
-    empty = pivot == -_INF
-    weights = torch.exp(scores - pivot.masked_fill(empty, 0.0))
+    """(weights, lse) over the last axis. A row of -inf gives zeros, -inf and zero gradients, never NaN."""
+    m = scores.detach().amax(-1, keepdim=True)
+    empty = m == -_INF
+    weights = torch.exp(scores - m.masked_fill(empty, 0.0))
     total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
-    lse = (torch.log(total) + pivot.masked_fill(empty, 0.0)).masked_fill(empty, -_INF)
+    lse = (torch.log(total) + m.masked_fill(empty, 0.0)).masked_fill(empty, -_INF)
     return weights / total, lse.squeeze(-1)
 
 
 def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of ``x.to(dtype)`` in x's dtype; the gradient passes unrounded."""
+    """The values of ``x.to(dtype)`` in x's dtype. The gradient passes unrounded."""
     return x if x.dtype == dtype else x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
 def dropout_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout_p: float, part: int) -> Tensor:
-    """Which attention weights dropout keeps: bool [B, Hq, S, N], a pure function of its arguments.
+    """The mask of attention weights that dropout keeps: bool [B, Hq, S, N], a pure function of the arguments.
 
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key = (low, high word of
     seed) and counter = (j // 4, i, b * Hq + h, part) gives four 32-bit words, for keys j to j + 3; a weight is kept

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from peftkern.backends import registry
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("ci")
 
@@ -21,6 +23,14 @@ def _seed():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """Plans and estimates are cached; a test that replaces a kernel or a library must not meet those of another."""
+    registry.forget()
+    yield
+    registry.forget()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
-from peftkern import backends, functional, prefix_attention, soft_prompt_embedding
+from peftkern import backends, explanation, functional, prefix_attention, soft_prompt_embedding
+from peftkern.backends import registry
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -26,7 +27,7 @@ BAD_ATTENTION = [
     ({"q": [[1.0]]}, "q: expected a tensor, got list"),
     ({"q": X(2, 4, 7, 8, dtype=torch.int64)}, "q: expected fp32, fp16, bf16 or fp64, got torch.int64"),
     ({"q": X(2, 5, 7, 8)}, "q: expected Hq, a multiple of Hkv = 2, got 5"),
-    ({"q": X(2, 4, 9, 8)}, "k: expected T of at least S = 9 when causal, got 7"),
+    ({"q": X(2, 4, 9, 8)}, "k: expected T >= S = 9 if causal, got 7"),
     ({"k": X(3, 2, 7, 8)}, "k: expected shape [2, Hkv, T, 8], got [3, 2, 7, 8]"),
     ({"k": X(2, 2, 7, 8, dtype=torch.float16)}, "k: expected torch.float32, got torch.float16"),
     ({"v": X(2, 2, 6, 8)}, "v: expected shape [2, 2, 7, 8], got [2, 2, 6, 8]"),
@@ -34,17 +35,20 @@ BAD_ATTENTION = [
     ({"prefix_k": X(2, 5, 8).double()}, "prefix_k: expected torch.float32, got torch.float64"),
     ({"prefix_v": X(2, 6, 8)}, "prefix_v: expected shape [2, 5, 8], got [2, 6, 8]"),
     ({"prefix_k": X(3, 2, 5, 8), "prefix_v": X(3, 2, 5, 8)}, "prefix_ids: expected the prefix of each sequence"),
-    ({"prefix_ids": X(2, dtype=torch.int64)}, "prefix_ids: expected None, as prefix_k [Hkv, P, D] is no bank"),
-    ({"key_mask": X(2, 7)}, "key_mask: expected bool, true where a key is visible, got torch.float32"),
+    (
+        {"prefix_ids": X(2, dtype=torch.int64)},
+        "prefix_ids: expected None, since prefix_k [Hkv, P, D] is a single prefix",
+    ),
+    ({"key_mask": X(2, 7)}, "key_mask: expected bool, true for visible keys, got torch.float32"),
     ({"key_mask": X(2, 6, dtype=torch.bool)}, "key_mask: expected shape [2, 7], got [2, 6]"),
     ({"cu_seqlens": X(2, dtype=torch.int32)}, "cu_seqlens: expected packed q and k with B = 1 and S = T"),
     ({"window": 0}, "window: expected None or an int of at least 1, got 0"),
     ({"window": 2.5}, "window: expected None or an int of at least 1, got 2.5"),
     ({"causal": "no"}, "causal: expected True or False, got 'no'"),
     ({"key_mask": [True]}, "key_mask: expected a tensor or None, got list"),
-    ({"q": X(2, 4, 7, 0)}, "q: expected D of at least 1, got [2, 4, 7, 0]"),
+    ({"q": X(2, 4, 7, 0)}, "q: expected D >= 1, got [2, 4, 7, 0]"),
     ({"softcap": float("inf")}, "softcap: expected None or a positive number, got inf"),
-    ({"dropout_p": 0.5, "dropout_seed": 2**63}, "dropout_seed: expected an int of 64 bits, got 9223372036854775808"),
+    ({"dropout_p": 0.5, "dropout_seed": 2**63}, "dropout_seed: expected a 64-bit int, got 9223372036854775808"),
     ({"sinks": X(4, dtype=torch.int64)}, "sinks: expected torch.float32 or torch.float16"),
     ({"softcap": -1.0}, "softcap: expected None or a positive number, got -1.0"),
     ({"dropout_p": 1.0}, "dropout_p: expected a probability in [0, 1), got 1.0"),
@@ -52,7 +56,7 @@ BAD_ATTENTION = [
     ({"sinks": X(3)}, "sinks: expected shape [4], got [3]"),
     ({"gate": X(1)}, "gate: expected shape [4], got [1]"),
     ({"bias": X(7, 7)}, "bias: expected 4 dims broadcastable to [2, 4, 7, 7], got [7, 7]"),
-    ({"bias": X(1, 1, 7, 7, dtype=torch.bool)}, "bias: expected a float tensor; a bool mask over keys is key_mask"),
+    ({"bias": X(1, 1, 7, 7, dtype=torch.bool)}, "bias: expected a float tensor (a bool mask over keys is key_mask)"),
     ({"prefix_bias": X(4, 4)}, "prefix_bias: expected 2 dims broadcastable to [4, 5], got [4, 4]"),
     ({"k": X(2, 2, 7, 8, device="meta")}, "k: expected q's device cpu, got meta"),
     (
@@ -135,9 +139,9 @@ def test_small_and_large_scores(name, factor, backend):
 @pytest.mark.parametrize("needed", [("q",), ("prefix_k",), ("prefix_k", "prefix_v"), ("k", "v")], ids=str)
 def test_gradients_that_nobody_needs_are_not_computed(backend, needed, monkeypatch):
     inputs = {n: x.requires_grad_(n in needed) for n, x in tensors(Shape(), torch.float32).items()}
-    seen, backward = [], backends.get_backend(backend).prefix_attention_backward
+    seen, backward = [], backends.plan_named(backend).prefix_attention_backward
     monkeypatch.setattr(
-        backends.get_backend(backend),
+        backends.plan_named(backend),
         "prefix_attention_backward",
         lambda *args: seen.append(backward(*args)) or seen[-1],
     )
@@ -149,7 +153,7 @@ def test_gradients_that_nobody_needs_are_not_computed(backend, needed, monkeypat
 
 
 @pytest.mark.parametrize("backend", backends.available_backends())
-def test_twice_differentiable_it_is_not(backend):
+def test_double_backward_is_refused(backend):
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
     out = prefix_attention(**inputs, backend=backend)
     (gradient,) = torch.autograd.grad((out * out).sum(), inputs["prefix_k"], create_graph=True)
@@ -271,7 +275,7 @@ def test_soft_prompt_embedding_of_nothing(backend, sizes):
     assert torch.equal(prompt.grad, torch.full_like(prompt, float(batch)))
 
 
-@pytest.mark.parametrize("module", [functional, backends])
+@pytest.mark.parametrize("module", [functional, registry, explanation])
 def test_examples_run(module):
     failed, attempted = doctest.testmod(module)
     assert failed == 0

@@ -13,8 +13,8 @@ import torch
 import torch._dynamo
 
 import peftkern
-from peftkern import backends, functional, ops
-from peftkern.backends import AttentionArgs, AttentionGradients
+from peftkern import backends, ops, validation
+from peftkern.arguments import AttentionArgs, AttentionGradients
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
 NUM_GRADIENTS = len(AttentionGradients._fields)
@@ -24,8 +24,8 @@ def _args(name):
     shape, options = feature(name, Shape())
     given = inspect.signature(peftkern.prefix_attention).bind(**tensors(shape, torch.float32), **options)
     given.apply_defaults()
-    names = set(given.arguments) - {"return_lse", "backend"}
-    return functional._attention_args(**{name: given.arguments[name] for name in names})
+    inputs = AttentionArgs(**{name: given.arguments[name] for name in AttentionArgs._fields})
+    return validation.validate_attention(inputs._replace(dropout_seed=None), inputs.dropout_seed)
 
 
 def test_schema_and_arguments_have_one_order():

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern import backends, functional, ops, testing
+from peftkern import backends, ops, testing
+from peftkern.arguments import AttentionArgs, attention_call
+from peftkern.validation import validate_attention
 
 from . import runner
 from .context import DTYPES, Context, LeftOut, backend_names
@@ -53,9 +55,9 @@ def correct(context: Context, backend: str, name_of_dtype: str, part: int, parts
             key: x.to(device) if isinstance(x, Tensor) else x for key, x in options.items()
         }  # fmt: skip
         call = peftkern.explain(*(x.to(device).requires_grad_() for x in tensors.values()), **features).call
-        reasons = backends.get_backend(backend).why_not(call)
-        if reasons:
-            refused.append(f"{name}: {'; '.join(reasons)}")
+        plan = backends.get_backend(backend).plan(call)
+        if isinstance(plan, backends.Refusal):
+            refused.append(f"{name}: {'; '.join(plan.reasons)}")
             continue
         try:
             testing.check_backend(backend, tensors, options, device=device)
@@ -76,14 +78,14 @@ def correct(context: Context, backend: str, name_of_dtype: str, part: int, parts
 
 def planted(context: Context) -> None:
     """Plant faults: the bound must find a wrong result, the runner a crash and a hang."""
-    backend = backends.get_backend("reference")
-    right = backend.prefix_attention
+    plan = backends.plan_named("reference")
+    right = plan.prefix_attention
 
     def wrong(args: Any) -> tuple[Tensor, Tensor]:
         out, lse = right(args)
         return out * 1.01, lse
 
-    backend.prefix_attention = wrong  # type: ignore[method-assign]
+    plan.prefix_attention = wrong  # type: ignore[method-assign]
     try:
         testing.check_backend("reference", testing.tensors(testing.Shape(), torch.float32), {}, backward=False)
     except AssertionError as error:
@@ -91,7 +93,7 @@ def planted(context: Context) -> None:
     else:
         raise AssertionError("a result that is wrong by a hundredth passes the check")
     finally:
-        backend.prefix_attention = right  # type: ignore[method-assign]
+        plan.prefix_attention = right  # type: ignore[method-assign]
     inner = context.folder / "planted"
     inner.mkdir(exist_ok=True)
     for name, status in zip(PLANTED, ("crashed", "timed out"), strict=True):
@@ -119,11 +121,13 @@ def opcheck(context: Context) -> None:
     names = backend_names(context, dtype)
     for backend in context.in_time(names[:1] if context.dry_run else names):
         inputs = [x.detach() for x in inputs_of((2, 4, 2, 17, 17, 64, 7), context.device, dtype)]
-        args = functional._attention_args(*inputs, *[True, *[None] * 6, True, *[None] * 5, 0.0, None])
-        torch.library.opcheck(ops.prefix_attention, (*args, backend))
-        out, lse = ops.prefix_attention(*args, backend)
+        options: Any = (*[None] * 9, None, True, None, True, None, 0.0)
+        args = validate_attention(AttentionArgs(*inputs, *options), None)
+        plan = backends.resolve(attention_call(args, needs_grad=True), backend)
+        torch.library.opcheck(ops.prefix_attention, (*args, plan))
+        out, lse = ops.prefix_attention(*args, plan)
         needs = [x is not None for x in args.differentiable]
-        torch.library.opcheck(ops.prefix_attention_backward, (out, None, out, lse, *args, needs, backend))
+        torch.library.opcheck(ops.prefix_attention_backward, (out, None, out, lse, *args, needs, plan))
         context.lines.append(f"{backend}: forward and backward")
     context.lines.insert(0, f"{len(context.lines)} backends")
 

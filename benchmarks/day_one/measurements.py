@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern.backends.cost import model as choose
+from peftkern.backends.machine import machine_of, registered_flash
 from peftkern.tools import calibrate
 from peftkern.tools.bench import attention, rows
 from peftkern.tools.bench import shapes as bench_shapes
@@ -57,7 +57,7 @@ def crossovers(context: Context) -> None:
     shapes = calibrate.SHAPES[:2] if context.dry_run else None
     budget = 0.0 if context.dry_run else 0.5 * (context.end - time.monotonic())
     dtypes = (torch.float32,) if context.dry_run else (torch.bfloat16, torch.float32)
-    machine = choose.machine_of(device, dtypes[0], choose.registered_flash(), torch.get_num_threads())
+    machine = machine_of(device, dtypes[0], registered_flash(), torch.get_num_threads())
     file = calibrate.calibrate(device, budget, shapes, dtypes, print, 0.9 * (context.end - time.monotonic()))
     rows = calibrate.read_rows(file)
     calls: dict[tuple, dict[str, calibrate.Row]] = {}

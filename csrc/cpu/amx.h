@@ -128,6 +128,7 @@ PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, int6
     }
   }
   const uint32_t* first = A + i * lda;
+  // FAULT: tile-read-past-its-end
   for (int64_t k = sum.begin / kTileWords * kTileWords; k < sum.end; k += kTileWords) {
     load_tile<6>(B + k * ldb + j, 4 * ldb);
     load_tile<7>(B + k * ldb + j + kTileWords, 4 * ldb);

@@ -206,7 +206,7 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
     const TileScope scope(problem.amx);
 #endif
     pack_prefixes(problem, packed_k, packed_v);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)  // FAULT: partial-sums-read-early
     for (int64_t task = 0; task < num_tasks; task++)
       backward_group(problem, main, b, task / kv_heads, task % kv_heads, s, partials);
 #pragma omp for schedule(static) nowait

@@ -308,7 +308,7 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
 
 // The prefixes, packed by all threads of the team; a barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static)  // FAULT: prefix-read-before-it-is-packed
   for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {
     const int64_t prefix = i / p.args->num_kv_heads, kv_head = i % p.args->num_kv_heads;
     float *k = packed_k + i * p.packed_len * p.padded_dim, *v = packed_v + i * p.packed_len * p.padded_dim;

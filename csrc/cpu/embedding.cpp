@@ -73,7 +73,7 @@ int peftkern_soft_prompt_embedding(const peftkern_embedding* args) {
     const int64_t at = prompt_of(a, b) * a.prompt_stride[0] + position * a.prompt_stride[1];
     const char* row = offset(a.prompt, a.prompt_dtype, at);
     if (a.prompt_dtype == a.dtype) {
-      memcpy(out, row, a.dim * size);
+      memcpy(out, row, a.dim * size);  // FAULT: prompt-read-past-its-end
       continue;
     }
     const float* values = reinterpret_cast<const float*>(row);  // an fp32 prompt beside half-precision weights

@@ -22,6 +22,7 @@ static void gather_rows(const Problem& p, const Block& block, const void* data, 
   const int64_t widened = round_up(p.head_dim, kLanes);
   for (int64_t r = 0; r < block.count && widened < p.padded_dim; r++)
     memset(rows + r * p.padded_dim + widened, 0, sizeof(float) * (p.padded_dim - widened));
+  // FAULT: rows-cleared-past-their-end
   memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
 }
 

@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 
 class Refusal(NamedTuple):
-    """Why a backend cannot run a call. Each reason says what to do about it."""
+    """Why a backend cannot run a call.
+
+    Attributes:
+        reasons: sentences that say what is missing and what to do about it.
+        other_device: whether the backend is for another kind of device than the call's.
+    """
 
     reasons: tuple[str, ...]
+    other_device: bool = False
 
 
 class Plan(ABC):
@@ -67,14 +73,67 @@ class Plan(ABC):
         """Compute (dweight, dprompt): fp32 (fp64 for fp64 weights), contiguous, empty where ``needs`` is false."""
 
 
+class PrefixKernels(ABC):
+    """Kernels that add a prefix to another library's attention, and the attention of the same backend."""
+
+    name: ClassVar[str]
+    #: For messages.
+    title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def attention(self) -> Plan:
+        """The whole attention of the same backend, for gradients that the other library's op does not return."""
+
+    @abstractmethod
+    def merge_prefix(
+        self, args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Merge the prefix and the sinks into attention over the sequence.
+
+        Args:
+            part_out: [B, Hq, S, D], out over the sequence's keys, or None if there are none. Unit stride along D.
+            part_lse: [B, Hq, S], its natural log-sum-exp.
+
+        Returns:
+            (out, lse), in the memory of the parts if that has the layout of the op's outputs.
+        """
+
+    @abstractmethod
+    def merge_prefix_backward(
+        self,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        args: AttentionArgs,
+        part_dq: Tensor | None,
+        gradients: AttentionGradients,
+    ) -> None:
+        """Write dq = ``part_dq`` + the prefix's share, dprefix_k and dprefix_v, except those without elements."""
+
+    @abstractmethod
+    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        """Compute [prefix | k] and [prefix | v]: [B, Hkv, P + T, D], which lie in memory as [B, P + T, Hkv, D]."""
+
+    @abstractmethod
+    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
+        """Write to ``total``, shaped like a prefix, the sum over the batch of djoined [B, Hkv, P + T, D] before the
+        sequence, in fp32 and in a fixed order.
+        """
+
+
 class Backend(ABC):
     """One way to compute the ops."""
 
     name: ClassVar[str]
 
     @abstractmethod
+    def limits(self, call: Call) -> list[str]:
+        """Reasons why no machine can run a call on this backend. Empty if some machine can."""
+
+    @abstractmethod
     def plan(self, call: Call) -> Plan | Refusal:
-        """The plan for a call, or the reasons why there is none."""
+        """The plan for a call on this machine, or the reasons why there is none, the limits among them."""
 
     @abstractmethod
     def restore(self, choices: tuple[str, ...]) -> Plan:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels in C++ for CPUs (``csrc/cpu``), one per instruction set, chosen when they run."""
+"""Fused C++ kernels for CPUs (``csrc/cpu``): one set per instruction set, selected at run time."""
 
 from __future__ import annotations
 
@@ -8,60 +8,88 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from .base import Backend, Plan, Refusal
+from .cost.model import Machine, Pass, attention_passes, embedding_passes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
 
 
-def why_not(call: Call) -> list[str]:
-    """Another device, fp64, a head wider than 256, or no library."""
-    reasons = []
-    if call.device.type != "cpu":
-        reasons.append(f"runs on cpu tensors, not on {call.device.type}")
-    if call.dtype not in _DTYPES:
-        reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels; use fp32, fp16 or bf16")
-    if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
-        reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}")
-    if native.cpu.MISSING:
-        reasons.append(native.cpu.MISSING)
-    return reasons
+class CpuPlan(Plan):
+    """Calls the native CPU library."""
+
+    name = "cpu"
+
+    def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        out, lse = allocate_outputs(args)
+        native.cpu.prefix_attention(args, out, lse)
+        return out, lse
+
+    def prefix_attention_backward(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
+    ) -> AttentionGradients:
+        gradients = allocate_gradients(args, needs)
+        wanted = [need and argument is not None for need, argument in zip(needs, args[: len(needs)], strict=True)]
+        native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, wanted)
+        return gradients
+
+    def soft_prompt_embedding(
+        self, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None
+    ) -> Tensor:
+        weight, prompt = (x if x.stride(-1) == 1 else x.contiguous() for x in (weight, prompt))
+        out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
+        native.cpu.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids, out)
+        return out
+
+    def soft_prompt_embedding_backward(
+        self,
+        dout: Tensor,
+        input_ids: Tensor,
+        weight: Tensor,
+        prompt: Tensor,
+        prompt_ids: Tensor | None,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor]:
+        dweight, dprompt = (
+            x.new_empty(x.shape if need else 0, dtype=torch.float32)
+            for x, need in zip((weight, prompt), needs, strict=True)
+        )
+        native.cpu.soft_prompt_embedding_backward(
+            dout, input_ids, weight, prompt, prompt_ids, dweight if needs[0] else None, dprompt if needs[1] else None
+        )
+        return dweight, dprompt
 
 
-def prefix_attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    out, lse = allocate_outputs(args)
-    native.cpu.prefix_attention(args, out, lse)
-    return out, lse
+class CpuBackend(Backend):
+    """The native CPU library: fp32, fp16 and bf16, head dims up to 256, every feature."""
 
+    name = "cpu"
+    _plan = CpuPlan()
 
-def prefix_attention_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
-) -> AttentionGradients:
-    gradients = allocate_gradients(args, needs)
-    wanted = [need and argument is not None for need, argument in zip(needs, args[: len(needs)], strict=True)]
-    native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, wanted)
-    return gradients
+    def limits(self, call: Call) -> list[str]:
+        reasons = []
+        if call.dtype not in _DTYPES:
+            reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp32, fp16 or bf16")
+        if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
+            reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}: use backend='reference'")
+        return reasons
 
+    def plan(self, call: Call) -> Plan | Refusal:
+        reasons = self.limits(call)
+        other_device = call.device.type != "cpu"
+        if other_device:
+            reasons.append(f"runs on cpu tensors, not on {call.device.type}")
+        if native.cpu.MISSING:
+            reasons.append(native.cpu.MISSING)
+        return Refusal(tuple(reasons), other_device) if reasons else self._plan
 
-def soft_prompt_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> Tensor:
-    weight, prompt = (x if x.stride(-1) == 1 else x.contiguous() for x in (weight, prompt))
-    out = weight.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
-    native.cpu.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids, out)
-    return out
+    def restore(self, choices: tuple[str, ...]) -> Plan:
+        return self._plan
 
-
-def soft_prompt_embedding_backward(
-    dout: Tensor,
-    input_ids: Tensor,
-    weight: Tensor,
-    prompt: Tensor,
-    prompt_ids: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    dweight, dprompt = (
-        x.new_empty(x.shape if need else 0, dtype=torch.float32)
-        for x, need in zip((weight, prompt), needs, strict=True)
-    )
-    native.cpu.soft_prompt_embedding_backward(
-        dout, input_ids, weight, prompt, prompt_ids, dweight if needs[0] else None, dprompt if needs[1] else None
-    )
-    return dweight, dprompt
+    def cost(self, call: Call, machine: Machine) -> list[Pass] | None:
+        if call.device.type != "cpu":
+            return None
+        if call.op == "soft_prompt_embedding":
+            return embedding_passes(call, self.name)
+        # the backward computes both products of dq and (dk, dv) in one pass
+        return attention_passes(call, self.name, forward_kernels=1, backward_kernels=2, backward_products=2.5)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention function that ``transformers`` calls in every layer of a patched model.
 
-A layer with a prefix runs :func:`peftkern.prefix_attention`. Any other (cross attention, an encoder, a layer left
-out, a disabled adapter) runs the implementation that the model had before, on the mask that this one expects.
+A layer with a prefix runs :func:`peftkern.prefix_attention`. All other layers (cross attention, encoders, layers
+without a prefix, disabled adapters) run the implementation that the model had before, with the mask that it expects.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,31 +18,35 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..functional import prefix_attention
-from .cache import REQUIRED, SITE, WITHOUT_PREFIX, KeyValue, PrefixCache
+from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive, mask_function
+from .wiring import Wiring
 
-__all__ = ["Implementation", "attention_forward", "register"]
+__all__ = ["Implementation", "attention_forward", "register", "set_implementation"]
 
 NAME = "peftkern"
 
-#: Devices that support autocast; others raise when asked whether it is on. A constant, which torch.compile can trace.
+#: A mask that hides nothing, for masks that are passed as a bias.
+_SEE_ALL = CompactMask(causal=False, window=None, key_mask=None)
+
+#: Devices that support autocast; torch raises for others. A constant, so that torch.compile can trace it.
 _AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
 class Implementation(str):
-    """``"peftkern"`` as the attention implementation of a config, which remembers the one it stands over.
+    """The name ``"peftkern"`` as the attention implementation of a config, with the name that it replaces.
 
-    It lives where the config keeps its implementation, so it is copied and pickled with the model and never written
+    The config stores it as its implementation. It is therefore copied and pickled with the model, and never written
     to ``config.json``.
 
     Args:
-        over: the implementation for layers without a prefix.
+        over: the previous implementation, which runs the layers without a prefix.
     """
 
     over: str
 
     def __new__(cls, over: str) -> Implementation:
-        """Also registers the implementation, so that a model unpickled in a new process finds it."""
+        """Also register the implementation, so that a model unpickled in a new process finds it."""
         register()
         self = super().__new__(cls, NAME)
         self.over = over
@@ -52,9 +57,22 @@ class Implementation(str):
 
 
 def register() -> None:
-    """Make ``transformers`` know the implementation. Without the mask function it would drop masks without a word."""
+    """Register the implementation in ``transformers``, which silently drops masks without the mask function."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, mask_function)
+
+
+def set_implementation(configs: Iterable[Any], wiring: Wiring) -> None:
+    """Make peftkern the attention implementation of the configs that do not have it yet."""
+    for config in configs:
+        if not isinstance(config._attn_implementation, Implementation):
+            config._attn_implementation_internal = Implementation(config._attn_implementation)
+            wiring.on_undo(partial(_restore_implementation, config))
+
+
+def _restore_implementation(config: Any) -> None:
+    if isinstance(config._attn_implementation, Implementation):
+        config._attn_implementation_internal = config._attn_implementation.over
 
 
 def attention_forward(
@@ -72,11 +90,10 @@ def attention_forward(
         module: the attention module.
         query: [B, Hq, S, D].
         key, value: [B, Hkv, T, D], of the sequence.
-        attention_mask: as made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or
-            additive.
-        peftkern_prefix: the cache that a patched model's forward hook put into the keyword arguments.
-        kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and anything
-            else that the model passes.
+        attention_mask: made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or additive.
+        peftkern_prefix: the cache that the forward hook of a patched model added to the keyword arguments.
+        kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and any other
+            arguments that the model passes.
 
     Returns:
         ([B, S, Hq, D] contiguous, None).
@@ -87,17 +104,17 @@ def attention_forward(
         peftkern_prefix = None
     elif peftkern_prefix is None and hasattr(module, REQUIRED):
         raise ValueError(
-            "model: expected a call of the model, whose hooks hand the prefix to its layers, got one of a forward or "
-            "of a part of it, which would run without the prefix"
+            "model: expected a call of the model, whose hooks pass the prefix to its layers, got a call of its "
+            "forward or of one of its parts, which would run without the prefix"
         )
     if peftkern_prefix is not None:
         query, key, value = _autocast(query, key, value)
-    prefix = None if peftkern_prefix is None else peftkern_prefix.take(module, key, value, attention_mask)
-    if prefix is None and peftkern_prefix is not None and peftkern_prefix.stream is not None:
-        if not hasattr(module, SITE):
+    prefix = None if peftkern_prefix is None else peftkern_prefix.prefix_for(module, key, value, attention_mask)
+    if prefix is None and peftkern_prefix is not None and peftkern_prefix.packed is not None:
+        if not hasattr(module, LAYER_INFO):
             kind = type(module).__name__
-            raise ValueError(f"model: expected modules that take a prefix, as its batch is packed, got a {kind}")
-        prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must still keep the sequences apart
+            raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
+        prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must also separate the packed sequences
     if peftkern_prefix is None or prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
@@ -123,28 +140,19 @@ def _attend(
 ) -> Tensor:
     if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "cu_seq_lens_q: expected None, since the model cannot run packed sequences behind a prefix; pass padded "
-            "ones with an attention_mask"
+            "cu_seq_lens_q: expected None, because the model cannot run packed sequences with a prefix, got a "
+            "tensor; pass padded sequences with an attention_mask"
         )
-    options, stream = cache.options, cache.stream
+    options, packed = cache.options, cache.packed
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
-    mask_bias = None
-    mask: CompactMask | None
-    if stream is not None:
-        mask = CompactMask(True, getattr(module, SITE).pattern[1], stream.key_mask)
-    elif isinstance(attention_mask, LazyMask):
-        mask = attention_mask.compact(num_keys)
-        # A bias that depends on prefix and query, and a window that hides prefix keys: only the dense form has both.
-        if mask is None or (mask.window is not None and position_bias is not None):
-            mask_bias = attention_mask.bias(num_keys, prefix_len if options.in_window else 0, query.dtype)
-            mask = CompactMask(causal=False, window=None, key_mask=None)
+    if packed is not None:
+        mask, mask_bias = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], packed.key_mask), None
     elif attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask = CompactMask(bool(causal), sliding_window if causal else None, None)
+        mask, mask_bias = CompactMask(bool(causal), sliding_window if causal else None, None), None
     else:
-        mask_bias = additive(attention_mask, query.dtype) if attention_mask.dtype == torch.bool else attention_mask
-        mask = CompactMask(causal=False, window=None, key_mask=None)
-
+        hideable = prefix_len if options.in_window else 0
+        mask, mask_bias = _read_mask(attention_mask, query.dtype, num_keys, hideable, position_bias is not None)
     prefix_bias, bias = _split(_on(query.device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
@@ -156,26 +164,45 @@ def _attend(
         "key_mask": _on(query.device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        "cu_seqlens": None if stream is None else _on(query.device, stream.cu_seqlens),
+        "cu_seqlens": None if packed is None else _on(query.device, packed.cu_seqlens),
         "prefix_ids": _on(query.device, cache.ids),
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
-    prefix_k, prefix_v = prefix
-    out: Tensor
     if prefix_bias is None:
-        out = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
-    elif cache.ids is not None:
+        prefix_k, prefix_v = prefix
+        out: Tensor = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
+        return out.transpose(1, 2)
+    if cache.ids is not None:
         raise ValueError(
-            "attention_mask: expected a causal mask with at most a window, as samples have prompts of their own, got "
-            "another pattern; generate without torch.compile"
+            "attention_mask: expected a causal mask with at most a window, because samples have different prompts, "
+            "got another pattern; generate without torch.compile"
         )
-    else:
-        out = _attend_in_two_parts(query, key, value, prefix_k, prefix_v, prefix_bias, sequence, common)
-    return out.transpose(1, 2)
+    return _attend_with_query_bias(query, key, value, *prefix, prefix_bias, sequence, common).transpose(1, 2)
+
+
+def _read_mask(
+    mask: LazyMask | Tensor, dtype: torch.dtype, num_keys: int, prefix_len: int, has_position_bias: bool
+) -> tuple[CompactMask, Tensor | None]:
+    """A mask in compact form, or as an additive bias [B, 1, S, T or P + T] where it has no compact form.
+
+    Args:
+        mask: as :func:`attention_forward` takes it.
+        dtype: of the bias.
+        num_keys: T.
+        prefix_len: P if windows can hide the prefix, otherwise 0.
+        has_position_bias: whether the layer has a bias that depends on the query.
+    """
+    if isinstance(mask, Tensor):
+        return _SEE_ALL, additive(mask, dtype) if mask.dtype == torch.bool else mask
+    compact = mask.compact(num_keys)
+    # The compact form cannot express a window that hides prefix keys together with a bias that depends on the query.
+    if compact is None or (compact.window is not None and has_position_bias):
+        return _SEE_ALL, mask.bias(num_keys, prefix_len, dtype)
+    return compact, None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in its dtype. Rotary positions leave keys in fp32 there, but not values."""
+    """The tensors in the dtype of autocast. Rotary embedding leaves keys, but not values, in fp32 under autocast."""
     device = tensors[0].device.type
     if tensors[0].dtype == torch.float64 or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
@@ -183,12 +210,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _on(device: torch.device, x: Tensor | None) -> Tensor | None:
-    """``x`` on the device of a layer; models may be spread over several."""
+    """``x`` on the device of a layer; the layers of a model may be on different devices."""
     return None if x is None else x.to(device)
 
 
 def _split(bias: Tensor | None, num_keys: int, prefix_len: int, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """[..., n + T] -> ([..., P] of the last prefix positions, [..., T]); the former None where n = 0."""
+    """[..., n + T] -> ([..., P], the last prefix positions; [..., T]). The first is None where n or P is 0."""
     if bias is None:
         return None, None
     before = bias.shape[-1] - num_keys
@@ -208,7 +235,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _attend_in_two_parts(
+def _attend_with_query_bias(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,8 +247,9 @@ def _attend_in_two_parts(
 ) -> Tensor:
     """Attention with a prefix bias [B or 1, Hq or 1, S or 1, P] that depends on the query (T5's relative positions).
 
-    The prefix takes the place of a sequence that all B * S queries share; the two results are weighted by their
-    shares of the softmax's denominator, exp(lse). Returns [B, Hq, S, D].
+    The kernels only support a prefix bias per key. Attention over the sequence and attention over the prefix are
+    therefore computed separately; for the latter, the prefix is passed as a sequence that all B * S queries share.
+    The two results are weighted by their shares of the softmax denominator, exp(lse). Returns [B, Hq, S, D].
     """
     batch, num_heads, q_len, head_dim = query.shape
     no_k, no_v = prefix_k[:, :0], prefix_v[:, :0]
@@ -237,7 +265,7 @@ def _attend_in_two_parts(
     prefix_out = prefix_out.transpose(1, 2).reshape(batch, q_len, num_heads, head_dim).transpose(1, 2)
     prefix_lse = prefix_lse.reshape(num_heads, batch, q_len).transpose(0, 1)
 
-    # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)). Where both are -inf the query sees nothing, and both parts are 0.
+    # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)). Where both are -inf the query sees nothing, and both outputs are 0.
     difference = (prefix_lse - lse).nan_to_num(0.0, float("inf"), float("-inf"))
     share = torch.sigmoid(difference).unsqueeze(-1)
     merged: Tensor = share * prefix_out + (1.0 - share) * out
@@ -254,7 +282,7 @@ def _previous_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model had before."""
+    """Run the attention implementation that the model had before the patch."""
     name = module.config._attn_implementation.over
     num_keys = key.shape[2]
     if isinstance(attention_mask, LazyMask):
@@ -268,11 +296,13 @@ def _previous_attention(
 
 
 def _find_implementation(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The attention function ``name`` as the module would have looked it up: its modeling file has the eager one."""
+    """The attention function ``name``, looked up as the module does: the eager one is in its modeling file."""
     for cls in type(module).__mro__:
         modeling = sys.modules[cls.__module__]
         eager = getattr(modeling, "eager_attention_forward", None)
         if eager is not None:
             registry = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
             return registry.get_interface(name, eager)  # type: ignore[no-any-return]
-    raise ValueError(f"{type(module).__name__}: no eager_attention_forward beside it to fall back to")
+    raise ValueError(
+        f"model: expected eager_attention_forward in the modeling file of {type(module).__name__}, got none"
+    )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models are running in this thread.
+"""The calls of patched models that are running in the current thread.
 
-A call that went around the hooks of its base model is noticed in this way. Hooks find the module that runs, which
-may be a replica of the one that was patched, and the hook before a call can leave a note for the one after it without
-an argument that the model would have to accept.
+The record has three uses. It reveals a call that bypassed the hooks of its base model. It tells hooks which module
+runs, which may be a replica of the patched one. And the hook before a call can leave a note for the hook after it,
+without passing an argument that the model would have to accept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["running", "without_checkpointing"]
 
 @dataclass
 class _Call:
-    """A call that is running.
+    """A running call.
 
     Attributes:
-        of: the patch, or the model, that was called.
-        module: what runs, ``of`` itself or a replica.
-        frame: of ``Module.__call__``. It has left the stack when Ctrl-C has ended the call, after which torch runs no
-            hooks.
-        note: of the hook before the call.
+        of: the patch or model that was called.
+        module: the module that runs, ``of`` itself or a replica.
+        frame: the frame of ``Module.__call__``. If Ctrl-C ends the call, torch runs no further hooks; the frame is no
+            longer on the stack then.
+        note: left by the hook before the call.
     """
 
     of: Any
@@ -37,36 +37,37 @@ class _Call:
 
 
 class _Running(threading.local):
-    """The calls that are running, innermost last.
+    """The running calls, innermost last.
 
-    torch.compile traces one call at a time, and no thread-local state. A note then is an attribute of the patch.
+    torch.compile traces one call at a time and cannot trace thread-local state, so a note is then an attribute of the
+    patch.
     """
 
     calls: tuple[_Call, ...] = ()
 
     def enter(self, of: Any, module: Any) -> None:
-        """A call begins."""
+        """Record the start of a call."""
         if not torch.compiler.is_compiling():
             self._forget_interrupted()
-            frame = sys._getframe(2)  # that of this hook's caller, which also calls the forward
+            frame = sys._getframe(2)  # the caller of the hook, which also calls the forward
             self.calls = (*self.calls, _Call(of, module, frame))
 
     def leave_note(self, of: Any, note: Any) -> None:
-        """For the end of the call that is running."""
+        """Leave a note for the end of the running call."""
         if torch.compiler.is_compiling():
             of.compiled_note = note
         elif (call := self._find(of)) is not None:
             call.note = note
 
     def note(self, of: Any) -> Any:
-        """The note on the call that is running; None if there is none."""
+        """The note on the running call; None if there is none."""
         if torch.compiler.is_compiling():
             return getattr(of, "compiled_note", None)
         call = self._find(of)
         return None if call is None else call.note
 
     def leave(self, of: Any) -> Any:
-        """The innermost call has ended, or raised. Returns its note; None if it had not begun."""
+        """Record that the innermost call has returned or raised. Returns its note; None if no call was running."""
         if torch.compiler.is_compiling():
             note, of.compiled_note = getattr(of, "compiled_note", None), None
             return note
@@ -78,12 +79,12 @@ class _Running(threading.local):
         return call.note
 
     def module(self, of: Any, default: Any) -> Any:
-        """What runs in the innermost call of ``of``; ``default`` if none is running or it is not known."""
+        """The module that runs in the innermost call of ``of``; ``default`` if there is none, or while compiling."""
         call = None if torch.compiler.is_compiling() else self._find(of)
         return default if call is None else call.module
 
     def has(self, of: Any) -> bool:
-        """Whether a call is running; True while compiling, where it is not known."""
+        """Whether a call is running; True while compiling, where this is unknown."""
         if torch.compiler.is_compiling():
             return True
         self._forget_interrupted()
@@ -99,7 +100,7 @@ class _Running(threading.local):
 
 
 def stack_of(frame: Any) -> set[Any]:
-    """A frame and its callers."""
+    """A frame and all its callers."""
     frames = set()
     while frame is not None:
         frames.add(frame)
@@ -107,15 +108,16 @@ def stack_of(frame: Any) -> set[Any]:
     return frames
 
 
-#: The frame of the forward, and the modules that it has switched.
+#: (frame of the forward, modules whose checkpointing it has switched off).
 _Pause = tuple[Any, list[Any]]
 
 
 class _WithoutCheckpointing:
-    """Switches activation checkpointing off for forwards without gradients, where it would only drop the cache.
+    """Switches activation checkpointing off for forwards without gradients.
 
-    The flags are the modules' own and threads share them, so they stay off until the last of these forwards has
-    ended.
+    Checkpointing would save nothing there, and would drop the cache.
+
+    The flags belong to the modules, which threads share. They stay off until the last of these forwards has ended.
     """
 
     def __init__(self) -> None:
@@ -123,7 +125,7 @@ class _WithoutCheckpointing:
         self._pauses: list[_Pause] = []
 
     def begin(self, modules: list[Any]) -> _Pause | None:
-        """Begin a pause for those of ``modules`` that are in training mode; None if there is nothing to pause."""
+        """Begin a pause for those of ``modules`` in training mode; returns its handle, None if nothing is paused."""
         if torch.compiler.is_compiling() or not any(m.gradient_checkpointing and m.training for m in modules):
             shared = any(m is other for m in modules for _, others in self._pauses for other in others)
             if torch.compiler.is_compiling() or not shared:
@@ -146,7 +148,7 @@ class _WithoutCheckpointing:
                 module.gradient_checkpointing = id(module) not in still
 
     def restore_interrupted(self) -> None:
-        """End the pauses of forwards that Ctrl-C has ended."""
+        """End the pauses of forwards that Ctrl-C has interrupted."""
         if torch.compiler.is_compiling() or not self._pauses:
             return
         alive: set[Any] = set().union(*map(stack_of, sys._current_frames().values()))
@@ -154,8 +156,8 @@ class _WithoutCheckpointing:
             self.end(pause)
 
 
-#: Of the process, as the flags may be shared by models.
+#: One per process, because models may share modules and thus the flags.
 without_checkpointing = _WithoutCheckpointing()
 
-#: Of the process and not of a model, so that models can be copied while they run.
+#: One per process instead of one per model, so that models can be copied while they run.
 running = _Running()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt before every sample, for models and calls that cannot run it once."""
+"""Puts a prompt before every sample, for models and calls that cannot run the prompt once per batch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..model_info import given_cache
-from .layout import IGNORED
-from .packer import tokens_of
+from .call_arguments import tokens_of
+from .layout import pad_labels
 
 __all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
 
-#: Attribute of a cache that holds a concatenated prompt: its length.
+#: Attribute of a cache that contains a concatenated prompt: the length of the prompt.
 _LENGTH = "_peftkern_prompt_len"
 
-#: Outputs with an entry per token.
+#: Outputs with one entry per token.
 _PER_TOKEN = ("logits", "hidden_states", "last_hidden_state")
 
-#: What models without a cache call the state by which a sequence goes on.
+#: Arguments of models without a cache that hold the state of a sequence.
 _STATES = ("state", "cache_params", "rnn_state")
 
 
 @dataclass
 class Concatenated:
-    """What a call with a concatenated prompt has to undo in its outputs.
+    """A call with a concatenated prompt, whose outputs contain rows of the prompt.
 
     Attributes:
-        prompt_len: rows of the prompt.
+        prompt_len: P.
         rows: P + S.
-        cache: what the model was given to fill, which its outputs need not hold.
+        cache: the cache passed to the model, which its outputs do not always contain.
     """
 
     prompt_len: int
@@ -42,7 +42,7 @@ class Concatenated:
     cache: Any = None
 
     def strip(self, output: Any) -> Any:
-        """The outputs of the sequence alone."""
+        """Remove the rows of the prompt from the outputs, and note its length on the cache."""
         if self.cache is not None:
             setattr(self.cache, _LENGTH, self.prompt_len)
         if isinstance(output, tuple):
@@ -63,20 +63,24 @@ class Concatenated:
 
 
 def shows_prompt(base: PreTrainedModel, labels: Tensor | None) -> bool:
-    """Whether the loss compares a row with the next label, so that the prompt's last row predicts the first token."""
+    """Whether the loss compares each row with the next label, so the prompt's last row predicts the first token."""
     return labels is not None and labels.dim() == 2 and getattr(base, "loss_type", None) != "ForTokenClassification"
 
 
 def concatenate(
     base: PreTrainedModel, prompt: Tensor, kwargs: dict[str, Any], *, pads_labels: bool = True
 ) -> Concatenated:
-    """Put a prompt before every sample of a call, whose arguments and outputs speak of the sequence alone.
+    """Put a prompt before every sample of a call whose arguments and outputs describe the sequence alone.
 
     Args:
         base: the model that is called.
         prompt: [B, P, E].
-        kwargs: its arguments, which are changed.
-        pads_labels: labels [B, S] are those of the sequence; an encoder-decoder's are its decoder's.
+        kwargs: its arguments, changed in place.
+        pads_labels: labels [B, S] belong to the sequence. False for an encoder-decoder, whose labels belong to the
+            decoder.
+
+    Returns:
+        What :meth:`Concatenated.strip` needs to restore the outputs.
     """
     tokens = tokens_of(kwargs)
     prompt_len = prompt.shape[1]
@@ -87,16 +91,16 @@ def concatenate(
     mask, labels, position_ids = (kwargs.get(name) for name in ("attention_mask", "labels", "position_ids"))
     if mask is not None:
         if mask.dim() != 2:
-            raise ValueError(f"attention_mask: expected [B, S] beside a prompt, got {list(mask.shape)}")
+            raise ValueError(f"attention_mask: expected [B, S] with a prompt, got {list(mask.shape)}")
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
     if position_ids is not None:
         before = torch.arange(prompt_len, device=position_ids.device).expand(*position_ids.shape[:-1], -1)
         behind = position_ids + prompt_len
-        if mask is not None and mask.shape == position_ids.shape:  # generate has padding at position 0
+        if mask is not None and mask.shape == position_ids.shape:  # generate gives padding position 0
             behind = torch.where(mask != 0, behind, position_ids)
         kwargs["position_ids"] = torch.cat([before, behind], -1)
     if pads_labels and labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
-        kwargs["labels"] = torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
+        kwargs["labels"] = pad_labels(labels, prompt_len)
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, Tensor):
         kwargs["logits_to_keep"] = keep + prompt_len
@@ -107,9 +111,9 @@ def concatenate(
 
 
 def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``cache``, or a recurrent state, holds a concatenated prompt.
+    """Whether ``cache``, or a recurrent state, contains a concatenated prompt.
 
-    Masks and positions of the call are put behind the prompt then.
+    If so, the mask and positions of the call are changed to count the prompt.
     """
     prompt_len = getattr(cache, _LENGTH, None)
     if prompt_len is not None and _is_empty(cache):  # it has been reset
@@ -123,8 +127,8 @@ def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
         expected = seen - prompt_len + tokens_of(kwargs).shape[1]
         if seen and mask.shape[1] != expected:
             raise ValueError(
-                f"attention_mask: expected {expected} columns, as many as tokens in the cache and in this call, got "
-                f"{mask.shape[1]}; to generate from a returned cache, the prompt must be one that runs once"
+                f"attention_mask: expected {expected} columns, one per token in the cache and in this call, got "
+                f"{mask.shape[1]}; generating from a returned cache needs a model that runs the prompt once per batch"
             )
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
     if position_ids is not None:
@@ -133,7 +137,7 @@ def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_empty(cache: Any) -> bool:
-    """Whether a cache holds neither tokens nor a state."""
+    """Whether a cache contains neither tokens nor a state."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return False

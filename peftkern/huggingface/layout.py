@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of a batch lie in a stream of rows, and what the host must know of the batch to say so.
+"""Maps the tokens of a padded batch to the rows of a packed batch, with one host synchronisation.
 
-Nothing here knows of models: tensors in, tensors out.
+This module knows nothing about models; it maps tensors to tensors.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-__all__ = ["IGNORED", "HostNumbers", "Layout", "LayoutPlan", "indices_of", "next_labels", "targets_of"]
+__all__ = [
+    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "indices_of", "next_labels", "pad_labels", "targets_of",
+]  # fmt: skip
 
+#: The label that losses ignore.
 IGNORED = -100
 
 
 class HostNumbers:
-    """Integers that the host needs of tensors on a device, read in one transfer.
+    """Integers that the host reads from tensors on a device, in one transfer.
 
-    A transfer waits for the device, so a training step should have one and no more.
+    A transfer waits for the device, so a training step should have at most one.
     """
 
     def __init__(self) -> None:
@@ -29,11 +32,11 @@ class HostNumbers:
         self._known: dict[str, list[int]] = {}
 
     def ask(self, name: str, value: Tensor) -> None:
-        """Request the integers or booleans of ``value``."""
+        """Request the integers or booleans of ``value``, under a name."""
         self._asked[name] = value.flatten().long()
 
     def fetch(self) -> None:
-        """Read everything that was asked for."""
+        """Read everything that was requested."""
         if self._asked:
             device = next(iter(self._asked.values())).device
             values = torch.cat([value.to(device) for value in self._asked.values()]).tolist()
@@ -42,41 +45,41 @@ class HostNumbers:
             self._asked = {}
 
     def all(self, name: str) -> list[int]:
-        """All integers that were asked for under ``name``; empty if there were none."""
+        """All integers requested under ``name``; empty if there are none."""
         return self._known.get(name, [])
 
     def get(self, name: str, default: int = 0) -> int:
-        """The one integer that was asked for under ``name``."""
+        """The single integer requested under ``name``."""
         return self._known[name][0] if name in self._known else default
 
 
 def indices_of(mask: Tensor, count: int) -> Tensor:
-    """bool [N] with ``count`` true elements -> [count], their indices in order. Needs no host synchronisation."""
+    """bool [N] with ``count`` true elements -> [count], their indices in order, without a host synchronisation."""
     ranks = torch.where(mask, mask.long().cumsum(0) - 1, count)
     indices = torch.zeros(count + 1, dtype=torch.long, device=mask.device)
     return indices.scatter(0, ranks, torch.arange(mask.shape[0], device=mask.device))[:count]
 
 
-class LayoutPlan:
-    """A layout up to the numbers that depend on the values of its mask and positions.
+class LayoutBuilder:
+    """Prepares a :class:`Layout`, which needs numbers from the mask and the positions before it can be built.
 
     Args:
         shape: (B, S).
         device: of the layout.
-        numbers: what the host must know is asked of it; call :meth:`layout` when it has been fetched.
+        numbers: collects the numbers that the host needs; call :meth:`build` after it has been fetched.
         mask: [B, S], 0 for padding.
-        position_ids: [B or 1, S]. Without a mask, a position that does not follow the one before it begins another
+        position_ids: [B or 1, S]. Without a mask, a position that does not follow its predecessor starts another
             sequence, as in ``transformers``.
-        needed: bool [B, S], padding whose rows are kept although no other row sees them.
-        keep_padding: keep all rows. While tracing all rows are kept, since T may not depend on values.
-        keep_gaps: keep what lies between kept rows, since sliding windows count it.
-        from_first: a sequence begins at its first token instead of at column 0.
-        count_mask: positions count the tokens of the mask, and padding has position -1, wherever it stands (OPT).
+        needed: bool [B, S], padding whose rows are kept although no other row attends to them.
+        keep_padding: keep all rows. While tracing all rows are kept, because T must not depend on values.
+        keep_gaps: keep the padding between kept rows, because sliding windows count it.
+        from_first: a sequence starts at its first token instead of at column 0.
+        count_mask: positions count the tokens of the mask, and padding has position -1 everywhere (OPT).
         pool_last: padding shows the last token of its row, for heads that pool the last column.
-        labels: [B, S], of which the layout counts those that a row predicts.
+        labels: [B, S]; if given, the number of labels that a row predicts is requested too.
 
     Raises:
-        ValueError: for several sequences a row while tracing.
+        ValueError: for several sequences per row while tracing.
     """
 
     def __init__(
@@ -108,9 +111,9 @@ class LayoutPlan:
         if position_ids is not None:
             self._position = position_ids.to(device).expand(rows, length)
         if mask is None and self._position is not None:
-            self._plan_packed_rows(self._position)
+            self._find_sequences(self._position)
         elif mask is not None:
-            self._plan_mask(mask.to(device=device, dtype=torch.bool), needed, from_first, count_mask, keep_gaps)
+            self._read_mask(mask.to(device=device, dtype=torch.bool), needed, from_first, count_mask, keep_gaps)
             if keep_padding or is_tracing(mask):
                 self._keep = None
             elif self._keep is not None:
@@ -123,18 +126,18 @@ class LayoutPlan:
             numbers.ask("labelled", (targets != IGNORED).sum())
             numbers.ask("labelled first", ((labels != IGNORED) & begins).sum())
 
-    def _plan_packed_rows(self, position_ids: Tensor) -> None:
-        """Several sequences a row, told apart by their positions."""
+    def _find_sequences(self, position_ids: Tensor) -> None:
+        """Find the several sequences of each row by their positions."""
         if is_tracing(position_ids):
             raise ValueError(
-                "position_ids: expected an attention_mask beside them under torch.compile, as the number of packed "
-                "sequences depends on their values, got None"
+                "position_ids: expected an attention_mask as well under torch.compile, because the number of packed "
+                "sequences depends on the values of position_ids, got None"
             )
         self._begins = torch.ones(self.shape, dtype=torch.bool, device=position_ids.device)
         self._begins[:, 1:] = position_ids.diff(dim=1) != 1
         self.numbers.ask("sequences", self._begins.sum())
 
-    def _plan_mask(
+    def _read_mask(
         self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool, keep_gaps: bool
     ) -> None:
         self._real = real
@@ -154,7 +157,7 @@ class LayoutPlan:
 
     @property
     def saves_rows(self) -> bool:
-        """Whether a stream has fewer rows than the batch, or keeps sequences of one row apart."""
+        """Whether packing removes rows, or separates several sequences of one row."""
         rows, length = self.shape
         if self._begins is not None:
             return self.numbers.get("sequences") > rows
@@ -162,12 +165,12 @@ class LayoutPlan:
 
     @property
     def is_all_real(self) -> bool:
-        """Whether the mask is known to be one of ones."""
+        """Whether the mask is known to contain no padding."""
         known = self._keep is not None and not self.saves_rows
         return known and not self.numbers.get("hidden")
 
-    def layout(self) -> Layout:
-        """The layout, when ``numbers`` have been fetched."""
+    def build(self) -> Layout:
+        """The layout. ``numbers`` must have been fetched."""
         rows, length = self.shape
         begin, steps, numbers = self._begin, self._steps, self.numbers
         every = begin + steps
@@ -183,18 +186,18 @@ class LayoutPlan:
         assert self._position is not None
         firsts = begin.flatten() + self._first
         if self._keep is None:
-            # Padding before a sequence goes behind it, where windows and causality do not count it.
+            # Padding before a sequence moves behind it, where neither windows nor causality count it.
             turned = (begin + (steps + self._first[:, None]) % max(length, 1)).flatten()
-            slots = begin + (steps - self._first[:, None]) % max(length, 1)
+            shown = begin + (steps - self._first[:, None]) % max(length, 1)
             real = self._real.flatten()[turned]
             if self._pool_last and length:
-                last = torch.where(self._real, slots, begin).amax(1, keepdim=True)
-                slots = torch.where(self._real, slots, last)
-            return Layout(self.shape, turned, slots, self._position.flatten()[turned], starts, None, firsts, real)
+                last = torch.where(self._real, shown, begin).amax(1, keepdim=True)
+                shown = torch.where(self._real, shown, last)
+            return Layout(self.shape, turned, shown, self._position.flatten()[turned], starts, None, firsts, real)
         return self._compact(every, firsts, starts)
 
     def _compact(self, every: Tensor, firsts: Tensor, starts: Tensor) -> Layout:
-        """The layout of the kept rows alone."""
+        """The layout of the kept rows."""
         keep, real, position, numbers = self._keep, self._real, self._position, self.numbers
         assert keep is not None
         assert real is not None
@@ -202,34 +205,34 @@ class LayoutPlan:
         cu_seqlens = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         last_row = (cu_seqlens[1:, None].long() - 1).clamp(min=0)
         ranks = (keep.long().cumsum(1) - 1).clamp(min=0)
-        slots = torch.minimum(cu_seqlens[:-1, None].long() + ranks, last_row)
+        shown = torch.minimum(cu_seqlens[:-1, None].long() + ranks, last_row)
         key_mask = real.flatten() if numbers.get("hidden") else None
         if numbers.get("kept") == keep.numel():
             return Layout(self.shape, None, every, position.flatten(), starts, None, firsts, key_mask)
         kept = indices_of(keep.flatten(), numbers.get("kept"))
         key_mask = None if key_mask is None else key_mask[kept]
-        return Layout(self.shape, kept, slots, position.flatten()[kept], cu_seqlens, None, firsts, key_mask)
+        return Layout(self.shape, kept, shown, position.flatten()[kept], cu_seqlens, None, firsts, key_mask)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of a batch [B, S] lie in a stream of T rows (prompts aside).
+    """Maps the tokens of a batch [B, S] to the T rows of a packed batch (not counting prompts).
 
     Attributes:
         shape: (B, S).
         tokens: [T] flat index of each row's token in the batch; None if all B * S are there, in order.
-        slots: [B, S] the row of each token. Of padding that has no row, the nearest row of its sequence before it, or
-            its first one.
+        rows: [B, S] the row of each token. Padding without a row has the nearest row before it in its sequence, or
+            the first one.
         positions: [T] of each row within its sequence, from 0.
-        cu_seqlens: int32 [n + 1], where the n sequences begin, and T.
-        owners: [n], the sample of each sequence; None if there is one sequence a sample, in order.
+        cu_seqlens: int32 [n + 1], the first rows of the n sequences, and T.
+        owners: [n], the sample of each sequence; None if there is one sequence per sample, in order.
         firsts: [n] flat index of each sequence's first token in the batch.
-        key_mask: bool [T], false for rows of padding, kept for the sake of their loss; None if there are none.
+        key_mask: bool [T], false for rows of padding that are kept for their loss; None if there are none.
     """
 
     shape: tuple[int, int]
     tokens: Tensor | None
-    slots: Tensor
+    rows: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     owners: Tensor | None
@@ -238,21 +241,16 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device, **facts: Any) -> Layout:
-        """The layout of a batch, with one host synchronisation. Arguments as for :class:`LayoutPlan`."""
+        """The layout of a batch, with one host synchronisation. Arguments as for :class:`LayoutBuilder`."""
         numbers = HostNumbers()
-        plan = LayoutPlan(shape, device, numbers, **facts)
+        builder = LayoutBuilder(shape, device, numbers, **facts)
         numbers.fetch()
-        return plan.layout()
+        return builder.build()
 
     @property
-    def packed_rows(self) -> bool:
-        """Whether a row of the batch held several sequences."""
+    def several_per_row(self) -> bool:
+        """Whether a row of the batch contains several sequences."""
         return self.owners is not None and self.owners.shape[0] > self.shape[0]
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether rows of the batch are not in the stream."""
-        return self.positions.shape[0] < self.shape[0] * self.shape[1]
 
     def targets(self, labels: Tensor) -> Tensor:
         """[B, S] -> [B, S], the label that each row predicts: see :func:`targets_of`."""
@@ -268,21 +266,26 @@ class Layout:
         return (x if self.tokens is None else x[self.tokens.to(x.device)]).unsqueeze(0)
 
 
+def pad_labels(labels: Tensor, prompt_len: int) -> Tensor:
+    """[B, S] -> [B, P + S]: no label for the P rows of a prompt."""
+    return torch.nn.functional.pad(labels, (prompt_len, 0), value=IGNORED)
+
+
 def next_labels(labels: Tensor) -> Tensor:
-    """[B, S] -> [B, S]: the label that each row predicts, the one after it."""
+    """[B, S] -> [B, S]: the label that each row predicts, which is the next one."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def targets_of(labels: Tensor, begins: Tensor, packed_rows: bool) -> Tensor:
-    """The label that each row predicts: the next one of its sequence, or -100.
+def targets_of(labels: Tensor, begins: Tensor, several_per_row: bool) -> Tensor:
+    """The label that each row predicts: the next one of its sequence, or :data:`IGNORED`.
 
     Args:
         labels: [B, S].
-        begins: bool [B, S], where sequences begin.
-        packed_rows: a row holds several sequences, and the last token of each predicts nothing. Otherwise what lies
-            before the first token of a row predicts nothing.
+        begins: bool [B, S], true at the first token of a sequence.
+        packed_rows: a row contains several sequences, and the last token of each predicts nothing. Otherwise the
+            padding before the first token of a row predicts nothing.
     """
     targets = next_labels(labels)
-    if packed_rows:
+    if several_per_row:
         return targets.masked_fill(torch.nn.functional.pad(begins[:, 1:], (0, 1), value=True), IGNORED)
     return targets.masked_fill(begins.cumsum(1) == 0, IGNORED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks as descriptions: the S x S tensor is built only when other code than our attention reads it."""
+"""Attention masks as descriptions; the S x S tensor is built only when needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CompactMask(NamedTuple):
 
     Attributes:
         causal, window: the pattern over sequence keys.
-        key_mask: bool [B, T], false hides a key; None when every key is real.
+        key_mask: bool [B, T], false for a hidden key; None if all keys are visible.
     """
 
     causal: bool
@@ -38,20 +38,20 @@ class CompactMask(NamedTuple):
 
 
 class LazyMask:
-    """The arguments of a mask function, kept until a layer says in which form it needs the mask.
+    """The arguments of a mask function, stored until a layer requests the mask in a particular form.
 
-    Most models hand the object from the mask's creation to the attention function unread. All layers of a forward
-    share it and the forms that it has built.
+    Most models pass the object from the mask function to the attention function without reading it. All layers of a
+    forward share the object and the forms that it has built.
 
-    For model code that slices it, adds to it or asks for its shape, it acts as the dense tensor [B, 1, S, P + T] that
-    the implementation below would have made. It is no subclass of ``torch.Tensor``, which would have to hold memory
-    of that size, or lie about it to autograd and to torch.compile.
+    To model code that slices it, adds to it or reads its shape, it behaves like the dense tensor [B, 1, S, P + T]
+    that the previous implementation would have made. It is not a subclass of ``torch.Tensor``: a subclass would have
+    to allocate memory of that size, or report a false size to autograd and torch.compile.
 
     Args:
         request: the keyword arguments of a mask function (:func:`transformers.masking_utils.sdpa_mask`).
 
     Attributes:
-        edited: whether the dense tensor has been changed in place, so that nothing else describes the mask.
+        edited: whether the dense tensor has been changed in place, so that only the tensor describes the mask.
     """
 
     def __init__(self, **request: Any) -> None:
@@ -61,7 +61,7 @@ class LazyMask:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation of torch on the dense tensor."""
+        """Run a torch operation on the dense tensor."""
         changes = getattr(func, "__name__", "").endswith("_") or "out" in (kwargs or {})
 
         def dense(x: Any) -> Any:
@@ -94,12 +94,12 @@ class LazyMask:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the dense tensor."""
+        """The dtype of the dense tensor."""
         return self.metadata[1]
 
     @property
     def device(self) -> torch.device:
-        """Of the dense tensor."""
+        """The device of the dense tensor."""
         return torch.device(self.metadata[2])
 
     def dim(self) -> int:
@@ -107,25 +107,25 @@ class LazyMask:
         return 4
 
     def size(self, dim: int | None = None) -> Any:
-        """[B, 1, S, P + T], or one of these."""
+        """[B, 1, S, P + T], or the size of one dim."""
         return self.shape if dim is None else self.shape[dim]
 
     @property
     def metadata(self) -> tuple[tuple[int, ...], torch.dtype, Any]:
-        """Shape, dtype and device of the dense mask."""
+        """Shape, dtype and device of the dense tensor."""
         request = self._request
         shape = (request["batch_size"], 1, request["q_length"], self._end)
-        is_additive = request["config"]._attn_implementation.over == "eager"
+        is_additive = self._previous_implementation == "eager"
         dtype = request.get("dtype", torch.float32) if is_additive else torch.bool
         return tuple(map(int, shape)), dtype, request["device"]
 
     def dense(self) -> Tensor:
-        """The mask as the implementation below makes it, or bool [B, 1, S, P + T] where that one makes none.
+        """The mask of the previous implementation, or bool [B, 1, S, P + T] where that implementation makes none.
 
-        As in the stock model, whose cache would hold the prefix, there are columns for it.
+        It has columns for the prefix, as in the stock model, whose cache contains the prefix.
         """
         num_keys = self._end
-        mask: Any = self.for_implementation(self._request["config"]._attn_implementation.over, num_keys)
+        mask: Any = self.for_implementation(self._previous_implementation, num_keys)
         if isinstance(mask, Tensor):
             return mask
         key = ("dense", num_keys)
@@ -134,19 +134,24 @@ class LazyMask:
         return self._forms[key]  # type: ignore[no-any-return]
 
     @property
+    def _previous_implementation(self) -> str:
+        """Name of the attention implementation that the model had before the patch."""
+        return self._request["config"]._attn_implementation.over  # type: ignore[no-any-return]
+
+    @property
     def _end(self) -> int:
         """Position after the last key."""
         return int(self._request["kv_offset"]) + int(self._request["kv_length"])
 
     @property
     def pattern(self) -> tuple[bool, int | None] | None:
-        """(causal, window), or None if it is anything else."""
+        """(causal, window); None for any other pattern."""
         return _read_pattern(self._request["mask_function"])
 
     def compact(self, num_keys: int) -> CompactMask | None:
-        """The mask over the last ``num_keys`` keys, or None if it has no such form.
+        """The mask over the last ``num_keys`` keys; None if it has no such form.
 
-        An encoder's mask has columns for the prefix as well, hence the last ones.
+        The last ones, because an encoder's mask also has columns for the prefix.
         """
         key = ("compact", num_keys)
         if key not in self._forms:
@@ -166,10 +171,10 @@ class LazyMask:
         return None if hides_prefix else CompactMask(causal, window, key_mask)
 
     def bias(self, num_keys: int, prefix_len: int, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask does not hide prefix keys.
+        """[B, 1, S, P + T], 0 where visible and -inf elsewhere; [B, 1, S, T] if the mask hides no prefix keys.
 
-        A mask made before the prefix was known has no columns for it. Its windows then count the prefix as positions
-        before the sequence, as in a mask that was made with the prefix in the cache.
+        A mask that was made before the prefix was known has no columns for it. Its windows then count the prefix as
+        positions before the sequence, as in a mask that was made with the prefix in the cache.
         """
         knows_prefix = self._end - num_keys >= prefix_len
         columns = num_keys + (prefix_len if knows_prefix else 0)
@@ -183,12 +188,12 @@ class LazyMask:
         return self._forms[key]  # type: ignore[no-any-return]
 
     def _visible(self, columns: int) -> Tensor:
-        """bool [B, 1, S, columns] of the last columns."""
+        """bool [B, 1, S, columns], the last columns of the mask."""
         unskipped = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(**{**self._last_columns(columns), **unskipped})  # type: ignore[no-any-return]
 
     def _prefix_in_window(self, window: int, prefix_len: int, like: Tensor) -> Tensor:
-        """bool [B, 1, S, P]: whether prefix positions, which precede position 0, are less than a window away."""
+        """bool [B, 1, S, P]: whether a prefix position, which precedes position 0, is less than a window away."""
         queries = self._request["q_offset"] + torch.arange(like.shape[2], device=like.device)
         prefix = torch.arange(-prefix_len, 0, device=like.device)
         in_window: Tensor = queries[:, None] - prefix < window
@@ -202,23 +207,26 @@ class LazyMask:
             self._forms[key] = None if make is None else make(**self._last_columns(num_keys))
         return self._forms[key]
 
-    def contiguous(self) -> Any:
-        """The mask of the implementation below.
+    def for_static_cache(self) -> Any:
+        """The mask of the previous implementation over the keys of a static cache, which contains no prefix.
 
-        ``generate`` makes masks for static caches, which hold no prefix, before the model runs; some versions ask
-        this of them.
+        ``generate`` makes such masks before the model runs.
         """
-        return self.for_implementation(self._request["config"]._attn_implementation.over, self._request["kv_length"])
+        return self.for_implementation(self._previous_implementation, self._request["kv_length"])
+
+    def contiguous(self) -> Any:
+        """:meth:`for_static_cache`: some versions of ``generate`` call ``contiguous()`` on these masks."""
+        return self.for_static_cache()
 
     def is_skipped(self) -> bool:
-        """Whether the implementation below makes no mask."""
-        return self.for_implementation(self._request["config"]._attn_implementation.over, self._end) is None
+        """Whether the previous implementation makes no mask."""
+        return self.for_implementation(self._previous_implementation, self._end) is None
 
     def _last_columns(self, columns: int) -> dict[str, Any]:
         return {**self._request, "kv_offset": self._end - columns, "kv_length": columns}
 
     def _key_mask(self, num_keys: int) -> tuple[Tensor | None, bool]:
-        """(bool [B, T], or None if every key is real; whether padding hides keys before the last ``num_keys``)."""
+        """(bool [B, T], or None if all keys are visible; whether padding hides keys before the last ``num_keys``)."""
         request = self._request
         padding = prepare_padding_mask(request["attention_mask"], request["kv_length"], request["kv_offset"])
         if padding is None:
@@ -227,13 +235,13 @@ class LazyMask:
         key_mask: Tensor = padding[:, begin : self._end].expand(request["batch_size"], -1)
         if is_tracing(key_mask):
             return key_mask, False
-        # One synchronisation a forward, as the stock mask functions have it, lets every layer use the faster kernel.
+        # One synchronisation per forward, as in the stock mask functions; every layer can then use the faster kernel.
         all_real, all_before = torch.stack([key_mask.all(), padding[:, :begin].all()]).tolist()
         return None if all_real else key_mask, not all_before
 
 
 def mask_function(**request: Any) -> LazyMask | None:
-    """The mask function that is registered in ``AttentionMaskInterface``.
+    """The mask function registered in ``AttentionMaskInterface``.
 
     A decoding step without padding has no mask, as in the stock model.
     """
@@ -243,19 +251,19 @@ def mask_function(**request: Any) -> LazyMask | None:
     return mask
 
 
-# A pattern is recognised by what it is, not by its effect: the very functions of masking_utils, or closures made from
-# their code. Whatever else a model composes is unknown and gets the dense form.
+# A pattern is recognised by identity: it is a function of masking_utils, or a closure with the same code. Any other
+# function that a model composes is unknown and gets the dense form.
 _AND = and_masks(causal_mask_function).__code__
 _SLIDING = sliding_window_overlay(1).__code__
 
 
 def _read_pattern(mask_function: Callable[..., Any]) -> tuple[bool, int | None] | None:
-    """(causal, window) of a mask function, or None if it is anything else."""
+    """(causal, window) of a mask function; None for any other pattern."""
     if mask_function is causal_mask_function:
         return True, None
     if mask_function is bidirectional_mask_function:
         return False, None
-    if torch.compiler.is_compiling():  # which cannot look into closures: a compiled sliding window is dense
+    if torch.compiler.is_compiling():  # the compiler cannot read closures, so compiled sliding windows are dense
         return None
     code = getattr(mask_function, "__code__", None)
     if code is _SLIDING:
@@ -288,7 +296,7 @@ def _forwarded(name: str) -> Callable[..., Any]:
     return operator
 
 
-# Python looks these up on the type, so that __getattr__ does not see them.
+# Python looks these up on the type, so __getattr__ does not see them.
 for _name in (
     "getitem", "len", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "and", "rand", "or", "ror",
     "xor", "invert", "eq", "ne", "lt", "le", "gt", "ge",
@@ -298,5 +306,5 @@ LazyMask.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool, true where visible -> float, 0 where visible and -inf elsewhere, same shape."""
+    """bool, true where visible -> float of the same shape, 0 where visible and -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))

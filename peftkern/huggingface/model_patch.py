@@ -1,189 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of a patched model, common to prefixes and prompts.
+"""Hooks and markers a patch installs, for prefixes and prompts alike.
 
 ::
 
-    base model      before_call     decides whether the batch runs as a stream, and which rows the output layer sees
-      backbone      before_forward  hands the layers their prefix, packs the embeddings
+    base model      before_call     decides whether the batch is packed, and on which rows the output layer runs
+      backbone      before_forward  passes the prefix to the layers, packs the embeddings
         layers      attention_forward
-      backbone      after_forward   checks that no layer ran without its prefix, unpacks hidden states
+      backbone      after_forward   checks that every layer has read its prefix, unpacks hidden states
     base model      after_call      unpacks logits
 
-Outside of the backbone every tensor has the batch's shape, unless the output layer is known to treat rows one by one.
+Outside the backbone every tensor has the shape of the batch, unless the output layer is known to process each row
+independently.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
-from .attention import Implementation, register
-from .cache import REQUIRED, SITE, WITHOUT_PREFIX, PrefixCache, PrefixOptions
+from .attention import Implementation, register, set_implementation
+from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
+from .call_arguments import BOUNDARIES, bind, forward_arguments, place_behind, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
 from .masks import LazyMask
-from .packer import BOUNDARIES, Packer, tokens_of
-from .packing import Head, Stream
+from .packer import Packer
+from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, watch_tables
 from .probing import quiet
 from .relative_bias import SpanningBias
-from .survey import Site, find_backbone, survey
+from .survey import PrefixLayerInfo, find_backbone, survey
 from .trial import Trial
-from .wiring import Wiring
+from .wiring import Patch, Source
 
-__all__ = ["PATCH", "ModelPatch", "bind", "check_replaceable", "place_behind", "self_attention_cache"]
-
-#: Attribute of a patched model: its patch.
-PATCH = "_peftkern_patch"
+__all__ = ["LogitsError", "ModelPatch"]
 
 
-class ModelPatch(ABC):
+class LogitsError(ValueError):
+    """The model does not support ``logits="labelled"``."""
+
+
+class ModelPatch(Patch):
     """A prefix or prompt in one model.
 
-    The prefix travels as a keyword argument: the hook on the backbone adds it, and ``transformers`` hands it down to
-    the attention function. It therefore survives activation checkpointing, which takes the cache away from layers.
+    The prefix is passed as a keyword argument: the hook on the backbone adds it, and ``transformers`` forwards it to
+    the attention function. Activation checkpointing, which removes the cache from layers, does not affect it.
 
     Args:
-        model: what the user patches.
+        model: the module that the user patches.
         base: the Hugging Face model in it.
+        source: provides the prefix or prompt.
         options: for the attention function.
-        packing: run batches as streams where that saves rows.
-        logits: ``"all"``, or ``"labelled"`` for those alone, in training steps, that predict a label.
-        strict: raise for a call that would run the slow way.
+        packing: pack batches where this removes rows.
+        logits: ``"all"``, or ``"labelled"`` to compute only the logits that predict a label, in training steps.
+        strict: raise for a call that would run a slower fallback.
 
     Attributes:
-        sites: the attention modules that take a prefix.
-        packer: how calls are packed.
+        prefix_layers: the attention modules that read the prefix.
+        packer: decides how calls are packed.
     """
 
     def __init__(
         self,
         model: nn.Module,
         base: PreTrainedModel,
+        source: Source,
         options: PrefixOptions,
         *,
-        packing: bool,
-        logits: str,
-        strict: bool,
+        packing: bool = True,
+        logits: str = "all",
+        strict: bool = False,
     ) -> None:
-        self.model = model
-        self.base = base
+        super().__init__(model, base)
+        self.source = source
         self.options = options
         self.packing = packing
         self.logits = logits
         self.strict = strict
         self.backbone = find_backbone(base)
-        self.arguments = tuple(inspect.signature(type(self.backbone).forward).parameters)[1:]
-        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
-        #: By which names backbone and base model take a cache.
+        self.arguments = forward_arguments(self.backbone)
+        self.base_arguments = forward_arguments(base)
+        #: Names of the cache argument of backbone and base model.
         self.cache_name = cache_argument(self.backbone)
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
-        self.sites: dict[nn.Module, Site] = {}
+        self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
-        self.wiring = Wiring()
         self._tables: list[PositionTable] = []
         self._noticed: set[str] = set()
-        self.compiled_note: Any = None
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
     @abstractmethod
     def check(self, trial: Trial) -> None:
-        """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
+        """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
 
     @property
-    @abstractmethod
     def requires_prefix(self) -> bool:
-        """Whether every call of the backbone that does not say otherwise has a prefix."""
+        """Whether every call must have a prefix. A PEFT model runs without one while its adapter is disabled."""
+        return not self.source.is_given
 
     @abstractmethod
-    def wire(self) -> None:
-        """Install what depends on where the prefix comes from."""
+    def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
+        """The packed batch for a call of the base model; None to run it unpacked. May change ``kwargs``."""
 
     @abstractmethod
-    def open_stream(self, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream | None:
-        """The stream for a call of the base model; None to run it as it is. May change ``kwargs``."""
-
-    @abstractmethod
-    def find_cache(self, kwargs: dict[str, Any], stream: Stream | None) -> PrefixCache | None:
-        """The prefix for a call of the backbone; None if it gets none. May put one into ``kwargs``."""
-
-    @abstractmethod
-    def explain(self) -> str:
-        """How batches run, and why not otherwise."""
+    def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
+        """The cache with the prefix for a call of the backbone; None if it gets no prefix. May change ``kwargs``."""
 
     def clean_output(self, note: Any, output: Any) -> Any:
-        """The base model's output as the caller expects it.
+        """The base model's output in the form that the caller expects.
 
         Args:
-            note: what :meth:`open_stream` left with :data:`.calls.running`.
+            note: the note that :meth:`pack_call` left in :data:`.calls.running`.
         """
         return output
 
     def install(self) -> None:
-        """Change the model. If that fails, the model is as it was."""
+        """Change the model. If this raises, the model is unchanged."""
         register()
         try:
             with quiet(self.backbone):
-                self.wiring.set_implementation(self._configs())
+                set_implementation(self._configs(), self.wiring)
                 with watch_tables(self.backbone) as self._tables:
                     names = {module: name for name, module in self.model.named_modules()}
-                    self.sites, samples = survey(self.backbone, names)
-                for module, site in self.sites.items():
-                    self.wiring.set_attribute(module, SITE, site)
+                    self.prefix_layers, samples = survey(self.backbone, names)
+                for module, info in self.prefix_layers.items():
+                    self.wiring.set_attribute(module, LAYER_INFO, info)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
-                self.packer = Packer(self.base, self.backbone, self.sites, self._tables)
-                self.check(Trial(self.backbone, self.sites, samples, self.options))
+                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self._tables)
+                self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
-                reasons = self.packer.reasons or [self.packer.why_head_sees_batch()]
-                raise ValueError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
-            self.wire()
+                reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]
+                raise LogitsError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
+            self.source.wire(self)
         except BaseException:
             self.remove()
             raise
         if self.requires_prefix:
-            for module in self.sites:
+            for module in self.prefix_layers:
                 self.wiring.set_attribute(module, REQUIRED, True)
-        self.wiring.set_attribute(self.model, PATCH, self)
-        if self.base is not self.model:
-            self.wiring.set_attribute(self.base, PATCH, self)
+        self.mark(self.model, self.base)
 
     def _hook(self) -> None:
         base, backbone = self.base, self.backbone
         self.wiring.add_hooks(
             base.register_forward_pre_hook(self.before_call, with_kwargs=True),
             backbone.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            # First, so that everybody else's hooks see the batch.
+            # First, so that all other hooks see the unpacked batch.
             backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True, prepend=True),
             base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
         )
 
-    def remove(self) -> None:
-        """Undo :meth:`install`."""
-        self.wiring.undo()
-
     def _configs(self) -> list[Any]:
-        """The configs whose attention implementation rules in the model, each once."""
+        """The configs that determine the attention implementation of the model's parts, each once."""
         configs = [module.config for module in self.base.modules() if isinstance(module, PreTrainedModel)]
         return list({id(config): config for config in configs}.values())
 
     def notice(self, case: str, difference: str, remedy: str = "") -> None:
-        """Warn once about a case."""
+        """Warn, once per ``case``."""
         if case not in self._noticed and not torch.compiler.is_compiling():
             self._noticed.add(case)
             warnings.warn(f"peftkern: {case}: {difference}.{remedy}", stacklevel=3)
 
     def fall_back(self, reason: str, how: str) -> None:
-        """Warn once about calls that run the slow way, or raise.
+        """Warn once that calls run a slower fallback, or raise.
 
         Raises:
             ValueError: if the patch is strict.
@@ -194,7 +181,7 @@ class ModelPatch(ABC):
 
     @property
     def is_training_step(self) -> bool:
-        """Whether a forward that starts now will have a backward."""
+        """Whether the current forward will be followed by a backward."""
         return self.backbone.training and torch.is_grad_enabled()
 
     # Hooks on the base model
@@ -202,58 +189,58 @@ class ModelPatch(ABC):
     def before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook: open a stream for the call of the base model."""
+        """Hook: pack the batch of the call."""
         bound = bind(module, self.base_arguments, args, kwargs)
         if bound is None:
             return args, kwargs
         kwargs = bound
         rename_cache(kwargs, self.base_cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # generate's, for a static cache
-            kwargs["attention_mask"] = kwargs["attention_mask"].contiguous()
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by generate, for a static cache
+            kwargs["attention_mask"] = kwargs["attention_mask"].for_static_cache()
         running.enter(self, module)
-        stream = self.open_stream(kwargs, HostNumbers())
-        if stream is None:
+        packed = self.pack_call(kwargs, HostNumbers())
+        if packed is None:
             return (), kwargs
-        kwargs["peftkern_stream"] = stream
-        for name in BOUNDARIES:  # they describe the batch before it was packed
+        kwargs["peftkern_packed"] = packed
+        for name in BOUNDARIES:  # describe the unpacked batch
             kwargs.pop(name, None)
         return (), kwargs
 
-    def pack_head(self, stream: Stream, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
-        """Have the output layer run on rows of the stream."""
+    def pack_logits(self, packed: PackedBatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+        """Have the output layer run on rows of the packed batch."""
         labels, keep = kwargs.get("labels"), kwargs.pop("logits_to_keep", None)
         labelled = self.selects_labels(kwargs)
-        count = numbers.get("labelled") + (numbers.get("labelled first") if stream.prompts is not None else 0)
-        stream.head = Head(
-            stream, labels, labelled=labelled, keep=0 if keep is None else keep,
+        count = numbers.get("labelled") + (numbers.get("labelled first") if packed.prompts is not None else 0)
+        packed.logit_rows = LogitRows(
+            packed, labels, labelled=labelled, keep=0 if keep is None else keep,
             num_labelled=count if labelled and numbers.all("labelled") else None,
         )  # fmt: skip
-        kwargs["labels"] = stream.head.labels
+        kwargs["labels"] = packed.logit_rows.labels
 
     def selects_labels(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call computes only the logits that predict a label."""
         if self.logits != "labelled" or not self.is_training_step or kwargs.get("labels") is None:
             return False
-        if self.packer.head_is_packed():
+        if self.packer.head_runs_on_rows():
             return True
         self.notice(
             "logits='labelled'",
-            "it has no effect, since the model's forward, loss or output layer has been replaced or hooked since "
-            "patch; all logits are computed",
+            "it has no effect, because the model's forward, loss or output layer has been replaced or hooked since "
+            "it was patched; all logits are computed",
         )
         return False
 
     def after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: lay the logits out as the batch is. ``output`` is None if the forward has raised."""
+        """Hook: unpack the logits. ``output`` is None if the forward has raised."""
         note = running.leave(self)
         if output is None:
             return None
-        stream: Stream | None = kwargs.get("peftkern_stream")
-        if stream is not None and not stream.used:
-            names = f"{type(self.base).__name__} to hand its keyword arguments to {type(self.backbone).__name__}"
+        packed: PackedBatch | None = kwargs.get("peftkern_packed")
+        if packed is not None and not packed.used:
+            names = f"{type(self.base).__name__} to pass its keyword arguments to {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {names}, which got none; patch it with packing=False")
-        if stream is not None and stream.head is not None:
-            output = _unpack_logits(stream.head, output, kwargs["labels"] is not None)
+        if packed is not None and packed.logit_rows is not None:
+            output = _unpack_logits(packed.logit_rows, output, kwargs["labels"] is not None)
         return self.clean_output(note, output)
 
     # Hooks on the backbone
@@ -261,26 +248,26 @@ class ModelPatch(ABC):
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook: give the backbone its prefix."""
+        """Hook: pass the prefix to the backbone, and pack its inputs."""
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         rename_cache(kwargs, self.cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made above, for mask functions that expect a tensor
+        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by the base model; mask functions take tensors
             kwargs["attention_mask"] = kwargs["attention_mask"].dense()
-        stream: Stream | None = kwargs.pop("peftkern_stream", None)
-        cache = self.find_cache(kwargs, stream)
+        packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
+        cache = self.find_cache(kwargs, packed)
         if cache is None:
             if self.requires_prefix:
                 kwargs["peftkern_prefix"] = WITHOUT_PREFIX
             return (), kwargs
         cache.begin()
-        cache.stream = stream
+        cache.packed = packed
         try:
-            if stream is None:
+            if packed is None:
                 if not cache.counts_outside:
                     place_behind(cache, kwargs)
             else:
-                self._fill(module, stream, cache, kwargs)
+                self._pack_inputs(module, packed, cache, kwargs)
             for table in self._tables:
                 table.check(cache, kwargs)
         except Exception:
@@ -291,24 +278,26 @@ class ModelPatch(ABC):
             cache.pause = without_checkpointing.begin(self._checkpointed)
         return (), kwargs
 
-    def _fill(self, module: Any, stream: Stream, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
-        """Put the stream in place of a call's batch."""
+    def _pack_inputs(self, module: Any, packed: PackedBatch, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+        """Replace the batch of a call by the packed batch."""
         tokens = tokens_of(kwargs)
-        if tokens.shape[:2] != stream.layout.shape:
-            expected = f"{list(stream.layout.shape)} tokens in {type(self.backbone).__name__}"
+        if tokens.shape[:2] != packed.layout.shape:
+            expected = f"{list(packed.layout.shape)} tokens in {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
-        if kwargs.pop("input_ids", None) is not None:  # whatever stands around the embedding sees the batch
+        if (
+            kwargs.pop("input_ids", None) is not None
+        ):  # the embedding, with its hooks and wrappers, sees the unpacked batch
             tokens = module.get_input_embeddings()(tokens)
-        kwargs["inputs_embeds"] = stream.embeddings(stream.layout.pack(tokens))
-        kwargs["position_ids"] = stream.positions(cache.offset)
+        kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
+        kwargs["position_ids"] = packed.positions(cache.offset)
         kwargs["attention_mask"] = None
         kwargs[self.cache_name] = cache
-        stream.used = True
+        packed.used = True
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: check that no layer ran without its prefix. ``output`` is None if the forward has raised.
+        """Hook: check that every layer has read its prefix. ``output`` is None if the forward has raised.
 
-        Calls may be nested, or run in several threads, so all that is known of this one is in ``kwargs``.
+        Calls may be nested or run in several threads, so the state of this call is in ``kwargs``.
         """
         cache: PrefixCache | None = kwargs.get("peftkern_prefix")
         if cache is None or cache is WITHOUT_PREFIX:
@@ -316,12 +305,12 @@ class ModelPatch(ABC):
         if cache.pause is not None:
             without_checkpointing.end(cache.pause)
             cache.pause = None
-        # Early exit cuts num_hidden_layers for the time of a call.
+        # Early exit reduces num_hidden_layers for the duration of a call.
         num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
         expected = [
-            site.name
-            for site in self.sites.values()
-            if cache.reaches(site.layer) and (num_layers is None or site.layer < num_layers)
+            info.name
+            for info in self.prefix_layers.values()
+            if cache.has_prefix(info.layer) and (num_layers is None or info.layer < num_layers)
         ]
         missing = cache.finish(expected)
         if output is None:
@@ -333,39 +322,38 @@ class ModelPatch(ABC):
                 f"model: attention ran without its prefix in {', '.join(missing)}; expected 'peftkern' as attention "
                 f"implementation, got {str(implementation)!r}; unpatch the model and patch it again"
             )
-        if cache.stream is not None:
-            output = self.unfill(cache.stream, cache, output)
+        if cache.packed is not None:
+            output = self.unpack_output(cache.packed, cache, output)
         drops_cache = kwargs.get("use_cache") is False and not cache.counts_outside
         return _without_cache(kwargs, output) if drops_cache else output
 
-    def unfill(self, stream: Stream, cache: PrefixCache, output: Any) -> Any:
-        """The backbone's output for the batch."""
-
-        first = stream.unpack if stream.head is None else stream.head.select
-        if isinstance(output, tuple):  # the first is what the heads see
-            others = (self.unfill_cache(cache) if x is cache else _unpack_all(stream, x) for x in output[1:])
+    def unpack_output(self, packed: PackedBatch, cache: PrefixCache, output: Any) -> Any:
+        """The backbone's output, unpacked."""
+        first = packed.unpack if packed.logit_rows is None else packed.logit_rows.select
+        if isinstance(output, tuple):  # the heads read its first element
+            others = (self.unpack_cache(cache) if x is cache else _unpack_all(packed, x) for x in output[1:])
             return (first(output[0]), *others)
         output["last_hidden_state"] = first(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = _unpack_all(stream, output["hidden_states"])
+            output["hidden_states"] = _unpack_all(packed, output["hidden_states"])
         name = cache_name(output.keys())
         if name is not None and output[name] is cache:
-            output[name] = self.unfill_cache(cache)
+            output[name] = self.unpack_cache(cache)
         return output
 
-    def unfill_cache(self, cache: PrefixCache) -> PrefixCache | None:
-        """The cache of a stream, for the batch."""
+    def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
+        """The cache of a packed batch, unpacked."""
         return cache
 
 
-def _unpack_all(stream: Stream, x: Any) -> Any:
-    """Hidden states, or a tuple of them, for the batch."""
+def _unpack_all(packed: PackedBatch, x: Any) -> Any:
+    """Hidden states, or a tuple of them, unpacked."""
     if isinstance(x, tuple):
-        return tuple(_unpack_all(stream, y) for y in x)
-    return stream.unpack(x) if isinstance(x, Tensor) else x
+        return tuple(_unpack_all(packed, y) for y in x)
+    return packed.unpack(x) if isinstance(x, Tensor) else x
 
 
-def _unpack_logits(head: Head, output: Any, has_loss: bool) -> Any:
+def _unpack_logits(head: LogitRows, output: Any, has_loss: bool) -> Any:
     if isinstance(output, tuple):
         place = 1 if has_loss else 0
         return (*output[:place], head.unpack(output[place]), *output[place + 1 :])
@@ -374,61 +362,7 @@ def _unpack_logits(head: Head, output: Any, has_loss: bool) -> Any:
 
 
 def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:
-    """Without ``use_cache`` there is no cache in the output, or ``generate`` would continue with it."""
+    """The output without the cache. ``generate`` would continue with a cache that the caller did not request."""
     if isinstance(output, tuple):
         return tuple(item for item in output if item is not given_cache(kwargs))
     return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})
-
-
-def bind(module: nn.Module, names: tuple[str, ...], args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """All arguments of a call by name; None if somebody has given the module a forward with other arguments.
-
-    Args:
-        names: the arguments of the module's own forward.
-    """
-    if args and tuple(inspect.signature(module.forward).parameters) != names:
-        return None
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """The part of a call's cache that self attention reads."""
-    cache = given_cache(kwargs)
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-
-
-def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
-    """Columns of the mask and positions for a prefix of which the caller does not speak.
-
-    Args:
-        cache: the prefix.
-        kwargs: arguments of a call of the backbone, which are changed.
-        seen: tokens of the sequence before the call; default those in ``cache``.
-    """
-    offset = cache.prefix_positions
-    seen = cache.num_tokens if seen is None else seen
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if position_ids is None and cache.from_first:
-            length = tokens_of(kwargs).shape[1]
-            columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
-            position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
-        if offset and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
-            return  # the caller has counted it, as PEFT's own generate does
-        kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
-    if position_ids is not None:
-        kwargs["position_ids"] = position_ids + offset
-
-
-def check_replaceable(cache: Cache | None) -> None:
-    """A cache that the caller made can give way to a :class:`PrefixCache` if it is empty and of the plain kind."""
-    if cache is None:
-        return
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        raise ValueError(f"cache: expected None or a DynamicCache without offloading, got a {kind}")
-    if cache.get_seq_length() > 0:
-        raise ValueError(
-            f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} "
-            "tokens that have not seen the prefix"
-        )

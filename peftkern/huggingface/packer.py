@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether, and how, the calls of a model run as streams of rows (:mod:`.packing`)."""
+"""Decides whether, and how, the calls of a model are packed (:mod:`.packing`)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .layout import IGNORED, HostNumbers, Layout, LayoutPlan, next_labels
+from .call_arguments import BOUNDARIES, forward_arguments, tokens_of
+from .layout import IGNORED, HostNumbers, Layout, LayoutBuilder, next_labels
 from .positions import PositionTable
-from .survey import Site
+from .survey import PrefixLayerInfo
 from .trial import Trial, try_head
 
-__all__ = ["BOUNDARIES", "Packer", "tokens_of"]
-
-#: Where packed sequences begin, for flash kernels; positions say the same.
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+__all__ = ["Packer"]
 
 _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
     "logits_to_keep", "num_items_in_batch", "prompt_ids",
 )  # fmt: skip
 
-#: Packages whose wrappers around a forward leave shapes alone (autocast, casts of outputs).
+#: Packages whose wrappers around a forward keep shapes (autocast, casts of outputs).
 _TRANSPARENT = ("accelerate.", "torch.")
 
 
@@ -38,57 +36,59 @@ class Packer:
     Args:
         base: the Hugging Face model.
         backbone: the model in it that runs the layers.
-        sites: its attention modules that take a prefix.
+        prefix_layers: its attention modules that read the prefix.
         tables: its tables of learned positions.
 
     Attributes:
-        reasons: why the model cannot run on a stream; empty if it can.
-        head_forward, head: the forward of the base model and its output layer, which were tried on rows; None where
-            they have to see the batch.
+        reasons: why the model cannot run packed batches; empty if it can.
+        head_forward, head: the forward of the base model and its output layer, if the trial has shown that they work
+            on packed rows; None if they need the unpacked batch.
     """
 
     def __init__(
-        self, base: PreTrainedModel, backbone: PreTrainedModel, sites: dict[nn.Module, Site],
+        self, base: PreTrainedModel, backbone: PreTrainedModel, prefix_layers: dict[nn.Module, PrefixLayerInfo],
         tables: list[PositionTable],
     ) -> None:  # fmt: skip
         self.base = base
         self.backbone = backbone
-        self.sites = sites
-        self.base_arguments = tuple(inspect.signature(type(base).forward).parameters)[1:]
+        self.prefix_layers = prefix_layers
+        self.base_arguments = forward_arguments(base)
         self._tables = tables
-        self._first_layer = _first_layer(backbone, sites)
-        patterns = [site.pattern for site in sites.values()]
+        self._first_layer = _first_layer(backbone, prefix_layers)
+        patterns = [info.pattern for info in prefix_layers.values()]
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
-        self.reasons = _why_not(base, backbone, sites)
+        self.reasons = _reasons_against(base, backbone, prefix_layers)
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
 
     @property
-    def has_row_head(self) -> bool:
-        """Whether the base model is a causal language model that says which rows its output layer shall run on."""
+    def accepts_logits_to_keep(self) -> bool:
+        """Whether the base model takes ``logits_to_keep``: a causal language model with an output layer per row."""
         return "logits_to_keep" in self.base_arguments
 
     def try_out(self, trial: Trial, *, prompts: bool) -> None:
-        """Run streams of a few rows: add to :attr:`reasons`, and find out whether the head runs on rows.
+        """Run packed batches of a few rows. Sets :attr:`reasons`, :attr:`head_forward` and :attr:`head`.
 
         Args:
-            trial: whose prefix has been tried.
-            prompts: also streams that begin with a prompt.
+            trial: a trial that has tried the prefix.
+            prompts: also try packed batches that start with a prompt.
         """
         if self.reasons:
             return
-        reason = trial.try_stream(self._layout_of)
-        if reason is not None and self.count_mask:  # a table that could read the mask need not
+        reason = trial.try_packed(self._layout_of)
+        if reason is not None and self.count_mask:  # a table may accept the mask without reading it
             self.count_mask = False
-            reason = trial.try_stream(self._layout_of)
+            reason = trial.try_packed(self._layout_of)
         for table in self._tables:
             table.reads_mask &= self.count_mask
         if reason is None and prompts:
             reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
-        elif self.has_row_head and self.base.loss_function is ForCausalLMLoss and try_head(self, trial):
+        elif (
+            self.accepts_logits_to_keep and self.base.loss_function is ForCausalLMLoss and try_head(self.base, trial)
+        ):
             self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
 
     def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:
@@ -97,11 +97,11 @@ class Packer:
             from_first=from_first, count_mask=self.count_mask,
         )  # fmt: skip
 
-    def head_is_packed(self) -> bool:
-        """Whether the output layer of this call runs on rows of the stream.
+    def head_runs_on_rows(self) -> bool:
+        """Whether the output layer of the current call can run on packed rows.
 
-        It does where the base model's own forward and loss run, which were tried at patch time. A forward or loss
-        that somebody has put in their place, or hooks on the output layer, see the batch.
+        It can where the base model's own forward and loss run, which were tried at patch time. A replaced forward or
+        loss, or hooks on the output layer, need the unpacked batch.
         """
         if self.head_forward is None or self.base.loss_function is not ForCausalLMLoss:
             return False
@@ -112,19 +112,20 @@ class Packer:
             return False
         return "forward" not in self.base.__dict__ or _innermost(self.base.forward) is self.head_forward
 
-    def why_head_sees_batch(self) -> str:
-        """Why the output layer does not run on rows of a stream."""
+    def why_head_needs_batch(self) -> str:
+        """Why the output layer cannot run on packed rows."""
         kind = type(self.base).__name__
         return (
             f"{kind} computes its loss from the whole batch"
-            if self.has_row_head
-            else f"{kind} has no logits of tokens"
+            if self.accepts_logits_to_keep
+            else f"{kind} has no logits per token"
         )
 
-    def why_not(self, kwargs: Mapping[str, Any]) -> str | None:
-        """Why a call of the base model cannot run on a stream; None if it can.
+    def why_unpackable(self, kwargs: Mapping[str, Any]) -> str | None:
+        """Why a call of the base model cannot be packed; None if it can.
 
-        ``kwargs`` are its arguments, which speak of the sequence alone.
+        Args:
+            kwargs: its arguments, which describe the sequence alone.
         """
         if self.reasons:
             return "; ".join(self.reasons)
@@ -138,20 +139,20 @@ class Packer:
         if position_ids is not None and position_ids.dim() != 2:
             return "position_ids are not [B, S]"
         keep = kwargs.get("logits_to_keep")
-        if labels is not None and self.has_row_head and (isinstance(keep, Tensor) or keep):
-            return "logits_to_keep is given beside labels"
+        if labels is not None and self.accepts_logits_to_keep and (isinstance(keep, Tensor) or keep):
+            return "logits_to_keep is given together with labels"
         if kwargs.get("output_attentions", getattr(self.base.config, "output_attentions", False)):
             return "output_attentions are requested"
         if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
             return "output_router_logits are requested, whose loss counts prompts and padding"
-        return _rows_know_their_sample(self._first_layer)
+        return _why_layers_need_samples(self._first_layer)
 
-    def _looks_at_labelled_rows(self) -> bool:
-        """Whether the base model's forward is the fused output layer of TRL, which masks rows without a label."""
+    def _has_trl_head(self) -> bool:
+        """Whether TRL's fused output layer has replaced the base model's forward. It masks rows without a label."""
         forward = getattr(self.base.forward, "__func__", self.base.forward)
         return str(getattr(forward, "__globals__", {}).get("__name__", "")).startswith("trl.")
 
-    def plan(
+    def layout_builder(
         self,
         kwargs: Mapping[str, Any],
         numbers: HostNumbers,
@@ -159,22 +160,22 @@ class Packer:
         from_first: bool = False,
         pools_last_column: bool = False,
         count_labels: bool = False,
-    ) -> LayoutPlan:
-        """How the batch of a call of the base model is packed.
+    ) -> LayoutBuilder:
+        """Prepares the layout of a call's batch.
 
-        Padding is left out where labels, or ``logits_to_keep``, say that nothing looks at it.
+        Padding is removed where labels or ``logits_to_keep`` show that its outputs are not used.
 
         Args:
-            kwargs: arguments of the call, which speak of the sequence alone.
-            numbers: asked for what the host must know.
-            from_first: a sequence begins at its first token instead of at column 0.
+            kwargs: arguments of a call of the base model, which describe the sequence alone.
+            numbers: collects the numbers that the host needs.
+            from_first: a sequence starts at its first token instead of at column 0.
             pools_last_column: a classification head reads the last column.
-            count_labels: also count the labels.
+            count_labels: also request the number of labels.
         """
         tokens = tokens_of(kwargs)
         labels = kwargs.get("labels")
         keep_padding, needed = self._padding(kwargs, tokens, pools_last_column)
-        return LayoutPlan(
+        return LayoutBuilder(
             (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
             keep_gaps=self.has_windows, from_first=from_first, count_mask=self.count_mask,
@@ -184,77 +185,71 @@ class Packer:
     def _padding(
         self, kwargs: Mapping[str, Any], tokens: Tensor, pools_last_column: bool
     ) -> tuple[bool, Tensor | None]:
-        """(whether all padding is kept, bool [B, S] of padding to keep all the same)."""
+        """(whether all padding is kept, bool [B, S] of padding that is kept otherwise)."""
         labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
         shows_hidden = kwargs.get("output_hidden_states", getattr(self.base.config, "output_hidden_states", False))
         if tokens.shape[1] == 0 or shows_hidden:
             return True, None
         if pools_last_column:
             return False, None
-        if self.has_row_head and labels is not None:
-            if not (self.head_is_packed() or self._looks_at_labelled_rows()):
+        if self.accepts_logits_to_keep and labels is not None:
+            if not (self.head_runs_on_rows() or self._has_trl_head()):
                 return True, None
             return False, next_labels(labels) != IGNORED
         keep = kwargs.get("logits_to_keep")
-        if self.has_row_head and isinstance(keep, int) and keep > 0:
+        if self.accepts_logits_to_keep and isinstance(keep, int) and keep > 0:
             columns = torch.arange(tokens.shape[1], device=tokens.device)
             return False, (columns >= tokens.shape[1] - keep).expand(tokens.shape[:2])
         if loss_type == "ForTokenClassification" and labels is not None:
             return False, labels != IGNORED
-        if loss_type == "ForSequenceClassification":  # pools the last token that is not the padding's number
+        if loss_type == "ForSequenceClassification":  # pools the last token other than pad_token_id
             ids, pad = kwargs.get("input_ids"), self.base.config.get_text_config().pad_token_id
             if ids is not None and pad is not None:
                 return False, ids != pad
         return True, None
 
 
-def tokens_of(kwargs: Mapping[str, Any]) -> Tensor:
-    """The argument of a call that has one entry [B, S, ...] a token."""
-    for name in ("input_ids", "inputs_embeds"):
-        if kwargs.get(name) is not None:
-            return kwargs[name]  # type: ignore[no-any-return]
-    raise ValueError("input_ids: expected them or inputs_embeds, got neither")
-
-
-def _why_not(base: PreTrainedModel, backbone: PreTrainedModel, sites: Mapping[nn.Module, Site]) -> list[str]:
-    """What rules out streams before anything has been run."""
+def _reasons_against(
+    base: PreTrainedModel, backbone: PreTrainedModel, prefix_layers: Mapping[nn.Module, PrefixLayerInfo]
+) -> list[str]:
+    """Why the model cannot run packed batches, as far as its code and config tell."""
     kind, reasons = type(backbone).__name__, []
     if backbone.config.is_encoder_decoder or base.config.is_encoder_decoder:
-        reasons.append(f"{kind} reads another sequence beside its own")
+        reasons.append(f"{kind} reads a second sequence")
     if any(model.config.get_text_config() is not model.config for model in (backbone, base)):
-        reasons.append(f"{type(base).__name__} has inputs beside text")
+        reasons.append(f"{type(base).__name__} has inputs other than text")
     for name, model in ((kind, backbone), (type(base).__name__, base)):
         parameters = inspect.signature(type(model).forward).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             reasons.append(f"{name} does not accept additional keyword arguments")
     if "position_ids" not in inspect.signature(type(backbone).forward).parameters:
         reasons.append(f"{kind} takes no position_ids")
-    for module, site in sites.items():
+    for module, info in prefix_layers.items():
         if hasattr(module, "compute_bias"):
-            reasons.append(f"{site.name} has relative position biases")
-        elif site.pattern is None or not site.pattern[0]:
-            reasons.append(f"{site.name} has a mask other than a causal one with at most a window")
-        elif site.counts_rows:
-            reasons.append(f"{site.name} counts positions by itself")
+            reasons.append(f"{info.name} has relative position biases")
+        elif info.pattern is None or not info.pattern[0]:
+            reasons.append(f"{info.name} has a mask other than a causal one with at most a window")
+        elif info.counts_rows:
+            reasons.append(f"{info.name} counts positions itself")
         else:
             continue
         break
     return reasons
 
 
-def _first_layer(backbone: nn.Module, sites: Mapping[nn.Module, Site]) -> nn.Module:
-    """The first element of a list of layers that holds a site; the backbone if there is none."""
+def _first_layer(backbone: nn.Module, readers: Mapping[nn.Module, PrefixLayerInfo]) -> nn.Module:
+    """The first layer with an attention module that reads the prefix; the backbone if there is none."""
     for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and any(part in sites for part in module[0].modules()):
+        if isinstance(module, nn.ModuleList) and len(module) and any(m in readers for m in module[0].modules()):
             return module[0]
     return backbone
 
 
-def _rows_know_their_sample(layer: nn.Module) -> str | None:
-    """PEFT's hooks on adapter layers choose an adapter, or an offset, per sample of a batch.
+def _why_layers_need_samples(layer: nn.Module) -> str | None:
+    """Why hooks of PEFT on a layer need the unpacked batch; None if there are none.
 
-    It puts them on all of its layers, so one layer of the model tells. Where it has none there, theirs raises on a
-    stream.
+    Such hooks choose an adapter, or an offset, per sample. PEFT adds them to all of its layers, so checking one layer
+    of the model is enough. If that layer has none, those of other layers raise on a packed batch.
     """
     if "peft" not in sys.modules or torch.compiler.is_compiling():
         return None
@@ -262,12 +257,12 @@ def _rows_know_their_sample(layer: nn.Module) -> str | None:
         for hook in module._forward_pre_hooks.values():
             function = getattr(hook, "func", hook)
             if getattr(function, "__module__", "").startswith("peft."):
-                return "adapter_names (or offsets) are given per sample, so layers must see the batch"
+                return "adapter_names (or offsets) are given per sample, so layers need the unpacked batch"
     return None
 
 
 def _has_foreign_hooks(backbone: nn.Module) -> bool:
-    """Whether somebody else's hooks look at the backbone's output."""
+    """Whether the backbone has forward hooks of other packages, which would see packed outputs."""
     if torch.compiler.is_compiling():
         return False
     homes = [getattr(hook, "__module__", "") or "" for hook in backbone._forward_hooks.values()]
@@ -275,7 +270,7 @@ def _has_foreign_hooks(backbone: nn.Module) -> bool:
 
 
 def _innermost(function: Any) -> Any:
-    """What wrappers that leave shapes alone call in the end; anybody else's wrapper itself."""
+    """The function that wrappers which keep shapes finally call; any other wrapper itself."""
     while True:
         function = getattr(function, "__func__", function)
         wrapped = getattr(function, "__wrapped__", None)

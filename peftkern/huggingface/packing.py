@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A padded batch as one stream of rows: prompts once, then the sequences without their padding.
+"""A padded batch packed into one sequence of rows: each prompt once, then the sequences without their padding.
 
 ::
 
-    batch [B, S]                        stream [1, N], N = A * P + T
+    batch [B, S]                        packed batch [1, N], N = A * P + T
 
     a a a . .                           prompt 0 | ... | prompt A-1 | a a a | b b b b b | c c
-    b b b b b          ──────►          └── causal, by themselves ─┘ └─ each sees its own prompt's keys and itself ─┘
+    b b b b b          ──────►          └─ attend to themselves  ─┘ └─ attend to their prompt and to themselves ─┘
     c c . . .
 
-Under causal attention the hidden states of a prompt do not depend on what follows it, so they are computed once and
-not once a sample. Every layer of the model runs on the stream; embeddings are laid into it before the first, and
-hidden states or logits are laid back into the batch behind the last. A prefix of keys and values needs no rows: there
-A is 0.
+Under causal attention the hidden states of a prompt do not depend on the tokens after it. They are therefore computed
+once instead of once per sample. Embeddings are packed before the first layer, all layers run on the packed batch, and
+hidden states or logits are unpacked after the last layer. A prefix of keys and values needs no rows; A is 0 then.
 
-Nothing here knows of models: tensors in, tensors out.
+This module knows nothing about models; it maps tensors to tensors.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ from torch import Tensor
 
 from .layout import IGNORED, Layout, indices_of
 
-__all__ = ["Head", "Stream"]
+__all__ = ["LogitRows", "PackedBatch"]
 
 
-class Stream:
+class PackedBatch:
     """A packed batch with its prompts: N = A * P + T rows.
 
     Args:
         layout: of the sequences.
-        prompts: [A, P, E], run once each; None for a prefix that has no rows.
-        prompt_ids: [B], which prompt a sample has; None for the one prompt of all.
-        show_prompts: whether outputs of the batch are [B, P + S], as if each sample had carried its prompt.
+        prompts: [A, P, E], each run once; None for a prefix that has no rows.
+        prompt_ids: [B], the prompt of each sample; None if all samples have the same prompt.
+        show_prompts: whether unpacked outputs are [B, P + S], as if each sample had contained its prompt.
 
     Attributes:
-        cu_seqlens, prefix_ids, key_mask: arguments of :func:`peftkern.prefix_attention` for the stream; prompts are
-            sequences without a prefix.
+        cu_seqlens, prefix_ids, key_mask: arguments of :func:`peftkern.prefix_attention` for the packed batch; prompts
+            are sequences without a prefix.
         used: whether the model has run on it.
+        logit_rows: the rows that the output layer runs on; None if it sees the unpacked batch.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Stream:
         self.prompt_ids = prompt_ids
         self.show_prompts = show_prompts
         self.used = False
-        self.head: Head | None = None
+        self.logit_rows: LogitRows | None = None
         self.cu_seqlens, self.prefix_ids = layout.cu_seqlens, None
         self.key_mask = None if layout.key_mask is None else layout.key_mask[None]
         self.num_prompts, self.prompt_len = (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
@@ -77,14 +77,14 @@ class Stream:
         return self.prompt_ids if owners is None else self.prompt_ids[owners]
 
     def embeddings(self, sequences: Tensor) -> Tensor:
-        """[1, T, E] of the sequences' tokens -> [1, N, E], the prompts' before them."""
+        """[1, T, E], the embeddings of the sequences -> [1, N, E], with those of the prompts before them."""
         if self.prompts is None:
             return sequences
         rows = self.prompts.flatten(0, 1)[None].to(sequences.device, sequences.dtype)
         return torch.cat([rows, sequences], 1)
 
     def positions(self, offset: int) -> Tensor:
-        """[1, N]: prompts from 0, sequences behind the prompt and ``offset``."""
+        """[1, N], position ids: prompts start at 0, sequences at ``offset`` plus the length of the prompt."""
         positions = self.layout.positions
         positions = torch.where(positions < 0, positions, positions + (offset + self.prompt_len))
         prompt = torch.arange(self.prompt_len, device=positions.device).repeat(self.num_prompts)
@@ -97,49 +97,49 @@ class Stream:
 
     def padded_heads(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [B, Hkv, S, D] of the sequences."""
-        rows = x[0].index_select(1, (self.prompt_rows + self.layout.slots.flatten()).to(x.device))
+        rows = x[0].index_select(1, (self.prompt_rows + self.layout.rows.flatten()).to(x.device))
         return rows.view(x.shape[1], *self.layout.shape, x.shape[3]).transpose(0, 1)
 
-    def slots(self) -> Tensor:
-        """[B, S] or, with ``show_prompts``, [B, P + S]: the row of the stream that each place of the batch shows."""
-        slots = self.prompt_rows + self.layout.slots
+    def shown_rows(self) -> Tensor:
+        """[B, S], or [B, P + S] with ``show_prompts``: the packed row that each place of the batch shows."""
+        rows = self.prompt_rows + self.layout.rows
         if not self.show_prompts:
-            return slots
-        steps = torch.arange(self.prompt_len, device=slots.device)
+            return rows
+        steps = torch.arange(self.prompt_len, device=rows.device)
         if self.prompt_ids is None:
-            return torch.cat([steps.expand(slots.shape[0], -1), slots], 1)
-        return torch.cat([self.prompt_ids[:, None] * self.prompt_len + steps, slots], 1)
+            return torch.cat([steps.expand(rows.shape[0], -1), rows], 1)
+        return torch.cat([self.prompt_ids[:, None] * self.prompt_len + steps, rows], 1)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, N, E] -> [B, S or P + S, E]; padding shows the row before it."""
         if self.prompts is None and self.layout.tokens is None:
             return x.view(*self.layout.shape, x.shape[-1])
-        slots = self.slots().to(x.device)
-        return x[0].index_select(0, slots.flatten()).view(*slots.shape, x.shape[-1])
+        rows = self.shown_rows().to(x.device)
+        return x[0].index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
-class Head:
-    """Which rows the output layer runs on, and what each of them predicts.
+class LogitRows:
+    """The rows that the output layer runs on, and the label that each of them predicts.
 
-    Models compare row i with label i + 1, and the last row with nothing. In a stream the last row of a prompt
-    predicts the first token of every sequence, so it is there once a sequence, before all others; and any row is
-    there once more at the end.
+    The loss of a causal language model compares row i with label i + 1, and ignores the last row. In a packed batch
+    the last row of a prompt predicts the first token of every sequence. The selection therefore begins with that row,
+    once per sequence, and ends with one more row, which the loss ignores.
 
     Args:
-        stream: the packed batch.
+        packed: the packed batch.
         labels: [B, S] or None.
-        labelled: run on the rows that predict a label alone.
-        keep: with no labels, the last so many places of the batch, or their indices; 0 for all.
-        num_labelled: how many rows predict a label, if the host knows it.
+        labelled: select only the rows that predict a label.
+        keep: without labels, the number of last places of the batch to select, or their indices; 0 selects all.
+        num_labelled: the number of rows that predict a label, if the host knows it.
 
     Attributes:
-        rows: [M] of the stream; None for all N.
-        labels: [1, M] for the model's own shifted loss.
+        rows: [M], indices into the packed batch; None for all N rows.
+        labels: [1, M], for the model's own shifted loss.
     """
 
     def __init__(
         self,
-        stream: Stream,
+        packed: PackedBatch,
         labels: Tensor | None,
         *,
         labelled: bool,
@@ -148,37 +148,38 @@ class Head:
     ) -> None:
         self.rows: Tensor | None = None
         self.labels: Tensor | None = None
-        self._slots: Tensor | None = None
+        #: [B, S or P + S], index into ``rows`` of the row shown at each place; None if outputs stay packed.
+        self._shown: Tensor | None = None
         if labels is not None:
-            self._supervise(stream, labels.to(stream.cu_seqlens.device), labelled, num_labelled)
+            self._select_labelled(packed, labels.to(packed.cu_seqlens.device), labelled, num_labelled)
             return
-        slots = stream.slots()
+        shown = packed.shown_rows()
         if isinstance(keep, Tensor) or keep != 0:
-            slots = slots[:, keep.to(slots.device)] if isinstance(keep, Tensor) else slots[:, -keep:]
-            self.rows = slots.flatten()
-            self._slots = torch.arange(self.rows.shape[0], device=slots.device).view(slots.shape)
-        elif stream.prompts is not None and not stream.show_prompts:
-            self.rows = stream.prompt_rows + torch.arange(stream.layout.positions.shape[0], device=slots.device)
-            self._slots = slots - stream.prompt_rows
+            shown = shown[:, keep.to(shown.device)] if isinstance(keep, Tensor) else shown[:, -keep:]
+            self.rows = shown.flatten()
+            self._shown = torch.arange(self.rows.shape[0], device=shown.device).view(shown.shape)
+        elif packed.prompts is not None and not packed.show_prompts:
+            self.rows = packed.prompt_rows + torch.arange(packed.layout.positions.shape[0], device=shown.device)
+            self._shown = shown - packed.prompt_rows
         else:
-            self._slots = slots
+            self._shown = shown
 
-    def _supervise(self, stream: Stream, labels: Tensor, labelled: bool, count: int | None) -> None:
-        layout, shown = stream.layout, stream.prompt_rows if stream.show_prompts else 0
+    def _select_labelled(self, packed: PackedBatch, labels: Tensor, labelled: bool, count: int | None) -> None:
+        layout, num_shown = packed.layout, packed.prompt_rows if packed.show_prompts else 0
         targets = layout.pack(layout.targets(labels))[0]
-        rows = stream.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
+        rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
         num_before = 0
-        if stream.prompts is not None:
-            last = (stream.sequence_prompts() + 1) * stream.prompt_len - 1
-            rows = torch.cat([last, torch.arange(shown, device=rows.device), rows])
-            targets = torch.cat([labels.flatten()[layout.firsts], targets.new_full((shown,), IGNORED), targets])
-            num_before = last.shape[0] + shown
+        if packed.prompts is not None:
+            last = (packed.sequence_prompts() + 1) * packed.prompt_len - 1
+            rows = torch.cat([last, torch.arange(num_shown, device=rows.device), rows])
+            targets = torch.cat([labels.flatten()[layout.firsts], targets.new_full((num_shown,), IGNORED), targets])
+            num_before = last.shape[0] + num_shown
         if labelled:
             chosen = targets != IGNORED
             chosen_rows = indices_of(chosen, int(chosen.sum()) if count is None else count)
             rows, targets = rows[chosen_rows], targets[chosen_rows]
         else:
-            self._slots = stream.slots() + (num_before - stream.prompt_rows)
+            self._shown = packed.shown_rows() + (num_before - packed.prompt_rows)
         self.rows = torch.nn.functional.pad(rows, (0, 1))
         self.labels = torch.nn.functional.pad(targets, (1, 0), value=IGNORED)[None]
 
@@ -187,8 +188,8 @@ class Head:
         return hidden if self.rows is None else hidden.index_select(1, self.rows.to(hidden.device))
 
     def unpack(self, logits: Tensor) -> Tensor:
-        """[1, M, V] -> [B, S or P + S, V]; with ``labelled``, [1, M - 1, V], one row a label, in order."""
-        if self._slots is None:
+        """[1, M, V] -> [B, S or P + S, V]; with ``labelled``, [1, M - 1, V], one row per label, in order."""
+        if self._shown is None:
             return logits[:, :-1]
-        slots = self._slots.to(logits.device)
-        return logits[0].index_select(0, slots.flatten()).view(*slots.shape, logits.shape[-1])
+        shown = self._shown.to(logits.device)
+        return logits[0].index_select(0, shown.flatten()).view(*shown.shape, logits.shape[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of learned positions, which a prefix makes too short sooner than a model's own checks expect."""
+"""Tables of learned positions, which a sequence with a prefix can exceed without the model noticing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PositionTable", "watch_tables"]
 
 
 class PositionTable:
-    """Raises where a sequence behind a prefix runs off the table, before an index error or a device assertion does.
+    """Raises if a sequence with a prefix exceeds the table, before an index error or a device assertion occurs.
 
     Args:
         table: the embedding of positions.
@@ -26,30 +26,30 @@ class PositionTable:
 
     def __init__(self, table: nn.Embedding) -> None:
         self.padding_idx = table.padding_idx
-        #: OPT and BART add the first row themselves; all others are handed row numbers.
+        #: OPT and BART add the number of the first row themselves; all others take row numbers.
         self.takes_positions = hasattr(table, "offset")
-        # Rows before position 0: a fixed number (OPT, BART), or those up to the padding's (RoBERTa).
+        # Rows before position 0: a fixed number (OPT, BART), or the rows up to the padding's (RoBERTa).
         self.first = int(getattr(table, "offset", 0 if self.padding_idx is None else self.padding_idx + 1))
         self.num_positions = table.num_embeddings - self.first
         #: Whether positions count the tokens of the attention mask (OPT).
         self.reads_mask = "attention_mask" in inspect.signature(table.forward).parameters
 
     def check(self, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError unless a forward of the backbone with these arguments stays on the table.
+        """Raise ValueError if a forward of the backbone with these arguments exceeds the table.
 
-        Values of tensors are looked at only where their shapes leave it open, and on a GPU, where that waits for the
-        device, only if the whole sequence with its padding does not fit.
+        Tensor values are read only where shapes do not decide, and on a GPU, where this waits for the device, only if
+        the whole sequence with its padding does not fit.
         """
         end = self._end(cache, kwargs)
         if end > self.num_positions:
             raise ValueError(
                 f"input_ids: expected at most {self.num_positions} positions, the length of the model's position "
-                f"table, got {end}, of which the prefix takes {cache.taken_positions}; shorten the sequence, or "
+                f"table, got {end}, of which the prefix takes {cache.consumed_positions}; shorten the sequence, or "
                 "patch a PrefixKV with shift_positions=False, which takes none"
             )
 
     def _end(self, cache: PrefixCache, kwargs: dict[str, Any]) -> int:
-        """Position after the last token, or a bound of it that is on the table."""
+        """Position after the last token, or any number within the table if it is known to fit."""
         input_ids: Tensor | None = kwargs.get("input_ids")
         position_ids: Tensor | None = kwargs.get("position_ids")
         mask: Tensor | None = kwargs.get("attention_mask")
@@ -65,16 +65,17 @@ class PositionTable:
             return end
         if self.reads_mask and mask is not None:
             return int(mask.sum(1).max())
-        if self.padding_idx is not None and input_ids is not None:  # padding has one row for all
+        if self.padding_idx is not None and input_ids is not None:  # all padding shares one row
             return cache.get_seq_length() + int((input_ids != self.padding_idx).sum(1).max())
         return end
 
 
 @contextlib.contextmanager
 def watch_tables(model: nn.Module) -> Iterator[list[PositionTable]]:
-    """Fills a list with the position tables of ``model`` while it runs on two equal tokens without a prefix.
+    """Fill a list with the position tables of ``model``, which must run on two equal tokens within the block.
 
-    No names: an embedding that gives two equal tokens its first two rows is one of positions.
+    Tables are not found by name: an embedding that returns its first two rows for two equal tokens is a table of
+    positions.
     """
     tables: dict[nn.Module, PositionTable] = {}
 

@@ -1,40 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefix of keys and values in every layer: prefix tuning, cartridges and :class:`peftkern.PrefixKV`."""
+"""Patches for a prefix of keys and values in every layer: prefix tuning, cartridges, :class:`peftkern.PrefixKV`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from ..model_info import given_cache
-from .cache import KeyValue, PrefixCache, PrefixOptions
+from .cache import KeyValue, PrefixCache
+from .call_arguments import check_replaceable, place_behind, self_attention_cache, tokens_of
 from .calls import running
 from .layout import HostNumbers
-from .model_patch import ModelPatch, check_replaceable, place_behind, self_attention_cache
-from .packer import tokens_of
-from .packing import Stream
+from .model_patch import ModelPatch
+from .packing import PackedBatch
 from .trial import Trial
+from .wiring import Source
 
 __all__ = ["PrefixPatch", "PrefixSource"]
 
 
-class PrefixSource(ABC):
-    """Where a prefix of keys and values comes from.
-
-    Attributes:
-        is_given: whether calls of the base model bring the prefix in their cache, as PEFT's do. Otherwise every call
-            that does not continue a sequence gets one.
-    """
-
-    is_given: bool
+class PrefixSource(Source):
+    """Provides the prefix keys and values of every layer."""
 
     @property
     @abstractmethod
@@ -46,34 +39,21 @@ class PrefixSource(ABC):
         """Raise ValueError unless the shape of the prefix fits the model."""
 
     @abstractmethod
-    def wire(self, patch: PrefixPatch) -> None:
-        """Install what the source needs in the model."""
-
-    @abstractmethod
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without one."""
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
 
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
-        """The prefix in a stock cache, once per sample."""
+        """A stock cache with one copy of the prefix per sample."""
         return cache.as_stock(batch, dtype)
 
 
 class PrefixPatch(ModelPatch):
-    """A prefix of keys and values in one model.
+    """A prefix of keys and values in one model."""
 
-    Args:
-        source: where the prefix comes from.
-    """
-
-    def __init__(
-        self, model: nn.Module, base: PreTrainedModel, source: PrefixSource, options: PrefixOptions, *, packing: bool,
-        logits: str, strict: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(model, base, options, packing=packing, logits=logits, strict=strict)
-        self.source = source
+    source: PrefixSource
 
     def check(self, trial: Trial) -> None:
-        """Raise ValueError unless the prefix fits the model and computes what the stock model does with it."""
+        """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
         self.source.check(self)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
@@ -82,39 +62,28 @@ class PrefixPatch(ModelPatch):
         else:
             self.packer.reasons = ["packing=False"]
 
-    @property
-    def requires_prefix(self) -> bool:
-        """Whether every call must have a prefix: not in a PEFT model, whose adapter may be disabled."""
-        return not self.source.is_given
-
-    def wire(self) -> None:
-        """Install what depends on where the prefix comes from."""
-        self.source.wire(self)
-
     def explain(self) -> str:
-        """How batches run, and why not otherwise."""
+        """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
-        layers = len({site.layer for site in self.sites.values()})
-        return (
-            f"{type(self.base).__name__}: a prefix in {layers} layers, read where it lies; training batches run {how}"
-        )
+        layers = len({info.layer for info in self.prefix_layers.values()})
+        return f"{type(self.base).__name__}: a prefix in {layers} layers, read in place; training batches run {how}"
 
     def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Raise ValueError unless a prefix of this shape fits the model."""
-        for site in self.sites.values():
-            if site.layer >= num_layers:
+        for info in self.prefix_layers.values():
+            if info.layer >= num_layers:
                 raise ValueError(
-                    f"{name}: expected a prefix for layer {site.layer} ({site.name}), got {num_layers} layers"
+                    f"{name}: expected a prefix for layer {info.layer} ({info.name}), got {num_layers} layers"
                 )
-            if (site.num_kv_heads, site.head_dim) != (num_kv_heads, head_dim):
+            if (info.num_kv_heads, info.head_dim) != (num_kv_heads, head_dim):
                 raise ValueError(
-                    f"{name}: expected {site.num_kv_heads} key-value heads of {site.head_dim}, as {site.name} has, "
+                    f"{name}: expected {info.num_kv_heads} key-value heads of {info.head_dim}, as {info.name} has, "
                     f"got {num_kv_heads} of {head_dim}"
                 )
 
     def new_cache(self, *, stores: bool, offset_outside: bool) -> PrefixCache:
-        """A cache with the prefix, for a call that has none."""
+        """A cache with the prefix, for a call that starts a sequence."""
         prefix = self.source.layer_kv(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
@@ -123,19 +92,19 @@ class PrefixPatch(ModelPatch):
         )
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
-        """Raise where reentrant checkpointing fails, or loses gradients without a word."""
+        """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
         keys = [kv[0] for kv in prefix if kv is not None]
         if keys and _saves_tensors(keys[0]):
             reason = "the prefix is computed (projection, MLP), and backward would run through it once per layer"
-        elif len(self.sites) > len({site.layer for site in self.sites.values()}):
+        elif len(self.prefix_layers) > len({info.layer for info in self.prefix_layers.values()}):
             reason = "layers share keys, whose gradients it loses"
         else:
             return
         advice = 'gradient_checkpointing_enable({"use_reentrant": False})'
         raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
 
-    def open_stream(self, kwargs: dict[str, Any], numbers: HostNumbers) -> Stream | None:
-        """A training step on a padded batch, or on packed rows."""
+    def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
+        """Pack a training step whose batch has padding, or several sequences per row."""
         cache, offset = self_attention_cache(kwargs), 0
         if isinstance(cache, PrefixCache):
             if cache.stores:
@@ -151,27 +120,27 @@ class PrefixPatch(ModelPatch):
         sequence = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
         if mask is None and position_ids is None and self.logits != "labelled":
             return None
-        if self.packer.why_not(sequence) is not None:
+        if self.packer.why_unpackable(sequence) is not None:
             return None
-        if mask is not None and is_tracing(mask):  # the number of rows would depend on values
+        if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None
         selects = self.selects_labels(kwargs)
         if mask is None and position_ids is None and not selects:
             return None
-        plan = self.packer.plan(sequence, numbers, count_labels=selects)
+        builder = self.packer.layout_builder(sequence, numbers, count_labels=selects)
         numbers.fetch()
-        if not selects and not plan.saves_rows:
-            if plan.is_all_real:
-                kwargs["attention_mask"] = None  # which need not be found out again
-            running.leave_note(self, _ROWS_APART)
+        if not selects and not builder.saves_rows:
+            if builder.is_all_real:
+                kwargs["attention_mask"] = None  # so that the mask function need not check it again
+            running.leave_note(self, _ONE_SEQUENCE_PER_ROW)
             return None
-        stream = Stream(plan.layout())
-        if self.packer.head_is_packed():
-            self.pack_head(stream, kwargs, numbers)
-        return stream
+        packed = PackedBatch(builder.build())
+        if self.packer.head_runs_on_rows():
+            self.pack_logits(packed, kwargs, numbers)
+        return packed
 
-    def find_cache(self, kwargs: dict[str, Any], stream: Stream | None) -> PrefixCache | None:
-        """The cache that the caller brings or continues, or one in place of an empty one."""
+    def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
+        """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
         given = given_cache(kwargs)
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
@@ -192,7 +161,7 @@ class PrefixPatch(ModelPatch):
                 kwargs[self.cache_name] = EncoderDecoderCache(cache, DynamicCache())
             else:
                 kwargs[self.cache_name] = cache
-        if stream is None:
+        if packed is None:
             self._refuse_packing(kwargs)
             if (reason := self._why_stock(kwargs)) is not None and cache.get_seq_length() == cache.offset:
                 self._run_stock(cache, kwargs, reason)
@@ -208,8 +177,8 @@ class PrefixPatch(ModelPatch):
         return None
 
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
-        """Put a stock cache with the prefix in place of ours."""
-        self.fall_back(reason, "such calls run the stock attention, on a copy of the prefix for every sample")
+        """Replace our cache by a stock cache that contains the prefix."""
+        self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
@@ -222,38 +191,38 @@ class PrefixPatch(ModelPatch):
             place_behind(cache, kwargs)
 
     def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
-        """Without a mask, models read several sequences per row off the positions; with a cache they do not."""
+        """Warn or raise for several sequences per row. Models tell them apart by positions, but not with a cache."""
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return
-        if is_tracing(position_ids) or running.note(self) is _ROWS_APART:
+        if is_tracing(position_ids) or running.note(self) is _ONE_SEQUENCE_PER_ROW:
             return
         if find_packed_sequence_indices(position_ids) is None:
             return
         if self.source.is_given:
-            self.fall_back("position_ids", "sequences packed into one row see each other, as in PEFT")
+            self.fall_back("position_ids", "sequences packed into one row attend to each other, as in PEFT")
             return
         raise ValueError(
-            "position_ids: expected one sequence a row, got packed ones, which would see each other; pass padded "
-            "sequences with an attention_mask"
+            "position_ids: expected one sequence per row, got packed sequences, which would attend to each other; "
+            "pass padded sequences with an attention_mask"
         )
 
 
-#: Note on a call whose rows are known to hold one sequence each.
-_ROWS_APART = "one sequence a row"
+#: Note on a call in which every row is known to contain one sequence.
+_ONE_SEQUENCE_PER_ROW = "one sequence per row"
 
-#: Attribute of a stock cache that holds a prefix: the cache in whose place it stands.
+#: Attribute of a stock cache that contains a prefix: the PrefixCache that it replaces.
 _STOCK = "_peftkern_prefix_cache"
 
 
 def _is_reentrant(module: Any) -> bool:
-    """Whether a module runs under reentrant checkpointing."""
+    """Whether a module uses reentrant checkpointing."""
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     return bool(module.gradient_checkpointing and getattr(checkpoint, "keywords", {}).get("use_reentrant", False))
 
 
 def _saves_tensors(tensor: Tensor) -> bool:
-    """Whether the graph behind ``tensor`` holds tensors that its first backward pass frees."""
+    """Whether the graph of ``tensor`` has saved tensors, which the first backward pass frees."""
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
         node = nodes.pop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model at patch time without leaving a trace in it."""
+"""Runs a model at patch time without changing its state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 __all__ = ["is_transient", "quiet", "some_tokens"]
 
-#: Buffers up to this size are copied, to be put back if a forward writes to them.
+#: Buffers with at most this many elements are copied, and restored if a forward writes to them.
 _SMALL_BUFFER = 1 << 20
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether an error says nothing about the model: out of memory, a lost device or file."""
+    """Whether an error is unrelated to the model: out of memory, a lost device or file."""
     kinds = [torch.OutOfMemoryError, MemoryError, OSError, getattr(torch, "AcceleratorError", MemoryError)]
     return isinstance(error, tuple(kinds)) or (
         isinstance(error, RuntimeError)
@@ -29,7 +29,7 @@ def is_transient(error: Exception) -> bool:
 def quiet(model: nn.Module) -> Iterator[None]:
     """Run a block with the model in eval mode, without gradients and autocast.
 
-    Modes, buffers and random states are as they were afterwards.
+    Modes, buffers and random states are restored afterwards.
     """
     training = [module for module in model.modules() if module.training]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
@@ -37,7 +37,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     copies = [(x, x._version, x.clone()) for x in values if x.numel() <= _SMALL_BUFFER and not x.is_inference()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     kind = next((p.device.type for p in model.parameters()), "cpu")
-    # Autocast would keep its casts of the weights, made without gradients, for the caller's block.
+    # Autocast would cache casts of the weights without gradients, and reuse them in the caller's block.
     autocast = (
         torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
     )
@@ -57,7 +57,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
-    """[count] ids that are no special tokens, repeated if the vocabulary is too small."""
+    """[count] ids of ordinary tokens, repeated if the vocabulary is too small."""
     weight: Tensor = backbone.get_input_embeddings().weight
     config = backbone.config.get_text_config()
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")

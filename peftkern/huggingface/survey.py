@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, by running a model on two tokens, which attention modules read which layer of its cache.
+"""Runs a model on two tokens to find which attention modules read which layer of its cache.
 
-No names and no list of models: a module takes a prefix if the keys that it attends to are those that the cache
-returned. Cross attention and encoders do not, layers that share the keys of another layer do.
+This needs no list of models or module names: a module reads the prefix if it attends to keys that the cache has
+returned. Cross-attention and encoders do not; layers that share the keys of another layer do.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 
-__all__ = ["Site", "find_backbone", "survey"]
+__all__ = ["PrefixLayerInfo", "find_backbone", "survey"]
 
 
 @dataclass(frozen=True)
-class Site:
-    """An attention module that takes a prefix.
+class PrefixLayerInfo:
+    """An attention module that reads the prefix.
 
     Attributes:
         name: the module's path in the model.
         layer: the cache layer whose keys it reads.
         num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
-        pattern: (causal, window) of its mask, or None for any other mask.
-        counts_rows: whether the model counts positions by the cache while its layers run.
+        pattern: (causal, window) of its mask; None for any other mask.
+        counts_rows: whether the model derives positions from the cache while its layers run.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Site:
 
 
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The model within ``model`` that runs the layers and hands its keyword arguments down to them.
+    """The model within ``model`` that runs the layers and passes its keyword arguments to them.
 
     Raises:
-        ValueError: if it takes no cache, or its attention cannot be reached.
+        ValueError: if it takes no cache, or does not dispatch its attention through ``AttentionInterface``.
     """
     backbone = model.get_decoder()
-    if not isinstance(backbone, PreTrainedModel):  # some models call their output layer "decoder"
+    if not isinstance(backbone, PreTrainedModel):  # some models name their output layer "decoder"
         backbone = model.base_model
     backbone = _without_head(backbone)
     kind = type(backbone).__name__
@@ -66,7 +66,7 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in ``model`` that has no output layer; a decoder may be a language model itself."""
+    """The innermost model without an output layer; a decoder may itself be a language model."""
     while model.get_output_embeddings() is not None:
         parts: list[Any] = [model.base_model, *model.children()]
         inner = next((part for part in parts if part is not model and isinstance(part, PreTrainedModel)), None)
@@ -77,15 +77,15 @@ def _without_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Survey(DynamicCache):  # type: ignore[misc]
-    """A cache that stores nothing and notes who reads it; stands in for a :class:`.cache.PrefixCache`."""
+    """A cache that stores nothing and records which modules read it; used like a :class:`.cache.PrefixCache`."""
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
         Cache.__init__(self, layers=[])
         self.names = names
-        self.sites: dict[nn.Module, Site] = {}
+        self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.counts_rows = False
-        self.stream = None
-        # The tensors are held, so that no later one can have the address of an earlier one.
+        self.packed = None
+        # Keeps references to the tensors, so that no later tensor can reuse the address of an earlier one.
         self.returned: list[tuple[int, Tensor, Tensor]] = []
 
     def update(
@@ -95,7 +95,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return key_states, value_states
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("linear attention keeps a state instead of keys and values per token")
+        raise ValueError("linear attention has a state instead of keys and values per token")
 
     has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 
@@ -103,35 +103,36 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         self.counts_rows |= bool(self.returned)
         return super().get_seq_length(layer_idx)  # type: ignore[no-any-return]
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
+    def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
         pattern = mask.pattern if isinstance(mask, LazyMask) else None
         address = key.untyped_storage().data_ptr()
         for layer, returned, values in self.returned:
             if returned.untyped_storage().data_ptr() == address:
-                site = Site(self.names[module], layer, key.shape[1], key.shape[3], pattern)
+                info = PrefixLayerInfo(self.names[module], layer, key.shape[1], key.shape[3], pattern)
                 if values.shape != key.shape:
                     shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
-                    raise ValueError(f"{site.name} has {shapes}, and a prefix needs the same shape for both")
-                if self.sites.setdefault(module, site) != site:
-                    raise ValueError(f"{site.name} is layers {self.sites[module].layer} and {layer} in one module")
+                    raise ValueError(f"{info.name} has {shapes}, but a prefix needs the same shape for both")
+                if self.prefix_layers.setdefault(module, info) != info:
+                    raise ValueError(
+                        f"{info.name} is layers {self.prefix_layers[module].layer} and {layer} in one module"
+                    )
 
 
 def survey(
     backbone: PreTrainedModel, names: dict[nn.Module, str]
-) -> tuple[dict[nn.Module, Site], dict[int, KeyValue]]:
-    """The attention modules of ``backbone`` that take a prefix.
-
-    Its implementation must be peftkern's already, and it must be in eval mode (:func:`.trial.quiet`).
+) -> tuple[dict[nn.Module, PrefixLayerInfo], dict[int, KeyValue]]:
+    """The attention modules of ``backbone`` that read the prefix.
 
     Args:
-        backbone: the model that runs the layers.
+        backbone: the model that runs the layers, with peftkern's attention implementation and in eval mode
+            (:func:`.probing.quiet`).
         names: path of each module, for messages.
 
     Returns:
-        (the modules, per layer of the cache the keys and values [1, Hkv, 2, D] of two equal tokens)
+        (the modules; per layer of the cache, keys and values [1, Hkv, 2, D] of two equal tokens)
 
     Raises:
-        ValueError: if the model cannot be run, or keys of its cache go to an attention that is not dispatched.
+        ValueError: if the model cannot be run with a cache, or attention that is not dispatched reads the cache.
     """
     record = _Survey(names)
     input_ids = some_tokens(backbone, 1).expand(1, 2)
@@ -143,12 +144,14 @@ def survey(
         if is_transient(error):
             raise
         raise ValueError(f"model: {type(backbone).__name__} could not be run with a cache: {error}") from error
-    unseen = {layer for layer, _, _ in record.returned} - {site.layer for site in record.sites.values()}
-    if unseen or not record.sites:
+    unseen = {layer for layer, _, _ in record.returned} - {info.layer for info in record.prefix_layers.values()}
+    if unseen or not record.prefix_layers:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
-            f"model: in {layers} of {type(backbone).__name__} attention does not see the keys that the cache gives: "
-            "it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
+            f"model: in {layers} of {type(backbone).__name__} attention does not read the keys that the cache "
+            "returns; it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
         )
-    sites = {module: replace(site, counts_rows=record.counts_rows) for module, site in record.sites.items()}
-    return sites, {layer: (keys, values) for layer, keys, values in record.returned}
+    prefix_layers = {
+        module: replace(info, counts_rows=record.counts_rows) for module, info in record.prefix_layers.items()
+    }
+    return prefix_layers, {layer: (keys, values) for layer, keys, values in record.returned}

@@ -1,50 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model on a few tokens to see whether a patch computes what the stock model computes.
+"""Runs a model on a few tokens to check that the patched model agrees with the stock model.
 
-What is compared with the stock model, whose cache holds the same prefix: a batch without padding, rows padded on the
-left and on the right, one decoding step, the stream of rows, and the output layer on rows. A difference is an answer;
-an error for want of memory or of a device is raised.
+The stock model has the same prefix in its cache. Compared are a batch without padding, rows padded on the left and on
+the right, one decoding step, a packed batch, and the output layer on packed rows. A difference is reported as a
+reason not to use the patch. Errors that are unrelated to the model, such as out of memory, are raised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model_info import cache_argument
-from .cache import KeyValue, PrefixCache, PrefixOptions, StreamCache
+from .cache import KeyValue, PrefixCache, PrefixOptions, PromptCache
 from .layout import IGNORED, Layout, next_labels
-from .packing import Stream
+from .packing import PackedBatch
 from .probing import is_transient, some_tokens
-from .survey import Site
-
-if TYPE_CHECKING:
-    from .packer import Packer
+from .survey import PrefixLayerInfo
 
 __all__ = ["Trial", "try_head"]
 
-#: ``layout_of(tokens, mask, from_first)`` is how a batch is packed.
+#: ``layout_of(tokens, mask, from_first)`` gives the layout of a packed batch.
 LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
 
 #: [B, S, ...] each.
 Outputs = list[Tensor]
 
 _PREFIX_LEN = 2
-#: No kernel is compiled for these sizes: the trial is about what surrounds attention.
+#: Compiles no kernel for these sizes. The trial checks the code around attention, not attention itself.
 _BACKEND = "reference"
 
 
 class Trial:
-    """Runs of one backbone, whose attention is peftkern's already, on a few tokens.
+    """Runs of one backbone on a few tokens.
 
     Args:
-        backbone: in eval mode, without gradients (:func:`.probing.quiet`).
-        sites: its attention modules that take a prefix.
+        backbone: with peftkern's attention implementation, in eval mode and without gradients
+            (:func:`.probing.quiet`).
+        prefix_layers: its attention modules that read the prefix.
         samples: per layer of the cache, keys and values [1, Hkv, _PREFIX_LEN, D] of that many tokens.
         options: for the attention function.
     """
@@ -52,12 +50,12 @@ class Trial:
     def __init__(
         self,
         backbone: PreTrainedModel,
-        sites: dict[nn.Module, Site],
+        prefix_layers: dict[nn.Module, PrefixLayerInfo],
         samples: dict[int, KeyValue],
         options: PrefixOptions,
     ) -> None:
         self.backbone = backbone
-        self.sites = sites
+        self.prefix_layers = prefix_layers
         self.options = replace(options, in_window=True, backend=_BACKEND)
         self.kind = type(backbone).__name__
         self.cache_name = cache_argument(backbone)
@@ -66,14 +64,14 @@ class Trial:
         self.mask = torch.ones_like(self.ids)
         self.mask[1, 0] = 0
         self.mask[2, -1] = 0
-        #: Of the backbone, as it was run last.
+        #: Output of the last run of the backbone.
         self.output: Any = None
         self._stock: Outputs = []
-        #: Per output and row, how far one rounding of the prefix moves the stock model.
+        #: Per output and row, the change of the stock model's output when the prefix is rounded differently.
         self._rounding: list[list[float]] = []
 
     def try_prefix(self) -> str | None:
-        """How a prefix that attention reads differs from one in the stock cache; None if it does not."""
+        """How a prefix read by attention differs from a prefix in the stock cache; None if it does not."""
         return self._guarded(self._try_prefix, "with a prefix")
 
     def _try_prefix(self) -> str | None:
@@ -95,25 +93,25 @@ class Trial:
         return _compare(f"{what}, decoding", got, want, None, self._worst_rounding())
 
     def _worst_rounding(self) -> list[list[float]]:
-        """For other tokens than those whose rounding was measured."""
+        """A bound for tokens other than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
-    def try_stream(self, layout_of: LayoutOf) -> str | None:
-        """How a stream behind the prefix differs from the padded batch; None if it does not."""
+    def try_packed(self, layout_of: LayoutOf) -> str | None:
+        """How a packed batch with a prefix differs from the padded batch; None if it does not."""
 
         def run() -> str | None:
-            stream = Stream(layout_of(self.ids, self.mask, False))
+            packed = PackedBatch(layout_of(self.ids, self.mask, False))
             tokens = self.backbone.get_input_embeddings()(self.ids)
-            got = self._run_stream(self._cache(), stream, tokens)
-            return _compare(f"{self.kind} on a stream of rows", got, self._stock, self.mask, self._rounding)
+            got = self._run_packed(self._cache(), packed, tokens)
+            return _compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
 
-        return self._guarded(run, "on a stream of rows")
+        return self._guarded(run, "on packed rows")
 
     def try_prompt(self, layout_of: LayoutOf) -> str | None:
-        """How a stream behind a prompt differs from a batch with the prompt in every row; None if it does not."""
+        """How a packed batch with a prompt differs from a batch with the prompt in every row; None if it does not."""
 
         def run() -> str | None:
-            mask = self.mask[[0, 2]]  # padding between prompt and text would move the text
+            mask = self.mask[[0, 2]]  # without left padding, which would move the text
             samples, length = mask.shape
             ids = some_tokens(self.backbone, mask.numel() + _PREFIX_LEN)
             prompt, tokens = self.backbone.get_input_embeddings()(ids).split([_PREFIX_LEN, mask.numel()])
@@ -122,17 +120,17 @@ class Trial:
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
             want = self._recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
             rounding = self._worst_rounding()
-            if batch.dtype in _MOST:  # half precision, whose rounding is worth a measurement
+            if batch.dtype in _MAX_ROUNDING:  # half precision, where a measured bound is tighter
                 moved = _round_otherwise(batch)
                 moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
                 rounding = _rounding(moved_outputs, want, padded)
-            stream = Stream(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
-            cache = StreamCache(len(self.prefix), stream, stores=False, options=self.options)
-            got = self._run_stream(cache, stream, tokens)
-            what = f"{self.kind} on a stream of rows behind a prompt"
+            packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
+            cache = PromptCache(len(self.prefix), packed, stores=False, options=self.options)
+            got = self._run_packed(cache, packed, tokens)
+            what = f"{self.kind} on packed rows with a prompt"
             return _compare(what, got, want, padded, rounding)
 
-        return self._guarded(run, "on a stream of rows behind a prompt")
+        return self._guarded(run, "on packed rows with a prompt")
 
     def _guarded(self, run: Callable[[], str | None], what: str) -> str | None:
         try:
@@ -155,22 +153,22 @@ class Trial:
             return self._recorded(**arguments)
         cache.begin()
         outputs = self._recorded(**arguments, peftkern_prefix=cache)
-        missing = cache.finish([site.name for site in self.sites.values()])
+        missing = cache.finish([info.name for info in self.prefix_layers.values()])
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
         return outputs
 
-    def _run_stream(self, cache: PrefixCache, stream: Stream, tokens: Tensor) -> Outputs:
-        cache.stream = stream
-        rows = stream.embeddings(stream.layout.pack(tokens))
+    def _run_packed(self, cache: PrefixCache, packed: PackedBatch, tokens: Tensor) -> Outputs:
+        cache.packed = packed
+        rows = packed.embeddings(packed.layout.pack(tokens))
         outputs = self._recorded(
-            inputs_embeds=rows, position_ids=stream.positions(cache.offset), attention_mask=None, use_cache=False,
+            inputs_embeds=rows, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
             peftkern_prefix=cache, **{self.cache_name: cache},
         )  # fmt: skip
-        return [stream.unpack(x) for x in outputs]
+        return [packed.unpack(x) for x in outputs]
 
     def _recorded(self, **arguments: Any) -> Outputs:
-        """Outputs of the attention modules, in the order of their calls, and the last hidden states."""
+        """Outputs of the attention modules in the order of their calls, followed by the last hidden states."""
         outputs: Outputs = []
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -178,7 +176,7 @@ class Trial:
             if isinstance(first, Tensor) and first.dim() == 3:
                 outputs.append(first)
 
-        handles = [module.register_forward_hook(record) for module in self.sites]
+        handles = [module.register_forward_hook(record) for module in self.prefix_layers]
         try:
             self.output = self.backbone(**arguments)
             return [*outputs, self.output[0]]
@@ -187,24 +185,24 @@ class Trial:
                 handle.remove()
 
 
-def try_head(packer: Packer, trial: Trial) -> bool:
-    """Whether the base model's own forward computes logits and loss row by row.
+def try_head(base: PreTrainedModel, trial: Trial) -> bool:
+    """Whether the base model's own forward computes logits and loss for each row independently.
 
-    The forward is given the backbone's hidden states of a batch, and then those of the rows that predict a label.
-    Both give the same logits and the same loss.
+    The forward runs on the backbone's hidden states of a batch, and again on those of the rows that predict a label.
+    Logits and loss must agree.
 
     Args:
-        packer: of the base model.
-        trial: whose backbone has run.
+        base: the base model.
+        trial: a trial whose backbone has run.
     """
-    base, backbone = packer.base, packer.backbone
+    backbone = trial.backbone
     ids = some_tokens(backbone, 2 * 3).view(2, 3)
     targets = next_labels(ids)
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
     labels = torch.nn.functional.pad(targets.flatten()[rows], (1, 0), value=IGNORED)[None]
 
     def forward_behind(output: Any, labels: Tensor) -> Any:
-        """The base model's forward, with a backbone that has run already."""
+        """The base model's forward, with a backbone that returns ``output``."""
         previous = backbone.__dict__.get("forward")
         backbone.forward = lambda *args, **kwargs: output
         try:
@@ -215,7 +213,7 @@ def try_head(packer: Packer, trial: Trial) -> bool:
                 backbone.forward = previous
 
     def agree(got: Tensor, want: Tensor) -> bool:
-        return got.shape == want.shape and _difference(got, want) <= 8 * _least(want.dtype)
+        return got.shape == want.shape and _difference(got, want) <= 8 * _tolerance(want.dtype)
 
     try:
         kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
@@ -231,9 +229,9 @@ def try_head(packer: Packer, trial: Trial) -> bool:
 
 
 def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> list[KeyValue | None]:
-    """Keys and values of _PREFIX_LEN tokens per layer: those of the samples, a little of each changed at random.
+    """Keys and values of _PREFIX_LEN tokens per layer: those of the samples with a little noise.
 
-    A prefix unlike what the model has seen would make rounding look large.
+    A prefix that differs much from the model's own keys and values would amplify rounding.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -242,57 +240,57 @@ def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> lis
         return x[0] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
 
     layers = {layer: (vary(key), vary(value)) for layer, (key, value) in samples.items()}
-    # PEFT has a prefix for every layer of the model, whether it attends to the sequence or not.
+    # PEFT has a prefix for every layer of the model, even for layers that do not attend to the sequence.
     config = backbone.config.get_text_config(decoder=True)
     num_layers = max(1 + max(layers), getattr(config, "num_hidden_layers", None) or 0)
     return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]
 
 
 def _rounding(moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
-    """Per output and row, how far the stock model moves by one rounding of what it is given.
+    """Per output and row, the change of the stock model's output when its input is rounded differently.
 
     Raises:
-        ValueError: if that is too far for rounding.
+        ValueError: if the change is too large for rounding.
     """
     rounding = [
         [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
         for a, b in zip(moved, outputs, strict=True)
     ]
-    if max(map(max, rounding)) > _MOST.get(outputs[0].dtype, 1e-3):
-        raise ValueError("the stock model's numbers change from call to call")
+    if max(map(max, rounding)) > _MAX_ROUNDING.get(outputs[0].dtype, 1e-3):
+        raise ValueError("the stock model's outputs change from call to call")
     return rounding
 
 
 def _compare(what: str, got: Outputs, want: Outputs, mask: Tensor | None, rounding: list[list[float]]) -> str | None:
-    """A sentence on a difference that rounding does not explain; None if there is none.
+    """A sentence about a difference that rounding does not explain; None if there is none.
 
-    The output of every attention module is compared, and the last hidden states, each relative to its own norm.
-    Rounding grows from layer to layer, and what a patch does wrong shows in the first.
+    Compares the output of every attention module and the last hidden states, each relative to its own norm. Rounding
+    grows from layer to layer, whereas an error of the patch shows in the first layer.
 
     Args:
-        what: for the sentence.
-        got, want: of the patched and the stock model.
+        what: subject of the sentence.
+        got, want: outputs of the patched and of the stock model.
         mask: 0 for places that are not compared.
-        rounding: per output and row, how far one rounding moves the stock model; eight times that is allowed.
+        rounding: per output and row, the stock model's change by rounding; eight times as much is allowed.
     """
     for index, (x, y) in enumerate(zip(got, want, strict=True)):
         if x.shape != y.shape:
-            return f"{what} gives {list(x.shape)}, and the stock model {list(y.shape)}"
+            return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
         for row in range(x.shape[0]):
             real = slice(None) if mask is None else mask[row].bool()
             difference = _difference(x[row][real], y[row][real])
-            if difference > max(_least(y.dtype), 8 * rounding[index][row]):
+            if difference > max(_tolerance(y.dtype), 8 * rounding[index][row]):
                 where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
                 return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
     return None
 
 
-#: Per dtype, how far one rounding moves a model at most. A model that keeps a state between calls moves further.
-_MOST = {torch.bfloat16: 0.5, torch.float16: 0.1}
+#: Per dtype, the largest change that rounding explains. A model that keeps a state between calls changes more.
+_MAX_ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 def _round_otherwise(x: Tensor) -> Tensor:
-    """Each element one rounding further from zero, or nearer."""
+    """Each element moved by one rounding error, alternately away from and towards zero."""
     signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
     return x * (1 + signs * torch.finfo(x.dtype).eps)
 
@@ -305,8 +303,8 @@ def _difference(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def _least(dtype: torch.dtype) -> float:
-    """The difference that is always taken for rounding."""
+def _tolerance(dtype: torch.dtype) -> float:
+    """The relative difference that always counts as rounding."""
     if dtype in (torch.bfloat16, torch.float16):
         return 4 * torch.finfo(dtype).eps
     return 2e-3 if torch.get_float32_matmul_precision() != "highest" else 2e-5

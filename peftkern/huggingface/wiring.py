@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch changes in a model, and how each change is undone."""
+"""The base classes of patches, and the changes that a patch makes to a model and undoes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .attention import Implementation
+__all__ = ["PATCH", "Patch", "Source", "Wiring"]
 
-__all__ = ["Wiring"]
+#: Attribute of a patched model: its :class:`Patch`.
+PATCH = "_peftkern_patch"
 
 
 class Wiring:
-    """Changes to a model, each recorded with its undo. :meth:`undo` runs them in reverse order.
+    """Changes to a model, each recorded with its inverse. :meth:`undo` undoes them in reverse order.
 
-    An attribute is restored only while it still is what was set here. If somebody has replaced it since, it is
-    theirs.
+    An attribute is restored only if it still has the value that was set here. If other code has replaced the value in
+    the meantime, it is left alone.
     """
 
     def __init__(self) -> None:
@@ -32,7 +35,7 @@ class Wiring:
         self._undos.append(partial(_restore_attribute, owner, name, value, previous))
 
     def add_hooks(self, *handles: Any) -> None:
-        """Keep the handles of hooks, to remove them."""
+        """Record handles of hooks, which :meth:`undo` removes."""
         self._undos += [handle.remove for handle in handles]
 
     def add_submodule(self, owner: nn.Module, name: str, module: nn.Module) -> None:
@@ -41,31 +44,73 @@ class Wiring:
         self._undos.append(partial(_remove_submodule, owner, name))
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Switch ``requires_grad`` off."""
+        """Clear ``requires_grad`` of parameters."""
         frozen = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(False)
         self._undos.append(partial(_set_requires_grad, frozen))
 
-    def set_implementation(self, configs: Iterable[Any]) -> None:
-        """Make peftkern the attention implementation of the configs that do not have it."""
-        for config in configs:
-            if not isinstance(config._attn_implementation, Implementation):
-                config._attn_implementation_internal = Implementation(config._attn_implementation)
-                self._undos.append(partial(_restore_implementation, config))
-
     def on_undo(self, function: Callable[[], Any]) -> None:
-        """Call ``function`` when everything is undone."""
+        """Have :meth:`undo` call ``function``."""
         self._undos.append(function)
 
     def undo(self) -> None:
-        """Undo everything."""
+        """Undo all changes."""
         while self._undos:
             self._undos.pop()()
 
 
+class Patch(ABC):
+    """One patched model: what :func:`peftkern.unpatch` undoes and :func:`peftkern.explain` describes.
+
+    Attributes:
+        model: the module that the user passed to :func:`peftkern.patch`.
+        base: the Hugging Face model in it.
+        wiring: the changes made so far.
+        compiled_note: the note on the running call while torch.compile traces (:mod:`.calls`).
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel) -> None:
+        self.model = model
+        self.base = base
+        self.wiring = Wiring()
+        self.compiled_note: Any = None
+
+    @abstractmethod
+    def install(self) -> None:
+        """Change the model."""
+
+    @abstractmethod
+    def explain(self) -> str:
+        """One line: how batches run, and why they do not run faster."""
+
+    def mark(self, *models: nn.Module) -> None:
+        """Make the patch an attribute of ``models``, by which it is found again."""
+        for owner in {id(model): model for model in models}.values():
+            self.wiring.set_attribute(owner, PATCH, self)
+
+    def remove(self) -> None:
+        """Undo :meth:`install`."""
+        self.wiring.undo()
+
+
+class Source(ABC):
+    """Provides the prefix or prompt of a patch.
+
+    Attributes:
+        is_given: whether the caller of the base model provides it with each call, as PEFT does. Otherwise every call
+            that does not continue a sequence gets it.
+    """
+
+    is_given: bool
+
+    @abstractmethod
+    def wire(self, patch: Patch) -> None:
+        """Install what the source needs in the model."""
+
+
 def _restore_attribute(owner: Any, name: str, value: Any, previous: tuple[Any, ...]) -> None:
-    # Bound methods are made anew at each access, so they are compared by value.
+    # Every access creates a new bound method, so methods are compared by value.
     if name in owner.__dict__ and owner.__dict__[name] == value:
         del owner.__dict__[name]
         if previous:
@@ -79,8 +124,3 @@ def _remove_submodule(owner: nn.Module, name: str) -> None:
 def _set_requires_grad(parameters: list[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
-
-
-def _restore_implementation(config: Any) -> None:
-    if isinstance(config._attn_implementation, Implementation):
-        config._attn_implementation_internal = config._attn_implementation.over

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native CUDA library: found and loaded through ctypes, its structs filled, its statuses turned into exceptions.
+"""The native CUDA library through ctypes: loads it, fills its structs, turns its statuses into exceptions.
 
-As :mod:`.cpu`, with device pointers and torch's current stream. The library links no CUDA driver, so it
-loads on a machine without a GPU; :data:`MISSING` says what is wrong with it, :func:`unsupported` what a device lacks.
+Works as :mod:`.cpu` does, with device pointers and torch's current stream. The library does not link the CUDA driver,
+so it loads on a machine without a GPU. :data:`MISSING` says what is wrong with the library, :func:`unsupported` what
+a device lacks.
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .cpu import DTYPES, NativeError, _attention_fields, _embedding_fields, _pointer
+from . import abi, fill
+from .abi import DTYPES
+from .cpu import NativeError
 
 if TYPE_CHECKING:
     from ..arguments import AttentionArgs, AttentionGradients
@@ -24,8 +26,8 @@ __all__ = [
     "ABI_VERSION",
     "MISSING",
     "architectures",
-    "kv_slot",
-    "kv_slot_backward",
+    "concat",
+    "concat_backward",
     "merge_prefix",
     "merge_prefix_backward",
     "prefix_attention",
@@ -36,24 +38,18 @@ __all__ = [
     "unsupported",
 ]
 
-#: Version of the structs below; the library must have the same.
-ABI_VERSION = 2
+#: The version that the library must report.
+ABI_VERSION = abi.CUDA_VERSION
 
 _PATH = Path(__file__).parents[1] / "libpeftkern_cuda.so"
 _BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
 
-#: Where tensors must lie. The tests load a library that runs the kernels on a CPU.
+#: The device type of the tensors. Tests load a library that runs the kernels on a CPU, and set this to "cpu".
 DEVICE_TYPE = "cuda"
-
-# The structs of peftkern.h; see :mod:`.cpu`.
-_ATTENTION = struct.Struct("=62q3d8qd4q")
-_ATTENTION_BACKWARD = struct.Struct("=62q3d32q6q")
-_SLOT = struct.Struct("=36q")
-_SLOT_BACKWARD = struct.Struct("=15q")
-_EMBEDDING = struct.Struct("=30q")
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library and an empty string, or None and the reason."""
     if not _PATH.exists():
         return None, f"the native CUDA library is not built; {_BUILD}"
     try:
@@ -67,25 +63,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """``library`` with the types of its functions."""
+    """Set the argument and result types of the functions of ``library``, and return it."""
     library.peftkern_cuda_error_string.restype = ctypes.c_char_p
     library.peftkern_cuda_architectures.restype = ctypes.c_char_p
-    library.peftkern_cuda_workspace_size.restype = ctypes.c_int64
-    library.peftkern_cuda_split_workspace_size.restype = ctypes.c_int64
-    for name in (
-        "merge_prefix",
-        "merge_prefix_backward",
-        "prefix_attention",
-        "prefix_attention_backward",
-        "workspace_size",
-        "split_workspace_size",
-        "softmax_sums",
-        "kv_slot",
-        "kv_slot_backward",
-        "soft_prompt_embedding",
-        "soft_prompt_embedding_backward",
-    ):
-        getattr(library, f"peftkern_cuda_{name}").argtypes = [ctypes.c_char_p]
+    for name in abi.CUDA_FUNCTIONS:
+        function = getattr(library, f"peftkern_cuda_{name}")
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = ctypes.c_int64 if name.endswith("_size") else ctypes.c_int
     return library
 
 
@@ -93,17 +77,17 @@ _library, MISSING = _load()
 
 
 def architectures() -> tuple[str, ...]:
-    """What the library holds code for, named as in TORCH_CUDA_ARCH_LIST: ``("8.0", "9.0+PTX")``."""
+    """Compute capabilities that the library holds code for, as in TORCH_CUDA_ARCH_LIST: ``("8.0", "9.0+PTX")``."""
     if _library is None:
         return ()
     return tuple(name for name in _library.peftkern_cuda_architectures().decode().split(",") if name)
 
 
 def unsupported(major: int, minor: int) -> str:
-    """Why the library has no code for a GPU of this compute capability, and what to do; empty if it has.
+    """Why the library has no code for a GPU of this compute capability, and what to do. Empty if it has code.
 
-    Machine code runs on GPUs of its major version from its minor version on, PTX on every one from its version on;
-    what is marked "a" on its own version only.
+    Machine code runs on GPUs of the same major version and the same or a later minor version. PTX runs on every GPU
+    of the same or a later version. Code for a version with the suffix "a" runs on that version only.
     """
     built = architectures()
     for name in built:
@@ -131,76 +115,156 @@ def _call(name: str, arguments: bytes) -> None:
         raise NativeError(f"{name}: {_library.peftkern_cuda_error_string(status).decode()}")
 
 
-def _queue(x: Tensor) -> tuple[int, int]:
-    """Device and stream for work on ``x``."""
+def _device_and_stream(x: Tensor) -> tuple[int, int]:
+    """The index of the device of ``x`` and the handle of torch's current stream on it."""
     if x.device.type != "cuda":
         return 0, 0
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def _fields(args: AttentionArgs, out: Tensor, lse: Tensor) -> tuple[list[int | float], object]:
-    """The fields of ``peftkern_attention``, the gate by its tanh, and temporaries that must live until the call."""
-    return _attention_fields(args._replace(gate=None if args.gate is None else args.gate.tanh()), out, lse, "auto")
+def _attention(args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True) -> tuple[bytes, object]:
+    """:func:`.fill.attention` with the gate replaced by its tanh, as the kernels expect it."""
+    if args.gate is not None:
+        args = args._replace(gate=args.gate.tanh())
+    return fill.attention(args, out, lse, sequence=sequence)
 
 
 def merge_prefix(
-    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, lse_unit: float, out: Tensor, lse: Tensor
+    args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:
-    """Write ``out`` and ``lse`` (contiguous): prefix, sinks and ``part_out``, ``part_lse`` of the sequence.
+    """Write ``out`` and ``lse`` of the prefix, the sinks and an attention over the sequence, merged.
+
+    Args:
+        part_out: [B, Hq, S, D], the attention over the sequence alone; None: there is no sequence. May be ``out``.
+        part_lse: [B, Hq, S], fp32, its log-sum-exp (natural logarithm), any strides. May be ``lse``.
+        out: [B, Hq, S, D] in q's dtype.
+        lse: [B, Hq, S], fp32, contiguous.
 
     Raises:
         NativeError: with the library's reason.
     """
-    fields, _kept = _fields(args, out, lse)
-    fields += [
-        _pointer(part_out), _pointer(part_lse), *_strides(part_out), *_strides(part_lse), lse_unit, 0, 0,
-        *_queue(args.q),
-    ]  # fmt: skip
-    _call("merge_prefix", _ATTENTION.pack(*fields))
+    attention, _copies = _attention(args, out, lse)
+    device, stream = _device_and_stream(args.q)
+    packed = abi.CUDA_ATTENTION.pack(
+        attention=attention,
+        part_out=fill.pointer(part_out),
+        part_lse=fill.pointer(part_lse),
+        part_out_stride=fill.strides(part_out),
+        part_lse_stride=fill.strides(part_lse),
+        workspace=0,
+        workspace_size=0,
+        device=device,
+        stream=stream,
+    )
+    _call("merge_prefix", packed)
 
 
 def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool = False) -> None:
-    """Write ``out`` and ``lse`` (contiguous). ``split``: several blocks divide a row's keys; not with cu_seqlens.
+    """Write ``out`` and ``lse`` (contiguous) of the whole attention.
+
+    Args:
+        split: several blocks share the keys of a row, which pays for few rows and many keys. Not with cu_seqlens.
 
     Raises:
         NativeError: with the library's reason.
     """
     if _library is None:
         raise NativeError(MISSING)
-    fields, _kept = _fields(args, out, lse)
-    fields += [*[0] * 8, 1.0]
-    queue = _queue(args.q)
-    size = _library.peftkern_cuda_split_workspace_size(_ATTENTION.pack(*fields, 0, 0, *queue)) if split else 0
-    workspace = lse.new_empty(size // 4)
-    _call("prefix_attention", _ATTENTION.pack(*fields, workspace.data_ptr() if size else 0, size, *queue))
+    attention, _copies = _attention(args, out, lse)
+    device, stream = _device_and_stream(args.q)
+
+    def pack(workspace: int, size: int) -> bytes:
+        return abi.CUDA_ATTENTION.pack(
+            attention=attention,
+            part_out=0,
+            part_lse=0,
+            part_out_stride=(0, 0, 0),
+            part_lse_stride=(0, 0, 0),
+            workspace=workspace,
+            workspace_size=size,
+            device=device,
+            stream=stream,
+        )
+
+    size = _library.peftkern_cuda_split_workspace_size(pack(0, 0)) if split else 0
+    workspace = lse.new_empty(size // 4) if size else None
+    _call("prefix_attention", pack(fill.pointer(workspace), size))
+
+
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    args: AttentionArgs,
+    gradients: AttentionGradients | None,
+    dprefix_bias: Tensor | None,
+    *,
+    sequence: bool = True,
+) -> tuple[bytes, object]:
+    """``peftkern_attention_backward`` as bytes, and an object that must stay alive until the call returns."""
+    forward, copies = _attention(args, out, lse, sequence=sequence)
+    dq, dk, dv, dprefix_k, dprefix_v = (
+        (None,) * 5 if gradients is None else (x if x.numel() else None for x in gradients[:5])
+    )
+    tensors = abi.GRADIENT_TENSORS.pack(
+        dout=dout.data_ptr(),
+        dlse=fill.pointer(dlse),
+        dq=fill.pointer(dq),
+        dk=fill.pointer(dk),
+        dv=fill.pointer(dv),
+        dprefix_k=fill.pointer(dprefix_k),
+        dprefix_v=fill.pointer(dprefix_v),
+        dsinks=0,
+        dbias=0,
+        dprefix_bias=fill.pointer(dprefix_bias),
+        dgate=0,
+    )
+    packed = abi.ATTENTION_BACKWARD.pack(
+        forward=forward,
+        tensors=tensors,
+        dout_stride=fill.strides(dout),
+        dlse_stride=fill.strides(dlse),
+        dq_stride=fill.strides(dq),
+        dk_stride=fill.strides(dk),
+        dv_stride=fill.strides(dv),
+        bias_size=(0, 0, 0, 0),
+        prefix_bias_size=(0, 0),
+    )
+    return packed, copies
 
 
 def _backward(
     name: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs,
     gradients: AttentionGradients, delta: Tensor | None, delta_is_given: bool,
 ) -> None:  # fmt: skip
+    """Allocate the workspace, call the backward ``name`` and sum dprefix_bias over its broadcast dimensions."""
     if _library is None:
         raise NativeError(MISSING)
     lse = lse.contiguous()
-    fields, _kept = _fields(args, out, lse)
-    wanted = [x if x.numel() else None for x in gradients[:5]]
     heads, prefix_len = args.q.shape[1], args.prefix_k.shape[-2]
-    dbias = lse.new_empty(-(heads * prefix_len) // 4 * -4 if gradients.dprefix_bias.numel() else 0)
-    fields += [
-        dout.data_ptr(), _pointer(dlse), *map(_pointer, wanted), 0, 0, dbias.data_ptr() if dbias.numel() else 0, 0,
-        *_strides(dout), *_strides(dlse), *(stride for x in wanted[:3] for stride in _strides(x)), *[0] * 6,
-    ]  # fmt: skip
-    queue = _queue(args.q)
-    size = _library.peftkern_cuda_workspace_size(_ATTENTION_BACKWARD.pack(*fields, 0, 0, 0, delta_is_given, *queue))
+    dprefix_bias = None
+    if gradients.dprefix_bias.numel():
+        dprefix_bias = lse.new_empty((heads * prefix_len + 3) // 4 * 4)  # the kernels write 16 bytes at a time
+    backward, _copies = _attention_backward(dout, dlse, out, lse, args, gradients, dprefix_bias)
+    device, stream = _device_and_stream(args.q)
+
+    def pack(workspace: int, size: int) -> bytes:
+        return abi.CUDA_ATTENTION_BACKWARD.pack(
+            backward=backward,
+            delta=fill.pointer(delta),
+            workspace=workspace,
+            workspace_size=size,
+            delta_is_given=delta_is_given,
+            device=device,
+            stream=stream,
+        )
+
+    size = _library.peftkern_cuda_workspace_size(pack(0, 0))
     workspace = lse.new_empty(size // 4)
-    pointers = _pointer(delta), workspace.data_ptr()
-    _call(name, _ATTENTION_BACKWARD.pack(*fields, *pointers, size, delta_is_given, *queue))
-    if dbias.numel():
-        full = dbias[: heads * prefix_len].view(heads, prefix_len)
+    _call(name, pack(workspace.data_ptr(), size))
+    if dprefix_bias is not None:
+        full = dprefix_bias[: heads * prefix_len].view(heads, prefix_len)
         gradients.dprefix_bias.copy_(full.sum_to_size(gradients.dprefix_bias.shape))
 
 
@@ -208,10 +272,12 @@ def merge_prefix_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
     delta: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Add the prefix's part to dq, write dprefix_k, dprefix_v and dprefix_bias; what is empty nobody needs.
+    """Add the prefix's part to dq and write dprefix_k, dprefix_v and dprefix_bias.
 
-    ``delta`` [B, Hq, S], contiguous, is that of :func:`softmax_sums`; dprefix_bias needs it. With a gate, ``out`` and
-    ``lse`` are those of the prefix alone.
+    Args:
+        out: the merged result, as is ``lse``. With a gate, both are those of the prefix alone.
+        gradients: an empty tensor stands for a gradient that is not needed.
+        delta: [B, Hq, S], fp32, contiguous: the result of :func:`softmax_sums`. dprefix_bias requires it.
 
     Raises:
         NativeError: with the library's reason.
@@ -223,9 +289,12 @@ def prefix_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, gradients: AttentionGradients,
     delta: Tensor, delta_is_given: bool = False,
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias; what is empty nobody needs.
+    """Write dq, dk, dv, dprefix_k, dprefix_v and dprefix_bias.
 
-    ``delta`` [B, Hq, S] is that of :func:`softmax_sums` or scratch memory.
+    Args:
+        gradients: an empty tensor stands for a gradient that is not needed.
+        delta: [B, Hq, S], fp32, contiguous: the result of :func:`softmax_sums`, or else scratch memory.
+        delta_is_given: which of the two ``delta`` is.
 
     Raises:
         NativeError: with the library's reason.
@@ -236,65 +305,125 @@ def prefix_attention_backward(
 def softmax_sums(
     dout: Tensor, dlse: Tensor | None, lse: Tensor, args: AttentionArgs, delta: Tensor, sequence: bool = True
 ) -> None:
-    """Write ``delta`` [B, Hq, S] = sum_j p_ij <dout_i, v_j> - dlse_i, contiguous: rowsum(out * dout) - dlse without
-    the rounding of out. Over prefix and sequence, or the prefix alone; ``lse`` is that of the softmax.
+    """Write ``delta`` [B, Hq, S], fp32, contiguous: sum_j p_ij <dout_i, v_j> - dlse_i.
+
+    This is rowsum(out * dout) - dlse without the rounding of out to half precision.
+
+    Args:
+        lse: [B, Hq, S], that of the softmax that is summed.
+        sequence: sum over prefix and sequence; False: over the prefix alone.
 
     Raises:
         NativeError: with the library's reason.
     """
     lse = lse.contiguous()
-    fields, _kept = _fields(args, args.q, lse)
-    if not sequence:
-        fields[1:3] = 0, 0
-    fields += [dout.data_ptr(), _pointer(dlse), *[0] * 9, *_strides(dout), *_strides(dlse), *[0] * 15]
-    _call("softmax_sums", _ATTENTION_BACKWARD.pack(*fields, delta.data_ptr(), 0, 0, 0, *_queue(args.q)))
+    backward, _copies = _attention_backward(dout, dlse, args.q, lse, args, None, None, sequence=sequence)
+    device, stream = _device_and_stream(args.q)
+    packed = abi.CUDA_ATTENTION_BACKWARD.pack(
+        backward=backward,
+        delta=delta.data_ptr(),
+        workspace=0,
+        workspace_size=0,
+        delta_is_given=False,
+        device=device,
+        stream=stream,
+    )
+    _call("softmax_sums", packed)
 
 
-def kv_slot(args: AttentionArgs, slot_k: Tensor, slot_v: Tensor) -> None:
-    """Write [prefix | k] and [prefix | v] [B, Hkv, P + T, D].
+def concat(args: AttentionArgs, out_k: Tensor, out_v: Tensor) -> None:
+    """Write ``out_k`` = [prefix_k | k] and ``out_v`` = [prefix_v | v], [B, Hkv, P + T, D].
 
     Raises:
         NativeError: with the library's reason.
     """
+    k, v = args.k, args.v
     prefix_k, prefix_v = (x if x.dim() == 4 else x[None] for x in (args.prefix_k, args.prefix_v))
-    ids = None if args.prefix_ids is None else args.prefix_ids.contiguous()
-    batch, kv_heads, kv_len, head_dim = args.k.shape
-    tensors = (args.k, args.v, prefix_k, prefix_v, slot_k, slot_v)
-    pointers = [x.data_ptr() for x in tensors]
-    _call("kv_slot", _SLOT.pack(
-        *pointers[:4], _pointer(ids), *pointers[4:],
-        batch, kv_heads, kv_len, head_dim, prefix_k.shape[0], prefix_k.shape[2],
-        *(stride for x in tensors for stride in _strides(x)),
-        DTYPES[args.k.dtype], DTYPES[prefix_k.dtype], 0 if ids is None else DTYPES[ids.dtype], *_queue(args.k),
-    ))  # fmt: skip
+    prefix_ids = fill.contiguous(args.prefix_ids)
+    batch, num_kv_heads, kv_len, head_dim = k.shape
+    device, stream = _device_and_stream(k)
+    packed = abi.CUDA_CONCAT.pack(
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        prefix_k=prefix_k.data_ptr(),
+        prefix_v=prefix_v.data_ptr(),
+        prefix_ids=fill.pointer(prefix_ids),
+        out_k=out_k.data_ptr(),
+        out_v=out_v.data_ptr(),
+        batch=batch,
+        num_kv_heads=num_kv_heads,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        bank_size=prefix_k.shape[0],
+        prefix_len=prefix_k.shape[2],
+        k_stride=fill.strides(k),
+        v_stride=fill.strides(v),
+        prefix_k_stride=fill.strides(prefix_k),
+        prefix_v_stride=fill.strides(prefix_v),
+        out_k_stride=fill.strides(out_k),
+        out_v_stride=fill.strides(out_v),
+        dtype=DTYPES[k.dtype],
+        prefix_dtype=DTYPES[prefix_k.dtype],
+        prefix_ids_dtype=fill.dtype_code(prefix_ids),
+        device=device,
+        stream=stream,
+    )
+    _call("concat", packed)
 
 
-def kv_slot_backward(dslot: Tensor, prefix_ids: Tensor | None, total: Tensor) -> None:
-    """Write ``total`` [A, Hkv, P, D] fp32, contiguous: sums over the batch of ``dslot`` [B, Hkv, P + T, D].
+def concat_backward(dout: Tensor, prefix_ids: Tensor | None, dprefix: Tensor) -> None:
+    """Write ``dprefix``, [A, Hkv, P, D] or [Hkv, P, D], fp32, contiguous, from that of ``out_k`` or ``out_v``.
+
+    Args:
+        dout: [B, Hkv, at least P, D]. Its first P rows are summed over the samples of each prefix.
 
     Raises:
         NativeError: with the library's reason.
     """
-    ids = None if prefix_ids is None else prefix_ids.contiguous()
-    batch, kv_heads, _, head_dim = dslot.shape
-    bank = total.shape[0] if total.dim() == 4 else 1
-    _call("kv_slot_backward", _SLOT_BACKWARD.pack(
-        dslot.data_ptr(), _pointer(ids), total.data_ptr(), batch, kv_heads, head_dim, bank, total.shape[-2],
-        *_strides(dslot), DTYPES[dslot.dtype], 0 if ids is None else DTYPES[ids.dtype], *_queue(dslot),
-    ))  # fmt: skip
+    prefix_ids = fill.contiguous(prefix_ids)
+    batch, num_kv_heads, _, head_dim = dout.shape
+    device, stream = _device_and_stream(dout)
+    packed = abi.CUDA_CONCAT_BACKWARD.pack(
+        dout=dout.data_ptr(),
+        prefix_ids=fill.pointer(prefix_ids),
+        dprefix=dprefix.data_ptr(),
+        batch=batch,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        bank_size=dprefix.shape[0] if dprefix.dim() == 4 else 1,
+        prefix_len=dprefix.shape[-2],
+        dout_stride=fill.strides(dout),
+        dtype=DTYPES[dout.dtype],
+        prefix_ids_dtype=fill.dtype_code(prefix_ids),
+        device=device,
+        stream=stream,
+    )
+    _call("concat_backward", packed)
+
+
+def _embedding(forward: bytes, dout: Tensor | None, dprompt: Tensor | None, weight: Tensor) -> bytes:
+    device, stream = _device_and_stream(weight)
+    backward = abi.EMBEDDING_BACKWARD.pack(
+        forward=forward,
+        dout=fill.pointer(dout),
+        dweight=0,
+        dprompt=fill.pointer(dprompt),
+        dout_stride=(0, 0) if dout is None else dout.stride()[:2],
+    )
+    return abi.CUDA_EMBEDDING.pack(backward=backward, device=device, stream=stream)
 
 
 def soft_prompt_embedding(
     input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, out: Tensor
 ) -> None:
-    """Write ``out`` [B, P+S, E], contiguous.
+    """Write ``out`` [B, P+S, E], contiguous. A token outside the vocabulary becomes a row of NaN.
 
     Raises:
         NativeError: with the library's reason.
     """
-    prompt_ids = None if prompt_ids is None else prompt_ids.contiguous()
-    fields = _embedding_fields(input_ids, weight, prompt, prompt_ids, out)
-    _call("soft_prompt_embedding", _EMBEDDING.pack(*fields, *[0] * 5, *_queue(weight)))
+    prompt_ids = fill.contiguous(prompt_ids)
+    forward = fill.embedding(input_ids, weight, prompt, prompt_ids, out)
+    _call("soft_prompt_embedding", _embedding(forward, None, None, weight))
 
 
 def soft_prompt_embedding_backward(
@@ -305,7 +434,6 @@ def soft_prompt_embedding_backward(
     Raises:
         NativeError: with the library's reason.
     """
-    prompt_ids = None if prompt_ids is None else prompt_ids.contiguous()
-    fields = _embedding_fields(input_ids, weight, prompt, prompt_ids, None)
-    fields += [dout.data_ptr(), 0, dprompt.data_ptr(), *dout.stride()[:2]]
-    _call("soft_prompt_embedding_backward", _EMBEDDING.pack(*fields, *_queue(weight)))
+    prompt_ids = fill.contiguous(prompt_ids)
+    forward = fill.embedding(input_ids, weight, prompt, prompt_ids, None)
+    _call("soft_prompt_embedding_backward", _embedding(forward, dout, dprompt, weight))

@@ -11,21 +11,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from .. import native
 from ..arguments import Call
-from ..backends.cost import model as choose
+from ..backends import registry
+from ..backends.cost import measured, model
+from ..backends.machine import identity, machine_of, registered_flash
 from .bench.measuring import time_backends
-
-FORMAT = 1
 
 #: (B, Hq, Hkv, S, T, D, P): tiny, ordinary, long prefix, long sequence, decoding.
 SHAPES = (
@@ -45,62 +42,6 @@ class Row(NamedTuple):
     seconds: float
     launches: float
     work: float
-
-
-def path(device: torch.device) -> Path:
-    """File with the measured factors of the CPU or of the GPU."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "peftkern" / f"rates_{device.type}.json"
-
-
-def identity(device: torch.device) -> str:
-    """Description of the machine that the factors belong to."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {triton_architecture(device)}, torch {torch.__version__}"
-    names = []
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    isa = "no native library" if native.cpu.MISSING else native.cpu.default_isa(torch.bfloat16)
-    return f"{names[0] if names else platform.machine()}, {isa}, {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def triton_architecture(device: torch.device) -> str:
-    """Name of the GPU's row in the rates."""
-    from ..backends import triton
-
-    return triton.architecture(device)
-
-
-def load(device: torch.device) -> tuple[tuple[str, tuple[float, float]], ...]:
-    """The factors measured on this machine. Empty without a file, and, with a warning, if the file is ignored."""
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        return ()
-    file = path(device)
-    try:
-        content = json.loads(file.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, not {FORMAT}")
-        if content["machine"] != identity(device):
-            raise ValueError(f"it was measured on {content['machine']}, this is {identity(device)}")
-        return tuple((str(name), _pair(scale)) for name, scale in content["scales"].items())
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        warnings.warn(
-            f"the measured rates in {file} are ignored: {reason}. `peftkern bench --calibrate` measures them again",
-            stacklevel=2,
-        )
-        return ()
-
-
-def _pair(scale: Any) -> tuple[float, float]:
-    launches, work = (float(x) for x in scale)
-    if not (0 <= launches < math.inf and 0 <= work < math.inf and launches + work > 0):
-        raise ValueError(f"{scale} are invalid scale factors")
-    return launches, work
 
 
 def calibrate(
@@ -129,16 +70,16 @@ def calibrate(
         shapes = SHAPES + LARGE * (device.type == "cuda")
     end = time.monotonic() + at_most
     rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note, end))
-    file = path(device)
+    file = measured.path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "format": FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
+        "format": measured.FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
         "scales": {name: list(scale) for name, scale in fit(rows).items()}, "rows": [row._asdict() for row in rows],
     }  # fmt: skip
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(file)
-    choose.forget()
+    registry.forget()
     return file
 
 
@@ -183,26 +124,26 @@ def measure(
     note: Callable[[str], object],
     end: float = math.inf,
 ) -> Iterator[Row]:
-    """Median times of every backend that can run a shape, in turns; forward, and forward with backward."""
-    from ..backends import explain
-
+    """Every backend that can run a shape, taking turns on it: medians, forward and forward with backward."""
     share = seconds / max(1, 2 * len(shapes) * len(dtypes))
     for dtype in dtypes:
-        machine = choose.machine_of(device, dtype, choose.registered_flash(), torch.get_num_threads())
+        machine = machine_of(device, dtype, registered_flash(), torch.get_num_threads())
         for shape in shapes:
             for training in (False, True)[: 2 if shape[3] > 1 else 1]:
                 if time.monotonic() > end:
                     note("out of time")
                     return
                 call = call_of_shape(shape, device, dtype, training)
-                names = [name for name, reasons in explain(call).reasons.items() if not reasons]
-                modelled = {name: choose.model(call, name, machine) for name in names}
+                names = [name for name, reasons in registry.explain(call).reasons.items() if not reasons]
+                modelled = {
+                    name: model.price(registry.BACKENDS[name].cost(call, machine), call, machine) for name in names
+                }
                 names = [name for name in names if modelled[name] is not None]
                 for name, taken in time_backends(call, names, share).items():
                     times = modelled[name]
                     assert times is not None
                     note(f"{call}: {name} {taken * 1e3:.4g} ms, modelled {sum(times) * 1e3:.4g} ms")
-                    yield Row(name, choose.kind(call, name), shape, taken, *times)
+                    yield Row(name, model.kind(call, name), shape, taken, *times)
 
 
 def call_of_shape(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, training: bool) -> Call:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import timeit
@@ -17,14 +18,17 @@ import torch
 import peftkern
 from peftkern import backends, native
 from peftkern.arguments import Call
-from peftkern.backends.cost import model as choose
-from peftkern.backends.torch_attention import VENDORS
+from peftkern.backends import registry
+from peftkern.backends.cost import measured, model
+from peftkern.backends.cost.model import RATES, Machine
+from peftkern.backends.machine import identity
+from peftkern.backends.torch_attention import KERNELS
 from peftkern.tools import calibrate, cli
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-#: A build of torch with all its CUDA kernels.
-VENDOR_ROWS = tuple(replace(vendor, usable=True) for vendor in VENDORS)
-FLASH_ONLY = VENDOR_ROWS[:1]
+#: The kernels of a build of torch for CUDA.
+ALL_KERNELS = tuple(kernel.name for kernel in KERNELS)
+FLASH_ONLY = ("flash",)
 
 
 def _call(batch=4, heads=32, kv_heads=8, queries=2048, dim=128, prefix=64, keys=None, device="cuda",
@@ -33,31 +37,31 @@ def _call(batch=4, heads=32, kv_heads=8, queries=2048, dim=128, prefix=64, keys=
                 (batch, kv_heads, keys or queries, dim), (kv_heads, prefix, dim), features, needs_grad)  # fmt: skip
 
 
-def _first(call, arch="sm_90", vendors=VENDOR_ROWS, **machine):
-    return next(iter(choose.rank(call, choose.Machine(arch, vendors, **machine))))
+def _first(call, arch="sm_90", kernels=ALL_KERNELS, **machine):
+    return next(iter(registry.rank(call, Machine(arch, kernels, **machine))))
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choose.forget()
+    registry.forget()
     yield
     monkeypatch.undo()
-    choose.forget()
+    registry.forget()
 
 
-@pytest.mark.parametrize("arch", choose.RATES["gpu"])
+@pytest.mark.parametrize("arch", RATES["gpu"])
 def test_long_training_calls_go_to_another_librarys_kernel(arch):
     assert _first(_call(queries=4096), arch) in ("concat", "merge")
 
 
-def test_the_same_kernel_for_both_alignments_means_slot():
-    """Notes of the cost model: slot moves fewer bytes iff 4 / G + 6 P / (G S) < 8, if the same kernel runs both."""
+def test_the_same_kernel_for_both_alignments_means_concat():
+    """From the passes: concat moves fewer bytes iff 4 / G + 6 P / (G S) < 8, if the same kernel runs both."""
     assert _first(_call(), "sm_80", FLASH_ONLY) == "concat"
     assert _first(_call(), "sm_90", FLASH_ONLY, flash="FA3") == "concat"
 
 
-def test_what_needs_a_mask_in_a_slot_goes_in_two_parts():
+def test_what_needs_a_mask_when_concatenated_is_merged():
     for features in (("prefix_lens", "bank"), ("cu_seqlens",)):
         assert _first(_call(batch=1 if "cu_seqlens" in features else 4, features=features)) == "merge", features
 
@@ -66,104 +70,103 @@ def test_a_short_call_is_one_launch():
     assert _first(_call(batch=1, heads=8, queries=64, prefix=16, needs_grad=False)) in ("triton", "cuda")
 
 
-def test_features_without_a_vendor_are_not_ranked():
-    ranked = choose.rank(_call(features=("softcap",)), choose.Machine("sm_90", VENDOR_ROWS))
+def test_features_without_a_torch_kernel_are_not_ranked():
+    ranked = registry.rank(_call(features=("softcap",)), Machine("sm_90", ALL_KERNELS))
     assert ranked["merge"] is None
     assert ranked["concat"] is None
     assert next(iter(ranked)) == "triton"
 
 
 def test_amd_gpus_have_no_cuda_kernels():
-    assert choose.rank(_call(), choose.Machine("gfx942", VENDOR_ROWS))["cuda"] is None
+    assert registry.rank(_call(), Machine("gfx942", ALL_KERNELS))["cuda"] is None
 
 
 def test_decoding_copies_no_keys():
-    """A slot would copy each sample's keys at every token."""
+    """concat would copy each sample's keys at every token."""
     decoding = _call(batch=32, queries=1, keys=512, prefix=2048, needs_grad=False)
-    for arch in choose.RATES["gpu"]:
+    for arch in RATES["gpu"]:
         assert _first(decoding, arch) in ("triton", "cuda"), arch
 
 
 def test_an_unknown_gpu_keeps_the_order_of_the_table():
-    assert tuple(choose.rank(_call(), choose.Machine("gfx90a"))) == choose.NAMES
-    assert set(choose.NAMES) == set(backends.BACKENDS)
+    assert tuple(registry.rank(_call(), Machine("gfx90a"))) == tuple(backends.BACKENDS)
 
 
-@pytest.mark.parametrize("arch", choose.RATES["gpu"])
+@pytest.mark.parametrize("arch", RATES["gpu"])
 def test_estimates_are_finite_and_grow(arch):
-    machine = choose.Machine(arch, VENDOR_ROWS)
+    machine = Machine(arch, ALL_KERNELS)
     for dtype in (torch.bfloat16, torch.float32):
         for backend in ("triton", "merge", "concat", "reference"):
             for grows in ({"queries": 8192}, {"batch": 64}, {"prefix": 8192}):
-                small, large = (choose.estimate(_call(dtype=dtype, **k), backend, machine) for k in ({}, grows))
+                small, large = (registry.estimate_of(_call(dtype=dtype, **k), backend, machine) for k in ({}, grows))
                 assert 0 < small.seconds < large.seconds < 1e3, (backend, grows)
                 assert not small.measured
     for shape in ((0, 2, 5, 8), (1, 2, 0, 8)):  # nothing to do takes no negative time
         call = replace(_call(), q_shape=shape, kv_shape=(shape[0], 2, shape[2], 8), prefix_shape=(2, 0, 8))
-        assert all(e is None or e.seconds >= 0 for e in choose.rank(call, machine).values())
+        assert all(e is None or e.seconds >= 0 for e in registry.rank(call, machine).values())
 
 
 def test_the_model_keeps_the_scale_of_published_times():
     """FlashAttention 3's paper, 16 K tokens, S = 2048, D = 128, causal forward: FA2 298, FA3 521 TFLOP/s."""
     call = _call(batch=8, heads=16, kv_heads=16, prefix=1, needs_grad=False)
     for flash, tflops in ((None, 298), ("FA3", 521)):
-        parts = choose.passes(call, "merge", choose.Machine("sm_90", FLASH_ONLY, flash=flash))
-        rate = choose._flops(parts[0], call, "sm_90") / 1e12
+        passes = registry.BACKENDS["merge"].cost(call, Machine("sm_90", FLASH_ONLY, flash=flash))
+        rate = model._flops(passes[0], call, "sm_90") / 1e12
         assert abs(rate / tflops - 1) < 0.1, (flash, rate)
 
 
 def test_cpu_tensors_never_go_to_the_interpreter_by_themselves():
-    ranked = choose.estimates(_call(device="cpu"))
+    ranked = registry.estimates(_call(device="cpu"))
     assert list(ranked)[:2] == ["cpu", "reference"]
     assert {name for name, e in ranked.items() if e is None} == {"triton", "merge", "concat", "cuda"}
 
 
 def test_explain_says_how_long_and_how_that_is_known():
     text = str(backends.explain(_call(device="cpu", queries=64)))
-    assert "cpu: ok, taken by 'auto', about " in text
+    assert "cpu: ok, chosen by 'auto', about " in text
     assert "(modelled)" in text
 
 
 def _measured(scale=2.0):
     call = _call(device="cpu", queries=64, needs_grad=False)
-    content = {"format": 1, "machine": calibrate.identity(call.device),
-               "scales": {choose.kind(call, "cpu"): [scale, scale]}}  # fmt: skip
-    file = calibrate.path(call.device)
+    content = {"format": 1, "machine": identity(call.device),
+               "scales": {model.kind(call, "cpu"): [scale, scale]}}  # fmt: skip
+    file = measured.path(call.device)
     file.parent.mkdir(exist_ok=True)
     return call, content, file
 
 
 def test_what_was_measured_takes_the_place_of_the_model():
     call, content, file = _measured()
-    modelled = choose.estimates(call)["cpu"]
+    modelled = registry.estimates(call)["cpu"]
     file.write_text(json.dumps(content))
-    choose.forget()
-    measured = choose.estimates(call)["cpu"]
+    registry.forget()
+    measured = registry.estimates(call)["cpu"]
     assert measured.measured
     assert measured.seconds == pytest.approx(2 * modelled.seconds)
     assert "(measured rates)" in str(backends.explain(call))
-    file.write_text(json.dumps(content | {"scales": {choose.kind(call, "cpu"): [1e6, 1e6]}}))
-    choose.forget()
-    assert choose.order(call)[0] == "reference", "a backend that was measured to be slow is not taken"
+    file.write_text(json.dumps(content | {"scales": {model.kind(call, "cpu"): [1e6, 1e6]}}))
+    registry.forget()
+    assert next(iter(registry.estimates(call))) == "reference", "a backend that was measured to be slow is not taken"
     assert backends.resolve(call) == "reference"
 
 
 @pytest.mark.parametrize("fault", ["damaged", "foreign", "format", "factors", "empty", "list"])
 def test_a_profile_that_does_not_fit_is_ignored_aloud(fault):
     call, content, file = _measured()
-    modelled = choose.estimates(call)
+    modelled = registry.estimates(call)
     text = {
         "damaged": json.dumps(content)[:-9], "foreign": json.dumps(content | {"machine": "another"}),
         "format": json.dumps(content | {"format": 0}), "empty": "{}", "list": "[]",
         "factors": json.dumps(content | {"scales": {"x": [-1, 2]}}),
     }[fault]  # fmt: skip
     file.write_text(text)
-    choose.forget()
+    registry.forget()
     with pytest.warns(UserWarning, match=r"rates_cpu.json are ignored: .*--calibrate"):
-        assert choose.estimates(call) == modelled
+        assert registry.estimates(call) == modelled
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose.estimates(replace(call, features=("window",)))
+        registry.estimates(replace(call, features=("window",)))
 
 
 def test_calibrate_writes_what_load_reads():
@@ -172,15 +175,17 @@ def test_calibrate_writes_what_load_reads():
     rows = json.loads(file.read_text())["rows"]
     assert {row["backend"] for row in rows} == {"cpu", "reference"}
     assert len(notes) == len(rows) == 8
-    assert len(calibrate.load(torch.device("cpu"))) == 6, "decode, forward and training of two backends"
-    assert choose.estimates(_call(device="cpu", queries=64, dtype=torch.float32))["cpu"].measured
+    assert len(measured.load(torch.device("cpu"), identity(torch.device("cpu")))) == 6, (
+        "decode, forward and training of two backends"
+    )
+    assert registry.estimates(_call(device="cpu", queries=64, dtype=torch.float32))["cpu"].measured
 
 
 def test_bench_calibrates(monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "SHAPES", calibrate.SHAPES[:1])
     assert cli.main(["bench", "--calibrate", "--seconds", "0", "--device", "cpu"]) == 0
-    assert f"'auto' chooses by {calibrate.path(torch.device('cpu'))}" in capsys.readouterr().out
-    assert choose.estimates(_call(device="cpu", queries=64))["cpu"].measured
+    assert f"'auto' chooses by {measured.path(torch.device('cpu'))}" in capsys.readouterr().out
+    assert registry.estimates(_call(device="cpu", queries=64))["cpu"].measured
 
 
 def test_resolving_is_cheap():
@@ -190,12 +195,12 @@ def test_resolving_is_cheap():
     assert min(timeit.repeat(lambda: backends.resolve(call), number=200, repeat=5)) / 200 < 50e-6
 
 
-def test_the_order_for_a_gpu_is_a_constant_of_the_compiler(monkeypatch):
+def test_the_plan_for_a_gpu_is_a_constant_of_the_compiler(monkeypatch):
     """Under torch.compile, with sizes that are symbolic as well: no guard on them, one graph."""
-    machine = choose.Machine("sm_90", VENDOR_ROWS)
-    monkeypatch.setattr(choose, "machine_of", lambda *key: machine)
+    machine = Machine("sm_90", ALL_KERNELS)
+    monkeypatch.setattr(registry, "machine_of", functools.lru_cache(lambda *key: machine))
     graphs = []
-    choose._ranked.cache_clear()
+    registry.forget()
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -204,7 +209,7 @@ def test_the_order_for_a_gpu_is_a_constant_of_the_compiler(monkeypatch):
     def ordered(x):
         call = Call("prefix_attention", torch.device("cuda"), torch.half, torch.half, tuple(x.shape), tuple(x.shape),
                     (4, 3, 8), (), True)  # fmt: skip
-        return x * (1 + choose.NAMES.index(choose.order(call)[0]))
+        return x * len(registry.resolve(call))
 
     for dynamic in (False, True):
         torch._dynamo.reset()
@@ -214,7 +219,7 @@ def test_the_order_for_a_gpu_is_a_constant_of_the_compiler(monkeypatch):
             x = torch.ones(2, 4, length, 8)
             assert compiled(x).unique().item() >= 1
         assert len(graphs) == 1, "compiled more than once"
-    choose._ranked.cache_clear()
+    registry.forget()
 
 
 def test_auto_is_within_its_bound_of_the_recorded_rows():
@@ -242,4 +247,4 @@ def test_auto_is_within_its_bound_on_this_cpu(monkeypatch):
 
 
 def test_every_instruction_set_has_rates():
-    assert set(native.cpu.ISAS) - {"auto"} == set(choose.RATES["cpu"])
+    assert set(native.cpu.ISAS) - {"auto"} == set(RATES["cpu"])

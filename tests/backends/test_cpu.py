@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peftkern import backends, functional, native
-from peftkern.backends import AttentionGradients
+from peftkern.arguments import AttentionGradients
 from peftkern.testing.bounds import check_backend, run
 from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 

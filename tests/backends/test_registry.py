@@ -20,9 +20,10 @@ FP32 = tensors(Shape(), torch.float32)
 def _ran(monkeypatch, **call):
     """The backend whose forward was entered."""
     entered = []
-    for name, module in backends.BACKENDS.items():
-        forward = module.prefix_attention
-        monkeypatch.setattr(module, "prefix_attention", lambda args, n=name, f=forward: entered.append(n) or f(args))
+    for name in ("cpu", "cuda", "triton", "reference"):
+        plan = backends.plan_named(name)
+        forward = plan.prefix_attention
+        monkeypatch.setattr(plan, "prefix_attention", lambda args, n=name, f=forward: entered.append(n) or f(args))
     peftkern.prefix_attention(**call)
     return entered
 
@@ -61,7 +62,7 @@ def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
 def test_use_backend_restores_after_an_exception():
     with pytest.raises(KeyError), peftkern.use_backend("reference"):
         raise KeyError
-    assert backends._default == "auto"
+    assert backends.registry._default == "auto"
     with pytest.raises(ValueError, match="nonsense"), peftkern.use_backend("nonsense"):
         pass
 
@@ -91,18 +92,18 @@ def test_every_backend_explains_every_refusal():
 def test_explain_reads_like_a_table():
     text = str(peftkern.explain(**FP64, window=3, dropout_p=0.5, dropout_seed=1))
     assert "window · dropout" in text
-    assert "reference: ok, taken by 'auto'" in text
+    assert "reference: ok, chosen by 'auto'" in text
     with pytest.raises(ValueError, match="got an unexpected keyword argument 'windw'"):
         peftkern.explain(**FP64, windw=3)
 
 
 def test_explain_names_the_backend_that_runs(monkeypatch):
-    assert "cpu: ok, taken by 'auto'" in str(peftkern.explain(**FP32))
-    assert "cpu: ok, asked for by backend=" in str(peftkern.explain(**FP32, backend="cpu"))
+    assert "cpu: ok, chosen by 'auto'" in str(peftkern.explain(**FP32))
+    assert "cpu: ok, requested by backend=" in str(peftkern.explain(**FP32, backend="cpu"))
     with peftkern.use_backend("reference"):
-        assert "reference: ok, asked for by use_backend" in str(peftkern.explain(**FP32))
+        assert "reference: ok, requested by use_backend" in str(peftkern.explain(**FP32))
     monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
-    assert "reference: ok, asked for by PEFTKERN_BACKEND" in str(peftkern.explain(**FP32))
+    assert "reference: ok, requested by PEFTKERN_BACKEND" in str(peftkern.explain(**FP32))
     assert peftkern.explain(**FP32).chosen == "reference"
     assert peftkern.explain(**FP64, backend="cpu").chosen is None
 
@@ -115,7 +116,7 @@ def test_available_backends():
 def test_auto_announces_the_slow_path_once():
     call = backends.Call("prefix_attention", torch.device("cuda"), torch.float32, torch.float32, (1, 1, 1, 8),
                          (1, 1, 1, 8), (1, 1, 8))  # fmt: skip
-    backends._warned.clear()
+    backends.registry._warned.clear()
     with pytest.warns(UserWarning, match="eager reference on cuda"):
         backends.resolve(call)
     with warnings.catch_warnings():

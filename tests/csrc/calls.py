@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from peftkern import functional, native
-from peftkern.backends import reference
+from peftkern.backends import plan_named
 from peftkern.testing.bounds import DIFFERENTIABLE
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REFERENCE = plan_named("reference")
 _OPS = ("prefix_attention", "prefix_attention_backward", "soft_prompt_embedding", "soft_prompt_embedding_backward")
 
 
@@ -65,7 +66,7 @@ class Recorder:
     def listening(self) -> Iterator[None]:
         """While it lasts, calls of the cpu backend come here."""
         packed: dict[str, bytes] = {}
-        originals = {op: getattr(native, op) for op in _OPS}
+        originals = {op: getattr(native.cpu, op) for op in _OPS}
 
         def pack(op, *args) -> bytes:
             originals[op](*args)
@@ -76,23 +77,23 @@ class Recorder:
 
         def forward(args, out, lse):
             call = pack(_OPS[0], args, out, lse)
-            answers = reference.prefix_attention(args)
+            answers = _REFERENCE.prefix_attention(args)
             self._native(_OPS[0], call, given(args), list(zip((out, lse), answers, strict=True)))
 
         def backward(dout, dlse, out, lse, args, gradients, needs):
             call = pack(_OPS[1], dout, dlse, out, lse, args, gradients, needs)
-            answers = reference.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+            answers = _REFERENCE.prefix_attention_backward(dout, dlse, out, lse, args, needs)
             wanted = [(x, y) for x, y, need in zip(gradients, answers, needs, strict=True) if need]
             self._native(_OPS[1], call, given([*args, dout, dlse, out, lse]), wanted)
 
         def embedding(input_ids, weight, prompt, prompt_ids, out):
             call = pack(_OPS[2], input_ids, weight, prompt, prompt_ids, out)
-            answer = reference.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
+            answer = _REFERENCE.soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
             self._native(_OPS[2], call, given([input_ids, weight, prompt, prompt_ids]), [(out, answer)])
 
         def embedding_backward(dout, input_ids, weight, prompt, prompt_ids, dweight, dprompt):
             call = pack(_OPS[3], dout, input_ids, weight, prompt, prompt_ids, dweight, dprompt)
-            answers = reference.soft_prompt_embedding_backward(
+            answers = _REFERENCE.soft_prompt_embedding_backward(
                 dout, input_ids, weight, prompt, prompt_ids, [True, True]
             )
             inputs = given([dout, input_ids, weight, prompt, prompt_ids])

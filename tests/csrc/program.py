@@ -8,7 +8,20 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .. import faults
+
 ROOT = Path(__file__).parents[2]
+
+#: Faults by their markers in csrc/cpu: what the marked line contains, and what replaces it.
+FAULTS = {
+    "prompt-read-past-its-end": ("a.dim * size);", "a.dim * size + 1);"),
+    "rows-cleared-past-their-end": (
+        "(block.vectors * kLanes - block.count) * p.padded_dim);", "(kBlockM - block.count) * p.padded_dim + 1);",
+    ),
+    "tile-read-past-its-end": ("k < sum.end;", "k < sum.end + kTileWords;"),
+    "prefix-read-before-it-is-packed": ("schedule(static)", "schedule(static) nowait"),
+    "partial-sums-read-early": ("schedule(dynamic, 1)", "schedule(dynamic, 1) nowait"),
+}  # fmt: skip
 
 
 def build(folder: Path, *options: str, source: Path = ROOT) -> Path:
@@ -36,15 +49,20 @@ def attempt(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def mutated(folder: Path, *faults: tuple[str, str, str]) -> Path:
-    """A copy of the native sources in which (file, text, replacement) are planted."""
+def mutated(folder: Path, *names: str) -> Path:
+    """A copy of the native sources in which faults are planted; ``names`` are keys of :data:`FAULTS`."""
     folder.mkdir()
     for name in ("CMakeLists.txt", "csrc", "tests/csrc"):
         source, target = ROOT / name, folder / name
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    for name, text, replacement in faults:
-        path = folder / "csrc" / "cpu" / name
-        content = path.read_text()
-        assert content.count(text) == 1, f"{name} does not have {text!r} once: plant the fault elsewhere"
-        path.write_text(content.replace(text, replacement))
+    texts = cpu_sources()
+    for name in names:
+        texts = faults.plant(texts, name, *FAULTS[name])
+    for name, text in texts.items():
+        (folder / "csrc" / "cpu" / name).write_text(text)
     return folder
+
+
+def cpu_sources() -> dict[str, str]:
+    """The texts of csrc/cpu by their paths below it."""
+    return faults.read(ROOT / "csrc" / "cpu", ".cpp", ".h")

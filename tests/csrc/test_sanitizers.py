@@ -11,12 +11,17 @@ import torch
 from peftkern import native
 from peftkern.testing.cases import Shape
 
+from ..faults import check_markers
 from .calls import Recorder, write_calls
-from .program import attempt, build, mutated, run
+from .program import FAULTS, attempt, build, cpu_sources, mutated, run
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("cmake") and shutil.which("ninja")), reason="needs g++, cmake and ninja"
 )
+
+
+def test_every_fault_has_a_marker_and_every_marker_a_fault():
+    check_markers(cpu_sources(), FAULTS)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +53,7 @@ def test_everything(sanitizer, tmp_path):
 
 def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
     """Behind a tensor's last element, and behind a piece of the scratch memory, which is one allocation."""
-    source = mutated(
-        tmp_path / "source",
-        ("embedding.cpp", "memcpy(out, row, a.dim * size);", "memcpy(out, row, a.dim * size + 1);"),
-        ("products.h", "(block.vectors * kLanes - block.count) * p.padded_dim);",
-         "(kBlockM - block.count) * p.padded_dim + 1);"),
-    )  # fmt: skip
+    source = mutated(tmp_path / "source", "prompt-read-past-its-end", "rows-cleared-past-their-end")
     program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
     embedding, attention = Recorder(), Recorder()
     embedding.embedding(torch.float32, bank=False)
@@ -68,7 +68,7 @@ def test_planted_accesses_out_of_bounds_are_caught(tmp_path):
 @pytest.mark.skipif("amx_bf16" not in native.cpu.available_isas(), reason="needs a processor with AMX")
 def test_a_planted_tile_out_of_bounds_is_caught(tmp_path):
     """Tiles are loaded by instructions that sanitizers do not see, so the kernels ask them."""
-    source = mutated(tmp_path / "source", ("amx.h", "k < sum.end; k +=", "k < sum.end + kTileWords; k +="))
+    source = mutated(tmp_path / "source", "tile-read-past-its-end")
     program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=address", source=source)
     recorder = Recorder()
     recorder.attention("planted", Shape(S=130, P=3, D=64), torch.bfloat16, {}, backward=False)
@@ -78,22 +78,12 @@ def test_a_planted_tile_out_of_bounds_is_caught(tmp_path):
     assert "use-after-poison" in done.stdout, done.stdout
 
 
-RACES = {
-    "the prefix is read before it is packed": (
-        "attention_forward.h", "#pragma omp for schedule(static)", "\n  for (int64_t i = 0; i < p.args->bank_size",
-    ),
-    "partial sums are read before they are written": (
-        "attention_backward.h", "#pragma omp for schedule(dynamic, 1)",
-        "\n    for (int64_t task = 0; task < num_tasks; task++)\n      backward_group",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("race", [next(iter(RACES)), pytest.param(list(RACES)[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "race", ["prefix-read-before-it-is-packed", pytest.param("partial-sums-read-early", marks=pytest.mark.slow)]
+)
 def test_a_planted_race_is_caught(race, tmp_path):
-    """A barrier that is not there. Results are often right all the same."""
-    name, loop, body = RACES[race]
-    source = mutated(tmp_path / "source", (name, loop + body, f"{loop} nowait{body}"))
+    """A barrier is missing. The results are often right all the same."""
+    source = mutated(tmp_path / "source", race)
     program = build(tmp_path / "build", "-DPEFTKERN_SANITIZE=thread", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
     recorder = Recorder()
     recorder.attention("planted", Shape(B=3, Hq=4, Hkv=2, S=37, P=50, D=20), torch.float32, {})

@@ -12,7 +12,8 @@ import torch
 
 import peftkern
 from peftkern import backends, native, reference
-from peftkern.backends import AttentionArgs, allocate_gradients, cuda
+from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
+from peftkern.backends import cuda
 from peftkern.testing import bounds
 from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 
@@ -129,7 +130,7 @@ def test_unneeded_gradients_are_not_computed(shim):
     shim.reset()
     out.sum().backward()
     assert given["q"].grad is None
-    assert shim.counters()["launches"] == 2, "the prefix's part, and the sum of its shares"
+    assert shim.counters()["launches"] == 2, "the prefix's part, and the sum of its splits"
 
 
 # -- the parts beside another library's kernel -----------------------------------------------------
@@ -176,8 +177,8 @@ class Merging:
         part_out = (weights @ values).to(args.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         lse = torch.where(lse == -torch.inf, torch.inf, lse).float()  # as some kernels say that there is no key
         if not self.in_place:
-            part_out, lse = part_out.contiguous(), (lse / 2).transpose(1, 2).contiguous().transpose(1, 2)
-            return cuda.merge_prefix(args, part_out, lse, 2.0)
+            part_out, lse = part_out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+            return cuda.merge_prefix(args, part_out, lse)
         self.shim.writable(part_out, lse)
         out, out_lse = cuda.merge_prefix(args, part_out, lse)
         assert out is part_out
@@ -257,7 +258,7 @@ def test_merging_ignores_what_concerns_the_sequence(shim):
 def test_a_row_without_a_prefix_keeps_what_it_has(shim):
     shape, options = _sizes("bank")
     args = _args(tensors(shape, torch.float16), **options)
-    part_out, part_lse = backends.allocate_outputs(args)
+    part_out, part_lse = allocate_outputs(args)
     shim.writable(part_out, part_lse)
     part_out.normal_()
     part_lse.normal_()
@@ -285,7 +286,7 @@ def _args(given: dict, **options) -> AttentionArgs:
 
 @pytest.mark.parametrize("name", ["plain", "bank"])
 @pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
-def test_slot(shim, name, prefix_dtype):
+def test_concat(shim, name, prefix_dtype):
     shape, options = _sizes(name, D=40)
     args = _args(tensors(shape, torch.float16, prefix_dtype), **options)
     laid = cuda.lay_slot(args)
@@ -404,7 +405,7 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     """Forward: q, out twice, lse twice; backward: q, dout, out, dq twice, lse; the prefix once per block."""
     shape = Shape(B=2, Hq=4, Hkv=2, S=301, P=16, D=head_dim)
     args = _args(tensors(shape, torch.bfloat16))
-    part_out, part_lse = backends.allocate_outputs(args)
+    part_out, part_lse = allocate_outputs(args)
     part_out.normal_()
     part_lse.normal_()
     shim.writable(part_out, part_lse)
@@ -421,9 +422,9 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     dout = torch.randn_like(out)
     shim.reset()
     cuda.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
-    shares = 2
-    sums = (2 * shares + 1) * 2 * prefix_bytes  # in fp32: each share written and read, their sum written
-    _assert_traffic(shim, 5 * q_bytes + lse_bytes + shares * prefix_bytes + sums)
+    splits = 2
+    sums = (2 * splits + 1) * 2 * prefix_bytes  # in fp32: each split written and read, their sum written
+    _assert_traffic(shim, 5 * q_bytes + lse_bytes + splits * prefix_bytes + sums)
 
 
 def _assert_traffic(shim: Shim, least: int) -> None:
@@ -455,9 +456,9 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
 def test_a_status_becomes_an_exception(shim):
     args = _args(tensors(Shape(D=64), torch.float16))
     with pytest.raises(native.cuda.NativeError, match="not a multiple of 16 bytes"):
-        native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *backends.allocate_outputs(args))
+        native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *allocate_outputs(args))
     with pytest.raises(native.cuda.NativeError, match="out of range"):
-        native.cuda.prefix_attention(args._replace(dropout_p=0.5), *backends.allocate_outputs(args))
+        native.cuda.prefix_attention(args._replace(dropout_p=0.5), *allocate_outputs(args))
 
 
 def _library(architectures: str) -> SimpleNamespace:

@@ -44,7 +44,7 @@ class Kernel:
 
 def compile_kernels(arch: str, family: str, head_dim: int, folder) -> list[Kernel]:
     cubin = folder / f"{family}_{head_dim}_{arch}.cubin"
-    source = ROOT / "csrc" / "cuda" / f"{family}.cu"
+    source = ROOT / "csrc" / "cuda" / ("launch" if family in FAMILIES else "api") / f"{family}.cu"
     command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v",
                f"-DPEFTKERN_HEAD_DIM={head_dim}", str(source), "-o", str(cubin)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -68,14 +68,15 @@ def compile_kernels(arch: str, family: str, head_dim: int, folder) -> list[Kerne
 
 #: Kernels of each source file, which is compiled once per head dim where they depend on it.
 KERNELS = {
-    "api": {"add_shares"},
-    "copies": {"kv_slot", "kv_slot_backward", "soft_prompt_embedding", "soft_prompt_embedding_backward"},
+    "merge": {"add_splits"},
+    "concat": {"concat", "concat_backward"},
+    "embedding": {"soft_prompt_embedding", "soft_prompt_embedding_backward"},
     "prefix_forward": {"prefix_forward"},
     "prefix_backward": {"prefix_backward", "prefix_bias_backward"},
     "sequence_forward": {"sequence_forward", "combine_splits"},
     "sequence_backward": {"row_sums", "softmax_sums", "sequence_backward_queries", "sequence_backward_keys"},
 }  # fmt: skip
-FAST = {("sm_80", "prefix_forward", 128), ("sm_80", "copies", 0), ("sm_120", "prefix_backward", 64)}
+FAST = {("sm_80", "prefix_forward", 128), ("sm_80", "concat", 0), ("sm_120", "prefix_backward", 64)}
 
 
 @pytest.mark.parametrize(

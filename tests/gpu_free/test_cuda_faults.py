@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults planted in the CUDA sources: each must be named by a check of the shim, or miss the bound on numbers."""
+"""Faults planted in the CUDA sources: a check of the shim must name each, or its results must exceed the bound."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -10,59 +12,40 @@ from peftkern import backends, native
 from peftkern.testing import bounds
 from peftkern.testing.cases import Shape, tensors
 
-from .shim import Shim
+from .. import faults
+from .shim import Shim, sources
 from .test_cuda import Merging
 
+#: By marker: what the marked line contains, what replaces it, and the checks that may catch it, separated by "|".
 FAULTS = {
-    "no wait for the prefix": (
-        "prefix_forward.cuh", "copy_async_wait<0>();", "", "uninitialised shared memory"),
-    "no barrier before a prefix is replaced": (
-        "prefix_forward.cuh", "__syncthreads();  // the other", "//", "shared-memory race|numbers"),
-    "no barrier after a prefix is loaded": (
-        "prefix_forward.cuh", "__syncthreads();\n        }\n        for", "}\n for", "shared memory"),
-    "a prefix one key too long": (
-        "common.cuh", "return slot < length &&", "return slot <= length &&", "numbers"),
-    "a store beyond the rows": (
-        "prefix_forward.cuh", "if (row[r].valid && at < call.head_dim)\n            *rein",
-        "if (at < call.head_dim)\n            *rein", "out of bounds|race"),
-    "fragments in the wrong order": (
-        "common.cuh", "pack<T>(s[2 * k + 1][0], s[2 * k + 1][1])", "pack<T>(s[2 * k][0], s[2 * k][1])", "numbers"),
-    "no barrier before p and ds are read": (
-        "prefix_backward.cuh", "__syncthreads();\n      tile.add_keys_and_values", "tile.add_keys_and_values",
-        "shared memory|shared-memory race"),
-    "no barrier before the next rows are loaded": (
-        "prefix_backward.cuh", "walk.advance();\n      __syncthreads();", "walk.advance();", "shared-memory race"),
-    "no barrier before the next part of a prefix is loaded": (
-        "prefix_backward.cuh", "if (first_key > 0) __syncthreads();", "", "shared-memory race"),
-    "no barrier before ds is summed by head": (
-        "prefix_backward.cuh", "__syncthreads();\n      each_sum", "each_sum", "shared memory|shared-memory race"),
-    "rows of another head": (
-        "prefix_backward.cuh", "(head + call.group - first_row % call.group) % call.group", "head", "numbers"),
-    "half of the keys left out of delta": (
-        "sequence_backward.cuh", "side < Shape::kSideWarps", "side < 1", "numbers"),
-    "no barrier before the halves of delta are added": (
-        "sequence_backward.cuh", "__syncthreads();\n  if (threadIdx.x >=", "if (threadIdx.x >=",
-        "shared memory|shared-memory race"),
-    "a sum that leaves a share out": (
-        "shares.cuh", "for (int share = 1;", "for (int share = 2;", "numbers"),
-    "keys of the other stage": (
-        "sequence_forward.cuh", "blocks + block % 2 * 2 *", "blocks + (block + 1) % 2 * 2 *", "shared memory|race"),
-    "a row that sees its future": (
-        "sequence_forward.cuh", "key <= row.place)", "key <= row.place + 1)", "numbers"),
+    "prefix-not-awaited": ("copy_async_wait<0>();", "", "uninitialised shared memory"),
+    "prefix-replaced-early": ("__syncthreads();", "", "shared-memory race|numbers"),
+    "prefix-read-early": ("__syncthreads();", "", "shared memory"),
+    "prefix-one-key-long": ("token < length", "token <= length", "numbers"),
+    "store-beyond-rows": ("row[r].valid && ", "", "out of bounds|race"),
+    "fragments-swapped": (
+        "pack<T>(s[2 * k + 1][0], s[2 * k + 1][1])", "pack<T>(s[2 * k][0], s[2 * k][1])", "numbers"),
+    "p-and-ds-read-early": ("__syncthreads();", "", "shared memory|shared-memory race"),
+    "next-rows-loaded-early": ("__syncthreads();", "", "shared-memory race"),
+    "next-keys-loaded-early": ("if (first_key > 0) __syncthreads();", "", "shared-memory race"),
+    "ds-summed-early": ("__syncthreads();", "", "shared memory|shared-memory race"),
+    "rows-of-another-head": ("(head + call.group - first_row % call.group) % call.group", "head", "numbers"),
+    "half-of-the-keys-in-delta": ("side < Shape::kSideWarps", "side < 1", "numbers"),
+    "halves-of-delta-added-early": ("__syncthreads();", "", "shared memory|shared-memory race"),
+    "split-left-out": ("int split = 1;", "int split = 2;", "numbers"),
+    "keys-of-the-other-stage": ("block % 2 * 2", "(block + 1) % 2 * 2", "shared memory|race"),
+    "row-sees-its-future": ("key <= row.position", "key <= row.position + 1", "numbers"),
 }  # fmt: skip
-FAST = ("no wait for the prefix", "fragments in the wrong order", "no barrier before the next rows are loaded")
 
 
-def _run(monkeypatch, file: str, right: str, wrong: str) -> None:
-    def edit(name: str, text: str) -> str:
-        if name == file:
-            assert right in text, f"{file} no longer says {right!r}"
-            return text.replace(right, wrong, 1)
-        return text
+def test_every_fault_has_a_marker_and_every_marker_a_fault():
+    faults.check_markers(sources(), FAULTS)
 
+
+def _run(monkeypatch, name: str, right: str, wrong: str) -> None:
     for seed in range(3):
         with monkeypatch.context() as patch:
-            shim = Shim(patch, seed, preempt=seed == 2, edit=edit if right else None, head_dims=(64,))
+            shim = Shim(patch, seed, preempt=seed == 2, edit=_edit(name, right, wrong), head_dims=(64,))
             patch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
             given = tensors(Shape(B=2, Hq=4, Hkv=2, S=45, P=300, D=64), torch.bfloat16)
             bounds.check_backend("merging", given, {})
@@ -71,12 +54,17 @@ def _run(monkeypatch, file: str, right: str, wrong: str) -> None:
             bounds.check_backend("cuda", tensors(Shape(B=1, Hq=6, Hkv=2, S=45, P=70, D=64), torch.float16), by_head)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in FAULTS])
+@functools.lru_cache
+def _edit(name: str, right: str, wrong: str):
+    return functools.partial(faults.plant, fault=name, right=right, wrong=wrong)
+
+
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(monkeypatch, name):
-    *edit, expected = FAULTS[name]
+    right, wrong, expected = FAULTS[name]
     numbers = "numbers" in expected
     with pytest.raises((native.cuda.NativeError, AssertionError)) as error:
-        _run(monkeypatch, *edit)
+        _run(monkeypatch, name, right, wrong)
     message = str(error.value)
     caught = isinstance(error.value, native.cuda.NativeError)
     named = caught and any(part in message for part in expected.split("|"))

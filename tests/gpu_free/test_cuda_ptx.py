@@ -21,7 +21,7 @@ from peftkern.backends import cuda
 from peftkern.testing import bounds
 from peftkern.testing.cases import Shape, tensors
 
-from .shim import FAMILIES, ROOT, Shim
+from .shim import FAMILIES, ROOT, Shim, sources
 from .test_cuda import Merging, _args, _sizes
 
 machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
@@ -34,14 +34,13 @@ _LAUNCHER = ctypes.CFUNCTYPE(
 
 def _ptx(source: str, head_dim: int) -> str:
     """nvcc's PTX of one file, made once per version of the sources."""
-    folder = ROOT / "csrc" / "cuda"
-    texts = [path.read_text() for path in sorted(folder.glob("*.[ch]*"))]
-    key = hashlib.sha256(repr((texts, source, head_dim)).encode()).hexdigest()[:16]
-    target = ROOT / "build" / "shim" / f"{source}-{head_dim}-{key}.ptx"
+    path = ROOT / "csrc" / "cuda" / f"{source}.cu"
+    key = hashlib.sha256(repr((sources(), source, head_dim)).encode()).hexdigest()[:16]
+    target = ROOT / "build" / "shim" / f"{path.stem}-{head_dim}-{key}.ptx"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_80", "-ptx", f"-DPEFTKERN_HEAD_DIM={head_dim}",
-                   str(folder / f"{source}.cu"), "-o", str(target)]  # fmt: skip
+                   str(path), "-o", str(target)]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
     return target.read_text()
 
@@ -78,7 +77,7 @@ class Emulated(Shim):
         super().__init__(monkeypatch, head_dims=(head_dim,))
         self.seed, self.error, self.names = seed, None, []
         self._kernels = {}
-        for source in ("api", "copies", *FAMILIES):
+        for source in ("api/merge", "api/concat", "api/embedding", *(f"launch/{name}" for name in FAMILIES)):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
@@ -159,7 +158,7 @@ def test_merging(emulated, monkeypatch, head_dim, dtype):
     bounds.check_backend("merging", tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=130, D=head_dim), dtype), {})
 
 
-def test_slot_and_embedding(emulated):
+def test_concat_and_embedding(emulated):
     emulated(64)
     shape, options = _sizes("bank", D=64)
     args = _args(tensors(shape, torch.float16, torch.float32), **options)

@@ -16,7 +16,8 @@ import torch
 
 import peftkern
 from peftkern import ops
-from peftkern.backends import BACKENDS, allocate_outputs, merge, torch_attention
+from peftkern.arguments import allocate_outputs
+from peftkern.backends import BACKENDS, merge, torch_attention
 from peftkern.backends.triton import prefix_kernels as prefix_part
 from peftkern.testing.bounds import ROUNDS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors

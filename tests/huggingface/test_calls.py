@@ -68,7 +68,7 @@ def test_a_hook_calls_the_model_again(name, disabled):
     """Also without its prefix, in the midst of an attention module of a call that has one."""
     model, task = build(name, native=False), FAMILIES[name].task
     want = logits(model, task, 7)
-    attention = next(iter(model._peftkern_patch.sites))
+    attention = next(iter(model._peftkern_patch.prefix_layers))
     inner = []
 
     def call_inside():

@@ -211,11 +211,11 @@ def test_a_refusal_that_repeats_an_inner_error_is_seen():
     ("how", "way"),
     [
         (
-            "Llama: the prompt runs once a batch, before the sequences without their padding",
+            "Llama: the prompt runs once per batch, before the sequences without their padding",
             "padding-free, prompt once",
         ),
         (
-            "Llama: a prefix in 2 layers, read where it lies; training batches run without their padding",
+            "Llama: a prefix in 2 layers, read in place; training batches run without their padding",
             "padding-free",
         ),
         ("Bart: a prefix in 2 layers; training batches run with their padding: no position_ids", "with padding"),

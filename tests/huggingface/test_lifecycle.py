@@ -275,7 +275,7 @@ REFUSED = {
     "no prefix": (
         lambda: models.base_model(LLAMA),
         {},
-        "prefix: expected a PrefixKV, as LlamaForCausalLM is no PEFT",
+        "prefix: expected a PrefixKV, because LlamaForCausalLM is not a PEFT",
     ),
     "LoRA": (
         lambda: get_peft_model(models.base_model(LLAMA), LoraConfig(task_type="CAUSAL_LM")),
@@ -285,7 +285,7 @@ REFUSED = {
     "prompt without positions": (
         lambda: models.base_model(LLAMA),
         {"prefix": SoftPrompt(models.base_model(LLAMA), 4), "shift_positions": False},
-        "shift_positions, prefix_in_window, packing: expected True, as a prompt is rows",
+        "shift_positions, prefix_in_window, packing: expected True, because a prompt runs through",
     ),
     "prompt of another width": (
         lambda: models.base_model(LLAMA),
@@ -300,7 +300,7 @@ REFUSED = {
     "bugs of a prefix": (
         lambda: models.peft_model(LLAMA, patched=False),
         {"peft_bugs": True},
-        "peft_bugs: expected False but for a PEFT model with a prompt",
+        "peft_bugs: expected False except for a PEFT model with a prompt",
     ),
     "labelled logits of padded batches": (
         lambda: models.peft_model(LLAMA, patched=False),
@@ -310,7 +310,7 @@ REFUSED = {
     "labelled logits of classes": (
         lambda: models.peft_model(models.TASKS["llama SEQ_CLS"], patched=False),
         {"logits": "labelled"},
-        "logits: expected 'all', got 'labelled'; LlamaForSequenceClassification has no logits of tokens",
+        "logits: expected 'all', got 'labelled'; LlamaForSequenceClassification has no logits per token",
     ),
     "labelled logits behind other masks": (
         lambda: models.prompt_model(FAMILIES["llama4 (chunks)"], patched=False),
@@ -320,7 +320,7 @@ REFUSED = {
     "prompt without a task": (
         lambda: PeftModel(models.base_model(LLAMA), PromptTuningConfig(num_virtual_tokens=4)),
         {},
-        "model: expected a task_type in the configuration of adapter 'default'",
+        "model: expected a task_type in the config of adapter 'default'",
     ),
     "unknown logits": (
         lambda: models.peft_model(LLAMA, patched=False),
@@ -384,7 +384,9 @@ def test_what_cannot_be_patched_is_refused_and_unchanged(case):
 
 
 def test_unpatch_wants_what_was_patched():
-    with pytest.raises(ValueError, match="model: expected what was given to patch, got a LlamaForCausalLM"):
+    with pytest.raises(
+        ValueError, match="model: expected the object that was given to patch, got a LlamaForCausalLM"
+    ):
         peftkern.unpatch(models.base_model(LLAMA))
     model = models.peft_model(LLAMA, patched=True)
     peftkern.unpatch(model)

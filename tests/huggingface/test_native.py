@@ -263,7 +263,7 @@ def test_a_projection_runs_on_the_rows_of_the_prefix_alone():
     [
         (lambda model: StaticCache(model.config, max_cache_len=16), "expected None or a DynamicCache"),
         (lambda model: DynamicCache(offloading=False, config=None), None),
-        (lambda model: filled(model), "tokens that have not seen the prefix"),
+        (lambda model: filled(model), "tokens that have not attended to the prefix"),
     ],
     ids=["static", "empty", "filled"],
 )
@@ -322,7 +322,7 @@ def test_packed_sequences_that_are_not_a_training_step_are_refused():
     """Stock PEFT lets them see each other without a word."""
     model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
-    with pytest.raises(ValueError, match="position_ids: expected one sequence a row"):
+    with pytest.raises(ValueError, match="position_ids: expected one sequence per row"):
         model(input_ids=IDS, position_ids=positions)
 
 

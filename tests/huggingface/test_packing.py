@@ -9,7 +9,7 @@ import torch
 import peftkern
 from peftkern import PrefixKV
 from peftkern.huggingface.layout import Layout
-from peftkern.huggingface.packing import Head, Stream
+from peftkern.huggingface.packing import LogitRows, PackedBatch
 from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
 from tests.huggingface.test_prompts import rows_of
@@ -40,14 +40,14 @@ def test_a_layout_goes_there_and_back(name):
     assert packed.tolist() == [IDS[real].tolist()]
     assert layout.cu_seqlens.tolist() == [0, *real.sum(1).cumsum(0).tolist()]
     assert layout.cu_seqlens.dtype == torch.int32
-    assert torch.equal(packed[0][layout.slots][real], IDS[real])
+    assert torch.equal(packed[0][layout.rows][real], IDS[real])
     assert layout.positions.tolist() == torch.arange(SEQ).expand(BATCH, -1)[real].tolist()
     assert layout.key_mask is None
 
 
 def test_padding_shows_a_row_of_its_sequence():
     layout = Layout.of((2, 4), CPU, mask=torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
-    assert layout.slots.tolist() == [[0, 0, 1, 1], [2, 2, 2, 3]]
+    assert layout.rows.tolist() == [[0, 0, 1, 1], [2, 2, 2, 3]]
 
 
 def test_positions_from_the_first_token():
@@ -56,7 +56,7 @@ def test_positions_from_the_first_token():
     assert Layout.of((2, 4), CPU, mask=mask, from_first=True).positions.tolist() == [0, 1, 2, 0, 1, 2]
     kept = Layout.of((2, 4), CPU, mask=mask, from_first=True, keep_padding=True)
     assert kept.pack(torch.arange(8).view(2, 4)).tolist() == [[1, 2, 3, 0, 4, 5, 6, 7]], "padding goes behind"
-    assert kept.slots.tolist() == [[3, 0, 1, 2], [4, 5, 6, 7]]
+    assert kept.rows.tolist() == [[3, 0, 1, 2], [4, 5, 6, 7]]
     assert kept.key_mask.tolist() == [True, True, True, False, True, True, True, False]
 
 
@@ -73,7 +73,7 @@ def test_needed_padding_and_gaps():
 @pytest.mark.parametrize("from_first", [False, True])
 def test_small_and_empty_batches(shape, from_first):
     layout = Layout.of(shape, CPU, mask=torch.zeros(shape), from_first=from_first, keep_padding=shape[1] == 0)
-    assert layout.slots.shape == shape
+    assert layout.rows.shape == shape
     assert layout.cu_seqlens.shape == (shape[0] + 1,)
     if 0 not in shape:
         assert layout.cu_seqlens.tolist() == [0, 0], "a sample without tokens is an empty sequence"
@@ -83,23 +83,23 @@ def test_rows_of_several_sequences():
     layout = Layout.of((2, SEQ), CPU, position_ids=POSITIONS)
     assert layout.cu_seqlens.tolist() == [0, 3, 7, 12, 14]
     assert layout.owners.tolist() == [0, 0, 1, 1]
-    assert layout.packed_rows
-    assert not Layout.of((2, SEQ), CPU, position_ids=torch.arange(SEQ)[None]).packed_rows
+    assert layout.several_per_row
+    assert not Layout.of((2, SEQ), CPU, position_ids=torch.arange(SEQ)[None]).several_per_row
 
 
 def test_a_head_pairs_rows_with_the_labels_of_the_next_ones():
     """The prompt's last row, 1, predicts the first token of each sequence."""
     labels = torch.tensor([[10, 11, 12], [20, 21, -100]])
     layout = Layout.of((2, 3), CPU, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
-    stream = Stream(layout, torch.zeros(1, 2, 4), show_prompts=True)
-    head = Head(stream, labels, labelled=False)
+    packed = PackedBatch(layout, torch.zeros(1, 2, 4), show_prompts=True)
+    head = LogitRows(packed, labels, labelled=False)
     assert head.rows.tolist() == [1, 1, 0, 1, 2, 3, 4, 5, 6, 0]
     assert head.labels.tolist() == [[-100, 10, 20, -100, -100, 11, 12, -100, 21, -100]]
-    head = Head(stream, labels, labelled=True)
+    head = LogitRows(packed, labels, labelled=True)
     assert head.rows.tolist() == [1, 1, 2, 3, 5, 0]
     assert head.labels.tolist() == [[-100, 10, 20, 11, 12, 21]]
-    assert stream.slots().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
-    assert Head(stream, None, labelled=True, keep=1).rows.tolist() == [4, 6]
+    assert packed.shown_rows().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
+    assert LogitRows(packed, None, labelled=True, keep=1).rows.tolist() == [4, 6]
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -140,7 +140,7 @@ def test_only_tokens_run_through_the_model(config):
 
 def test_models_that_cannot_be_packed_say_so():
     assert peftkern.explain(models.peft_model(LLAMA, patched=True)) == (
-        "LlamaForCausalLM: a prefix in 2 layers, read where it lies; training batches run without their padding"
+        "LlamaForCausalLM: a prefix in 2 layers, read in place; training batches run without their padding"
     )
     for name in ("llama4 (chunks)", "bert", "t5"):
         assert "run with their padding: " in peftkern.explain(models.peft_model(FAMILIES[name], patched=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that run once a batch, against PEFT, which runs them once a sample."""
+"""Prompts that run once per batch, against PEFT, which runs them once per sample."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_what_cannot_be_packed_says_why(name):
     assert "put before every sample" in explanation
     assert "mask other than a causal one" in explanation
     packed = peftkern.explain(models.prompt_model(LLAMA, patched=True))
-    assert packed == "LlamaForCausalLM: the prompt runs once a batch, before the sequences without their padding"
+    assert packed == "LlamaForCausalLM: the prompt runs once per batch, before the sequences without their padding"
 
 
 def test_a_model_that_counts_rows_is_found_out():
@@ -410,7 +410,7 @@ def test_a_model_that_counts_rows_is_found_out():
         rotary.forward = lambda x, position_ids: stock(x, torch.arange(x.shape[1])[None])
         return peftkern.patch(model) if patched else model
 
-    assert "on a stream of rows differs from the stock model" in peftkern.explain(model(True))
+    assert "on packed rows differs from the stock model" in peftkern.explain(model(True))
     want, got = (models.training_step(model(p), family.task) for p in (False, True))
     assert_same_step(got, want)
 

@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 import peftkern
 from peftkern.huggingface.masks import LazyMask
-from peftkern.huggingface.packing import Stream
+from peftkern.huggingface.packing import PackedBatch
 from tests.huggingface import by_hand, models
 from tests.huggingface.by_hand import METHODS
 from tests.huggingface.models import FAMILIES, IDS, ONES, PREFIX, RIGHT, difference
@@ -139,13 +139,13 @@ def test_hooks_on_the_backbone_see_the_batch(method, order):
 def test_a_step_leaves_no_stream_behind(method, monkeypatch):
     """Without the garbage collector: streams hold the graph of the prompt."""
     streams = weakref.WeakSet()
-    init = Stream.__init__
+    init = PackedBatch.__init__
 
     def note(self, *args, **kwargs):
         init(self, *args, **kwargs)
         streams.add(self)
 
-    monkeypatch.setattr(Stream, "__init__", note)
+    monkeypatch.setattr(PackedBatch, "__init__", note)
     model = by_hand.build(method).train()
     gc.collect()
     streams.clear()

@@ -222,7 +222,7 @@ def test_neftune(kind, tmp_path):
     want, stock_noises, stock_shapes = train_with_noise(stock_model(kind, LLAMA), tmp_path)
     got, noises, shapes = train_with_noise(patched_model(kind, LLAMA), tmp_path)
     assert stock_shapes == [(8, 16)] * 3
-    assert shapes == stock_shapes, "the embedding sees the batch, not the packed stream"
+    assert shapes == stock_shapes, "the embedding sees the batch, not the packed one"
     for noise, stock_noise in zip(noises, stock_noises, strict=True):
         assert noise.abs().max().item() == pytest.approx(5 / (16 * 64) ** 0.5, rel=0.01)
         assert difference(noise, stock_noise) <= TOLERANCE, "not the same noise from the same seed"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftkern import native, reference
-from peftkern.backends import AttentionArgs, allocate_outputs
+from peftkern.arguments import AttentionArgs, allocate_outputs
 from peftkern.testing.cases import Shape, tensors
 
 # kat_vectors of Random123, philox 4x32 10: counter, key, answer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkern import functional, native
 from peftkern import reference as specification
-from peftkern.backends import reference
+from peftkern.backends import plan_named
 from peftkern.testing.bounds import (
     DEFAULT,
     ROUNDS,
@@ -282,6 +282,7 @@ def _first(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_gradient_is_caught(fault, dtype, monkeypatch):
+    reference = plan_named("reference")
     backward = reference.prefix_attention_backward
     monkeypatch.setattr(reference, "prefix_attention_backward", lambda *args: fault(backward(*args)))
     with pytest.raises(AssertionError, match="exceeds"):
@@ -290,6 +291,7 @@ def test_a_wrong_gradient_is_caught(fault, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_output_is_caught(dtype, monkeypatch):
+    reference = plan_named("reference")
     forward = reference.prefix_attention
 
     def last_query_sees_one_key_less(args):
@@ -306,6 +308,7 @@ def test_a_wrong_output_is_caught(dtype, monkeypatch):
 @pytest.mark.parametrize(("roundings", "caught"), [(1.0, False), (20.0, True)])
 def test_where_gradients_cancel_a_rounding_of_delta_passes_and_twenty_do_not(roundings, caught, monkeypatch):
     """Every query sees one key: dq is 0, and a backward that is wrong in delta = rowsum(out * dout) shows it."""
+    reference = plan_named("reference")
     backward = reference.prefix_attention_backward
 
     def rounded(dout, dlse, out, lse, args, needs):

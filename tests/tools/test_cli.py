@@ -95,8 +95,9 @@ def test_metadata_follow_the_tested_versions():
 
 
 def test_a_wrong_self_test_is_reported(monkeypatch):
-    from peftkern.backends import reference
+    from peftkern import backends
 
+    reference = backends.plan_named("reference")
     right = reference.prefix_attention
     monkeypatch.setattr(reference, "prefix_attention", lambda args: tuple(x + x.dtype.itemsize for x in right(args)))
     report = doctor._self_test()

@@ -344,3 +344,78 @@ def soft_prompt_embedding_backward(
             BLOCK=_WIDTH,
         )  # fmt: skip
     return dweight, dprompt
+
+
+# TEMPORARY until the Triton room lands
+from ..base import Backend as _B  # noqa: E402
+from ..base import Plan as _P
+from ..base import PrefixKernels as _K
+from ..base import Refusal as _R
+from ..cost import model as _m  # noqa: E402
+
+
+class TritonPlan(_P):
+    name = "triton"
+
+    def prefix_attention(self, args):
+        return prefix_attention(args)
+
+    def prefix_attention_backward(self, *a):
+        return prefix_attention_backward(*a)
+
+    def soft_prompt_embedding(self, *a):
+        return soft_prompt_embedding(*a)
+
+    def soft_prompt_embedding_backward(self, *a):
+        return soft_prompt_embedding_backward(*a)
+
+
+class TritonBackend(_B):
+    name = "triton"
+
+    def plan(self, call):
+        r = tuple(why_not(call))
+        return _R(r, call.device.type == "cpu" and not _INTERPRETED) if r else TritonPlan()
+
+    def limits(self, call):
+        return limits(call)
+
+    def restore(self, choices):
+        return TritonPlan()
+
+    def cost(self, call, machine):
+        if call.device.type == "cpu":
+            return None
+        if call.op == "soft_prompt_embedding":
+            return _m.embedding_passes(call, "triton")
+        x = _m.sizes_of(call)
+        kernels = 3 if 1 <= x.queries <= 16 and x.keys + x.prefix >= 1024 else 1
+        passes = _m.attention_passes(call, "triton", kernels, 6, 3.5)
+        if call.needs_grad and _m.recomputes_softmax(call):
+            passes.append(_m.softmax_sums_pass(call, "triton"))
+        return passes
+
+
+class TritonPrefixKernels(_K):
+    name, title = "triton", "Triton"
+    attention = TritonPlan()
+
+    def merge_prefix(self, args, part_out, part_lse):
+        from . import prefix_kernels as p
+
+        return p.merge_prefix(args, part_out, part_lse)
+
+    def merge_prefix_backward(self, *a):
+        from . import prefix_kernels as p
+
+        return p.merge_prefix_backward(*a)
+
+    def concat_prefix(self, args):
+        from . import prefix_kernels as p
+
+        return p.lay_slot(args)
+
+    def sum_prefix_gradient(self, *a):
+        from . import prefix_kernels as p
+
+        return p.sum_slot(*a)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a prefix or prompt comes from: a module of ours, or the adapter of a PEFT model."""
+"""Sources of a prefix or prompt: a module of peftkern, or the adapter of a PEFT model."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..cache import KeyValue
 from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
+from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
 
@@ -19,7 +20,7 @@ SUBMODULE = "peftkern_prefix"
 
 
 class LayerPrefix(Protocol):
-    """What a patch needs of a prefix; :class:`peftkern.PrefixKV` is one."""
+    """The interface of a prefix module, which :class:`peftkern.PrefixKV` implements."""
 
     num_layers: int
     num_kv_heads: int
@@ -27,24 +28,23 @@ class LayerPrefix(Protocol):
     lengths: Sequence[int]
 
     def layer_kv(self) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; anything for a layer of length 0, which is left out."""
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]. The value for a layer of length 0 is ignored."""
 
 
 def is_layer_prefix(value: object) -> TypeGuard[LayerPrefix]:
-    """Not by ``isinstance``, which from Python 3.12 on does not see a module's parameters and buffers."""
+    """Whether ``value`` is a :class:`LayerPrefix`. From Python 3.12, ``isinstance`` ignores a module's parameters."""
     return all(hasattr(value, name) for name in (*LayerPrefix.__annotations__, "layer_kv"))
 
 
 class ModulePrefix(PrefixSource):
     """The prefix is a submodule of the Hugging Face model.
 
-    Callers speak of the sequence alone: masks, positions and caches are put behind the prefix on their way into the
-    backbone.
+    Callers pass masks, positions and caches of the sequence alone. The hook on the backbone adds the prefix to them.
 
     Args:
         prefix: the module.
-        shift_positions: the sequence's positions start behind the longest prefix; else at 0.
-        freeze: switch ``requires_grad`` off for the model's own parameters while patched.
+        shift_positions: the sequence's positions start after the longest prefix. False: they start at 0.
+        freeze: clear ``requires_grad`` of the model's own parameters while it is patched.
     """
 
     is_given = False
@@ -63,15 +63,15 @@ class ModulePrefix(PrefixSource):
         """Raise ValueError unless the shape of the prefix fits the model."""
         patch.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
 
-    def wire(self, patch: PrefixPatch) -> None:
-        """Make the prefix a submodule of the Hugging Face model, in which it stays when wrappers are taken off."""
+    def wire(self, patch: Patch) -> None:
+        """Make the prefix a submodule of the Hugging Face model, so that it stays when wrappers are removed."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prefix))
 
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v); None for a layer of length 0."""
-        # The module that runs: replicas have a prefix of their own.
+        # The module that runs may be a replica, which has its own copy of the prefix.
         prefix = getattr(running.module(patch, patch.base), SUBMODULE)
         pairs: Any = zip(prefix.layer_kv(), self.prefix.lengths, strict=True)
         return [kv if length else None for kv, length in pairs]

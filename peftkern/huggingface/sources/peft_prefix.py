@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's prefix tuning and cartridges: the same parameters and checkpoints, read where they lie.
+"""PEFT's prefix tuning and cartridges, with PEFT's parameters and checkpoints.
 
-PEFT's forward, heads and checkpoints stay as they are. The instance's ``get_prompt`` returns a cache that holds views
-of PEFT's parameter, instead of copies of it for every sample.
+PEFT's forward, heads and checkpoints are unchanged. The instance's ``get_prompt`` returns a cache with views of
+PEFT's parameter, instead of copies for every sample.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...model_info import given_cache
 from ..cache import KeyValue, PrefixCache
 from ..calls import running
+from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixPatch, PrefixSource
-from .peft_model import GenerationInputs, PeftCalls, PeftMethod
+from ..wiring import Patch
 
 __all__ = ["KEY_VALUE_TYPES", "PeftPrefix"]
 
@@ -30,9 +31,9 @@ class PeftPrefix(PrefixSource):
 
     Args:
         model: a ``PeftModel`` whose adapters are PREFIX_TUNING or CARTRIDGE.
-        fix_seq2seq_layout: give each decoder layer of an encoder-decoder a prefix of its own. PEFT lays two copies of
-            the parameter side by side and reads keys of layer l from block 4l mod 2L: with an even number L of
-            layers, layers l and l + L/2 share a prefix, and half of the parameter is never used.
+        fix_seq2seq_layout: give each decoder layer of an encoder-decoder its own prefix. PEFT concatenates two copies
+            of the parameter and reads the keys of layer l from block 4l mod 2L. With an even number L of layers,
+            layers l and l + L/2 share a prefix, and half of the parameter is never used.
     """
 
     is_given = True
@@ -61,8 +62,8 @@ class PeftPrefix(PrefixSource):
         assert self.patch is not None
         self.patch.check_geometry(f"adapter {name!r}", config.num_layers, config.num_attention_heads, head_dim)
 
-    def wire(self, patch: PrefixPatch) -> None:
-        """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's."""
+    def wire(self, patch: Patch) -> None:
+        """Replace PEFT's ``get_prompt`` and the inputs of ``generate``."""
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
@@ -71,7 +72,7 @@ class PeftPrefix(PrefixSource):
     def get_prompt(
         self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> PrefixCache | EncoderDecoderCache:
-        """In place of ``PeftModel.get_prompt``; nothing in it depends on the batch."""
+        """Replaces ``PeftModel.get_prompt``. The result does not depend on the batch size."""
         self._check_adapter(self.model.active_adapter)
         assert self.patch is not None
         stores = not (self.model.training and torch.is_grad_enabled())
@@ -81,7 +82,7 @@ class PeftPrefix(PrefixSource):
         return cache
 
     def prepare_inputs(self, peft_method: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of ``PeftModel.prepare_inputs_for_generation``: the base model's own inputs, behind the prefix.
+        """Replaces ``PeftModel.prepare_inputs_for_generation``: the base model's inputs and a cache with the prefix.
 
         PEFT counts the prefix in masks and lengths, which chunked prefill, assistants and a second turn on the
         returned cache do not expect. Here ``generate`` sees a cache of the sequence alone.
@@ -94,7 +95,9 @@ class PeftPrefix(PrefixSource):
         cache = getattr(given, "self_attention_cache", given)
         if isinstance(cache, PrefixCache):
             if cache.counts_outside:
-                raise ValueError("cache: expected one that generate returned, got one of a forward of the PeftModel")
+                raise ValueError(
+                    "cache: expected one that generate returned, got one that a forward of the PeftModel returned"
+                )
             return inputs
         if (cache is not None and cache.get_seq_length() > 0) or not _is_plain(cache):
             return peft_method(*args, **kwargs)
@@ -106,13 +109,13 @@ class PeftPrefix(PrefixSource):
         return inputs
 
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
-        """The prefix as PEFT hands it to the model."""
+        """The cache that PEFT passes to the model."""
         return type(self.model).get_prompt(self.model, batch)
 
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), views [Hkv, P, D] of PEFT's flat parameter [P, L * 2 * Hkv * D].
 
-        One unbind for all layers, so that the gradient is laid together once and not once a layer.
+        A single ``unbind`` for all layers, so that the gradient is assembled once instead of once per layer.
         """
         model = running.module(self.model, self.model)
         config = model.active_peft_config
@@ -128,5 +131,5 @@ class PeftPrefix(PrefixSource):
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether a prefix cache can take its place."""
+    """Whether a :class:`PrefixCache` can replace the cache."""
     return cache is None or (isinstance(cache, DynamicCache) and not cache.offloading)

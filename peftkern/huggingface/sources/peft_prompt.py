@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's prompt tuning, P-tuning, multitask prompt tuning and CPT.
 
-PEFT's own forward runs: it asks ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings,
-and calls the base model. What ``get_prompt`` returns here is that tensor, one prompt expanded over the batch, and
-remembers what it is made of. So does the concatenation, by which the hook on the base model recognises the prompt. If
-a call bypasses that hook, both are PEFT's tensors.
+PEFT's own forward runs: it calls ``get_prompt`` for the prompt of every sample, concatenates it with the embeddings,
+and calls the base model. Here ``get_prompt`` returns one prompt expanded over the batch, in a tensor subclass that
+remembers the prompt. So does the concatenation, from which the hook on the base model reads the prompt. In a call
+that bypasses the hook, both have the values of PEFT's tensors.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 
 from ...model_info import given_cache
 from ..cache import PrefixCache
+from ..call_arguments import bind, forward_arguments
 from ..layout import HostNumbers
-from ..model_patch import bind
-from ..prompt_patch import Prompt, PromptPatch, PromptSource
-from .peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..prompt_patch import PromptPatch
+from ..prompts import Prompt, PromptSource
+from ..wiring import Patch
 
 __all__ = ["PROMPT_TYPES", "PeftPrompt"]
 
@@ -30,66 +31,77 @@ PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 _BUGS = " patch(model, peft_bugs=True) reproduces PEFT."
 
 
-class PromptTensor(Tensor):
-    """[B, P, E], prompts that remember what they are made of.
+class _WithPrompt(Tensor):
+    """A tensor that remembers the prompt it was made from. Results of most operations on it are plain tensors.
 
     Attributes:
-        prompt: rows and ids.
+        prompt: the prompt's rows and ids.
     """
 
     prompt: Prompt
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A cast of prompts is prompts, prompts before embeddings are :class:`PromptedEmbeddings`."""
+        """Run an operation; only those in :meth:`_keep` keep the prompt."""
         with torch._C.DisableTorchFunctionSubclass():
             output = func(*args, **(kwargs or {}))
-        if func is Tensor.to and type(args[0]) is cls:
-            output = output.as_subclass(cls)
-            output.prompt = args[0].prompt
-        elif func is torch.cat and len(args[0]) == 2 and type(args[0][0]) is cls:
-            output = output.as_subclass(PromptedEmbeddings)
-            output.prompt, output.tokens = args[0][0].prompt, args[0][1]
-        elif type(output) is cls:
-            output = plain(output)
-        return output
+            kept = cls._keep(output, func, args, kwargs or {})
+        if kept is not None:
+            return kept
+        return plain(output) if type(output) is cls else output
+
+    @classmethod
+    def _keep(cls, output: Any, func: Any, args: Any, kwargs: Any) -> _WithPrompt | None:
+        """``output`` as a tensor with a prompt, after a cast; None after any other operation."""
+        if func is not Tensor.to or type(args[0]) is not cls:
+            return None
+        cast: _WithPrompt = output.as_subclass(cls)
+        cast.prompt = args[0].prompt
+        return cast
 
 
-class PromptedEmbeddings(Tensor):
-    """[B, P + S, E], prompts before the embeddings of a batch.
+class PromptTensor(_WithPrompt):
+    """[B, P, E], the prompt of each sample."""
+
+    @classmethod
+    def _keep(cls, output: Any, func: Any, args: Any, kwargs: Any) -> _WithPrompt | None:
+        """Concatenating a prompt and embeddings gives :class:`PromptedEmbeddings`."""
+        if func is torch.cat and len(args[0]) == 2 and type(args[0][0]) is cls:
+            embeddings: PromptedEmbeddings = output.as_subclass(PromptedEmbeddings)
+            embeddings.prompt, embeddings.tokens = args[0][0].prompt, args[0][1]
+            return embeddings
+        return super()._keep(output, func, args, kwargs)
+
+
+class PromptedEmbeddings(_WithPrompt):
+    """[B, P + S, E], the prompt of each sample followed by the embeddings of its tokens.
 
     Attributes:
-        prompt: of :class:`PromptTensor`.
         tokens: [B, S, E], the embeddings.
     """
 
-    prompt: Prompt
     tokens: Tensor
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A cast is one of all that it is made of. Whatever else is computed with it is a plain tensor."""
-        with torch._C.DisableTorchFunctionSubclass():
-            output = func(*args, **(kwargs or {}))
-            if func is Tensor.to and type(args[0]) is cls:
-                output = output.as_subclass(cls)
-                output.prompt, output.tokens = args[0].prompt, func(args[0].tokens, *args[1:], **(kwargs or {}))
-                return output
-        return plain(output) if type(output) is cls else output
+    def _keep(cls, output: Any, func: Any, args: Any, kwargs: Any) -> _WithPrompt | None:
+        cast = super()._keep(output, func, args, kwargs)
+        if isinstance(cast, PromptedEmbeddings):
+            cast.tokens = func(args[0].tokens, *args[1:], **kwargs)
+        return cast
 
 
 def plain(x: Any) -> Any:
     """The same values as a plain tensor."""
-    return x.as_subclass(Tensor) if isinstance(x, (PromptTensor, PromptedEmbeddings)) else x
+    return x.as_subclass(Tensor) if isinstance(x, _WithPrompt) else x
 
 
 @dataclass(frozen=True, eq=False)
 class OuterCall:
-    """What a call of the ``PeftModel`` says that PEFT does not hand on.
+    """Information about a call of the ``PeftModel`` that PEFT does not pass to the base model.
 
     Attributes:
         position_ids: [B, S], which PEFT drops.
-        peft_way: leave the call to PEFT.
+        peft_way: run PEFT's own code for the call.
     """
 
     position_ids: Tensor | None
@@ -101,8 +113,8 @@ class PeftPrompt(PromptSource):
 
     Args:
         model: a ``PeftModel`` whose adapters are :data:`PROMPT_TYPES`.
-        peft_bugs: leave to PEFT what it computes differently: batches with padding on the left or with
-            ``position_ids``, and classification.
+        peft_bugs: run PEFT's own code where its results differ: for batches with padding on the left or with
+            ``position_ids``, and for classification.
     """
 
     is_given = True
@@ -111,9 +123,9 @@ class PeftPrompt(PromptSource):
     def __init__(self, model: Any, *, peft_bugs: bool) -> None:
         self.model = model
         self.peft_bugs = peft_bugs
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.names = forward_arguments(model)
         self._get_prompt = model.get_prompt
-        #: While torch.compile traces, which sees no attributes of tensors: the prompt between PEFT's two calls.
+        #: The prompt between PEFT's two calls while torch.compile traces, which does not support tensor attributes.
         self.traced: Prompt | None = None
 
     @property
@@ -134,11 +146,12 @@ class PeftPrompt(PromptSource):
 
     @property
     def pools_last_column(self) -> bool:  # type: ignore[override]
-        """The embeddings hide from a classification head where padding is."""
+        """A classification head gets embeddings instead of ids, and cannot tell where padding is."""
         return self.task == "SEQ_CLS"
 
-    def wire(self, patch: PromptPatch) -> None:
-        """Put :meth:`get_prompt` and the inputs of ``generate`` in place of PEFT's, and look at calls."""
+    def wire(self, patch: Patch) -> None:
+        """Replace PEFT's ``get_prompt`` and the inputs of ``generate``, and hook calls of the ``PeftModel``."""
+        assert isinstance(patch, PromptPatch)
         self.patch = patch
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)
@@ -147,7 +160,7 @@ class PeftPrompt(PromptSource):
         patch.wiring.add_hooks(self.model.register_forward_pre_hook(self.before_peft, with_kwargs=True))
 
     def before_peft(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Hook on the ``PeftModel``: hand on what PEFT drops."""
+        """Hook on the ``PeftModel``: pass on the arguments that PEFT drops."""
         if is_disabled(module):
             return None
         bound = bind(module, self.names, args, kwargs)
@@ -159,12 +172,12 @@ class PeftPrompt(PromptSource):
         if position_ids is not None:
             self.patch.notice("position_ids", "they are used; PEFT drops them", _BUGS)
         if position_ids is None and not peft_way:
-            return None  # whatever wraps PEFT's forward need not accept another argument
+            return None  # a wrapper of PEFT's forward may not accept another argument
         kwargs["peftkern_call"] = OuterCall(position_ids, peft_way)
         return (), kwargs
 
     def _is_peft_bug(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is left to PEFT for the sake of its numbers."""
+        """Whether PEFT's own code runs a call, to reproduce its results."""
         if not self.peft_bugs or self.task not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
             return self.peft_bugs
         mask = kwargs.get("attention_mask")
@@ -173,7 +186,7 @@ class PeftPrompt(PromptSource):
     def get_prompt(
         self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> Tensor:
-        """In place of ``PeftModel.get_prompt``: the same tensor, which remembers what it is made of."""
+        """Replaces ``PeftModel.get_prompt``: the same values, in a tensor that remembers the prompt."""
         prompt = self._prompt(peft_method, batch_size, task_ids)
         rows = prompt.rows if prompt.per_sample else prompt.rows.expand(batch_size, -1, -1)
         if torch.compiler.is_compiling():
@@ -193,8 +206,8 @@ class PeftPrompt(PromptSource):
             return Prompt(compute(1, task_ids.view(1)), shown=True)
         return Prompt(compute(batch_size, task_ids), task_ids, per_sample=True, shown=True)
 
-    def find(self, patch: Any, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
-        """The prompt in the embeddings, or what :meth:`prepare_inputs` has put there."""
+    def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
+        """The prompt in the embeddings, or the one that :meth:`prepare_inputs` has added to the arguments."""
         call: OuterCall | None = kwargs.pop("peftkern_call", None)
         prepared: Prompt | None = kwargs.pop("peftkern_prompt", None)
         if prepared is not None or continues:
@@ -212,12 +225,12 @@ class PeftPrompt(PromptSource):
         labels = kwargs.get("labels")
         if self.task == "TOKEN_CLS" and labels is not None and labels.shape[1] == tokens.shape[1]:
             self.patch.notice(
-                "TOKEN_CLS", "labels are those of tokens; PEFT raises, as its outputs show the prompt too", _BUGS
+                "TOKEN_CLS", "labels are those of tokens; PEFT raises, because its outputs include the prompt", _BUGS
             )
         return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given)
 
     def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
-        """(the prompt in a call's embeddings, the embeddings behind it)."""
+        """(the prompt in a call's embeddings, the embeddings after it)."""
         embeddings = kwargs.get("inputs_embeds")
         if isinstance(embeddings, PromptedEmbeddings):
             return embeddings.prompt, embeddings.tokens
@@ -228,7 +241,7 @@ class PeftPrompt(PromptSource):
         return None, embeddings  # type: ignore[return-value]
 
     def _take_out(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
-        """Have the arguments speak of the sequence alone."""
+        """Remove the prompt from the arguments."""
         prompt_len, length = prompt.rows.shape[1], tokens.shape[1]
         kwargs["inputs_embeds"] = tokens
         for name in ("attention_mask", "labels"):
@@ -237,10 +250,10 @@ class PeftPrompt(PromptSource):
                 kwargs[name] = x[:, prompt_len:]
 
     def prepare_inputs(self, peft_method: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """In place of ``PeftModel.prepare_inputs_for_generation``.
+        """Replaces ``PeftModel.prepare_inputs_for_generation``.
 
-        The base model's own inputs, and the prompt until there is a cache. ``generate`` sees a cache of the sequence
-        alone.
+        Returns the base model's own inputs, with the prompt until there is a cache. ``generate`` sees a cache of the
+        sequence alone.
         """
         inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
         cache, mask = given_cache(inputs), inputs.get("attention_mask")
@@ -248,7 +261,9 @@ class PeftPrompt(PromptSource):
             return inputs
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
         bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
-        reason = self.patch.packer.why_not({n: x for n, x in inputs.items() if n != "position_ids" or x is None})
+        reason = self.patch.packer.why_unpackable(
+            {n: x for n, x in inputs.items() if n != "position_ids" or x is None}
+        )
         if reason is not None and not begun_by_peft:
             self.patch.fall_back(reason, self.concatenates)
         if begun_by_peft or bug or reason is not None:
@@ -263,17 +278,19 @@ class PeftPrompt(PromptSource):
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
-    def look_at(self, patch: PromptPatch, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
-        """Notices where PEFT's numbers differ."""
-        if numbers.get("left padding") and not patch.packer.count_mask:  # else padding moves nothing
-            patch.notice(
+    def notice_differences(self, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+        """Warn where PEFT's results differ."""
+        if (
+            numbers.get("left padding") and not self.patch.packer.count_mask
+        ):  # otherwise positions do not depend on padding
+            self.patch.notice(
                 "left padding",
                 "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",
                 _BUGS,
             )
         if numbers.get("padding") and self.pools_last_column:
-            patch.notice(
-                "SEQ_CLS", "the last token is pooled; PEFT pools the last column, whether padding or not", _BUGS
+            self.patch.notice(
+                "SEQ_CLS", "the last token is pooled; PEFT pools the last column, even if it is padding", _BUGS
             )
 
 

@@ -310,11 +310,11 @@ class _TwoCalls(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: torch_attention.Vendor, scale: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: torch_attention.TorchKernel, scale: float, *inputs: Tensor) -> Tensor:
         parts = _TwoCalls.parts(scale, *inputs)
         outs, lses = zip(*(torch_attention.attention(kernel, part) for part in parts), strict=True)
-        lse = torch.logaddexp(*(x.float() * kernel.lse_unit for x in lses))
-        weights = [torch.exp(x.float() * kernel.lse_unit - lse)[..., None] for x in lses]
+        lse = torch.logaddexp(*(x.float() for x in lses))
+        weights = [torch.exp(x.float() - lse)[..., None] for x in lses]
         out: Tensor = (weights[0] * outs[0] + weights[1] * outs[1]).to(inputs[0].dtype)
         ctx.kernel, ctx.scale = kernel, scale
         ctx.save_for_backward(out, lse, *inputs)
@@ -334,8 +334,8 @@ class _TwoCalls(torch.autograd.Function):
     def parts(scale: float, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> list[Any]:
         prefix_k, prefix_v = (x.to(q.dtype)[None].expand(q.shape[0], -1, -1, -1) for x in (prefix_k, prefix_v))
         return [
-            torch_attention.Problem(q, k, v, scale, True, None, None, None, None),
-            torch_attention.Problem(q, prefix_k, prefix_v, scale, False, None, None, None, None),
+            torch_attention.KernelInputs(q, k, v, scale, True, None, None, None, None),
+            torch_attention.KernelInputs(q, prefix_k, prefix_v, scale, False, None, None, None, None),
         ]
 
 
@@ -349,9 +349,9 @@ def _two_calls(problem: Problem) -> Attention | str:
     call = backends.Call(
         "prefix_attention", q.device, q.dtype, prefix_k.dtype, tuple(q.shape), tuple(k.shape), tuple(prefix_k.shape)
     )
-    kernel, reasons = torch_attention.choose(call, (), shape.T)
-    if kernel is None:
-        return reasons[0]
+    kernel = torch_attention.select(call, (), shape.T)
+    if isinstance(kernel, backends.Refusal):
+        return kernel.reasons[0]
     if kernel.top_left and shape.S not in (1, shape.T):
         return "torch's kernel here is causal from the top left: no queries behind a cache"
     return functools.partial(_TwoCalls.apply, kernel, shape.D**-0.5)

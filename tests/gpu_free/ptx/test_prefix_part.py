@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from peftkern.backends import AttentionArgs, allocate_gradients, allocate_outputs
+from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
 from peftkern.backends.triton import prefix_kernels as prefix_part
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from peftkern import native
+from tests import faults
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
@@ -30,28 +31,34 @@ HEAD_DIMS = (64, 96, 128, 256)
 FAMILIES = ("prefix_forward", "prefix_backward", "sequence_forward", "sequence_backward")
 _FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DPEFTKERN_HOST_SHIM", "-DPEFTKERN_BUILD_LIBRARY",
-    f"-I{HERE}", f"-I{ROOT / 'csrc' / 'cuda'}",
+    f"-I{HERE}",
 )  # fmt: skip
 CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 
 
+def sources() -> dict[str, str]:
+    """The texts of csrc/cuda by their paths below it."""
+    return faults.read(ROOT / "csrc" / "cuda", ".cu", ".cuh", ".h")
+
+
 @functools.lru_cache
 def build(edit=None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
-    """The library. ``edit(name, text) -> text`` plants a fault. What has been built before is not built again."""
-    csrc = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.[ch]*"))}
+    """The library. ``edit(sources) -> sources`` plants a fault. What has been built before is not built again."""
+    csrc = sources()
     if edit is not None:
-        csrc = {name: edit(name, text) for name, text in csrc.items()}
+        csrc = edit(csrc)
     abi = (ROOT / "csrc" / "peftkern.h").read_text()
     code = _CACHE / _key(csrc, abi) / "cuda"
     code.mkdir(parents=True, exist_ok=True)
     (code.parent / "peftkern.h").write_text(abi)
     for name, text in csrc.items():
+        (code / name).parent.mkdir(exist_ok=True)
         (code / name).write_text(text)
     jobs = [(HERE / "runtime.cpp", [])]
     for name, text in csrc.items():
         if name.endswith(".cu"):
             dims = head_dims if "PEFTKERN_HEAD_DIM" in text else (0,)
-            jobs += [(code / name, [*CHECKED, f"-I{code}", f"-DPEFTKERN_HEAD_DIM={dim}"]) for dim in dims]
+            jobs += [(code / name, [*CHECKED, f"-DPEFTKERN_HEAD_DIM={dim}"]) for dim in dims]
     return link(jobs)
 
 

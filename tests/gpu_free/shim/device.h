@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda/ptx.cuh for a CPU: the same functions and CUDA's built-ins, on top of the runtime of runtime.h. Needs g++ alone.
+// csrc/cuda/kernels/ptx.cuh for a CPU: the same functions and CUDA's built-ins, on top of the runtime of runtime.h. Needs g++ alone.
 #ifndef PEFTKERN_SHIM_DEVICE_H_
 #define PEFTKERN_SHIM_DEVICE_H_
 
@@ -34,11 +34,6 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 #define __syncwarp() shim::warp_barrier()
 using std::max;
 using std::min;
-
-// A fault is planted by -DPEFTKERN_FAULT=n; tests/gpu_free/test_shim_faults.py lists them.
-#ifndef PEFTKERN_FAULT
-#define PEFTKERN_FAULT 0
-#endif
 
 namespace peftkern {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda/launch.h for a CPU: a launch runs the kernel before it returns, and a failed check is its status.
+// csrc/cuda/launch/launch.h for a CPU: a launch runs the kernel before it returns, and a failed check is its status.
 #ifndef PEFTKERN_SHIM_LAUNCH_H_
 #define PEFTKERN_SHIM_LAUNCH_H_
 
@@ -15,9 +15,9 @@ struct Launched {
   static void run(const void* p) { kernel(*static_cast<const Params*>(p)); }
 };
 
-class Queue {
+class Launcher {
  public:
-  Queue(int64_t device, void*) : status_(device == 0 ? PEFTKERN_OK : PEFTKERN_INVALID_ARGUMENT) {}
+  Launcher(int64_t device, void*) : status_(device == 0 ? PEFTKERN_OK : PEFTKERN_INVALID_ARGUMENT) {}
 
   int status() const { return status_; }
   int multiprocessors() const { return 4; }
@@ -25,7 +25,7 @@ class Queue {
   template <class Params>
   void launch(void (*kernel)(Params), int x, int y, int z, int threads, int shared_bytes, const Params& params) {
     if (status_ != PEFTKERN_OK || x == 0 || y == 0 || z == 0) return;
-    if (shared_bytes > 99 << 10) {  // the least of all supported devices
+    if (shared_bytes > 99 << 10) {  // the smallest limit among the supported devices
       status_ = PEFTKERN_SHARED_MEMORY;
       return;
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small kernels for tests of the shim itself: single instructions, and each kind of mistake that it must name.
-#include "../../../csrc/cuda/ptx.cuh"
+#include "../../../csrc/cuda/kernels/ptx.cuh"
 #include "../../../csrc/peftkern.h"
 #include "launch_shim.h"
 
@@ -146,13 +146,13 @@ EXPORT int probe_instruction(int kind, const uint32_t* a, const uint32_t* b, uin
   void (*const kernels[])(Instruction) = {
       mma_kernel<fp16>,     mma_kernel<bf16>,     load_matrices_kernel<false>, load_matrices_kernel<true>,
       convert_kernel<fp16>, convert_kernel<bf16>, exchange_kernel};
-  Queue queue(0, nullptr);
-  queue.launch(kernels[kind], 1, 1, 1, 32, 512, Instruction{a, b, out});
-  return queue.status();
+  Launcher launcher(0, nullptr);
+  launcher.launch(kernels[kind], 1, 1, 1, 32, 512, Instruction{a, b, out});
+  return launcher.status();
 }
 
 EXPORT int probe_mistake(int kind, const float* in, float* out) {
-  Queue queue(0, nullptr);
-  queue.launch(mistake_kernel, kind / 2 == 11 ? 2 : 1, 1, 1, 64, 1024, Mistake{kind, in, out});
-  return queue.status();
+  Launcher launcher(0, nullptr);
+  launcher.launch(mistake_kernel, kind / 2 == 11 ? 2 : 1, 1, 1, 64, 1024, Mistake{kind, in, out});
+  return launcher.status();
 }

@@ -58,25 +58,25 @@ def read(path: Path, under: Mapping[str, str]) -> dict[str, Family]:
 _HEAD = """\
 # Causal model families
 
-What a prefix or a prompt does in each causal family of `transformers`, and on text in some families that read images,
-made tiny with random weights: the patched model beside the stock one. Written by
-`python -m tests.huggingface.families`, in whose package stands what is compared: loss, logits and gradients without
-padding and with padding on the right and on the left, greedy tokens, and a step after `unpatch`.
+This page compares the patched model with the stock model for every causal family of `transformers`, and for some
+families that read images, on text. The models are tiny and have random weights. Compared are loss, logits and
+gradients without padding and with padding on either side, greedy tokens, and a step after `unpatch`.
+`python -m tests.huggingface.families` generates the page.
 
 {versions}
 
 - **equal**: to stock within rounding; the number is the largest relative difference. "padding-free": training steps
-  leave padding out. "prompt once": the prompt runs once a batch.
+  leave padding out. "prompt once": the prompt runs once per batch.
 - **PEFT's way**: equal, but the prompt runs before every sample, as PEFT has it.
 - **PEFT cannot**, **stock cannot**: no stock training step runs, or its prefix changes nothing.
 - **refused**: `patch` or the module raises a ValueError, and nothing changes.
 - **DIFFERENT**, **RAISES**: faults.
 
-Prefix and prompt are PEFT's PREFIX_TUNING and PROMPT_TUNING; `PrefixKV` and `SoftPrompt` are put into the plain
-model. Numbers in brackets are those of the messages below; of messages that differ in names alone, one is shown.
+"prefix" and "prompt" are PREFIX_TUNING and PROMPT_TUNING of PEFT. `PrefixKV` and `SoftPrompt` are patched into the
+plain model. Numbers in brackets refer to the messages below. Messages that differ only in names are listed once.
 
-Stock PEFT is helped in one point: it looks for a cache under one name, and loses the prefix in generation with models
-that use another, which patched models do not.
+One flaw of stock PEFT is corrected for the comparison: it looks for the cache under one name, and loses the prefix in
+generation with models that use another.
 """
 
 

@@ -56,7 +56,7 @@ class Cell:
         """In a few words, how batches run."""
         if runs_peft(self.how):
             return "concatenated (PEFT's way)"
-        if "once a batch" in self.how:
+        if "once per batch" in self.how:
             return "padding-free, prompt once"
         return "padding-free" if "without their padding" in self.how else "with padding" if self.how else ""
 

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about a ``PeftModel``, and replacements for its methods."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model_info import rename_cache
+from .calls import running
+from .wiring import Wiring
+
+__all__ = [
+    "GenerationInputs",
+    "PeftCalls",
+    "PeftMethod",
+    "has_prompt",
+    "is_disabled",
+    "is_peft_model",
+]
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``peft.PeftModel``. Does not import peft."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def has_prompt(model: Any) -> bool:
+    """Whether a ``PeftModel`` has a prompt or prefix adapter."""
+    return any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def is_disabled(model: Any) -> bool:
+    """Whether a ``PeftModel`` is in ``disable_adapter()``, which replaces its forward by the base model's."""
+    return getattr(model.forward, "__self__", model) is not model
+
+
+class PeftMethod:
+    """Replaces a method of a ``PeftModel`` instance.
+
+    ``disable_adapter()`` saves the method when it starts and restores it when it ends. If the model is unpatched in
+    between, it restores this object, which then calls PEFT's method.
+
+    Args:
+        model: a ``PeftModel``.
+        name: of the method.
+        function: called with PEFT's method, followed by the arguments.
+    """
+
+    def __init__(self, model: Any, name: str, function: Callable[..., Any]) -> None:
+        self.model = model
+        self.name = name
+        self.function = function
+        self.previous = model.__dict__.get(name)
+        self.installed = False
+
+    def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the function, or PEFT's method after the patch has been undone."""
+        model = running.module(self.model, self.model)
+        method = partial(getattr(type(model), self.name), model) if self.previous is None else self.previous
+        if task_ids is not None:
+            kwargs["task_ids"] = task_ids
+        if not self.installed or is_disabled(self.model):
+            return method(*args, **kwargs)
+        return self.function(method, *args, **kwargs)
+
+    def install(self, wiring: Wiring) -> None:
+        """Replace the method, if the model's class has it."""
+        if hasattr(type(self.model), self.name):
+            wiring.set_attribute(self.model, self.name, self)
+            self.installed = True
+            wiring.on_undo(self.retire)
+
+    def retire(self) -> None:
+        """Call PEFT's method from now on."""
+        self.installed = False
+
+
+class PeftCalls:
+    """Hooks that record which module runs, possibly a replica, for :class:`PeftMethod`.
+
+    Args:
+        model: a ``PeftModel``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def install(self, wiring: Wiring) -> None:
+        """Add the hooks."""
+        wiring.add_hooks(
+            self.model.register_forward_pre_hook(self.before),
+            self.model.register_forward_hook(self.after, always_call=True),
+        )
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Hook: a call starts."""
+        running.enter(self.model, module)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook: a call has returned or raised."""
+        if not torch.compiler.is_compiling():
+            running.leave(self.model)
+
+
+class GenerationInputs:
+    """The base model's ``prepare_inputs_for_generation``, with the cache under the name that PEFT reads.
+
+    PEFT only reads ``past_key_values``. If a model names its cache ``cache``, PEFT takes every step of ``generate``
+    for the first one, and passes a second cache or the prompt again.
+
+    Args:
+        model: a ``PeftModel``, of any task.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prepare = model.__dict__.get("base_model_prepare_inputs_for_generation")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs of the next step."""
+        assert self.prepare is not None
+        inputs = self.prepare(*args, **kwargs)
+        rename_cache(inputs, "past_key_values")
+        return inputs
+
+    def install(self, wiring: Wiring) -> None:
+        """Change the model, if its task supports ``generate``."""
+        if self.prepare is not None:
+            wiring.set_attribute(self.model, "base_model_prepare_inputs_for_generation", self)
+            wiring.on_undo(self.leave)
+
+    def leave(self) -> None:
+        """Remove this object from the base model, where PEFT's ``generate`` leaves it."""
+        left = self.model.base_model.__dict__
+        if left.get("prepare_inputs_for_generation") is self:
+            left["prepare_inputs_for_generation"] = self.prepare

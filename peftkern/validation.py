@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation of the public operations' arguments: what a backend receives is complete and consistent.
+
+The checks read shapes, dtypes and devices only. :func:`check_attention` therefore takes tensors or the
+:class:`~peftkern.arguments.TensorInfo` of each, and its result may be cached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import AttentionArgs, lse_dtype
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: Device types that support autocast; others raise when asked whether it is enabled. A constant, so that
+#: torch.compile can trace it.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
+
+
+def argument_error(argument: str, expected: str, got: object) -> ValueError:
+    """The error of all checks: ``argument: expected ..., got ...``."""
+    return ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def validate_attention(inputs: AttentionArgs, dropout_seed: Any) -> AttentionArgs:
+    """Arguments of :func:`peftkern.prefix_attention` as backends receive them; all steps of this module.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_tensors(inputs)
+    inputs = autocast_attention(inputs)
+    check_attention(inputs)
+    return normalize_attention(inputs, dropout_seed)
+
+
+def check_tensors(args: AttentionArgs) -> None:
+    """Raise ValueError if an argument that must be a tensor is none. All other checks rely on this one."""
+    for name, x in zip(("q", "k", "v", "prefix_k", "prefix_v"), args, strict=False):
+        if not isinstance(x, Tensor):
+            raise argument_error(name, "a tensor", type(x).__name__)
+    for name in _OPTIONAL_TENSORS:
+        x = getattr(args, name)
+        if x is not None and not isinstance(x, Tensor):
+            raise argument_error(name, "a tensor or None", type(x).__name__)
+
+
+_OPTIONAL_TENSORS = ("sinks", "bias", "prefix_bias", "gate", "key_mask", "cu_seqlens", "prefix_ids", "prefix_lens")
+
+
+def autocast_attention(inputs: AttentionArgs) -> AttentionArgs:
+    """``inputs`` with q, k and v in the autocast dtype, if autocast is enabled. fp64 stays, as in torch's matmul."""
+    q = inputs.q
+    device = q.device.type
+    if device in _AUTOCAST and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in inputs[:3])
+        inputs = inputs._replace(q=q, k=k, v=v)
+    return inputs
+
+
+def check_attention(args: AttentionArgs) -> None:
+    """Raise ValueError if the arguments are inconsistent; see :func:`peftkern.prefix_attention` for what they are."""
+    _check_sequence(args)
+    _check_prefix(args)
+    _check_indices(args)
+    _check_numbers(args)
+    _check_biases(args)
+    for name in ("k", "v", "prefix_k", "prefix_v", *_OPTIONAL_TENSORS):
+        _check_device(name, getattr(args, name), "q", args.q.device)
+
+
+def _check_sequence(args: AttentionArgs) -> None:
+    for name, x in zip(("q", "k", "v", "prefix_k", "prefix_v"), args[:5], strict=True):
+        if x.dtype not in FLOATS:
+            raise argument_error(name, "fp32, fp16, bf16 or fp64", x.dtype)
+    _check_shape("q", args.q, "B", "Hq", "S", "D")
+    batch, num_heads, q_len, head_dim = args.q.shape
+    if head_dim == 0:
+        raise argument_error("q", "D >= 1", list(args.q.shape))
+    _check_shape("k", args.k, batch, "Hkv", "T", head_dim)
+    num_kv_heads, kv_len = args.k.shape[1], args.k.shape[2]
+    _check_shape("v", args.v, batch, num_kv_heads, kv_len, head_dim)
+    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+        raise argument_error("q", f"Hq, a multiple of Hkv = {num_kv_heads}", num_heads)
+    if not isinstance(args.causal, bool):
+        raise argument_error("causal", "True or False", repr(args.causal))
+    if args.causal and kv_len < q_len:
+        raise argument_error("k", f"T >= S = {q_len} if causal", kv_len)
+    _check_dtype("k", args.k, args.q.dtype)
+    _check_dtype("v", args.v, args.q.dtype)
+
+
+def _check_prefix(args: AttentionArgs) -> None:
+    prefix_k, num_kv_heads, head_dim = args.prefix_k, args.k.shape[1], args.q.shape[3]
+    if len(prefix_k.shape) == 4:
+        _check_shape("prefix_k", prefix_k, "A", num_kv_heads, "P", head_dim)
+        if args.prefix_ids is None:
+            raise argument_error("prefix_ids", "the prefix of each sequence, since prefix_k is a bank", None)
+    else:
+        _check_shape("prefix_k", prefix_k, num_kv_heads, "P", head_dim)
+        for name in ("prefix_ids", "prefix_lens"):
+            if getattr(args, name) is not None:
+                raise argument_error(name, "None, since prefix_k [Hkv, P, D] is a single prefix", "a tensor")
+    _check_shape("prefix_v", args.prefix_v, *prefix_k.shape)
+    _check_dtype("prefix_k", prefix_k, args.q.dtype, torch.float32)
+    _check_dtype("prefix_v", args.prefix_v, prefix_k.dtype)
+
+
+def _check_indices(args: AttentionArgs) -> None:
+    batch, _, q_len, _ = args.q.shape
+    kv_len = args.k.shape[2]
+    sequences: int | str = batch
+    if args.cu_seqlens is not None:
+        if batch != 1 or q_len != kv_len:
+            got = f"q {list(args.q.shape)}, k {list(args.k.shape)}"
+            raise argument_error("cu_seqlens", "packed q and k with B = 1 and S = T", got)
+        _check_index_tensor("cu_seqlens", args.cu_seqlens, "n + 1")
+        if args.cu_seqlens.shape[0] == 0:
+            raise argument_error("cu_seqlens", "at least the offset 0", "an empty tensor")
+        sequences = args.cu_seqlens.shape[0] - 1
+    if args.prefix_ids is not None:
+        _check_index_tensor("prefix_ids", args.prefix_ids, sequences)
+    if args.prefix_lens is not None:
+        _check_index_tensor("prefix_lens", args.prefix_lens, args.prefix_k.shape[0])
+    if args.key_mask is not None:
+        if args.key_mask.dtype != torch.bool:
+            raise argument_error("key_mask", "bool, true for visible keys", args.key_mask.dtype)
+        _check_shape("key_mask", args.key_mask, batch, kv_len)
+
+
+def _check_numbers(args: AttentionArgs) -> None:
+    if args.window is not None and (not isinstance(args.window, int | torch.SymInt) or args.window < 1):
+        raise argument_error("window", "None or an int of at least 1", args.window)
+    if args.softcap is not None and not 0 < args.softcap < float("inf"):
+        raise argument_error("softcap", "None or a positive number", args.softcap)
+    if not 0.0 <= args.dropout_p < 1.0:
+        raise argument_error("dropout_p", "a probability in [0, 1)", args.dropout_p)
+
+
+def _check_biases(args: AttentionArgs) -> None:
+    batch, num_heads, q_len, _ = args.q.shape
+    for name, x in (("sinks", args.sinks), ("gate", args.gate)):
+        if x is not None:
+            _check_dtype(name, x, *FLOATS)
+            _check_shape(name, x, num_heads)
+    if args.prefix_bias is not None:
+        _check_dtype("prefix_bias", args.prefix_bias, *FLOATS)
+        _check_broadcastable("prefix_bias", args.prefix_bias, num_heads, args.prefix_k.shape[-2])
+    if args.bias is not None:
+        if args.bias.dtype not in FLOATS:
+            raise argument_error("bias", "a float tensor (a bool mask over keys is key_mask)", args.bias.dtype)
+        _check_broadcastable("bias", args.bias, batch, num_heads, q_len, args.k.shape[2])
+
+
+def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs:
+    """Checked arguments as backends receive them: unit strides, biases in fp32 or q's dtype, a dropout seed.
+
+    Raises:
+        ValueError: if ``dropout_seed`` is needed and is neither None, a 64-bit int nor a 0-dim int64 tensor.
+    """
+    q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate = args[:9]
+    if sinks is not None or bias is not None or prefix_bias is not None or gate is not None:
+        fp = lse_dtype(q.dtype)
+        sinks, prefix_bias, gate = (None if x is None else x.to(fp) for x in (sinks, prefix_bias, gate))
+        bias = bias if bias is None or bias.dtype == q.dtype else bias.to(fp)
+    return AttentionArgs(
+        q if q.stride(-1) == 1 else _unit_stride(q), k if k.stride(-1) == 1 else _unit_stride(k),
+        v if v.stride(-1) == 1 else _unit_stride(v),
+        prefix_k if prefix_k.stride(-1) == 1 else _unit_stride(prefix_k),
+        prefix_v if prefix_v.stride(-1) == 1 else _unit_stride(prefix_v),
+        sinks, bias, prefix_bias, gate, *args[9:13],
+        _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
+        float(q.shape[3] ** -0.5 if args.scale is None else args.scale), args.causal, args.window,
+        args.prefix_in_window, float(args.softcap or 0.0), float(args.dropout_p),
+    )  # fmt: skip
+
+
+def _dropout_seed(seed: Any, device: torch.device) -> Tensor:
+    """The seed as a 0-dim int64 tensor, drawn from torch's generator if it is None."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise argument_error("dropout_seed", "an int or a 0-dim int64 tensor", f"{seed.dtype} {list(seed.shape)}")
+        return seed.to(device)
+    if seed is None:
+        return torch.randint(torch.iinfo(torch.int64).max, (), device=device)
+    if not -(2**63) <= seed < 2**63:
+        raise argument_error("dropout_seed", "a 64-bit int", seed)
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
+    """Raise ValueError if the arguments of :func:`peftkern.soft_prompt_embedding` are inconsistent."""
+    _check_dtype("input_ids", input_ids, torch.int32, torch.int64)
+    _check_shape("input_ids", input_ids, "B", "S")
+    _check_dtype("weight", weight, *FLOATS)
+    _check_shape("weight", weight, "V", "E")
+    _check_dtype("prompt", prompt, weight.dtype, torch.float32)
+    if prompt_ids is None:
+        _check_shape("prompt", prompt, "P", weight.shape[1])
+    else:
+        _check_shape("prompt", prompt, "A", "P", weight.shape[1])
+        _check_index_tensor("prompt_ids", prompt_ids, input_ids.shape[0])
+    for name, tensor in (("input_ids", input_ids), ("prompt", prompt), ("prompt_ids", prompt_ids)):
+        _check_device(name, tensor, "weight", weight.device)
+
+
+# Messages are formatted on failure only: formatting a size would make torch.compile treat it as a constant.
+
+
+def _check_shape(argument: str, x: Tensor, *expected: int | str) -> None:
+    """Each of ``expected`` is the size of a dimension, or a letter for any size."""
+    fits = len(x.shape) == len(expected)
+    for size, wanted in zip(x.shape, expected, strict=False):  # a generator would cost as much as a small kernel
+        fits = fits and (isinstance(wanted, str) or wanted == size)
+    if not fits:
+        raise argument_error(argument, f"shape [{', '.join(map(str, expected))}]", list(x.shape))
+
+
+def _check_broadcastable(argument: str, x: Tensor, *sizes: int) -> None:
+    fits = len(x.shape) == len(sizes) and all(n in (1, size) for n, size in zip(x.shape, sizes, strict=True))
+    if not fits:
+        raise argument_error(argument, f"{len(sizes)} dims broadcastable to {list(sizes)}", list(x.shape))
+
+
+def _check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
+    if x.dtype not in expected:
+        raise argument_error(argument, " or ".join(str(d) for d in dict.fromkeys(expected)), x.dtype)
+
+
+def _check_index_tensor(argument: str, x: Tensor, size: int | str) -> None:
+    _check_dtype(argument, x, torch.int32, torch.int64)
+    _check_shape(argument, x, size)
+
+
+def _check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:
+    if x is not None and x.device != device:
+        raise argument_error(argument, f"{owner}'s device {device}", x.device)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 else x.contiguous()

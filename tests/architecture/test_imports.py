@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports inside the package run downward, without a circle; those under TYPE_CHECKING and in functions count too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "peftkern"
+
+#: The rooms, and into which others each may look. A room is the longest of these prefixes of a module's name.
+ALLOWED = {
+    "arguments": set(),
+    "reference": set(),
+    "model_info": set(),
+    "processor": set(),
+    "validation": {"arguments"},
+    "native": {"arguments"},
+    "backends.cost": {"arguments"},
+    "backends.reference": {"arguments", "backends", "backends.cost", "reference"},
+    "backends": {"arguments", "native", "backends.cost", "processor"},
+    "backends.registry": {"arguments", "backends", "backends.cost", "backends.reference"},
+    "ops": {"arguments", "backends.registry"},
+    "functional": {"arguments", "validation", "backends.registry", "ops"},
+    "modules": {"functional", "model_info"},
+    "checkpoint": {"modules", "model_info"},
+    "huggingface": {"functional", "modules", "model_info"},
+    "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
+    "testing": {"arguments", "reference", "backends", "functional"},
+    "tools": {
+        "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
+        "checkpoint", "huggingface", "model_info", "processor", "explanation", "testing", "",
+    },
+}  # fmt: skip
+#: Faces that import the rooms behind them: the package itself, and `python -m peftkern`.
+FACES = {"": set(ALLOWED), "__main__": {"tools"}, "backends.__init__": {"arguments", "backends", "backends.registry"}}
+
+
+class Import(NamedTuple):
+    """``module`` imports ``target`` in this line; names are relative to the package."""
+
+    module: str
+    target: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.module} -> {self.target} (line {self.line})"
+
+
+def _modules() -> dict[str, Path]:
+    """Module names relative to the package ("backends.cost.model"; packages without "__init__") and their files."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = _modules()
+
+
+def _imports(module: str) -> list[Import]:
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" and module else module.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join(["peftkern", *above, *([node.module] if node.module else [])])
+            targets = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, name in targets:
+            if base.split(".")[0] != "peftkern":
+                continue
+            inner = base.removeprefix("peftkern").removeprefix(".")
+            as_module = ".".join(filter(None, (inner, name)))
+            target = as_module if name and as_module in MODULES else inner
+            if target in MODULES and target != module:
+                found.append(Import(module, target, node.lineno))
+    return found
+
+
+IMPORTS = [found for module in MODULES for found in _imports(module)]
+
+
+def _room(module: str) -> str:
+    return max((room for room in ALLOWED if f"{module}.".startswith(f"{room}.")), key=len, default=module)
+
+
+def test_the_imports_are_found():
+    """The check below would pass on an empty list."""
+    edges = {(found.module, found.target) for found in IMPORTS}
+    assert ("functional", "ops") in edges
+    assert ("backends.merge", "backends.composite") in edges
+    assert len(edges) > 150
+
+
+def test_every_module_has_a_room():
+    strangers = [module for module in MODULES if _room(module) not in ALLOWED and module not in FACES]
+    assert not strangers, f"give these a room in {Path(__file__).name}: {strangers}"
+
+
+def test_no_import_runs_upward():
+    def is_allowed(found: Import) -> bool:
+        source, target = _room(found.module), _room(found.target)
+        allowed = FACES.get(found.module, FACES.get(f"{found.module}.__init__", ALLOWED.get(source, set())))
+        return target == source or target in allowed
+
+    upward = [str(found) for found in IMPORTS if not is_allowed(found)]
+    assert not upward, "imports that the architecture does not allow:\n" + "\n".join(upward)
+
+
+def test_there_is_no_circle():
+    circles = _circles({module: {f.target for f in IMPORTS if f.module == module} for module in MODULES})
+    assert not circles, "modules that import each other:\n" + "\n".join(" <-> ".join(circle) for circle in circles)
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one module (Tarjan's algorithm)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in graph[module]:
+            if target not in index:
+                visit(target)
+            if target in stack:
+                low[module] = min(low[module], low[target])
+        if low[module] == index[module]:
+            component = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("graph", "circles"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, [["b", "c"]]),
+        ({"a": {"c"}, "b": {"a"}, "c": {"b"}, "d": {"a"}}, [["a", "b", "c"]]),
+    ],
+)
+def test_circles_are_found(graph, circles):
+    assert _circles(graph) == circles
