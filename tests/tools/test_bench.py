@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from peftkern import reference
 from peftkern.arguments import Call
 from peftkern.tools import cli
 from peftkern.tools.bench import attention, measuring, rows, session
@@ -194,8 +195,15 @@ def test_a_failing_provider_does_not_cost_the_others_their_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pairs_are_what_the_reference_shows(shape):
-    assert shape.pairs == visible_keys(shape, torch.device("cpu")).sum().item()
+def test_masks_and_pairs_are_those_of_the_reference(shape):
+    sizes = (1, shape.S, shape.T, 1, shape.P)
+    sequence, prefix = reference.visibility(
+        sizes, torch.device("cpu"), True, None, None, None, None, shape.window, True
+    )
+    parts = (prefix[:, :, :, 0].expand(1, 1, shape.S, shape.P), sequence.expand(1, 1, shape.S, shape.T))
+    visible = visible_keys(shape, torch.device("cpu"))
+    assert torch.equal(visible, torch.cat(parts, -1)[0, 0])
+    assert shape.pairs == visible.sum().item()
 
 
 def test_flops_and_bytes():

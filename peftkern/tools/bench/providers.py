@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import peftkern
 from peftkern import backends
 from peftkern.backends import torch_attention
-from peftkern.reference import visibility
 
 from .shapes import DIRECTIONS, Shape
 
@@ -154,11 +153,11 @@ def joined(sequence: Tensor, prefix: Tensor, repeat: int = 1) -> Tensor:
 
 
 def visible_keys(shape: Shape, device: torch.device) -> Tensor:
-    """The keys that each query sees, [S, P + T] bool."""
-    sizes = (1, shape.S, shape.T, 1, shape.P)
-    sequence, prefix = visibility(sizes, device, True, None, None, None, None, shape.window, True)
-    parts = (prefix[:, :, :, 0].expand(1, 1, shape.S, shape.P), sequence.expand(1, 1, shape.S, shape.T))
-    return torch.cat(parts, -1)[0, 0]
+    """The keys that each query sees, [S, P + T] bool: causal behind prefix and cache, within the window."""
+    positions = shape.P + shape.cached + torch.arange(shape.S, device=device)
+    distances = positions[:, None] - torch.arange(shape.P + shape.T, device=device)
+    visible = distances >= 0
+    return visible if shape.window is None else visible & (distances < shape.window)
 
 
 def _peft_sdpa(problem: Problem, kernel: SDPBackend | None = None) -> Attention | str:
