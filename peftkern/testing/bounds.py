@@ -23,7 +23,9 @@ times the errors of a library that sums in blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ from .rounding import DEFAULT, Rounds
 
 DIFFERENTIABLE = tuple(name.removeprefix("d") for name in AttentionGradients._fields)
 ELEMENT, MEAN = 8.0, 1.5
+#: A function of the arguments of :func:`peftkern.prefix_attention` that returns out and lse.
+Attention = Callable[..., tuple[Tensor, Tensor]]
 #: What the backends promise beyond the default. Those that compute the softmax again round neither it nor the prefix.
 ROUNDS = {
     "reference": Rounds(softmax=False, prefix_terms=False),
@@ -44,7 +48,9 @@ ROUNDS = {
 }
 
 
-def eager_attention(q, k, v, prefix_k, prefix_v, **options) -> tuple[Tensor, Tensor]:
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
     """As a model's eager attention computes it: all products in q's dtype, softmax in fp32, weights rounded.
 
     The prefix is expanded over the batch and concatenated, as PEFT does, but what is summed in backward (the prefix,
@@ -113,7 +119,13 @@ class Results:
     gradients: dict[str, Tensor]
 
 
-def run(attention, tensors: dict[str, Tensor], options: dict, dout: Tensor | None, dlse: Tensor | None) -> Results:
+def run(
+    attention: Attention,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> Results:
     """Forward, and backward unless ``dout`` is None, on fresh leaves. Floats among ``options`` are leaves too."""
     given = {**tensors, **{name: x for name, x in options.items() if name in DIFFERENTIABLE and x is not None}}
     leaves = {name: x.detach().requires_grad_(dout is not None) for name, x in given.items()}
@@ -128,11 +140,11 @@ def run(attention, tensors: dict[str, Tensor], options: dict, dout: Tensor | Non
     return Results(out.detach(), lse.detach(), dict(zip(leaves, values, strict=True)))
 
 
-def _double(options: dict) -> dict:
+def _double(options: dict[str, Any]) -> dict[str, Any]:
     return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
 
 
-def exact_attention(**inputs) -> tuple[Tensor, Tensor]:
+def exact_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
     """The reference, whose seed of dropout is a tensor."""
     seed = inputs.pop("dropout_seed", None)
     return reference.prefix_attention(**inputs, dropout_seed=None if seed is None else torch.as_tensor(seed))
@@ -188,8 +200,8 @@ def _assert_within(result: Ratio) -> None:
 
 
 def ratios(
-    attention, tensors: dict[str, Tensor], options: dict, *, backward: bool = True, dlse: bool = False,
-    rounds: Rounds = DEFAULT,
+    attention: Attention, tensors: dict[str, Tensor], options: dict[str, Any], *, backward: bool = True,
+    dlse: bool = False, rounds: Rounds = DEFAULT,
 ) -> tuple[Results, dict[str, Ratio]]:  # fmt: skip
     """Run ``attention`` forward and backward: its results, and the errors of "out", "lse", "dq", … in them."""
     q = tensors["q"]
@@ -213,8 +225,8 @@ def ratios(
 
 
 def check_backend(
-    backend: str, tensors: dict[str, Tensor], options: dict, *, backward: bool = True, dlse: bool = False,
-    device: str = "cpu", **kwargs,
+    backend: str, tensors: dict[str, Tensor], options: dict[str, Any], *, backward: bool = True, dlse: bool = False,
+    device: str = "cpu", **kwargs: Any,
 ) -> Results:  # fmt: skip
     """Run ``backend`` on ``tensors`` (q, k, v, prefix_k, prefix_v) and ``options``; assert the bound on every output.
 
@@ -222,7 +234,7 @@ def check_backend(
     go to :func:`peftkern.prefix_attention`.
     """
 
-    def kernel(**inputs):
+    def kernel(**inputs: Any) -> Any:
         if device == "cpu":
             return functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
         inputs = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call; ``T`` None means T = S, ``A`` None a shared prefix."""
+    """Sizes of one call. ``T`` None means T = S; ``A`` is the size of a bank of prefixes, None for a single prefix."""
 
     B: int = 2
     Hq: int = 4
@@ -24,14 +26,14 @@ class Shape:
 
     @property
     def kv_len(self) -> int:
-        """T, S where it is not given."""
+        """Number of sequence keys, T."""
         return self.S if self.T is None else self.T
 
     def __str__(self) -> str:
         return "-".join(f"{name}{n}" for name, n in vars(self).items() if n is not None)
 
 
-#: No vector, tile or group is filled by all of these: few and many rows, tokens, heads and columns, each with a rest.
+#: Shapes that leave vectors, tiles and groups of heads partly filled: few and many rows, tokens, heads and columns.
 ODD = [
     Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1), Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
     Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64), Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
@@ -46,8 +48,10 @@ ODD = [
 EMPTY = [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0), Shape(S=3, T=0)]
 
 
-def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0):
-    """q, k, v, prefix_k, prefix_v by name, cut out of larger tensors: no two have the same strides."""
+def tensors(
+    shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Random q, k, v, prefix_k and prefix_v by name. They are slices of larger tensors, each with its own strides."""
     generator = torch.Generator().manual_seed(seed)
 
     def cut(*sizes: int, dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
@@ -60,7 +64,8 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torc
 
     prefix_dtype = prefix_dtype or dtype
     kv = (shape.B, shape.Hkv, shape.kv_len, shape.D)
-    prefix, order = (shape.Hkv, shape.P, shape.D), (1, 0, 2)
+    prefix: tuple[int, ...] = (shape.Hkv, shape.P, shape.D)
+    order: tuple[int, ...] = (1, 0, 2)
     if shape.A is not None:
         prefix, order = (shape.A, *prefix), (0, 2, 1, 3)
     return {
@@ -73,7 +78,7 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torc
 
 
 def _key_mask(s: Shape, g: torch.Generator) -> Tensor:
-    """Left padding in the first sample, right padding in the last, a hole in between."""
+    """Left padding in the first sample, right padding in the last, a hidden key in the middle one."""
     mask = torch.ones(s.B, s.kv_len, dtype=torch.bool)
     if s.B and s.kv_len > 2:
         mask[0, : s.kv_len // 3] = False
@@ -94,8 +99,8 @@ def _ids(s: Shape, g: torch.Generator) -> Tensor:
     return ids
 
 
-# name of the feature -> (needs: changes of the shape, options from (shape, generator))
-FEATURES = {
+#: Features by name: the changes of the shape that it needs, and a function of (shape, generator) that makes options.
+FEATURES: dict[str, tuple[dict[str, int], Callable[[Shape, torch.Generator], dict[str, Any]]]] = {
     "plain": ({}, lambda s, g: {}),
     "non_causal": ({}, lambda s, g: {"causal": False}),
     "scale": ({}, lambda s, g: {"scale": 0.37}),
@@ -123,18 +128,18 @@ FEATURES = {
 }  # fmt: skip
 
 
-def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict]:
-    """The shape and the options under which ``name`` is on."""
+def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict[str, Any]]:
+    """The shape and the options that turn on the feature ``name``."""
     changes, options = FEATURES[name]
     shape = Shape(**{**vars(shape), **changes})
     return shape, options(shape, torch.Generator().manual_seed(seed))
 
 
-def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict]:
-    """A random shape with a random set of features that go together."""
+def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict[str, Any]]:
+    """A random shape and a random set of compatible features."""
     g = torch.Generator().manual_seed(seed)
 
-    def pick(*choices):
+    def pick(*choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), (), generator=g))]
 
     sequences = pick("batch", "packed", "kv_cache")
@@ -144,7 +149,7 @@ def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict]:
         B=1 if sequences == "packed" else pick(1, 2, 3), Hq=Hkv * group, Hkv=Hkv, S=S, P=pick(0, 1, 5, 7),
         D=pick(4, 8, 20), T=S + pick(1, 6) if sequences == "kv_cache" else None, A=pick(None, None, 2, 3),
     )  # fmt: skip
-    options = {"causal": pick(True, True, False)}
+    options: dict[str, Any] = {"causal": pick(True, True, False)}
     names = ("scale", "window", "window_after_prefix", "softcap", "sinks", "bias", "bias_row", "prefix_bias", "gate",
              "dropout", "key_mask")  # fmt: skip
     for name in names:

@@ -20,6 +20,8 @@ the result; and so on. This is what a backend may do, and what it may not:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ from .rounding import (
 
 
 def deviations(
-    tensors: dict[str, Tensor], options: dict, dout: Tensor | None = None, dlse: Tensor | None = None,
+    tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None = None, dlse: Tensor | None = None,
     rounds: Rounds = DEFAULT,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Standard deviations of "out", "lse" and, if ``dout`` is given, of "dq", "dprefix_k", …, in their shapes.
@@ -57,7 +59,8 @@ def deviations(
     bank, num_kv_heads, prefix_len, _ = exact["prefix_k"].shape
     joint, gate = bank * prefix_len, options.get("gate")
     if gate is None:
-        parts, gains, of_gate = [Softmax(x, dtype, rounds)], [1.0], 0.0
+        parts, of_gate = [Softmax(x, dtype, rounds)], 0.0
+        gains: list[Tensor | float] = [1.0]
         of_prefix = (parts[0].p * x.keep)[..., :joint] @ x.v[:, :, :joint]
     else:
         parts = [Softmax(x.of(columns), dtype, rounds) for columns in (slice(0, joint), slice(joint, None))]
@@ -76,11 +79,11 @@ def deviations(
     result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if of_vendor else lse}
     if dout is not None:
         dout = dout.double()
-        dlse = 0.0 if dlse is None else dlse.double()[..., None]
+        of_lse = 0.0 if dlse is None else dlse.double()[..., None]
         if gate is not None:
             own = parts[0]
             own.backward(dout, 0.0, gains[0], own.rounding + stored(own.out, dtype), own.fp32_rounding)
-        parts[-1].backward(dout, dlse, 1.0, rounding, fp32_rounding)
+        parts[-1].backward(dout, of_lse, 1.0, rounding, fp32_rounding)
         backward = _Backward(x, parts, exact["q"], dout, options, dtype, rounds, (bank, num_kv_heads, prefix_len))
         result |= backward.variances({name: x.dtype for name, x in tensors.items()})
         if tensors["prefix_k"].dim() == 3:
@@ -95,7 +98,7 @@ class _Backward:
     """
 
     def __init__(
-        self, x: Scores, parts: list[Softmax], q: Tensor, dout: Tensor, options: dict, dtype: torch.dtype,
+        self, x: Scores, parts: list[Softmax], q: Tensor, dout: Tensor, options: dict[str, Any], dtype: torch.dtype,
         rounds: Rounds, sizes: tuple[int, int, int],
     ):  # fmt: skip
         self.x, self.parts, self.q, self.dout, self.options = x, parts, q, dout, options
@@ -103,7 +106,7 @@ class _Backward:
         self.bank, self.num_kv_heads, self.prefix_len = sizes
         self.joint = self.bank * self.prefix_len
         self.columns = [slice(None)] if len(parts) == 1 else [slice(0, self.joint), slice(self.joint, None)]
-        self.scale = q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+        self.scale: float = q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
         # relative; a scale may be subnormal
         self.of_scale = float(rounded(torch.tensor(self.scale, dtype=torch.float64)) / (self.scale**2 or 1.0))
         self.own, self.gp, self.ds, self.ds_variance, self.common, self.delta_variance = (
@@ -172,7 +175,9 @@ class _Backward:
             f"dprefix_{name}": prefix.unflatten(1, (self.bank, self.prefix_len)).transpose(0, 1),
         }
 
-    def _over_rows(self, columns: slice, factors: Tensor, variance: Tensor, rows: Tensor, over_batch: bool = False):
+    def _over_rows(
+        self, columns: slice, factors: Tensor, variance: Tensor, rows: Tensor, over_batch: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(variance of an fp32 sum over rows, that of rounding each sample's and head's sum, the sum), by key.
 
         [B, Hkv, N, D], or [Hkv, N, D] ``over_batch``.

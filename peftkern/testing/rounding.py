@@ -17,6 +17,7 @@ last; sums in blocks, in pairs, or by fused multiply-add have less. So no librar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Scores:
         return Scores(k[:, :, columns], v[:, :, columns], *(x[..., columns] for x in others))
 
 
-def scores_of(tensors: dict[str, Tensor], options: dict, bias_dtype: torch.dtype) -> Scores:
+def scores_of(tensors: dict[str, Tensor], options: dict[str, Any], bias_dtype: torch.dtype) -> Scores:
     """The chain of scale * q.k, softcap and bias; ``tensors`` and ``options`` in fp64, the prefix a bank."""
     q, k, v, prefix_k, prefix_v = tensors.values()
     batch, num_heads, _, head_dim = q.shape
@@ -125,7 +126,7 @@ def scores_of(tensors: dict[str, Tensor], options: dict, bias_dtype: torch.dtype
     return Scores(k, v, scores, variance, slope, slope_variance, visible, keep)
 
 
-def _visible_keep_added(tensors: dict[str, Tensor], options: dict) -> tuple[Tensor, Tensor, Tensor]:
+def _visible_keep_added(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Which keys a row sees, the factors of dropout, and biases and sinks: [B, Hq, S, N] each, the latter finite."""
     (batch, num_heads, q_len, _), kv_len = tensors["q"].shape, tensors["k"].shape[2]
     bank, _, prefix_len, _ = tensors["prefix_k"].shape
