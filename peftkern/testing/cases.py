@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call. ``T`` None means T = S; ``A`` is the size of a bank of prefixes, None for a single prefix."""
+    """Sizes of one call. ``T`` None means T = S; ``A`` is the size of a bank, None for a single prefix."""
 
     B: int = 2
     Hq: int = 4
