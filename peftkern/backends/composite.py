@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call
-from . import prefix_kernels, torch_attention, triton
+from . import prefix_kernels, torch_attention
 from .base import Backend, Plan, PrefixKernels, Refusal
 from .cost.model import (
     Machine,
@@ -23,6 +23,7 @@ from .cost.model import (
     softmax_sums_pass,
 )
 from .torch_attention import TorchKernel
+from .triton import TritonBackend
 
 #: Features that no attention kernel of torch has, and what they are called in messages.
 _UNSUPPORTED = {"softcap": "softcap", "dropout": "peftkern's reproducible dropout"}
@@ -86,7 +87,7 @@ class CompositeBackend(Backend):
 
     def unsupported(self, call: Call) -> list[str]:
         """What the prefix kernels (those of Triton support the most) and all of torch's kernels lack."""
-        reasons = triton.limits(call)
+        reasons = TritonBackend().limits(call)
         if call.op == "prefix_attention":
             reasons += [
                 f"torch has no attention kernel with {title}: use backend='triton'"

@@ -30,8 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern import functional
-from peftkern.backends import triton as fused
-from peftkern.backends.triton import tiles
+from peftkern.backends.triton import backend, launch, tiles
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
@@ -93,9 +92,9 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(fused, "architecture", return_value=arch),
-        mock.patch.object(fused, "_processors", return_value=128),
-        mock.patch.object(fused, "_lacks", return_value=[]),
+        mock.patch.object(launch, "architecture", return_value=arch),
+        mock.patch.object(launch, "processors", return_value=128),
+        mock.patch.object(backend, "lacks", return_value=[]),
     ):
         yield launches
 

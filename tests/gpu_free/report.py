@@ -96,7 +96,7 @@ def _count_bytes_here(arch: str, head_dim: int) -> dict[str, int]:
     import torch
 
     from peftkern import functional
-    from peftkern.backends import triton as backend
+    from peftkern.backends.triton import launch
 
     from .aot import kernel_name
     from .guard import guard
@@ -109,8 +109,8 @@ def _count_bytes_here(arch: str, head_dim: int) -> dict[str, int]:
 
     table = tiles.tile
     with (
-        mock.patch.object(backend, "tile", lambda _, direction, *key: table(arch, direction, *key)),
-        mock.patch.object(backend, "_processors", return_value=128),
+        mock.patch.object(launch, "tile", lambda _, direction, *key: table(arch, direction, *key)),
+        mock.patch.object(launch, "processors", return_value=128),
         guard() as watch,
     ):
         call(TRAINING, True).sum().backward()
@@ -125,7 +125,7 @@ def rows_of(arch: str, head_dim: int, dtype: str, kernels: list[str] | None, til
 
     import torch
 
-    from peftkern.backends import triton as backend
+    from peftkern.backends.triton import launch
 
     from .aot import ASYNC_COPIES, MATRIX_UNITS, compile_launch, kernel_name, table_launches
 
@@ -134,14 +134,14 @@ def rows_of(arch: str, head_dim: int, dtype: str, kernels: list[str] | None, til
         advance(f"{arch} D {head_dim}: bytes")
         counted = count_bytes(arch, head_dim)
     table = tiles.tile
-    with mock.patch.object(backend, "tile", lambda *key: tiles.Tile(*tile) if tile else table(*key)):
+    with mock.patch.object(launch, "tile", lambda *key: tiles.Tile(*tile) if tile else table(*key)):
         launches = table_launches(arch, head_dim, getattr(torch, dtype))
-    for launch in launches:
-        name = kernel_name(launch[0])
+    for recorded in launches:
+        name = kernel_name(recorded[0])
         if kernels and name not in kernels:
             continue
         advance(f"{arch} D {head_dim}: {name}")
-        c = compile_launch(arch, launch)
+        c = compile_launch(arch, recorded)
         per = c.instructions.total() / c.tensor_cores if c.tensor_cores else None
         minimum = minimum_bytes(name, head_dim)
         yield {

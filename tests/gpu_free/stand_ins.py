@@ -195,29 +195,15 @@ OPS = SimpleNamespace(
     ),
 )
 
-_TABLE = {row.name: row for row in torch_attention.VENDORS}
-_LN2 = math.log(2.0)
-
-
-def _base_2_forward(problem: torch_attention.Problem) -> tuple[Tensor, Tensor]:
-    out, lse = _TABLE["cpu flash"].forward(problem)
-    return out, lse / _LN2
-
-
-def _base_2_backward(dout: Tensor, out: Tensor, lse: Tensor, problem: torch_attention.Problem):
-    return _TABLE["cpu flash"].backward(dout, out, lse * _LN2, problem)
-
+_TABLE = {row.name: row for row in torch_attention.KERNELS}
 
 ROWS = {
     **{name: dataclasses.replace(row, device="cpu", usable=True) for name, row in _TABLE.items()},
-    "base 2": dataclasses.replace(
-        _TABLE["cpu flash"], forward=_base_2_forward, backward=_base_2_backward, lse_unit=_LN2
-    ),
 }
 
 
-def install(monkeypatch, name: str) -> torch_attention.Vendor:
+def install(monkeypatch, name: str) -> torch_attention.TorchKernel:
     """Make the row called ``name`` the only one there is."""
     monkeypatch.setattr(torch_attention, "_aten", OPS)
-    monkeypatch.setattr(torch_attention, "VENDORS", [ROWS[name]])
+    monkeypatch.setattr(torch_attention, "KERNELS", [ROWS[name]])
     return ROWS[name]

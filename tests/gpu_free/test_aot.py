@@ -8,8 +8,7 @@ import os
 import pytest
 import torch
 
-from peftkern.backends import triton as fused
-from peftkern.backends.triton import tiles
+from peftkern.backends.triton import launch, tiles
 
 from .aot import (
     SHARED_MEMORY,
@@ -57,9 +56,7 @@ def _check_budgets(compiled, head_dim=64, dtype=None):
     ids=str,
 )
 def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim, dtype):
-    compiled = {
-        c.kernel: c for c in (compile_launch(arch, launch) for launch in table_launches(arch, head_dim, dtype))
-    }
+    compiled = {c.kernel: c for c in (compile_launch(arch, x) for x in table_launches(arch, head_dim, dtype))}
     assert set(compiled) == {*DOTS, "prepare", "sum_partials", "decode_combine"}
     for c in compiled.values():
         _check_budgets(c, head_dim, dtype)
@@ -75,8 +72,8 @@ def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim,
 
 def test_instructions_per_tensor_core_instruction():
     """FlashAttention-2's forward for head dim 64 on sm_80 has 9.0, counted in torch's own library."""
-    launch = attention_launches("sm_80", 64, torch.bfloat16)[0]
-    compiled = compile_launch("sm_80", launch)
+    recorded = attention_launches("sm_80", 64, torch.bfloat16)[0]
+    compiled = compile_launch("sm_80", recorded)
     assert compiled.kernel == "fwd"
     assert compiled.instructions.total() <= 9.0 * compiled.count("HMMA"), str(compiled)
 
@@ -97,7 +94,7 @@ def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dt
     short = min(32, tiles.tile(arch, "merge_bwd", head_dim, dtype).BLOCK_N)
     for prefix_len, backward in ((short, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
         launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="merge")
-        compiled = [compile_launch(arch, launch) for launch in launches]
+        compiled = [compile_launch(arch, recorded) for recorded in launches]
         assert {c.kernel for c in compiled} == {"prefix_merge_fwd", "sum_partials", *backward}
         for c in compiled:
             _check_budgets(c, head_dim, dtype)
@@ -120,16 +117,16 @@ def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
     launches = decode_launches(arch, head_dim, dtype, torch.float32)
     for backend, prefix_len in (("triton", 32), ("merge", 32), ("merge", 160)):
         launches += attention_launches(arch, head_dim, dtype, torch.float32, prefix_len, backend=backend)
-    for c in {launch[0]: compile_launch(arch, launch) for launch in launches}.values():
+    for c in {recorded[0]: compile_launch(arch, recorded) for recorded in launches}.values():
         assert c.shared <= SHARED_MEMORY[arch], f"more shared memory than a block can have: {c}"
         few = 0 if head_dim in EXACT_HEAD_DIMS or arch.startswith("gfx") else FEW
         assert c.spills <= (CONVERSION if c.kernel == "decode_prefix" else few), f"registers spill: {c}"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
-def test_the_slots_kernels_compile(arch):
+def test_kernels_of_concat_compile(arch):
     compiled = [compile_launch(arch, x) for x in attention_launches(arch, 64, torch.bfloat16, backend="concat")]
-    assert {"slot_fwd", "slot_bwd"} <= {c.kernel for c in compiled}
+    assert {"concat_fwd", "concat_bwd"} <= {c.kernel for c in compiled}
     for c in compiled:
         _check_budgets(c)
 
@@ -158,8 +155,8 @@ OPTIONS = {
 def test_options_compile(name):
     """Options cost registers, so spills are allowed here; that each compiles at all is what its users need."""
     arch = "sm_80"
-    for launch in attention_launches(arch, 64, torch.bfloat16, torch.float32, **OPTIONS[name]):
-        assert compile_launch(arch, launch).shared <= SHARED_MEMORY[arch]
+    for recorded in attention_launches(arch, 64, torch.bfloat16, torch.float32, **OPTIONS[name]):
+        assert compile_launch(arch, recorded).shared <= SHARED_MEMORY[arch]
 
 
 DECODE_OPTIONS = {
@@ -175,21 +172,21 @@ DECODE_OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODE_OPTIONS)
 def test_decoding_options_compile(name):
-    for launch in decode_launches("sm_80", 64, torch.bfloat16, torch.float32, **DECODE_OPTIONS[name]):
-        assert compile_launch("sm_80", launch).shared <= SHARED_MEMORY["sm_80"]
+    for recorded in decode_launches("sm_80", 64, torch.bfloat16, torch.float32, **DECODE_OPTIONS[name]):
+        assert compile_launch("sm_80", recorded).shared <= SHARED_MEMORY["sm_80"]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_embedding_compiles(arch):
     launches = embedding_launches(arch)
     assert len(launches) == 2
-    for launch in launches:
-        _check_budgets(compile_launch(arch, launch))
+    for recorded in launches:
+        _check_budgets(compile_launch(arch, recorded))
 
 
 def test_a_tile_too_large_for_the_registers_is_noticed(monkeypatch):
     """The budgets can fail."""
-    monkeypatch.setattr(fused, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
-    launch = next(x for x in attention_launches("sm_80", 128, torch.bfloat16) if "prefix_kernel" in x[0].__name__)
+    monkeypatch.setattr(launch, "tile", lambda *_: tiles.Tile(64, 64, 4, 2))
+    recorded = next(x for x in attention_launches("sm_80", 128, torch.bfloat16) if "prefix_kernel" in x[0].__name__)
     with pytest.raises(AssertionError, match="registers spill"):
-        _check_budgets(compile_launch("sm_80", launch))
+        _check_budgets(compile_launch("sm_80", recorded))

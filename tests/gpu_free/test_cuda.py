@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends, native, reference
-from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
-from peftkern.backends import cuda
+from peftkern import native, reference
+from peftkern.arguments import allocate_gradients, allocate_outputs
+from peftkern.backends.cuda import CudaPrefixKernels
 from peftkern.testing import bounds
 from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 
+from . import merging
+from .merging import args_of, sizes_of
 from .shim import Shim
 
+KERNELS = CudaPrefixKernels()
 HALVES = [torch.float16, torch.bfloat16]
 REFUSED = ("bias", "bias_row", "dropout")
 SUPPORTED = [name for name in FEATURES if name not in REFUSED]
@@ -33,11 +36,6 @@ def shim(monkeypatch):
     return Shim(monkeypatch)
 
 
-def _sizes(name: str, **sizes) -> tuple[Shape, dict]:
-    sizes = {"S": 9 if name == "kv_cache" else 19, "P": 7, "D": 64, **sizes}
-    return feature(name, Shape(**sizes))
-
-
 def _mark(cases, fast):
     return [pytest.param(*case, marks=() if fast(*case) else pytest.mark.slow) for case in cases]
 
@@ -50,7 +48,7 @@ def _mark(cases, fast):
     _mark(itertools.product(SUPPORTED, (40, 64, 80, 128, 256)), lambda name, dim: dim == 64 or name == "ragged_bank"),
 )
 def test_attention_with_each_feature(shim, name, head_dim):
-    shape, options = _sizes(name, D=head_dim)
+    shape, options = sizes_of(name, D=head_dim)
     dtype = torch.float16 if head_dim % 128 else torch.bfloat16
     bounds.check_backend("cuda", tensors(shape, dtype), options, dlse=True)
 
@@ -86,7 +84,7 @@ def test_what_differs_by_head(shim, name, head_dim):
 
 @pytest.mark.parametrize("name", ["sinks", "prefix_bias", "gate", "q", "prefix_v"])
 def test_one_gradient_alone_is_the_one_among_all(shim, name):
-    shape, options = _sizes("plain", P=70)
+    shape, options = sizes_of("plain", P=70)
     given = {**tensors(shape, torch.bfloat16), **options, "sinks": torch.randn(4), "prefix_bias": torch.randn(4, 70)}
     if name == "gate":
         given["gate"] = torch.randn(4)
@@ -136,76 +134,6 @@ def test_unneeded_gradients_are_not_computed(shim):
 # -- the parts beside another library's kernel -----------------------------------------------------
 
 
-def _split_queries(q_seq, q_prefix, k, v, prefix_k, prefix_v, options):
-    """reference.prefix_attention with one q for the sequence and another, of the same values, for the prefix."""
-    group = q_seq.shape[1] // k.shape[1]
-    batch, _, q_len, head_dim = q_seq.shape
-    prefix_k, prefix_v = (x if x.dim() == 4 else x[None] for x in (prefix_k, prefix_v))
-    bank, _, prefix_len, _ = prefix_k.shape
-    scale, softcap = options.get("scale", head_dim**-0.5), options.get("softcap")
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    prefix_k, prefix_v = (x.repeat_interleave(group, 1) for x in (prefix_k, prefix_v))
-    names = ("key_mask", "cu_seqlens", "prefix_ids", "prefix_lens", "window")
-    visible = reference.visibility(
-        (batch, q_len, k.shape[2], bank, prefix_len), k.device, options.get("causal", True),
-        *(options.get(name) for name in names), options.get("prefix_in_window", True),
-    )  # fmt: skip
-    scores = [q_seq @ k.transpose(-1, -2), torch.einsum("bhsd,ahpd->bhsap", q_prefix, prefix_k)]
-    scores = [x * scale for x in scores]
-    if softcap:
-        scores = [softcap * torch.tanh(x / softcap) for x in scores]
-    seq, prefix = (x.masked_fill(~y, -torch.inf) for x, y in zip(scores, visible, strict=True))
-    return seq, prefix.flatten(3), v, prefix_v.transpose(0, 1).flatten(1, 2)
-
-
-class Merging:
-    """A backend: the sequence in fp64, rounded as another library's result is, and our kernels for the prefix."""
-
-    def __init__(self, shim: Shim, in_place: bool) -> None:
-        self.shim, self.in_place = shim, in_place
-
-    def why_not(self, call):
-        return []
-
-    def _options(self, args: AttentionArgs) -> dict:
-        return {**args._asdict(), "softcap": args.softcap or None}
-
-    def prefix_attention(self, args: AttentionArgs):
-        q, k, v, prefix_k, prefix_v = (x.double() for x in args[:5])
-        seq, _, values, _ = _split_queries(q, q, k, v, prefix_k, prefix_v, self._options(args))
-        weights, lse = reference.softmax(seq)
-        part_out = (weights @ values).to(args.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        lse = torch.where(lse == -torch.inf, torch.inf, lse).float()  # as some kernels say that there is no key
-        if not self.in_place:
-            part_out, lse = part_out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
-            return cuda.merge_prefix(args, part_out, lse)
-        self.shim.writable(part_out, lse)
-        out, out_lse = cuda.merge_prefix(args, part_out, lse)
-        assert out is part_out
-        assert out_lse is lse
-        return out, out_lse
-
-    def prefix_attention_backward(self, dout, dlse, out, lse, args, needs):
-        leaves = [x.double().requires_grad_() for x in (args.q, args.q, *args[1:5])]
-        with torch.enable_grad():
-            seq, prefix, seq_v, prefix_v = _split_queries(*leaves, self._options(args))
-            sinks = torch.full((*seq.shape[:3], 1), -torch.inf, dtype=torch.float64)
-            if args.sinks is not None:
-                sinks = args.sinks.double()[:, None, None].expand_as(sinks)
-            weights, _ = reference.softmax(torch.cat([prefix, seq, sinks], -1))
-            both = weights[..., :-1] @ torch.cat([prefix_v.expand(len(seq_v), -1, -1, -1), seq_v], 2)
-            parts = torch.autograd.grad(both, leaves, dout.double())
-        gradients = allocate_gradients(args, [need and i < 5 for i, need in enumerate(needs)])
-        for target, source in zip(gradients[1:3], parts[2:4], strict=True):
-            target.copy_(source)
-        part_dq = parts[0].to(args.q.dtype)
-        if self.in_place:
-            gradients.dq.copy_(part_dq)
-            part_dq = gradients.dq
-        cuda.merge_prefix_backward(dout, out, lse, args, part_dq, gradients)
-        return gradients
-
-
 @pytest.mark.parametrize(
     ("name", "head_dim", "in_place"),
     _mark(
@@ -214,8 +142,8 @@ class Merging:
     ),
 )
 def test_merging_with_each_feature(shim, monkeypatch, name, head_dim, in_place):
-    shape, options = _sizes(name, D=head_dim)
-    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, in_place))
+    shape, options = sizes_of(name, D=head_dim)
+    merging.install(monkeypatch, shim, in_place)
     sinks = options.pop("sinks", None)
     given = tensors(shape, torch.bfloat16 if head_dim in (64, 256) else torch.float16)
     if sinks is None:
@@ -232,7 +160,7 @@ def test_merging_with_each_feature(shim, monkeypatch, name, head_dim, in_place):
     ),
 )
 def test_merging_prefixes_of_all_lengths(shim, monkeypatch, prefix_len, head_dim):
-    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    merging.install(monkeypatch, shim)
     shape = Shape(B=2, Hq=6, Hkv=2, S=23, P=prefix_len, D=head_dim)
     bounds.check_backend("merging", tensors(shape, torch.bfloat16), {})
 
@@ -240,8 +168,8 @@ def test_merging_prefixes_of_all_lengths(shim, monkeypatch, prefix_len, head_dim
 def test_merging_without_a_sequence(shim):
     shape = Shape(S=19, P=7, D=64)
     given = tensors(shape, torch.float16)
-    args = _args(given)
-    out, lse = cuda.merge_prefix(args, None, None)
+    args = args_of(given)
+    out, lse = KERNELS.merge_prefix(args, None, None)
     given |= {n: given[n][:, :, :0] for n in ("k", "v")}
     true, true_lse = reference.prefix_attention(**{n: x.double() for n, x in given.items()}, causal=False)
     bounds.assert_bound("out", out, true, bounds.deviations(given, {"causal": False})["out"])
@@ -251,19 +179,21 @@ def test_merging_without_a_sequence(shim):
 def test_merging_ignores_what_concerns_the_sequence(shim):
     given = tensors(Shape(S=19, P=7, D=64), torch.float16)
     bias, mask = torch.zeros(1, 1, 19, 19), torch.zeros(2, 19, dtype=torch.bool)
-    plain, other = (cuda.merge_prefix(_args(given, **o), None, None) for o in ({}, {"bias": bias, "key_mask": mask}))
+    plain, other = (
+        KERNELS.merge_prefix(args_of(given, **o), None, None) for o in ({}, {"bias": bias, "key_mask": mask})
+    )
     assert torch.equal(plain[0], other[0])
 
 
 def test_a_row_without_a_prefix_keeps_what_it_has(shim):
-    shape, options = _sizes("bank")
-    args = _args(tensors(shape, torch.float16), **options)
+    shape, options = sizes_of("bank")
+    args = args_of(tensors(shape, torch.float16), **options)
     part_out, part_lse = allocate_outputs(args)
     shim.writable(part_out, part_lse)
     part_out.normal_()
     part_lse.normal_()
     before = part_out.clone(), part_lse.clone()
-    out, lse = cuda.merge_prefix(args, part_out, part_lse)
+    out, lse = KERNELS.merge_prefix(args, part_out, part_lse)
     without = options["prefix_ids"] == -1
     assert without.any()
     assert torch.equal(out[without], before[0][without])
@@ -271,25 +201,12 @@ def test_a_row_without_a_prefix_keeps_what_it_has(shim):
     assert not torch.equal(out[~without], before[0][~without])
 
 
-def _args(given: dict, **options) -> AttentionArgs:
-    values = dict.fromkeys(AttentionArgs._fields[5:14]) | given
-    values |= {
-        "scale": 0.125,
-        "causal": True,
-        "window": None,
-        "prefix_in_window": True,
-        "softcap": 0.0,
-        "dropout_p": 0.0,
-    }
-    return AttentionArgs(**{**values, **options})
-
-
 @pytest.mark.parametrize("name", ["plain", "bank"])
 @pytest.mark.parametrize("prefix_dtype", [torch.float16, torch.float32], ids=str)
 def test_concat(shim, name, prefix_dtype):
-    shape, options = _sizes(name, D=40)
-    args = _args(tensors(shape, torch.float16, prefix_dtype), **options)
-    laid = cuda.lay_slot(args)
+    shape, options = sizes_of(name, D=40)
+    args = args_of(tensors(shape, torch.float16, prefix_dtype), **options)
+    laid = KERNELS.concat_prefix(args)
     ids = options.get("prefix_ids", torch.zeros(shape.B, dtype=torch.int64))
     for slot, prefix, seq in zip(laid, args[3:5], args[1:3], strict=True):
         rows = (prefix if name == "bank" else prefix[None])[ids].half()
@@ -297,7 +214,7 @@ def test_concat(shim, name, prefix_dtype):
         assert torch.equal(slot, torch.cat([rows, seq], 2))
     total = torch.empty_like(args.prefix_k, dtype=torch.float32, memory_format=torch.contiguous_format)
     shim.writable(total)
-    cuda.sum_slot(args, laid[0], total)
+    KERNELS.sum_prefix_gradient(args, laid[0], total)
     expected = torch.zeros_like(total if name == "bank" else total[None])
     for b, a in enumerate(ids.tolist()):
         if a >= 0:
@@ -312,7 +229,7 @@ def test_concat(shim, name, prefix_dtype):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_decoding(shim, name, rows):
     """Rows of many samples share the tiles that a shared prefix meets."""
-    shape, options = _sizes(name, B=5, Hq=8, S=rows, T=21, P=37)
+    shape, options = sizes_of(name, B=5, Hq=8, S=rows, T=21, P=37)
     bounds.check_backend("cuda", tensors(shape, torch.bfloat16), options, backward=False)
 
 
@@ -335,7 +252,7 @@ def test_decoding_over_splits_of_the_keys(shim, monkeypatch, shape):
 @pytest.mark.parametrize("name", [n for n in SUPPORTED if not n.startswith("packed")])
 def test_decoding_over_splits_with_each_feature(shim, monkeypatch, name):
     monkeypatch.setattr(cuda, "_SPLIT_KEYS", 0)
-    shape, options = _sizes(name, B=3, Hq=8, S=3)
+    shape, options = sizes_of(name, B=3, Hq=8, S=3)
     shape, options = feature(name, dataclasses.replace(shape, P=140, T=190))
     bounds.check_backend("cuda", tensors(shape, torch.float16), options, backward=False)
 
@@ -375,7 +292,7 @@ def test_embedding(shim, bank, dtype, prompt_dtype):
 
 def test_a_token_out_of_range_is_seen(shim):
     weight, prompt = torch.zeros(5, 8, dtype=torch.float16), torch.zeros(2, 8, dtype=torch.float16)
-    out = cuda.soft_prompt_embedding(torch.tensor([[1, 5]]), weight, prompt, None)
+    out = KERNELS.attention.soft_prompt_embedding(torch.tensor([[1, 5]]), weight, prompt, None)
     assert out[0, 3].isnan().all()
     assert out[0, :3].eq(0).all()
 
@@ -384,7 +301,7 @@ def test_a_token_out_of_range_is_seen(shim):
 
 
 def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
-    shape, options = _sizes("ragged_bank", S=33, P=70)
+    shape, options = sizes_of("ragged_bank", S=33, P=70)
     given = tensors(shape, torch.bfloat16)
     results = []
     for seed, preempt in ((0, False), (1, False), (2, True)):
@@ -404,13 +321,13 @@ def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
 def test_memory_traffic_is_the_least_possible(shim, head_dim):
     """Forward: q, out twice, lse twice; backward: q, dout, out, dq twice, lse; the prefix once per block."""
     shape = Shape(B=2, Hq=4, Hkv=2, S=301, P=16, D=head_dim)
-    args = _args(tensors(shape, torch.bfloat16))
+    args = args_of(tensors(shape, torch.bfloat16))
     part_out, part_lse = allocate_outputs(args)
     part_out.normal_()
     part_lse.normal_()
     shim.writable(part_out, part_lse)
     shim.reset()
-    out, lse = cuda.merge_prefix(args, part_out, part_lse)
+    out, lse = KERNELS.merge_prefix(args, part_out, part_lse)
     q_bytes, lse_bytes = args.q.numel() * 2, lse.numel() * 4
     prefix_bytes = 2 * args.prefix_k.numel() * 2
     blocks = 4  # per key head, on a device of 4 multiprocessors
@@ -421,7 +338,7 @@ def test_memory_traffic_is_the_least_possible(shim, head_dim):
     shim.writable(*gradients)
     dout = torch.randn_like(out)
     shim.reset()
-    cuda.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
+    KERNELS.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
     splits = 2
     sums = (2 * splits + 1) * 2 * prefix_bytes  # in fp32: each split written and read, their sum written
     _assert_traffic(shim, 5 * q_bytes + lse_bytes + splits * prefix_bytes + sums)
@@ -439,7 +356,7 @@ def _assert_traffic(shim: Shim, least: int) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_has_not_is_refused_by_name(shim, name):
-    shape, options = _sizes(name)
+    shape, options = sizes_of(name)
     reasons = peftkern.explain(**tensors(shape, torch.float16), **options).reasons["cuda"]
     assert len(reasons) == 1
     assert reasons[0].endswith("use backend='triton'")
@@ -454,7 +371,7 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
 
 
 def test_a_status_becomes_an_exception(shim):
-    args = _args(tensors(Shape(D=64), torch.float16))
+    args = args_of(tensors(Shape(D=64), torch.float16))
     with pytest.raises(native.cuda.NativeError, match="not a multiple of 16 bytes"):
         native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *allocate_outputs(args))
     with pytest.raises(native.cuda.NativeError, match="out of range"):

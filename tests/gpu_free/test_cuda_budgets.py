@@ -137,7 +137,7 @@ def test_instructions_per_mma_are_no_more_than_tritons(tmp_path, monkeypatch):
     ours = instructions_per_mma(
         _disassemble(tmp_path / "prefix_forward_128_sm_80.cubin", "prefix_forwardINS_4bf16ELi128ELb0E")
     )
-    monkeypatch.setattr(aot.fused, "tile", lambda *_: aot.tiles.Tile(64, 64, 4, 2))
+    monkeypatch.setattr(aot.launch, "tile", lambda *_: aot.tiles.Tile(64, 64, 4, 2))
     launch = next(x for x in aot.attention_launches("sm_80", 128, torch.bfloat16) if "fwd" in x[0].__name__)
     cubin, measure = tmp_path / "triton.cubin", aot._nvidia
     monkeypatch.setattr(aot, "_nvidia", lambda c: (cubin.write_bytes(c.asm["cubin"]), measure(c))[1])

@@ -8,13 +8,13 @@ import functools
 import pytest
 import torch
 
-from peftkern import backends, native
+from peftkern import native
 from peftkern.testing import bounds
 from peftkern.testing.cases import Shape, tensors
 
 from .. import faults
+from . import merging
 from .shim import Shim, sources
-from .test_cuda import Merging
 
 #: By marker: what the marked line contains, what replaces it, and the checks that may catch it, separated by "|".
 FAULTS = {
@@ -46,7 +46,7 @@ def _run(monkeypatch, name: str, right: str, wrong: str) -> None:
     for seed in range(3):
         with monkeypatch.context() as patch:
             shim = Shim(patch, seed, preempt=seed == 2, edit=_edit(name, right, wrong), head_dims=(64,))
-            patch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+            merging.install(patch, shim)
             given = tensors(Shape(B=2, Hq=4, Hkv=2, S=45, P=300, D=64), torch.bfloat16)
             bounds.check_backend("merging", given, {})
             bounds.check_backend("cuda", tensors(Shape(B=2, Hq=4, Hkv=2, S=45, P=70, D=64), torch.float16), {})

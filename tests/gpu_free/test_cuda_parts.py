@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import native
-from peftkern.backends import concat, merge, prefix_kernels
+from peftkern import backends, native
+from peftkern.backends import Refusal, composite, concat, merge, prefix_kernels
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
@@ -40,10 +40,10 @@ def shim(monkeypatch):
         return run
 
     for module in (merge, concat):
-        for name in ("attention", "attention_backward", "laid_out"):
+        for name in ("attention", "attention_backward", "with_sequence"):
             monkeypatch.setattr(module, name, marked(getattr(module, name)))
-    monkeypatch.setattr(merge, "with_sequence", with_sequence := marked(merge.with_sequence))
-    monkeypatch.setattr(concat, "with_sequence", with_sequence)
+    for module in (composite, concat):
+        monkeypatch.setattr(module, "as_bshd", marked(module.as_bshd))
     return shim
 
 
@@ -120,7 +120,7 @@ def test_embeddings_take_the_same_kernels(shim):
 def test_explain_says_which_kernels(shim, monkeypatch):
     stand_ins.install(monkeypatch, "cpu flash")
     text = str(peftkern.explain(**tensors(Shape(D=64), torch.float16), backend="merge"))
-    assert "merge: ok (CUDA C++ beside torch's cpu flash), asked for by backend=" in text
+    assert "merge: ok (CUDA C++ beside torch's cpu flash), requested by backend=" in text
     assert "concat: ok (CUDA C++ beside torch's cpu flash)" in text
 
 
@@ -129,11 +129,13 @@ def test_what_the_library_lacks_is_left_to_triton(shim, monkeypatch):
     fp32 = peftkern.explain(**tensors(Shape(D=64), torch.float32)).call
     fp16 = peftkern.explain(**tensors(Shape(D=64), torch.float16)).call
     missing = "sm_75 has no asynchronous copies"
-    triton = dataclasses.replace(prefix_kernels.PARTS[1], backend=SimpleNamespace(why_not=lambda call: []))
+    (cuda, cuda_backend), (triton, _) = prefix_kernels.PREFIX_KERNELS
     for call, reason, lacks in ((fp32, "has no float32 kernels", ""), (fp16, missing, missing)):
         monkeypatch.setattr(native.cuda, "MISSING", lacks)
-        assert prefix_kernels.choose(call)[0] is None
-        assert reason in prefix_kernels.choose(call)[1][0]
+        refusal = prefix_kernels.select(call)
+        assert isinstance(refusal, Refusal)
+        assert reason in refusal.reasons[0]
         with monkeypatch.context() as patch:
-            patch.setattr(prefix_kernels, "PARTS", [prefix_kernels.PARTS[0], triton])
-            assert prefix_kernels.choose(call)[0] is triton
+            able = SimpleNamespace(plan=lambda call: backends.plan_named("triton"))
+            patch.setattr(prefix_kernels, "PREFIX_KERNELS", [(cuda, cuda_backend), (triton, able)])
+            assert prefix_kernels.select(call) is triton

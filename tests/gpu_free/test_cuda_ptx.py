@@ -16,13 +16,14 @@ import subprocess
 import pytest
 import torch
 
-from peftkern import backends, native
-from peftkern.backends import cuda
+from peftkern import native
+from peftkern.backends.cuda import CudaPrefixKernels
 from peftkern.testing import bounds
 from peftkern.testing.cases import Shape, tensors
 
+from . import merging
+from .merging import args_of, sizes_of
 from .shim import FAMILIES, ROOT, Shim, sources
-from .test_cuda import Merging, _args, _sizes
 
 machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the kernels")
@@ -146,7 +147,7 @@ FAST = {("plain", 64), ("ragged_bank", 64), ("prefix_bias", 64)}
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_attention(emulated, name, head_dim, dtype):
     emulated(head_dim)
-    shape, options = _sizes(name, D=head_dim, P=37)
+    shape, options = sizes_of(name, D=head_dim, P=37)
     bounds.check_backend("cuda", tensors(shape, dtype), options)
 
 
@@ -154,18 +155,18 @@ def test_attention(emulated, name, head_dim, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_merging(emulated, monkeypatch, head_dim, dtype):
     shim = emulated(head_dim, seed=1)
-    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    merging.install(monkeypatch, shim)
     bounds.check_backend("merging", tensors(Shape(B=2, Hq=6, Hkv=2, S=33, P=130, D=head_dim), dtype), {})
 
 
 def test_concat_and_embedding(emulated):
     emulated(64)
-    shape, options = _sizes("bank", D=64)
-    args = _args(tensors(shape, torch.float16, torch.float32), **options)
-    slot_k, _ = cuda.lay_slot(args)
-    assert torch.equal(slot_k[:, :, shape.P :], args.k)
+    shape, options = sizes_of("bank", D=64)
+    args = args_of(tensors(shape, torch.float16, torch.float32), **options)
+    joined_k, _ = CudaPrefixKernels().concat_prefix(args)
+    assert torch.equal(joined_k[:, :, shape.P :], args.k)
     weight, prompt, tokens = torch.randn(11, 24).half(), torch.randn(5, 24), torch.tensor([[3, 1], [0, 10]])
-    out = cuda.soft_prompt_embedding(tokens, weight, prompt, None)
+    out = CudaPrefixKernels.attention.soft_prompt_embedding(tokens, weight, prompt, None)
     assert torch.equal(out[:, 5:], weight[tokens])
     assert torch.equal(out[:, :5], prompt.half().expand(2, -1, -1))
 
@@ -195,7 +196,7 @@ def test_a_dropped_instruction_is_named(emulated, monkeypatch, kernel, index):
         return text[: place.start()] + text[place.end() :]
 
     shim = emulated(64, edit=edit)
-    monkeypatch.setitem(backends.BACKENDS, "merging", Merging(shim, True))
+    merging.install(monkeypatch, shim)
     by_head = {"prefix_bias": torch.zeros(6, 1)}
     backend, options = ("merging", {}) if kernel in ("prefix_forward", "prefix_backward") else ("cuda", by_head)
     with pytest.raises(native.cuda.NativeError, match="the launcher failed"):

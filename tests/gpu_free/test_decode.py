@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.backends import BACKENDS
+from peftkern.backends.triton import launch
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -22,7 +22,7 @@ SHAPE = Shape(B=3, Hq=8, Hkv=2, S=3, P=119, T=107, D=20)
 
 @pytest.fixture(autouse=True)
 def _short_inputs_too(monkeypatch):
-    monkeypatch.setattr(BACKENDS["triton"], "_DECODE_KEYS", 0)
+    monkeypatch.setattr(launch, "DECODE_KEYS", 0)
 
 
 def _check(shape: Shape, options: dict, dtype: torch.dtype = torch.float32, prefix_dtype: torch.dtype | None = None):
@@ -102,13 +102,13 @@ def test_of_a_bank_only_what_is_seen_is_read():
 def test_launches_depend_on_shapes_alone(monkeypatch):
     """What a CUDA graph records must serve other ids, lengths and masks."""
     launches = []
-    launch = BACKENDS["triton"]._launch
+    launch_kernel = launch.launch_kernel
 
     def record(kernel, grid, *arguments, **constants):
         launches[-1].append((kernel.__name__, grid))
-        launch(kernel, grid, *arguments, **constants)
+        launch_kernel(kernel, grid, *arguments, **constants)
 
-    monkeypatch.setattr(BACKENDS["triton"], "_launch", record)
+    monkeypatch.setattr(launch, "launch_kernel", record)
     inputs = tensors(Shape(B=2, S=1, P=70, T=70, A=3), torch.float32)
     for ids, lens, masked in (((0, 2), (70, 1, 70), 0), ((-1, 1), (0, 5, 9), 69)):
         launches.append([])
@@ -130,7 +130,7 @@ def test_runs_are_bitwise_equal_and_splits_agree(monkeypatch):
     first = decode()
     assert all(torch.equal(a, b) for a, b in zip(first, decode(), strict=True))
     for processors in (1, 1000):
-        monkeypatch.setattr(BACKENDS["triton"], "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(launch, "processors", lambda device, n=processors: n)
         for a, b in zip(first, decode(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -11,12 +12,20 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from peftkern.backends.triton.kernels import backward, blocks, concat, forward, prefix_backward, prefix_forward
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors
 
 from . import stand_ins
 from .guard import guard
+from .triton_faults import (
+    FAULTS,
+    FAULTS_BESIDE_OTHERS,
+    Fault,
+    function_of,
+    functions,
+    marked_lines,
+    planted_in,
+)
 
 pytestmark = pytest.mark.interpreter
 
@@ -62,72 +71,29 @@ def test_bf16_is_computed_as_a_gpu_does():
     torch.testing.assert_close(product, a.float() @ b.float(), rtol=1e-6, atol=1e-6)
 
 
-# (module, function, text, what a slip would make of it, feature that shows it)
-FAULTS = [
-    (blocks, "key_range", "last_row + offset + 1)", "last_row + offset)", "plain"),
-    (blocks, "key_range", "first_row + offset + 1)", "first_row + offset + BLOCK_N)", "plain"),
-    (blocks, "seq_scores", "rows >= lower", "rows > lower", "plain"),
-    (blocks, "keys_seen", "(offset + 1)", "offset", "plain"),
-    (blocks, "keys_seen", "+ 1 - opts.window", "- opts.window", "window_after_prefix"),
-    (blocks, "rows_that_see", "(opts.window - offset)", "opts.window + 1", "window_after_prefix"),
-    (blocks, "prefix_scores", "length + positions - slots <", "positions - slots <", "window"),
-    (blocks, "prefix_scores", "slots < length\n", "slots < length + 1\n", "plain"),
-    (blocks, "tile_mask", "< length", "<= length", "plain"),
-    (blocks, "row_range", "first_key - offset)", "last_key - offset + BLOCK_M)", "plain"),
-    (blocks, "find_sequence", "<= index", "< index", "packed"),
-    (blocks, "dropout_keep", "tl.interleave(w1, w3)", "tl.interleave(w3, w1)", "dropout"),
-    (forward, "softmax_step", "acc * decay[:, None]", "acc", "plain"),
-    (forward, "softmax_step", "scores * unit", "scores", "plain"),
-    (forward, "attend", "denom * decay + ", "denom + ", "sinks"),
-    (backward, "_dkv_step", "shift[None, :]", "0.0 * shift[None, :]", "plain"),
-    (backward, "_sum_partials_kernel", "range(num_splits)", "range(1, num_splits)", "plain"),
-    (backward, "_prefix_attention_bwd_prefix_kernel", "minimum(num_units,", "minimum(num_units - 1,", "plain"),
-]
-
-_FORWARD, _BACKWARD = "_prefix_merge_fwd_kernel", "_prefix_merge_bwd_kernel"
-# the same for the kernels that stand beside another library's, with the backend that runs them
-FAULTS_OF_PARTS = [
-    (prefix_forward, "locate_tile", "% sizes.group", "% (sizes.group + 1)", "plain", "merge"),
-    (prefix_forward, "locate_tile", "index % row_blocks", "index % (row_blocks + 1)", "plain", "merge"),
-    (prefix_forward, "load_rows", "rows * x.stride_m", "rows", "lse_by_strides", "merge"),
-    (prefix_forward, "load_rows", "x.stride_h", "x.stride_b", "plain", "merge"),
-    (prefix_forward, _FORWARD, "row_blocks * sizes.group * sizes.batch, workers",
-     "row_blocks * sizes.group * sizes.batch - 1, workers", "plain", "merge"),
-    (prefix_forward, _FORWARD, "range(worker, row_blocks", "range(0, row_blocks", "plain", "merge"),
-    (prefix_forward, _FORWARD, "sizes.prefix_len, head, opts, sizes, True",
-     "sizes.prefix_len, head, opts, sizes, False", "plain", "merge"),
-    (prefix_forward, _FORWARD, "denom = denom * decay + weight", "denom = denom + weight", "plain", "merge"),
-    (prefix_forward, _FORWARD, "part.to(tl.float32) * weight[:, None]", "part.to(tl.float32)", "plain", "merge"),
-    (prefix_forward, _FORWARD, "-float(\"inf\")) * part_lse_scale", "-float(\"inf\")) * LN2", "plain", "merge"),
-    (prefix_forward, _FORWARD, "denom = denom * decay + tl.exp2(sink - pivot)", "denom = denom * decay", "sinks",
-     "merge"),
-    (prefix_forward, _FORWARD, "mask=inside)\n", "mask=inside & (rows > 0))\n", "plain", "merge"),
-    (prefix_forward, _FORWARD, "tl.where(weight[:, None] > 0.0, part", "tl.where(weight[:, None] > -1.0, part",
-     "nothing_visible", "merge"),
-    (prefix_backward, _BACKWARD, "tl.minimum(tiles,", "tl.minimum(tiles - 1,", "plain", "merge"),
-    (prefix_backward, _BACKWARD, "split * tiles_per_split, tl", "split * tiles_per_split + 1, tl", "plain",
-     "merge"),
-    (prefix_backward, _BACKWARD, "(dp + shift[:, None])", "dp", "plain", "merge"),
-    (prefix_backward, _BACKWARD, "total += load_tile(part_ptr", "load_tile(part_ptr", "plain", "merge"),
-    (prefix_backward, _BACKWARD, "dk * scale", "dk", "plain", "merge"),
-    (prefix_backward, _BACKWARD, "dq_ptr, dq.stride_n", "dq_ptr, q.stride_n", "plain", "merge"),
-    (backward, "_prefix_attention_bwd_dq_kernel", "acc += load_tile(part_ptr", "load_tile(part_ptr", "bank",
-     "merge"),
-    (concat, "_slot_half", "first - sizes.prefix_len + tl", "first - sizes.prefix_len + 1 + tl", "plain", "concat"),
-    (concat, "_slot_half", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "concat"),
-    (concat, "_slot_half", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain", "concat"),
-    (concat, "_slot_bwd_kernel", "range(sizes.batch)", "range(1, sizes.batch)", "plain", "concat"),
-    (concat, "_slot_bwd_kernel", "== prefix:", "<= prefix:", "bank", "concat"),
-    (concat, "_slot_bwd_kernel", "tl.cast(prefix, tl.int64) * num_kv_heads + kv_head",
-     "tl.cast(prefix, tl.int64) * num_kv_heads", "heads", "concat"),
-]  # fmt: skip
+def test_every_marked_line_has_a_fault():
+    marked = [name for _, source in functions() for name in marked_lines(source)]
+    assert len(marked) == len(set(marked)), "an id marks several lines"
+    assert set(marked) == {fault.id for fault in (*FAULTS, *FAULTS_BESIDE_OTHERS)}
 
 
-@pytest.mark.parametrize(("module", "name", "text", "slip", "feature_name"), FAULTS, ids=lambda x: str(x)[:24])
-def test_a_slip_in_a_kernel_is_caught(module, name, text, slip, feature_name, monkeypatch):
-    """Values out of bound, an address out of bounds, or a double store: any of them will do."""
-    _plant(monkeypatch, getattr(module, name), text, slip)
-    shape, options = feature(feature_name, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20))
+def test_a_fault_without_its_line_is_named():
+    with pytest.raises(AssertionError, match="0 lines of the kernels are marked '# FAULT: nowhere'"):
+        function_of(Fault("nowhere", "a", "b", "plain"))
+    source = "x = a  # FAULT: one, two\n# FAULT: three\ny = a + a\n"
+    assert planted_in(source, Fault("two", "a", "b", "plain")) == source.replace("x = a", "x = b")
+    assert marked_lines(source) == {"one": 0, "two": 0, "three": 2}
+    with pytest.raises(AssertionError, match="'# FAULT: three' holds 'a' 2 times, not once: y = a"):
+        planted_in(source, Fault("three", "a", "b", "plain"))
+    with pytest.raises(AssertionError, match="two lines are marked '# FAULT: one'"):
+        marked_lines(source + source)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_slip_in_a_kernel_is_caught(fault, monkeypatch):
+    """A value out of bounds, an address out of bounds, or a double store: any of them will do."""
+    _plant(monkeypatch, fault)
+    shape, options = feature(fault.case, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20))
     with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows")):
         check_backend("triton", tensors(shape, torch.float32), options)
 
@@ -142,30 +108,22 @@ def _case(name: str) -> tuple[Shape, dict]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    ("module", "name", "text", "slip", "case", "backend"), FAULTS_OF_PARTS, ids=lambda x: str(x)[:24]
-)
-def test_a_slip_beside_another_librarys_kernel_is_caught(module, name, text, slip, case, backend, monkeypatch):
+@pytest.mark.parametrize("fault", FAULTS_BESIDE_OTHERS, ids=str)
+def test_a_slip_beside_another_librarys_kernel_is_caught(fault, monkeypatch):
     # torch's CPU kernel has an lse whose rows lie apart
-    stand_ins.install(monkeypatch, "cpu flash" if case == "lse_by_strides" else "efficient")
-    shape, options = _case("plain" if case == "lse_by_strides" else case)
-    _plant(monkeypatch, getattr(module, name), text, slip)
+    stand_ins.install(monkeypatch, "cpu flash" if fault.case == "lse_by_strides" else "efficient")
+    shape, options = _case("plain" if fault.case == "lse_by_strides" else fault.case)
+    _plant(monkeypatch, fault)
     with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows|nan")):
-        check_backend(backend, tensors(shape, torch.float32), options)
+        check_backend(fault.backend, tensors(shape, torch.float32), options)
 
 
-def _plant(monkeypatch, function, text: str, slip: str) -> None:
-    """Replace the first ``text`` in a kernel's source."""
-    rewritten = function.rewriter
-    source = rewritten._prepare_source(_lines(function))
-    assert text in source, f"{function.fn.__name__} has no {text!r}"
-    monkeypatch.setattr(rewritten, "_prepare_source", lambda lines: source.replace(text, slip, 1))
-    monkeypatch.setattr(function, "rewritten_fn", {})
-
-
-def _lines(function) -> list[str]:
-    import inspect
-
+def _plant(monkeypatch, fault: Fault) -> None:
+    """Have the interpreter run the kernels with a fault."""
+    function = function_of(fault)
+    rewriter = function.rewriter
     lines = inspect.getsourcelines(function.fn)[0]
-    function.rewriter.def_lineno = function.rewriter._find_def(lines)
-    return lines
+    rewriter.def_lineno = rewriter._find_def(lines)
+    source = planted_in(rewriter._prepare_source(lines), fault)
+    monkeypatch.setattr(rewriter, "_prepare_source", lambda lines: source)
+    monkeypatch.setattr(function, "rewritten_fn", {})

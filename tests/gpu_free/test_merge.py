@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``merge`` and ``slot``: the Triton part in the guarded interpreter, the vendor's part by torch's CPU op.
+"""``merge`` and ``concat``: the Triton part in the guarded interpreter, the vendor's part by torch's CPU op.
 
 The vendor table's other rows run their own code too, on stand-ins for the ops that only a GPU has (stand_ins.py), and
 call the real ops on tensors without data, which checks arguments and shapes.
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import pytest
 import torch
 
 import peftkern
 from peftkern import ops
-from peftkern.arguments import allocate_outputs
-from peftkern.backends import BACKENDS, merge, torch_attention
-from peftkern.backends.triton import prefix_kernels as prefix_part
+from peftkern.arguments import allocate_gradients, allocate_outputs
+from peftkern.backends import dense_mask, torch_attention
+from peftkern.backends.triton import TritonPrefixKernels, launch
 from peftkern.testing.bounds import ROUNDS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -77,7 +76,7 @@ OF_A_ROW = {
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", [n if n in OF_A_ROW else pytest.param(n, marks=pytest.mark.slow) for n in FEATURES])
-@pytest.mark.parametrize("row", ["flash", "cudnn", "efficient", "base 2"])
+@pytest.mark.parametrize("row", ["flash", "cudnn", "efficient"])
 @pytest.mark.parametrize("backend", BOTH)
 def test_every_feature_on_every_row(backend, row, name, monkeypatch):
     stand_ins.install(monkeypatch, row)
@@ -156,15 +155,15 @@ def test_the_real_ops_take_what_their_rows_pass(row, sizes):
     dtype = torch.float32 if row == "efficient" else torch.bfloat16
     q, k, v = (x.to("meta") for x in list(tensors(shape, dtype).values())[:3])
     entry = stand_ins.ROWS[row]
-    problems = [torch_attention.Problem(q, k, v, 0.3, True, None, None, None, None)]
+    problems = [torch_attention.KernelInputs(q, k, v, 0.3, True, None, None, None, None)]
     if entry.masks:
         visible = torch.ones(shape.B, 1, shape.S, shape.kv_len, dtype=torch.bool, device="meta")
-        mask, empty = torch_attention.additive_mask(visible, None, q, shape.kv_len)
+        mask, empty = dense_mask.additive_mask(visible, None, q, shape.kv_len)
         problems.append(problems[0]._replace(causal=False, mask=mask, empty=empty))
     if "window" in entry.native:
         problems.append(problems[0]._replace(window=4))
         ends = torch.zeros(3, dtype=torch.int64, device="meta")
-        problems.append(torch_attention.Problem(q[:1], k[:1], v[:1], 0.3, True, None, ends, None, None))
+        problems.append(torch_attention.KernelInputs(q[:1], k[:1], v[:1], 0.3, True, None, ends, None, None))
     for problem in problems:
         out, lse = torch_attention.attention(entry, problem)
         assert out.shape == problem.q.shape
@@ -207,7 +206,7 @@ def test_gradients_nobody_needs_are_not_computed(monkeypatch):
     def fail(*_):
         raise AssertionError("the vendor's backward ran")
 
-    monkeypatch.setattr(torch_attention, "VENDORS", [dataclasses.replace(row, backward=fail)])
+    monkeypatch.setattr(torch_attention, "KERNELS", [dataclasses.replace(row, backward=fail)])
     inputs = tensors(Shape(S=3, P=2), torch.float32)
     inputs["prefix_k"].requires_grad_()
     with guard() as watch:
@@ -243,7 +242,7 @@ def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(backend, monkeypatch
     first, second = results(), results()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for processors in (1, 1000):
-        monkeypatch.setattr(BACKENDS["triton"], "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(launch, "processors", lambda device, n=processors: n)
         for a, b in zip(first, results(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -265,7 +264,7 @@ def test_bytes_of_the_merge_and_that_it_is_in_place(monkeypatch):
     part.normal_()
     part_lse.normal_()
     with guard() as watch:
-        out, merged = prefix_part.merge_prefix(args, part, part_lse)
+        out, merged = TritonPrefixKernels().merge_prefix(args, part, part_lse)
     assert out is part
     assert merged is part_lse
     moved, least = watch.loads.total() + watch.stores.total(), 3 * q + 2 * lse + prefix
@@ -278,11 +277,11 @@ def test_bytes_of_the_backward(monkeypatch):
     out, statistics = allocate_outputs(args)
     out.normal_()
     statistics.fill_(5.0)
-    gradients = merge.allocate_gradients(args, [True] * 3 + [True] * 2 + [False] * 4)
+    gradients = allocate_gradients(args, [True] * 3 + [True] * 2 + [False] * 4)
     gradients.dq.normal_()
     dout = torch.randn_like(out)
     with guard() as watch:
-        prefix_part.merge_prefix_backward(dout, out, statistics, args, gradients.dq, gradients)
+        TritonPrefixKernels().merge_prefix_backward(dout, out, statistics, args, gradients.dq, gradients)
     moved = sum(n["_prefix_merge_bwd_kernel"] for n in (watch.loads, watch.stores))
     least = 5 * q + lse + 2 * prefix
     assert least <= moved <= 1.05 * least, f"{moved / least:.3f} times the least"
@@ -309,23 +308,21 @@ def test_the_op_returns_what_the_compiler_expects(backend, name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_lse_is_that_of_the_joint_softmax_whatever_the_vendors_base(monkeypatch):
+def test_lse_is_that_of_the_joint_softmax(monkeypatch):
     inputs = tensors(Shape(S=9, P=4), torch.float32)
     _, expected = peftkern.prefix_attention(**inputs, backend="reference", return_lse=True)
-    for row in ("cpu flash", "base 2"):
-        stand_ins.install(monkeypatch, row)
-        for backend in BOTH:
-            _, lse = peftkern.prefix_attention(**inputs, backend=backend, return_lse=True)
-            torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
-    assert math.isclose(stand_ins.ROWS["base 2"].lse_unit, math.log(2))
+    stand_ins.install(monkeypatch, "cpu flash")
+    for backend in BOTH:
+        _, lse = peftkern.prefix_attention(**inputs, backend=backend, return_lse=True)
+        torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     stand_ins.install(monkeypatch, "flash")
     inputs = tensors(Shape(), torch.float16)
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="merge"))
-    assert "merge: no kernel of torch's can (flash: no key_mask): use backend='triton'" in text
+    assert "merge: no attention kernel of torch supports this call (flash: no key_mask): use backend='triton'" in text
     text = str(peftkern.explain(**inputs, softcap=1.0))
-    assert "slot: no kernel of torch's has softcap: use backend='triton'" in text
-    monkeypatch.setattr(torch_attention, "VENDORS", [])
+    assert "concat: no kernel of torch's has softcap: use backend='triton'" in text
+    monkeypatch.setattr(torch_attention, "KERNELS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))

@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from peftkern.backends import BACKENDS, Call
-from peftkern.backends.triton import autotune, tiles
+from peftkern.backends import Call
+from peftkern.backends.triton import TritonBackend, autotune, device, launch, tiles
 from peftkern.backends.triton.tiles import Tile
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, tensors
@@ -44,10 +44,10 @@ def test_keys_in_flight_fit_shared_memory(arch):
 
 def test_an_old_gpu_is_told_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(BACKENDS["triton"], "architecture", lambda device: tiles.cuda_architecture(7, 5))
+    monkeypatch.setattr(device, "architecture", lambda device: tiles.cuda_architecture(7, 5))
     half, shape = torch.float16, (1, 1, 1, 64)
     call = Call("prefix_attention", torch.device("cuda"), half, half, shape, shape, shape[1:])
-    assert "sm_75 is older than sm_80" in " ".join(BACKENDS["triton"].why_not(call))
+    assert "sm_75 is older than sm_80" in " ".join(TritonBackend().plan(call).reasons)
 
 
 @pytest.mark.parametrize("start", [TABLE, Tile(16, 16, 4, 1), Tile(128, 128, 8, 4)], ids=str)
@@ -118,9 +118,9 @@ def test_what_others_wrote_meanwhile_stays(bench):
 def test_a_file_that_cannot_be_read_is_replaced(bench, text):
     bench.file.parent.mkdir()
     bench.file.write_text(text)
-    with pytest.warns(UserWarning, match="holds no tiles that can be read"):
+    with pytest.warns(UserWarning, match="holds no readable tiles"):
         assert autotune.chosen("dq", "kind", TABLE) == TABLE
-    with pytest.warns(UserWarning, match="holds no tiles that can be read"):
+    with pytest.warns(UserWarning, match="holds no readable tiles"):
         autotune.tune("dq", "kind", TABLE, lambda: None)
     assert set(json.loads(bench.file.read_text())) == {"kind"}
 
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(bench, monkeypatch, tmp
     (tmp_path / "occupied").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "occupied"))
     monkeypatch.setattr(autotune, "_load", lambda file: {})
-    with pytest.warns(UserWarning, match="what was tuned is not kept"):
+    with pytest.warns(UserWarning, match="the tuned tiles are not saved"):
         autotune.tune("dq", "kind", TABLE, lambda: None)
 
 
@@ -154,13 +154,13 @@ def test_a_tuned_call_is_right_and_changes_nothing_it_was_given(bench):
     inputs = tensors(Shape(B=1, Hq=2, Hkv=1, S=33, P=19, D=16), torch.float32)
     before = {name: x.clone() for name, x in inputs.items()}
     launched = []
-    launch = BACKENDS["triton"]._launch
+    launch_kernel = launch.launch_kernel
 
     def record(kernel, grid, *arguments, **constants):
         launched.append((kernel.__name__, constants.get("BLOCK_M")))
-        launch(kernel, grid, *arguments, **constants)
+        launch_kernel(kernel, grid, *arguments, **constants)
 
-    with mock.patch.object(BACKENDS["triton"], "_launch", record):
+    with mock.patch.object(launch, "launch_kernel", record):
         check_backend("triton", inputs, {})
         first = len(bench.timed)
         launched.clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels are given: tuples of pointers, strides and sizes, built from :class:`AttentionArgs`.
+"""The kernels' arguments: tuples of pointers, strides and sizes, built from :class:`AttentionArgs`.
 
-An optional argument that is absent is ``None``, which Triton treats as a compile-time constant: each combination of
-options becomes its own kernel, and the branches for what is absent vanish.
+An absent optional argument is ``None``, which Triton treats as a compile-time constant. So each combination of
+options is compiled to a kernel of its own, without the branches for absent options.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...arguments import AttentionArgs
 
 
 class Matrices(NamedTuple):
-    """A [B, H, N, D] tensor with unit stride along D; a prefix [A, H, P, D] has the prefixes of a bank for B."""
+    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank."""
 
     ptr: Tensor
     stride_b: int
@@ -25,9 +25,9 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Matrices:
-        """x [B, H, N, D] or [H, P, D]."""
+        """Describe x [B, H, N, D] or [H, P, D]; a copy of it if its rows are too far apart."""
         x = x if x.dim() == 4 else x[None]
-        if x.stride(2) * _LARGEST_BLOCK >= 2**31:  # offsets within a block are 32 bits wide
+        if x.stride(2) * _LARGEST_BLOCK >= 2**31:  # the kernels compute offsets within a block in 32 bits
             x = x.contiguous()
         return cls(x, *x.stride()[:3])
 
@@ -35,8 +35,8 @@ class Matrices(NamedTuple):
 _LARGEST_BLOCK = 256
 
 
-class Rows(NamedTuple):
-    """A [B, H, S] tensor by strides: statistics of rows as another library lays them out."""
+class RowValues(NamedTuple):
+    """A [B, H, S] tensor with any strides: one value per row, as another library lays them out."""
 
     ptr: Tensor
     stride_b: int
@@ -44,13 +44,17 @@ class Rows(NamedTuple):
     stride_m: int
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
-        """x [B, H, S]."""
+    def of(cls, x: Tensor) -> RowValues:
+        """Describe x [B, H, S]."""
         return cls(x, *x.stride())
 
 
 class Sizes(NamedTuple):
-    """``group`` query heads share a key head; ``num_sequences`` > 0 and ``search_steps`` belong to packed input."""
+    """The sizes of a call.
+
+    ``group`` query heads share a key head. ``num_sequences`` and ``search_steps``, the steps of a binary search among
+    the sequences, are 0 unless the input is packed.
+    """
 
     batch: int
     num_heads: int
@@ -63,7 +67,7 @@ class Sizes(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """[B, Hq, S, T] by strides, 0 along broadcast dims."""
+    """A [B, Hq, S, T] tensor with any strides, 0 along broadcast dims."""
 
     ptr: Tensor
     stride_b: int
@@ -73,7 +77,7 @@ class Bias(NamedTuple):
 
 
 class PrefixBias(NamedTuple):
-    """[Hq, P] by strides, 0 along broadcast dims."""
+    """A [Hq, P] tensor with any strides, 0 along broadcast dims."""
 
     ptr: Tensor
     stride_h: int
@@ -81,7 +85,7 @@ class PrefixBias(NamedTuple):
 
 
 class KeyMask(NamedTuple):
-    """[B, T] of bytes, 0 hides a key."""
+    """A [B, T] tensor of bytes with any strides. 0 hides a key."""
 
     ptr: Tensor
     stride_b: int
@@ -89,9 +93,11 @@ class KeyMask(NamedTuple):
 
 
 class Options(NamedTuple):
-    """``prefix_window`` is the window where it counts the prefix; ``dropout_scale`` is 1 / (1 - dropout_p).
+    """The optional arguments of a call, None where absent.
 
-    ``ordered`` is 1 where a larger product q k has the larger score for sure, as a scale above 0 makes it; else None.
+    ``prefix_window`` is the window if prefix tokens count as positions within it. ``dropout_scale`` is
+    1 / (1 - dropout_p). ``ordered`` is 1 if scores increase with q.k, so that the largest score of a row comes from
+    its largest product; else None.
     """
 
     key_mask: KeyMask | None
@@ -111,25 +117,29 @@ class Options(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Per row [B, Hq, S] fp32: lse in log2, +inf where nothing is visible, and ``dlse - rowsum(out * dout)``."""
+    """Statistics of each row for the backward, [B, Hq, S] fp32.
+
+    ``lse`` is in log2, and +inf if the row sees no key. ``delta`` is rowsum(out * dout) - dlse. A gated prefix has a
+    softmax of its own, and therefore its own ``prefix_lse`` and ``prefix_delta``; otherwise these are None.
+    """
 
     lse: Tensor
-    shift: Tensor
-    prefix_lse: Tensor | None  # of a gated prefix, which has a softmax of its own
-    prefix_shift: Tensor | None
+    delta: Tensor
+    prefix_lse: Tensor | None
+    prefix_delta: Tensor | None
 
 
 class Flags(NamedTuple):
-    """Compile-time constants of the attention kernels, beside the tile."""
+    """Compile-time constants of the attention kernels, in addition to the tile."""
 
     IS_CAUSAL: bool
-    DROPOUT_THRESHOLD: int  # a weight is dropped if its 32-bit random word is below
+    DROPOUT_THRESHOLD: int  # a weight is dropped if its 32-bit random word is below this
     HEAD_DIM: int
     BLOCK_D: int  # the power of two, at least 16, that holds HEAD_DIM
 
 
 def sizes_of(args: AttentionArgs) -> Sizes:
-    """The sizes of a call."""
+    """Collect the sizes of a call."""
     batch, num_heads, q_len, _ = args.q.shape
     num_sequences = 0 if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
     return Sizes(
@@ -139,7 +149,7 @@ def sizes_of(args: AttentionArgs) -> Sizes:
 
 
 def options_of(args: AttentionArgs) -> Options:
-    """The optional arguments of a call."""
+    """Collect the optional arguments of a call."""
     key_mask = args.key_mask
     return Options(
         key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), *key_mask.stride()),
@@ -161,11 +171,12 @@ def options_of(args: AttentionArgs) -> Options:
     )
 
 
-_SMALLEST_SCALE = 2.0**-100  # a score of -inf times a scale that a GPU flushes to 0 would be NaN
+#: A GPU flushes smaller scales to 0, and 0 times a score of -inf is NaN.
+_SMALLEST_SCALE = 2.0**-100
 
 
 def flags_of(args: AttentionArgs) -> Flags:
-    """The compile-time constants of a call."""
+    """Collect the compile-time constants of a call."""
     head_dim = args.q.shape[3]
     return Flags(
         IS_CAUSAL=args.causal,
@@ -176,7 +187,7 @@ def flags_of(args: AttentionArgs) -> Flags:
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """x, contiguous."""
+    """Make x contiguous; None stays None."""
     return None if x is None else x.contiguous()
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opt-in tuning: ``PEFTKERN_AUTOTUNE=1`` times the neighbours of the table's tile and remembers the fastest.
 
-The first call of a kind is timed before it runs, many times over and into outputs of the timing's own. What is found
-is written to a JSON file, which later processes with the variable set read. Nothing is tuned while a CUDA graph is
-captured. Tuned tiles may differ between machines, and with them the last bits of a result; the table's do not.
+The first call of each kind is timed before it runs. The timed runs write to outputs of their own. The fastest tiles
+are written to a JSON file, which later processes read if the variable is set. Nothing is tuned while a CUDA graph is
+captured. Tuned tiles may differ between machines, and so may the last bits of results. With the table's tiles they do
+not.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 
 from .tiles import Direction, Tile, candidates
 
-_tiles: dict[str, Tile] = {}  # found here or in the file
-_read: Path | None = None  # the file that _tiles come from
-#: In place of any other while it is timed, in the thread that does so.
+_tiles: dict[str, Tile] = {}  # tuned by this process, or read from the file
+_read: Path | None = None  # the file that _tiles were read from
+#: The tile that is being timed, in the thread that times it. It replaces every other tile of its direction.
 _trial: ContextVar[tuple[Direction, Tile] | None] = ContextVar("trial", default=None)
 
 
@@ -34,19 +35,19 @@ def requested() -> bool:
 
 
 def enabled() -> bool:
-    """Whether the user asked for tuning, and this thread is not at it."""
+    """Whether the user asked for tuning, and this thread is not itself tuning."""
     return requested() and _trial.get() is None
 
 
 def cache_file() -> Path:
-    """Where the results are: in TRITON_CACHE_DIR, else in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    """The file of tuned tiles: in TRITON_CACHE_DIR, else in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
     if folder := os.environ.get("TRITON_CACHE_DIR"):
         return Path(folder) / "peftkern_tiles.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern" / "tiles.json"
 
 
 def key(arch: str, direction: Direction, dtype: torch.dtype, sizes: dict[str, int], options: tuple[str, ...]) -> str:
-    """What shares a tile: sizes of tokens count by their power of two.
+    """The key of all calls that share a tuned tile. Numbers of tokens are rounded up to powers of two.
 
     >>> key("sm_90", "dq", torch.bfloat16, {"D": 64, "S": 1000, "T": 1000, "P": 5}, ("window",))
     'sm_90 dq bfloat16 D64 S1024 T1024 P8 window'
@@ -57,7 +58,7 @@ def key(arch: str, direction: Direction, dtype: torch.dtype, sizes: dict[str, in
 
 
 def chosen(direction: Direction, kind: str, default: Tile) -> Tile:
-    """The tile of a kind of call: the one on trial, else the tuned one where tuning is enabled, else ``default``."""
+    """The tile for a kind of call: the one being timed, else the tuned one if tuning is enabled, else ``default``."""
     if (trial := _trial.get()) and trial[0] == direction:
         return trial[1]
     if not enabled():
@@ -67,7 +68,7 @@ def chosen(direction: Direction, kind: str, default: Tile) -> Tile:
 
 
 def tune(direction: Direction, kind: str, default: Tile, run: Callable[[], Any]) -> None:
-    """Time ``run``, which must leave nothing behind, with each candidate, unless the kind is known."""
+    """Time ``run``, which must have no side effects, with each candidate, unless the kind already has a tile."""
     _read_file()
     if kind in _tiles or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
@@ -85,7 +86,7 @@ def tune(direction: Direction, kind: str, default: Tile, run: Callable[[], Any])
 
 
 def _time(run: Callable[[], Any]) -> float:
-    """Median milliseconds, infinity for a tile that does not fit the device."""
+    """The median time in milliseconds; infinity if the tile does not fit the device."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
@@ -97,7 +98,7 @@ def _time(run: Callable[[], Any]) -> float:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The file's entries; none, with a warning, where it is no such file."""
+    """The file's entries; none if it does not exist, and none with a warning if it is malformed."""
     try:
         entries = json.loads(file.read_text())
         if all(len(e["tile"]) == 4 and all(type(n) is int and n > 0 for n in e["tile"]) for e in entries.values()):
@@ -106,9 +107,7 @@ def _load(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
-    warnings.warn(
-        f"{file} holds no tiles that can be read: it is ignored, and replaced by what is tuned", stacklevel=2
-    )
+    warnings.warn(f"{file} holds no readable tiles: it is ignored, and the next tuned tile replaces it", stacklevel=2)
     return {}
 
 
@@ -122,7 +121,7 @@ def _read_file() -> None:
 
 
 def _write(found: dict[str, Any]) -> None:
-    """Add to the file, whole or not at all: other processes may read and write it too."""
+    """Add to the file in one step, because other processes may read and write it at the same time."""
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,4 +130,4 @@ def _write(found: dict[str, Any]) -> None:
             json.dump(dict(sorted(entries.items())), target, indent=1)
         os.replace(target.name, file)
     except OSError as error:
-        warnings.warn(f"what was tuned is not kept: {error}", stacklevel=2)
+        warnings.warn(f"the tuned tiles are not saved: {error}", stacklevel=2)

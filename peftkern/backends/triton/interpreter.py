@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes Triton's interpreter (TRITON_INTERPRET=1) compute bf16 and masks right, and call functions without delay.
+"""Corrects bf16 and masks in Triton's interpreter (TRITON_INTERPRET=1), and makes its function calls faster.
 
-The interpreter keeps bf16 as uint16 and, in Triton 3.9, adds, multiplies and takes dot products of those bits. Here
-bf16 operations are those of fp32 with the result rounded to nearest even, and dot products accumulate in fp32. A
-comparison is given the type int1: with that of its operands, a mask broadcast from a scalar becomes a number.
+The interpreter stores bf16 as uint16. Triton 3.9 then adds, multiplies and takes dot products of those bits as
+integers. Here bf16 operations compute in fp32 and round the result to nearest even, and dot products accumulate in
+fp32. Comparisons return the type int1: the interpreter gives them the type of their operands, and then a mask
+broadcast from a scalar becomes a number.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ def repair() -> None:
         return dot(self, a, b, d, *precision)
 
     launch = interpreter.GridExecutor.__call__
-    prepared: set[Any] = set()  # modules whose functions can be called in the running launch
+    prepared: set[Any] = set()  # modules that the running launch has patched
 
     def repaired_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         prepared.clear()
         return launch(self, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__ not in prepared:  # the interpreter patches triton.language at every call instead
+        if self.fn.__module__ not in prepared:  # the interpreter itself patches triton.language at every call
             interpreter._patch_lang(self.fn)
             prepared.add(self.fn.__module__)
         return self.rewrite()(*args, **kwargs)
@@ -89,7 +90,7 @@ def _widen(handle: Any) -> Any:
 
 
 def _narrow(handle: Any) -> Any:
-    """Round fp32 to nearest even; what is not fp32 (a comparison) stays."""
+    """Round fp32 to the nearest bf16, ties to even. Other types (comparisons) are returned as they are."""
     if handle.data.dtype != np.float32:
         return _Handle(handle.data, tl.bfloat16)
     bits = np.ascontiguousarray(handle.data).view(np.uint32)

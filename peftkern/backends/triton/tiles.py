@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a block each kernel takes on each GPU: a fixed table, no tuning when it runs.
+"""The block sizes of each kernel on each GPU: a fixed table. Nothing is tuned at run time.
 
-The entries compile with the tensor cores' instructions and, on NVIDIA, with asynchronous copies where num_stages > 1;
-for head dims 64 and 128 without spills (16 bytes in fp32), for others with at most 48 bytes, fp32 dq at 256 with 256
-(``python -m tests.gpu_free.report`` prints the figures). They were chosen from that, not from measurements;
-:mod:`.autotune` measures, for those who ask for it.
+Every entry compiles to the tensor cores' instructions and, on NVIDIA with num_stages > 1, to asynchronous copies. For
+head dims 64 and 128 nothing spills (fp32: 16 bytes); for others at most 48 bytes do, for fp32 dq at 256 at most 256
+(``python -m tests.gpu_free.report`` prints the figures). The entries were chosen by these figures, not by
+measurements. :mod:`.autotune` measures on request.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,7 +20,7 @@ Direction = Literal[
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys, by ``num_warps`` warps, with loads ``num_stages - 1`` blocks ahead."""
+    """BLOCK_M queries by BLOCK_N keys, computed by ``num_warps`` warps that load ``num_stages - 1`` blocks ahead."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -41,7 +42,7 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
         128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 3)),
         256: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (16, 16, 4, 1), (32, 32, 4, 2)),
     },
-    "99 KB": {  # of shared memory for a block, with the instructions of sm_80
+    "99 KB": {  # the instructions of sm_80, but at most 99 KB of shared memory per block
         64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1), (64, 64, 4, 2)),
         256: ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1), (16, 16, 4, 1), (32, 32, 4, 2)),
@@ -63,7 +64,7 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     },
 }  # fmt: skip
 
-# the same for the kernels of the prefix part alone: up to BLOCK_N tokens stay on chip, except in "merge_long"
+# the same for the kernels of the prefix alone, which keep up to BLOCK_N tokens on chip, except "merge_long"
 _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
         64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 4, 1)),
@@ -93,7 +94,8 @@ _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 }  # fmt: skip
 _FAMILIES = {"sm_86": "99 KB", "sm_89": "99 KB", "sm_120": "99 KB", "gfx942": "gfx94", "gfx950": "gfx94"}
 
-# fp32 products are exact (no TF32), on NVIDIA without tensor cores: what counts is that accumulators fit registers
+# fp32 products are exact (no TF32), so on NVIDIA they use no tensor cores; blocks are small enough that accumulators
+# fit the registers
 _FLOAT = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 _FLOAT_MERGE = {**_FLOAT, 64: Tile(16, 32, 8, 1)}
 _FLOAT_OF: dict[Direction, dict[int, Tile]] = {
@@ -103,8 +105,9 @@ _FLOAT_OF: dict[Direction, dict[int, Tile]] = {
 _FLOAT_AMD = {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
+@functools.lru_cache(maxsize=1024)
 def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The block of one kernel, a function of its arguments alone; for decoding BLOCK_M is the most it may be.
+    """The tile of one kernel, a function of the arguments alone. For decoding, BLOCK_M is an upper limit.
 
     >>> tile("sm_90", "forward", 80, torch.bfloat16)
     Tile(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
@@ -123,7 +126,7 @@ def tile(arch: str, direction: Direction, head_dim: int, dtype: torch.dtype) -> 
 
 
 def candidates(start: Tile) -> list[Tile]:
-    """``start`` and what is one step away from it: half or twice a block, other warps, a stage more or less.
+    """``start`` and its neighbours: half or twice one block size, other warps, or one stage more or less.
 
     >>> [tuple(c) for c in candidates(Tile(16, 128, 4, 1))]
     [(16, 128, 4, 1), (32, 128, 4, 1), (16, 64, 4, 1), (16, 128, 8, 1), (16, 128, 4, 2)]
@@ -136,7 +139,7 @@ def candidates(start: Tile) -> list[Tile]:
 
 
 def cuda_architecture(major: int, minor: int) -> str:
-    """The newest architecture of the table that is no newer than a compute capability; else the capability itself.
+    """The newest architecture of the table that is not newer than a compute capability; if none, the capability.
 
     >>> cuda_architecture(8, 7), cuda_architecture(10, 3), cuda_architecture(7, 5)
     ('sm_86', 'sm_100', 'sm_75')

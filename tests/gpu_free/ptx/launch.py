@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver as active_driver
 
-from peftkern.backends import triton as backend
+from peftkern.backends.triton import backend, launch
 
 from ..aot import SHARED_MEMORY
 from . import machine
@@ -147,7 +147,7 @@ class _Driver(DriverBase):
     def launcher_cls(self, source, metadata):
         names, types = list(source.signature), list(source.signature.values())
 
-        def launch(x, y, z, stream, ptx, packed, launch_metadata, enter_hook, exit_hook, *values):
+        def run(x, y, z, stream, ptx, packed, launch_metadata, enter_hook, exit_hook, *values):
             drv = active_driver.active
             described = iter(metadata.tensordesc_meta or ())
             arguments = [
@@ -160,7 +160,7 @@ class _Driver(DriverBase):
             drv.watch.launches.append(record)
             record.counts = record.run(drv.seed)
 
-        return launch
+        return run
 
 
 def _flatten(name: str, kind: object, value: object, described: Iterator[dict]) -> Iterator[tuple[str, object]]:
@@ -211,9 +211,9 @@ def emulated(
     try:
         with (
             mock.patch.object(knobs.runtime, "add_stages_inspection_hook", _ptx_is_the_binary),
-            mock.patch.object(backend, "architecture", return_value=arch),
-            mock.patch.object(backend, "_processors", return_value=processors),
-            mock.patch.object(backend, "_lacks", return_value=[]),
+            mock.patch.object(launch, "architecture", return_value=arch),
+            mock.patch.object(launch, "processors", return_value=processors),
+            mock.patch.object(backend, "lacks", return_value=[]),
         ):
             yield watch
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from triton.runtime.jit import JITFunction
 
+from ..triton_faults import Fault, function_of, planted_in
 from .launch import Launch
 from .machine import Violation
 
@@ -21,21 +22,21 @@ GUARD = r"@!?%p\d+(?=\s+(?:ld|st)\.global)"
 COPY_SIZE = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], 0x[0-9a-f]+(?P<size>, %r\d+);"
 
 
-def without(ptx: str, places: Iterable[tuple[int, int]]) -> str:
-    """The text with these places blank."""
+def without(ptx: str, spans: Iterable[tuple[int, int]]) -> str:
+    """The text with these spans blanked."""
     characters = list(ptx)
-    for start, end in places:
+    for start, end in spans:
         characters[start:end] = " " * (end - start)
     return "".join(characters)
 
 
-def places(ptx: str, pattern: str) -> list[tuple[int, int]]:
-    """Where ``pattern``, or its group ``size``, matches."""
+def spans_of(ptx: str, pattern: str) -> list[tuple[int, int]]:
+    """The spans where ``pattern``, or its group ``size``, matches."""
     return [match.span("size" if "size" in match.groupdict() else 0) for match in re.finditer(pattern, ptx)]
 
 
-def line_of(ptx: str, place: tuple[int, int]) -> int:
-    return ptx.count("\n", 0, place[0]) + 1
+def line_of(ptx: str, span: tuple[int, int]) -> int:
+    return ptx.count("\n", 0, span[0]) + 1
 
 
 class Replay:
@@ -80,25 +81,25 @@ def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def superfluous(replays: list[Replay], candidates: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of places in one PTX, those that can all be dropped together without a finding in any replay.
+    """The candidates, spans in one PTX, that can all be dropped together without a finding in any replay.
 
     What happens before what is the same in every order of the warps: where a launch without a barrier shows no race,
     the barrier orders nothing in that launch.
     """
     ptx, dropped = replays[0].launch.ptx, []
-    for place in candidates:
-        mutant = without(ptx, [*dropped, place])
+    for span in candidates:
+        mutant = without(ptx, [*dropped, span])
         if all(replay.finding(mutant) is None for replay in replays):
-            dropped.append(place)
+            dropped.append(span)
     return dropped
 
 
 @contextlib.contextmanager
-def planted(function: JITFunction, text: str, slip: str) -> Iterator[None]:
-    """Within the block ``text`` in the source of a Triton function reads ``slip``."""
+def planted(fault: Fault) -> Iterator[None]:
+    """Within the block Triton compiles the kernels with a fault in their source."""
+    function = function_of(fault)
     source = function.src
-    assert text in source, f"{function.__name__} has no {text!r}"
-    _replace_source(function, source.replace(text, slip, 1))
+    _replace_source(function, planted_in(source, fault))
     try:
         yield
     finally:

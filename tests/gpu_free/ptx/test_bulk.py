@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Violation, emulated
-from .mutate import places, without
+from .mutate import spans_of, without
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 
@@ -71,7 +71,7 @@ def test_dropped_synchronisation_is_told(what):
     pattern, message = FAULTS[what]
 
     def drop(kernel, ptx):
-        found = places(ptx, pattern)
+        found = spans_of(ptx, pattern)
         assert found
         return without(ptx, found)
 
@@ -94,7 +94,7 @@ def test_each_barrier_of_the_pipeline_is_told_or_orders_nothing():
         return None
 
     ptx = _product(32).ptx
-    sites = places(ptx, r"bar\.sync\s+0;")
+    sites = spans_of(ptx, r"bar\.sync\s+0;")
     spare = [site for site in sites if findings([site]) is None]
     together: list[tuple[int, int]] = []
     for site in spare:

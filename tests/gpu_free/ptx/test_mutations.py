@@ -17,10 +17,10 @@ from peftkern import functional
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors
 
-from ..test_guard import FAULTS
+from ..triton_faults import FAULTS
 from . import mutate
 from .launch import Violation, emulated
-from .mutate import Replay, line_of, places, planted, superfluous, without
+from .mutate import Replay, line_of, planted, spans_of, superfluous, without
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 # the first enters no loop over full blocks, and its only block of rows, as the second's last, has two rows: every
@@ -48,7 +48,7 @@ def replays() -> dict[str, list[Replay]]:
 def test_dropped_barriers_and_waits(kernel, replays):
     ptx, both = _same_ptx(replays[kernel])
     for pattern, what in ((mutate.BARRIER, "barriers"), (mutate.WAIT, "waits")):
-        sites = places(ptx, pattern)
+        sites = spans_of(ptx, pattern)
         told = [s for s in sites if any(r.finding(without(ptx, [s])) for r in both)]
         spare = [s for s in sites if s not in told]
         lines = [line_of(ptx, s) for s in spare]
@@ -60,9 +60,9 @@ def test_waits_of_the_pipelines_are_told(replays):
     """Of the forward, whose loops copy blocks ahead: that nothing is told would be a fault of the emulator."""
     replay = replays["fwd"][1]
     ptx = replay.launch.ptx
-    findings = [replay.finding(without(ptx, [site])) for site in places(ptx, mutate.WAIT)]
+    findings = [replay.finding(without(ptx, [site])) for site in spans_of(ptx, mutate.WAIT)]
     assert any(f and "asynchronous copy, not waited for" in f for f in findings), findings
-    findings = [replay.finding(without(ptx, [site])) for site in places(ptx, mutate.BARRIER)]
+    findings = [replay.finding(without(ptx, [site])) for site in spans_of(ptx, mutate.BARRIER)]
     assert any(f and "race in shared memory" in f for f in findings), findings
 
 
@@ -72,7 +72,7 @@ def test_waits_of_the_pipelines_are_told(replays):
 def test_every_missing_mask_is_told(kernel, replays):
     """Of each load, copy and store; what only keeps other threads from storing the same again is no mask."""
     ptx, both = _same_ptx(replays[kernel])
-    sites = places(ptx, mutate.GUARD) + places(ptx, mutate.COPY_SIZE)
+    sites = spans_of(ptx, mutate.GUARD) + spans_of(ptx, mutate.COPY_SIZE)
     assert sites
     for site in sites:
         mutant = without(ptx, [site])
@@ -122,15 +122,16 @@ def test_every_wrong_stride_and_size_is_told(sign):
     assert changed > 60
 
 
-@pytest.mark.parametrize("fault", [
-    pytest.param(f, id=f"{f[1]}-{f[3]}", marks=() if i in (0, 6, 14) else pytest.mark.slow)
-    for i, f in enumerate(FAULTS)
-])  # fmt: skip
+FAST = {"key-range-end", "prefix-window", "merge-decay"}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=f.id, marks=() if f.id in FAST else pytest.mark.slow) for f in FAULTS]
+)
 def test_a_slip_in_the_source_is_told(fault):
     """The faults that the interpreter's guard must catch, in compiled code."""
-    module, name, text, slip, feature_name = fault
-    shape, options = feature(feature_name, Shape(B=2, Hq=2, Hkv=1, S=65, P=65, D=20))
-    with planted(getattr(module, name), text, slip), emulated("sm_80"), pytest.raises((AssertionError, Violation)):
+    shape, options = feature(fault.case, Shape(B=2, Hq=2, Hkv=1, S=65, P=65, D=20))
+    with planted(fault), emulated("sm_80"), pytest.raises((AssertionError, Violation)):
         check_backend("triton", tensors(shape, torch.float16), options)  # a tighter bound than bf16's
 
 
@@ -138,7 +139,7 @@ def test_a_violation_names_the_line_of_triton():
     inputs = tensors(SHAPES[0], torch.bfloat16)
 
     def drop_guards(kernel, ptx):
-        return without(ptx, places(ptx, mutate.GUARD))
+        return without(ptx, spans_of(ptx, mutate.GUARD))
 
     with emulated("sm_80", rewrite=drop_guards), pytest.raises(Violation, match=r"out of bounds.*blocks\.py:\d+\)"):
         functional.prefix_attention(**inputs, backend="triton")

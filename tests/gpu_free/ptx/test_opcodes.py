@@ -297,11 +297,11 @@ def test_votes_and_reductions_of_a_warp():
 # ---- matrices. g = lane / 4 and t = lane % 4 are the ISA's groupID and threadID_in_group.
 
 
-def _pairs(matrix16: np.ndarray, places) -> np.ndarray:
+def _pairs(matrix16: np.ndarray, index) -> np.ndarray:
     """[32] registers of two halves each, from (lane, i) -> (row, column)."""
     bits = matrix16.view(np.uint16)
     return np.array([
-        int(bits[places(lane, 0)]) | int(bits[places(lane, 1)]) << 16 for lane in range(32)
+        int(bits[index(lane, 0)]) | int(bits[index(lane, 1)]) << 16 for lane in range(32)
     ], np.uint32)  # fmt: skip
 
 
@@ -323,26 +323,26 @@ def test_mma_m16n8k16(kind):
     c = RNG.standard_normal((16, 8)).astype(np.float32)
     a_bits, b_bits = _bits16(a, kind), _bits16(b, kind)
 
-    def a_place(lane, i):  # i: element 0 to 7
+    def a_position(lane, i):  # i: element 0 to 7
         row = lane // 4 if i < 2 or 4 <= i < 6 else lane // 4 + 8
         return row, lane % 4 * 2 + (i & 1) + (0 if i < 4 else 8)
 
-    def b_place(lane, i):
+    def b_position(lane, i):
         return lane % 4 * 2 + (i & 1) + (0 if i < 2 else 8), lane // 4
 
-    def c_place(lane, i):
+    def c_position(lane, i):
         return (lane // 4 if i < 2 else lane // 4 + 8), lane % 4 * 2 + (i & 1)
 
-    registers = [_pairs(a_bits, lambda lane, i, r=r: a_place(lane, 2 * r + i)) for r in range(4)]
-    registers += [_pairs(b_bits, lambda lane, i, r=r: b_place(lane, 2 * r + i)) for r in range(2)]
-    registers += [np.array([c[c_place(lane, i)] for lane in range(32)]) for i in range(4)]
+    registers = [_pairs(a_bits, lambda lane, i, r=r: a_position(lane, 2 * r + i)) for r in range(4)]
+    registers += [_pairs(b_bits, lambda lane, i, r=r: b_position(lane, 2 * r + i)) for r in range(2)]
+    registers += [np.array([c[c_position(lane, i)] for lane in range(32)]) for i in range(4)]
     got = evaluate(
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%d0, %d1, %d2, %d3}}, {{%s0, %s1, %s2, %s3}}, "
         "{%s4, %s5}, {%s6, %s7, %s8, %s9};", *registers, results=4,
     )  # fmt: skip
     expected = _rounded(a, kind) @ _rounded(b, kind) + c
     for i in range(4):
-        true = [expected[c_place(lane, i)] for lane in range(32)]
+        true = [expected[c_position(lane, i)] for lane in range(32)]
         np.testing.assert_allclose(as_type(got[i], np.float32), true, rtol=1e-6)
 
 
@@ -368,7 +368,7 @@ def test_mma_tf32_m16n8k8():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_and_stmatrix(transposed):
-    """Four 8 x 8 matrices from rows at odd places; stored with stmatrix they come back."""
+    """Four 8 x 8 matrices from rows at odd offsets; stored with stmatrix they come back."""
     image = RNG.integers(0, 2**16, 512).astype(np.uint16)
     rows = RNG.permutation(64)[:32].astype(np.uint64) * np.uint64(16)  # byte offset of lane's row
     out, back = np.zeros((4, 32), np.uint32), np.zeros(512, np.uint16)

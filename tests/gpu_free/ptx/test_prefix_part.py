@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``merge`` and ``slot`` beside torch's CPU attention, their own kernels executed as PTX; the bytes these move."""
+"""``merge`` and ``concat`` beside torch's CPU attention, their own kernels executed as PTX; the bytes these move."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
-from peftkern.backends.triton import prefix_kernels as prefix_part
+from peftkern.backends.triton import TritonPrefixKernels
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors
 
@@ -75,7 +75,7 @@ def test_bytes_of_the_merge(shape, arch):
     out.normal_()
     lse.normal_()
     with emulated(arch, processors=2) as watch:
-        prefix_part.merge_prefix(call, out, lse)
+        TritonPrefixKernels().merge_prefix(call, out, lse)
     q, statistics, prefix = _sizes(call)
     least, total = 3 * q + 2 * statistics + prefix, moved(watch.of("prefix_merge_fwd"))
     assert least <= total <= 1.05 * least, f"{total / least:.3f} times the least"
@@ -95,7 +95,7 @@ def test_bytes_of_the_backward(shape, arch):
     gradients = allocate_gradients(call, [True] * 5 + [False] * 4)
     gradients.dq.normal_()
     with emulated(arch, processors=2) as watch:
-        prefix_part.merge_prefix_backward(torch.randn_like(out), out, lse, call, gradients.dq, gradients)
+        TritonPrefixKernels().merge_prefix_backward(torch.randn_like(out), out, lse, call, gradients.dq, gradients)
     q, statistics, prefix = _sizes(call)
     least, total = 5 * q + statistics + 3 * prefix, moved(watch.of("prefix_merge_bwd"))
     assert least <= total <= 1.05 * least, f"{total / least:.3f} times the least"

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from peftkern import functional
-from peftkern.backends import triton as backend
+from peftkern.backends.triton import kernels
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -81,8 +81,8 @@ def test_every_feature_on_sm_90(name):
 
 def test_no_parameter_is_named_as_the_launchers_own():
     """Triton binds a kernel's arguments by a function that it writes, with ``**options`` behind them."""
-    for module in pkgutil.iter_modules(backend.__path__):
-        for name, function in vars(importlib.import_module(f"{backend.__name__}.{module.name}")).items():
+    for module in pkgutil.iter_modules(kernels.__path__):
+        for name, function in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
             if isinstance(function, JITFunction) and name.endswith("_kernel"):
                 with emulated("sm_80"):
                     function.create_binder()

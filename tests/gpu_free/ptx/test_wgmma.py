@@ -21,31 +21,31 @@ SWIZZLES = {"none": (0, 16), "128": (1, 128), "64": (2, 64), "32": (3, 32)}  # n
 def _image(matrix: np.ndarray, swizzle: str, k_contiguous: bool) -> tuple[np.ndarray, int]:
     """(bytes of a [rows, 16] fp16 matrix, its descriptor without the start address).
 
-    Pieces of 8 numbers lie in rows of ``width`` bytes, 8 rows to an atom; the places of the pieces in a row are xored
-    with the number of the 128 bytes that it lies in.
+    Pieces of 8 numbers form rows of ``width`` bytes, 8 rows per atom. The index of a piece within its row, its column,
+    is xored with the number of the 128 bytes that the row lies in.
     """
     code, width = SWIZZLES[swizzle]
-    places = width // 16
+    columns = width // 16
     pieces = {}  # (row of the atom, piece) -> 8 numbers, with the atom's base
     rows = matrix.shape[0]
     if k_contiguous:  # a row of M or N has two pieces; without swizzle they lie in atoms of their own
-        leading, stride = (128 * (rows // 8), 128) if places == 1 else (16, 8 * width)
+        leading, stride = (128 * (rows // 8), 128) if columns == 1 else (16, 8 * width)
         for r in range(rows):
             for p in range(2):
-                base = r // 8 * stride + (p * leading if places == 1 else 0)
-                pieces[base, r % 8, 0 if places == 1 else p] = matrix[r, 8 * p : 8 * p + 8]
+                base = r // 8 * stride + (p * leading if columns == 1 else 0)
+                pieces[base, r % 8, 0 if columns == 1 else p] = matrix[r, 8 * p : 8 * p + 8]
     else:  # a row of k has rows / 8 pieces
-        leading, stride = (128 * (rows // 8), 128) if places == 1 else (16 * width, 8 * width)
+        leading, stride = (128 * (rows // 8), 128) if columns == 1 else (16 * width, 8 * width)
         for k in range(K):
             for p in range(rows // 8):
-                if places == 1:
-                    base, place = k // 8 * leading + p * stride, 0
+                if columns == 1:
+                    base, column = k // 8 * leading + p * stride, 0
                 else:
-                    base, place = k // 8 * stride + p // places * leading, p % places
-                pieces[base, k % 8, place] = matrix[8 * p : 8 * p + 8, k]
+                    base, column = k // 8 * stride + p // columns * leading, p % columns
+                pieces[base, k % 8, column] = matrix[8 * p : 8 * p + 8, k]
     image = np.zeros(max(base for base, *_ in pieces) // 2 + 4 * width + 1024, np.float16)
-    for (base, row, place), numbers in pieces.items():
-        at = (base + row * width) // 2 + (place ^ (row * places // 8 if places < 8 else row) % places) * 8
+    for (base, row, column), numbers in pieces.items():
+        at = (base + row * width) // 2 + (column ^ (row * columns // 8 if columns < 8 else row) % columns) * 8
         image[at : at + 8] = numbers
     return image, leading >> 4 << 16 | stride >> 4 << 32 | code << 62
 

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels share: tiles, scores, visibility, packed sequences, dropout.
+"""Helpers of the attention kernels: tiles, scores, visibility, softmax states, packed sequences, dropout.
 
-Scores times their unit are logarithms to base 2, so that ``exp2`` serves the softmax. ``rows`` (queries) and ``keys``
-are index tensors of two dims that broadcast against each other, [M, 1] and [1, N] or, transposed, [1, M] and [N, 1].
+A score times its unit is a logarithm to base 2, because a GPU has an instruction for exp2 but not for exp. ``rows``
+(queries) and ``keys`` are index tensors of two dims that broadcast against each other: [M, 1] and [1, N] or,
+transposed, [1, M] and [N, 1].
+
+Comments that start with FAULT name lines that tests edit, one at a time, to see whether the checks notice.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,9 +17,32 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+class RowBlock(NamedTuple):
+    """BLOCK_M rows (queries) of one head, and the call that they belong to.
+
+    ``head`` may be a tensor [BLOCK_M, 1] if the rows have no dropout. ``opts``, ``sizes`` and the names in capitals
+    are those of :mod:`..arguments` and :mod:`..tiles`. It is always built within a call's arguments: an assignment
+    would make tensors of its constants.
+    """
+
+    first_row: Any
+    batch: Any
+    head: Any
+    kv_head: Any
+    opts: Any
+    sizes: Any
+    scale: Any
+    IS_CAUSAL: Any
+    DROPOUT_THRESHOLD: Any
+    HEAD_DIM: Any
+    BLOCK_D: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+
+
 @triton.jit
 def locate(num_blocks, num_heads):
-    """(block, head, batch) of this program; the last block, which sees most keys when causal, comes first."""
+    """(block, head, batch) of this program. The last block comes first: if causal, it sees most keys."""
     pid = tl.program_id(0)
     outer = pid // num_blocks
     return num_blocks - 1 - pid % num_blocks, outer % num_heads, outer // num_heads
@@ -22,21 +50,21 @@ def locate(num_blocks, num_heads):
 
 @triton.jit
 def matrix(x, batch, head):
-    """Pointer to the [N, D] matrix of one batch entry (or prefix) and head."""
+    """The pointer to the [N, D] matrix of one batch entry (or prefix) and head."""
     return x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
 
 
 @triton.jit
 def tile_pointers(ptr, stride_n, first, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D]: rows ``first`` and on of a matrix; 64-bit to the tile, 32-bit within."""
+    """[BLOCK, BLOCK_D]: pointers to the rows from ``first`` on. Offsets are 64-bit to the tile, 32-bit within it."""
     within = tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
     return ptr + tl.cast(first, tl.int64) * stride_n + within
 
 
 @triton.jit
 def tile_mask(first, length, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D]: true within ``length`` rows and HEAD_DIM columns."""
-    mask = first + tl.arange(0, BLOCK)[:, None] < length
+    """[BLOCK, BLOCK_D]: true within the first ``length`` rows and HEAD_DIM columns."""
+    mask = first + tl.arange(0, BLOCK)[:, None] < length  # FAULT: tile-length
     if HEAD_DIM != BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     return mask
@@ -47,7 +75,7 @@ def load_tile(
     ptr, stride_n, first, length, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     INSIDE: tl.constexpr = False,
 ):  # fmt: skip
-    """[BLOCK, BLOCK_D]: rows ``first`` and on of a matrix, 0 outside of it. INSIDE: all rows are there."""
+    """[BLOCK, BLOCK_D]: the rows from ``first`` on of a matrix, 0 outside of it. INSIDE: no row is outside."""
     ptrs = tile_pointers(ptr, stride_n, first, BLOCK, BLOCK_D)
     if not INSIDE:
         tile = tl.load(ptrs, mask=tile_mask(first, length, HEAD_DIM, BLOCK, BLOCK_D), other=0.0)
@@ -62,14 +90,46 @@ def load_tile(
 def store_tile(
     ptr, stride_n, first, length, tile, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Store ``tile`` [BLOCK, BLOCK_D], rounded to the memory's dtype, where it is inside of the matrix."""
+    """Store the part of ``tile`` [BLOCK, BLOCK_D] that is inside of the matrix, rounded to the memory's dtype."""
     ptrs = tile_pointers(ptr, stride_n, first, BLOCK, BLOCK_D)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=tile_mask(first, length, HEAD_DIM, BLOCK, BLOCK_D))
 
 
 @triton.jit
+def load_prefix_tile(
+    prefix, number, kv_head, first, length, dtype,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INSIDE: tl.constexpr = False,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_D]: the tokens from ``first`` on of prefix ``number``, rounded to ``dtype``."""
+    ptr = matrix(prefix, number, kv_head)
+    return load_tile(ptr, prefix.stride_n, first, length, HEAD_DIM, BLOCK_N, BLOCK_D, INSIDE).to(dtype)
+
+
+@triton.jit
+def load_query_tile(x, block):
+    """[BLOCK_M, BLOCK_D]: a block of rows of q, or of what is shaped like it."""
+    ptr = matrix(x, block.batch, block.head)
+    length = block.sizes.q_len
+    return load_tile(ptr, x.stride_n, block.first_row, length, block.HEAD_DIM, block.BLOCK_M, block.BLOCK_D)
+
+
+@triton.jit
+def store_query_tile(x, tile, block):
+    """Store a block of rows of out, or of what is shaped like it."""
+    ptr = matrix(x, block.batch, block.head)
+    stride, length = x.stride_n, block.sizes.q_len  # FAULT: query-tile-stride
+    store_tile(ptr, stride, block.first_row, length, tile, block.HEAD_DIM, block.BLOCK_M, block.BLOCK_D)
+
+
+@triton.jit
+def row_offset(batch, head, sizes):
+    """The offset of one head's rows in a contiguous [B, Hq, S] tensor."""
+    return (tl.cast(batch, tl.int64) * sizes.num_heads + head) * sizes.q_len
+
+
+@triton.jit
 def tanh(x):
-    """From exp2: Taylor's series where 1 - 2 / (exp(2x) + 1) would cancel."""
+    """tanh by exp2. Near 0, where 1 - 2 / (exp(2x) + 1) would cancel, by its Taylor series."""
     x2 = x * x
     series = 1.0 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835 - x2 * (1382 / 155925)))))
     return tl.where(tl.abs(x) < 0.3, x * series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
@@ -79,8 +139,8 @@ def tanh(x):
 def softcapped(products, scale, opts, ADDS: tl.constexpr):
     """(scores, unit, slope): ``scores * unit`` are the scores before bias, slope is d score / d (scale * product).
 
-    Where nothing is done to the products but to scale them, they are the scores and the scale is their unit: what
-    follows then multiplies where it subtracts, in one instruction. ADDS: a bias will be added.
+    If products are only scaled, they are returned as they are, with the scale as their unit. The softmax then fuses
+    scale and subtract into one FMA. ADDS: a bias will be added.
     """
     slope = 1.0
     unit = 1.0
@@ -98,12 +158,12 @@ def softcapped(products, scale, opts, ADDS: tl.constexpr):
 
 @triton.jit
 def find_sequence(index, opts, sizes):
-    """The packed sequence that holds each token of ``index``: the last one that starts at or before it."""
+    """The packed sequence that holds each token of ``index``: the last one that starts at or before the token."""
     low = index * 0
     high = low + sizes.num_sequences
     for _ in range(sizes.search_steps):
         middle = (low + high) // 2
-        starts_before = tl.load(opts.cu_seqlens + middle) <= index
+        starts_before = tl.load(opts.cu_seqlens + middle) <= index  # FAULT: sequence-search
         narrow = high - low > 1
         high = tl.where(starts_before | (narrow == 0), high, middle)
         low = tl.where(starts_before & narrow, middle, low)
@@ -112,7 +172,7 @@ def find_sequence(index, opts, sizes):
 
 @triton.jit
 def segment(index, opts, sizes):
-    """(first, end) of the packed sequence of each token, [0, T) where nothing is packed."""
+    """(first, end) of the packed sequence of each token; (0, T) if the input is not packed."""
     if opts.cu_seqlens is None:
         first = index * 0
         end = first + sizes.kv_len
@@ -126,14 +186,14 @@ def segment(index, opts, sizes):
 def keys_seen(rows, opts, sizes, IS_CAUSAL: tl.constexpr):
     """(lower, upper): each row sees sequence keys lower <= key < upper.
 
-    For rows within [0, S); those beyond see what is not there, and are not stored.
+    The bounds of rows beyond S mean nothing. Such rows are not stored.
     """
     offset = sizes.kv_len - sizes.q_len
     lower, upper = segment(tl.minimum(rows, sizes.q_len - 1), opts, sizes)
     if IS_CAUSAL:
-        upper = rows + (offset + 1)
+        upper = rows + (offset + 1)  # FAULT: causal-upper
     if opts.window is not None:
-        lower = tl.maximum(lower, rows + (offset + 1 - opts.window))
+        lower = tl.maximum(lower, rows + (offset + 1 - opts.window))  # FAULT: window-lower
     return lower, upper
 
 
@@ -141,32 +201,31 @@ def keys_seen(rows, opts, sizes, IS_CAUSAL: tl.constexpr):
 def rows_that_see(keys, opts, sizes, IS_CAUSAL: tl.constexpr):
     """(lower, upper): each sequence key is seen by rows lower <= row < upper.
 
-    The rows' statistics, and not this, take out those beyond S.
+    The bounds do not exclude rows beyond S. The statistics of such rows, an lse of inf, do.
     """
     offset = sizes.kv_len - sizes.q_len
     lower, upper = segment(tl.minimum(keys, sizes.kv_len - 1), opts, sizes)
     if IS_CAUSAL:
         lower = keys - offset
     if opts.window is not None:
-        farthest = keys + (opts.window - offset)
+        farthest = keys + (opts.window - offset)  # FAULT: window-farthest-row
         upper = farthest if opts.cu_seqlens is None else tl.minimum(upper, farthest)
     return lower, upper
 
 
 @triton.jit
-def seq_scores(
-    products, scale, rows, keys, lower, upper, batch, head, opts, sizes, IS_CAUSAL: tl.constexpr,
-    BY_KEY: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """(scores, unit, slope) for sequence keys.
+def seq_scores(products, rows, keys, lower, upper, block, BY_KEY: tl.constexpr, MASKED: tl.constexpr):
+    """(scores, unit, slope) of sequence keys.
 
-    lower and upper are :func:`keys_seen` of the rows or, BY_KEY, :func:`rows_that_see` of the keys. MASKED is false
-    where every row of the block sees every key.
+    ``lower`` and ``upper`` are :func:`keys_seen` of the rows or, BY_KEY, :func:`rows_that_see` of the keys. MASKED is
+    false if every row of the block sees every key.
     """
-    scores, unit, slope = softcapped(products, scale, opts, opts.bias is not None)
+    opts, sizes = block.opts, block.sizes
+    scores, unit, slope = softcapped(products, block.scale, opts, opts.bias is not None)
     if opts.bias is not None:
         bias = opts.bias
-        ptrs = matrix(bias, batch, head) + rows.to(tl.int64) * bias.stride_m + keys.to(tl.int64) * bias.stride_n
+        ptrs = matrix(bias, block.batch, block.head) + rows.to(tl.int64) * bias.stride_m
+        ptrs += keys.to(tl.int64) * bias.stride_n
         inside = (rows < sizes.q_len) & (keys < sizes.kv_len)
         scores += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
@@ -176,44 +235,43 @@ def seq_scores(
             if CUT:
                 scores = tl.where(keys >= lower, scores, -float("inf"))
         else:
-            if IS_CAUSAL or opts.cu_seqlens is not None:
-                scores = tl.where(rows >= lower, scores, -float("inf"))
+            if block.IS_CAUSAL or opts.cu_seqlens is not None:
+                scores = tl.where(rows >= lower, scores, -float("inf"))  # FAULT: first-row-that-sees
             if CUT:
                 scores = tl.where(rows < upper, scores, -float("inf"))
         if opts.key_mask is not None:
-            ptrs = opts.key_mask.ptr + tl.cast(batch, tl.int64) * opts.key_mask.stride_b
+            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * opts.key_mask.stride_b
             mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
             scores = tl.where(mask != 0, scores, -float("inf"))
     return scores, unit, slope
 
 
 @triton.jit
-def prefix_scores(
-    products, scale, positions, slots, sees, length, head, opts, sizes, MASKED: tl.constexpr
-):  # fmt: skip
-    """(scores, unit, slope) for the first ``length`` tokens of a prefix.
+def prefix_scores(products, positions, tokens, sees, length, block, MASKED: tl.constexpr):
+    """(scores, unit, slope) of the first ``length`` tokens of a prefix.
 
-    ``positions`` are those of the queries within their sequence; ``sees`` says which queries see this prefix, None
-    for all.
+    ``positions`` are the positions of the queries within their sequence, ``tokens`` the indices of the keys within
+    the prefix. ``sees`` says which queries see this prefix; None: all of them.
     """
-    scores, unit, slope = softcapped(products, scale, opts, opts.prefix_bias is not None)
+    opts = block.opts
+    scores, unit, slope = softcapped(products, block.scale, opts, opts.prefix_bias is not None)
     if opts.prefix_bias is not None:
         bias = opts.prefix_bias
-        ptrs = bias.ptr + head * bias.stride_h + slots * bias.stride_n
-        scores += tl.load(ptrs, mask=slots < sizes.prefix_len, other=0.0).to(tl.float32) * LOG2E
+        ptrs = bias.ptr + block.head * bias.stride_h + tokens * bias.stride_n
+        scores += tl.load(ptrs, mask=tokens < block.sizes.prefix_len, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = slots < length
+        visible = tokens < length  # FAULT: prefix-length
         if sees is not None:
             visible = visible & sees
         if opts.prefix_window is not None:
-            visible = visible & (length + positions - slots < opts.prefix_window)
+            visible = visible & (length + positions - tokens < opts.prefix_window)  # FAULT: prefix-window
         scores = tl.where(visible, scores, -float("inf"))
     return scores, unit, slope
 
 
 @triton.jit
 def prefix_of(sequence, opts):
-    """The prefix that a sequence sees, -1 for none."""
+    """The number of the prefix that a sequence sees; -1 if it sees none."""
     prefix = sequence * 0
     if opts.prefix_ids is not None:
         prefix = tl.load(opts.prefix_ids + sequence).to(tl.int32)
@@ -222,7 +280,7 @@ def prefix_of(sequence, opts):
 
 @triton.jit
 def prefix_length(prefix, opts, sizes):
-    """Used tokens of a prefix, 0 for prefix -1."""
+    """The number of used tokens of a prefix; 0 for prefix -1."""
     if opts.prefix_lens is None:
         length = tl.where(prefix < 0, 0, sizes.prefix_len)
     else:
@@ -231,28 +289,53 @@ def prefix_length(prefix, opts, sizes):
 
 
 @triton.jit
-def dropout_keep(
-    opts, row, key, batch_head, PART: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] bool: the weights kept of rows ``row`` and keys ``key`` (a multiple of 4) and on.
+def dropout_keep(first_key, block, OF_PREFIX: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] bool: which weights are kept, for keys from ``first_key``, a multiple of 4, on.
 
-    See :func:`peftkern.reference.dropout_keep`; one call of Philox serves four keys.
+    OF_PREFIX is 1 for tokens of the prefix, 0 for keys of the sequence. See :func:`peftkern.reference.dropout_keep`.
+    One call of Philox gives the words of four keys.
     """
-    rows = row + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 4], tl.int32)
-    quads = key // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
+    row, batch_head = block.first_row, block.batch * block.sizes.num_heads + block.head
+    rows = row + tl.arange(0, block.BLOCK_M)[:, None] + tl.zeros([1, block.BLOCK_N // 4], tl.int32)
+    quads = first_key // 4 + tl.arange(0, block.BLOCK_N // 4)[None, :] + tl.zeros([block.BLOCK_M, 1], tl.int32)
     zero = tl.zeros_like(rows)
-    w0, w1, w2, w3 = tl.philox(tl.load(opts.seed), quads, rows, zero + batch_head, zero + PART)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return words >= tl.full([], THRESHOLD, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(block.opts.seed), quads, rows, zero + batch_head, zero + OF_PREFIX)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # FAULT: dropout-words
+    return words >= tl.full([], block.DROPOUT_THRESHOLD, tl.uint32)
+
+
+@triton.jit
+def finite(m):
+    """m, or 0 if m is -inf. A score of -inf minus it is -inf, whereas -inf minus -inf would be NaN."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def merge_state(state, lse, values):
+    """Merge another softmax state into (m, denom, acc): one with log2 sum ``lse`` and average ``values``.
+
+    ``values`` None: the other state is a sink, which has no values. m may be a tensor [M] or a scalar; acc has the
+    shape of m, or one dim more.
+    """
+    m, denom, acc = state
+    m_new = tl.maximum(m, lse)
+    decay, weight = tl.exp2(m - finite(m_new)), tl.exp2(lse - finite(m_new))
+    denom = denom * decay + weight  # FAULT: merge-decay, merge-weight
+    WIDER: tl.constexpr = len(m.shape) == 1 and len(acc.shape) == 2
+    acc = acc * (decay[:, None] if WIDER else decay)
+    if values is not None:
+        # a row that sees no key may hold anything, NaN included
+        visible = weight[:, None] > 0.0  # FAULT: merge-hidden-row
+        acc += tl.where(visible, values * weight[:, None], 0.0)  # FAULT: merge-values
+    return m_new, denom, acc
 
 
 @triton.jit
 def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(low, full_low, full_high, high): the sequence keys that rows first_row to first_row + BLOCK_M - 1 see.
 
-    All rows see all keys in [full_low, full_high). All bounds but the last are multiples of BLOCK_N, in rising order
-    but for the last, which may lie below full_high.
+    All rows see all keys in [full_low, full_high). The first three bounds are multiples of BLOCK_N in rising order.
+    ``high`` is the exact end and may lie below full_high.
     """
     last_row = tl.minimum(first_row + BLOCK_M, sizes.q_len) - 1
     offset = sizes.kv_len - sizes.q_len
@@ -260,7 +343,7 @@ def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.const
     high = low + sizes.kv_len
     full_low = low
     if IS_CAUSAL:
-        high = tl.minimum(high, last_row + offset + 1)
+        high = tl.minimum(high, last_row + offset + 1)  # FAULT: key-range-end
     if opts.window is not None:
         low = tl.maximum(low, first_row + offset - opts.window + 1)
         full_low = tl.maximum(low, last_row + offset - opts.window + 1)
@@ -272,7 +355,7 @@ def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.const
     full_low = tl.minimum(tl.maximum(low, tl.cdiv(full_low, BLOCK_N) * BLOCK_N), tl.cdiv(high, BLOCK_N) * BLOCK_N)
     full_high = high
     if IS_CAUSAL:
-        full_high = tl.minimum(high, first_row + offset + 1)
+        full_high = tl.minimum(high, first_row + offset + 1)  # FAULT: key-range-full-end
     full_high = tl.maximum(full_low, full_high // BLOCK_N * BLOCK_N)
     if (opts.cu_seqlens is not None) or (opts.key_mask is not None):
         full_low, full_high = low, low
@@ -281,13 +364,13 @@ def key_range(first_row, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.const
 
 @triton.jit
 def row_range(first_key, opts, sizes, IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first row, a multiple of BLOCK_M, and number of blocks) of the rows that see a block of keys."""
+    """(first row, number of blocks) of the rows that see a block of keys. The first row is a multiple of BLOCK_M."""
     last_key = tl.minimum(first_key + BLOCK_N, sizes.kv_len) - 1
     offset = sizes.kv_len - sizes.q_len
     low = first_key * 0
     high = low + sizes.q_len
     if IS_CAUSAL:
-        low = tl.maximum(low, first_key - offset)
+        low = tl.maximum(low, first_key - offset)  # FAULT: row-range-start
     if opts.window is not None:
         high = tl.minimum(high, last_key + opts.window - offset)
     if opts.cu_seqlens is not None:

@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward for few queries over many keys: rows packed over batch and group, keys cut into splits, then combined.
+"""The forward for few queries over many keys: rows packed over batch and group, keys cut into splits, then merged.
 
-A row is one query of one head. The rows of all samples that share a key head meet the prefix together, so that it is
-read once for BLOCK_M rows and not once for each sample; the rows of one sample meet its own keys. Each split of the
-keys leaves a softmax of its own, and a last pass joins them in order (flash decoding, Dao et al. 2023; the shared
-prefix as in Hydragen, Juravsky et al. 2024). Grids and workspaces depend on shapes alone: a CUDA graph can hold it.
+A row is one query of one head. The rows of all samples that share a key head attend to the prefix together, so the
+prefix is read once per BLOCK_M rows instead of once per sample. The rows of one sample attend to its own keys. Each
+split of the keys has a softmax of its own; a last kernel merges them in order (flash decoding, Dao et al. 2023; the
+shared prefix as in Hydragen, Juravsky et al. 2024). Grids and workspaces depend on shapes alone, so that a CUDA graph
+can replay the launches.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import LN2, LOG2E, key_range, tanh
+from .blocks import LN2, LOG2E, RowBlock, finite, key_range, merge_state, tanh
 from .forward import empty_softmax, inverse, softmax_step, visit_prefix, visit_sequence
 
 
 @triton.jit
-def _load_rows(
+def _load_packed_rows(
     q, first, end, kv_head, sizes, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """(sample, head, query [BLOCK_M], q [BLOCK_M, BLOCK_D]) of rows ``first`` and on, in the order [B, group, S]."""
+    """(sample, head, query [BLOCK_M], q [BLOCK_M, BLOCK_D]) of the rows from ``first`` on, ordered [B, group, S]."""
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < end
     rows = tl.where(inside, rows, first)
@@ -31,11 +32,11 @@ def _load_rows(
 
 
 @triton.jit
-def _store_rows(
+def _store_split(
     partial_ptr, lse_ptr, split, first, end, sample, head, query, state, opts, sizes,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The average [splits, B, Hq, S, D] of the split's values and its lse [splits, B, Hq, S] in log2, fp32."""
+    """Store the average of the split's values [splits, B, Hq, S, D] and its lse [splits, B, Hq, S], log2, in fp32."""
     m, denom, acc = state
     index = (tl.cast(split, tl.int64) * sizes.batch + sample) * sizes.num_heads + head
     index = index * sizes.q_len + query
@@ -48,35 +49,43 @@ def _store_rows(
 
 
 @triton.jit
-def _prefix_attention_decode_prefix_kernel(
-    q, prefix_k, prefix_v, partial_ptr, lse_ptr, opts, sizes, scale, num_splits, split_size,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Splits 0 to num_splits - 1; a program per BLOCK_M rows of one key head over split_size tokens of the prefix."""
-    split, outer = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
-    num_kv_heads = sizes.num_heads // sizes.group
-    kv_head, first = outer % num_kv_heads, outer // num_kv_heads * BLOCK_M
-    end = sizes.batch * sizes.group * sizes.q_len
-    sample, head, query, q_tile = _load_rows(q, first, end, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_M)
+def _visit_split(q_tile, prefix_k, prefix_v, sample, query, low, high, block):
+    """The softmax state over tokens low to high of the prefixes that the rows' samples see."""
+    opts, sizes = block.opts, block.sizes
     positions = (query + (sizes.kv_len - sizes.q_len))[:, None]
-    state = empty_softmax(None, BLOCK_M, BLOCK_D)
-    low = split * split_size
+    state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     if opts.prefix_ids is None:
         state = visit_prefix(
-            softmax_step, state, None, q_tile, prefix_k, prefix_v, 0, low, low + split_size, 0, positions, None, 0,
-            kv_head, head[:, None], opts, sizes, scale, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            softmax_step, state, None, q_tile, prefix_k, prefix_v, 0, low, high, positions, None, block
+        )
     else:
         ids = tl.load(opts.prefix_ids + sample).to(tl.int32)
         for prefix in range(tl.maximum(tl.min(ids, 0), 0), tl.max(ids, 0) + 1):
             sees = ids == prefix
             if tl.max(sees.to(tl.int32), 0) > 0:
                 state = visit_prefix(
-                    softmax_step, state, None, q_tile, prefix_k, prefix_v, prefix, low, low + split_size, 0,
-                    positions, sees[:, None], 0, kv_head, head[:, None], opts, sizes, scale,
-                    0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                    softmax_step, state, None, q_tile, prefix_k, prefix_v, prefix, low, high, positions,
+                    sees[:, None], block,
                 )  # fmt: skip
-    _store_rows(
+    return state
+
+
+@triton.jit
+def _prefix_attention_decode_prefix_kernel(
+    q, prefix_k, prefix_v, partial_ptr, lse_ptr, opts, sizes, scale, num_splits, split_size,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Splits 0 to num_splits - 1. A program has BLOCK_M rows of one key head, and split_size tokens of the prefix."""
+    split, outer = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
+    num_kv_heads = sizes.num_heads // sizes.group
+    kv_head, first = outer % num_kv_heads, outer // num_kv_heads * BLOCK_M
+    end = sizes.batch * sizes.group * sizes.q_len
+    sample, head, query, q_tile = _load_packed_rows(q, first, end, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_M)
+    state = _visit_split(
+        q_tile, prefix_k, prefix_v, sample, query, split * split_size, split * split_size + split_size,
+        RowBlock(0, 0, head[:, None], kv_head, opts, sizes, scale, False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N),
+    )  # fmt: skip
+    _store_split(
         partial_ptr, lse_ptr, split, first, end, sample, head, query, state, opts, sizes,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
@@ -84,7 +93,7 @@ def _prefix_attention_decode_prefix_kernel(
 
 @triton.jit
 def _within(bound, low, high):
-    """The nearest to ``bound`` of low to high."""
+    """``bound``, moved to the nearest value from low to high."""
     return tl.minimum(tl.maximum(bound, low), high)
 
 
@@ -94,46 +103,48 @@ def _prefix_attention_decode_sequence_kernel(
     IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Splits first_split and on; a program per BLOCK_M rows of one sample and key head over split_size keys of it."""
+    """Splits from first_split on. A program has BLOCK_M rows of one sample and key head, and split_size keys."""
     split, outer = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     num_kv_heads, num_rows = sizes.num_heads // sizes.group, sizes.group * sizes.q_len
     blocks = tl.cdiv(num_rows, BLOCK_M)
     kv_head, batch = outer // blocks % num_kv_heads, outer // blocks // num_kv_heads
     first, end = batch * num_rows + outer % blocks * BLOCK_M, (batch + 1) * num_rows
-    sample, head, query, q_tile = _load_rows(q, first, end, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_M)
+    sample, head, query, q_tile = _load_packed_rows(q, first, end, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_M)
     low, high = split * split_size, (split + 1) * split_size
-    # of all queries: BLOCK_M is at least their number
+    # the range of all queries: BLOCK_M is at least their number
     seen_low, full_low, full_high, seen_high = key_range(kv_head * 0, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
     bounds = (
         _within(seen_low, low, high), _within(full_low, low, high), _within(full_high, low, high),
         _within(seen_high, low, high),
     )  # fmt: skip
     state = visit_sequence(
-        softmax_step, empty_softmax(None, BLOCK_M, BLOCK_D), None, q_tile, k, v, bounds, 0, query[:, None], batch,
-        kv_head, head[:, None], opts, sizes, scale, IS_CAUSAL, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        softmax_step, empty_softmax(None, BLOCK_M, BLOCK_D), None, q_tile, k, v, bounds, query[:, None],
+        RowBlock(
+            0, batch, head[:, None], kv_head, opts, sizes, scale, IS_CAUSAL, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N
+        ),
     )  # fmt: skip
-    _store_rows(
+    _store_split(
         partial_ptr, lse_ptr, first_split + split, first, end, sample, head, query, state, opts, sizes,
         HEAD_DIM, BLOCK_D, BLOCK_M,
     )  # fmt: skip
 
 
 @triton.jit
-def _join(
-    m, denom, acc, partial_ptr, lse_ptr, row, num_rows, first, last,
+def _merge_splits(
+    state, partial_ptr, lse_ptr, row, num_rows, first, last,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(m, denom, acc [D]) with splits first to last - 1 of one row, BLOCK_N at a time."""
+    """The state (m, denom, acc [D]) of one row with splits first to last - 1 merged in, BLOCK_N at a time."""
+    m, denom, acc = state
     columns = tl.arange(0, BLOCK_D)[None, :]
-    for block in range(first, last, BLOCK_N):
-        splits = block + tl.arange(0, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        splits = start + tl.arange(0, BLOCK_N)
         index = splits.to(tl.int64) * num_rows + row
         lse = tl.load(lse_ptr + index, mask=splits < last, other=-float("inf"))
         mask = (splits < last)[:, None] & (columns < HEAD_DIM)
         values = tl.load(partial_ptr + index[:, None] * HEAD_DIM + columns, mask=mask, other=0.0)
         m_new = tl.maximum(m, tl.max(lse, 0))
-        pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-        weights, decay = tl.exp2(lse - pivot), tl.exp2(m - pivot)
+        weights, decay = tl.exp2(lse - finite(m_new)), tl.exp2(m - finite(m_new))
         denom = denom * decay + tl.sum(weights, 0)
         acc = acc * decay + tl.sum(weights[:, None] * values, 0)
         m = m_new
@@ -150,27 +161,20 @@ def _prefix_attention_decode_combine_kernel(
     query, outer = row % sizes.q_len, row // sizes.q_len
     head, batch = outer % sizes.num_heads, outer // sizes.num_heads
     num_rows = sizes.batch * sizes.num_heads * sizes.q_len
-    nothing = tl.full([], -float("inf"), tl.float32)
-    zero = tl.full([], 0.0, tl.float32)
     zeros = tl.zeros([BLOCK_D], tl.float32)
-    m, denom, acc = _join(
-        nothing, zero, zeros, partial_ptr, lse_ptr, row, num_rows, 0, prefix_splits, HEAD_DIM, BLOCK_D, BLOCK_N
-    )
+    nothing = (tl.full([], -float("inf"), tl.float32), tl.full([], 0.0, tl.float32), zeros)
+    state = _merge_splits(nothing, partial_ptr, lse_ptr, row, num_rows, 0, prefix_splits, HEAD_DIM, BLOCK_D, BLOCK_N)
     gated = zeros
     if opts.gate is not None:
+        _, denom, acc = state
         gated = acc / tl.where(denom == 0.0, 1.0, denom) * tanh(tl.load(opts.gate + head))
-        m, denom, acc = nothing, zero, zeros
-    m, denom, acc = _join(
-        m, denom, acc, partial_ptr, lse_ptr, row, num_rows, prefix_splits, num_splits, HEAD_DIM, BLOCK_D, BLOCK_N
+        state = nothing
+    state = _merge_splits(
+        state, partial_ptr, lse_ptr, row, num_rows, prefix_splits, num_splits, HEAD_DIM, BLOCK_D, BLOCK_N
     )
     if opts.sinks is not None:
-        sink = tl.load(opts.sinks + head) * LOG2E
-        m_new = tl.maximum(m, sink)
-        pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-        decay = tl.exp2(m - pivot)
-        denom = denom * decay + tl.exp2(sink - pivot)
-        acc = acc * decay
-        m = m_new
+        state = merge_state(state, tl.load(opts.sinks + head) * LOG2E, None)
+    m, denom, acc = state
     result = acc / tl.where(denom == 0.0, 1.0, denom) + gated
     columns = tl.arange(0, BLOCK_D)
     offset = tl.cast(batch, tl.int64) * out.stride_b + tl.cast(head, tl.int64) * out.stride_h

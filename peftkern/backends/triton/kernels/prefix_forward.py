@@ -1,111 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward of the prefix part alone, merged with attention over the sequence that another kernel has computed.
+"""Forward of the prefix alone, merged with attention over the sequence that another kernel has computed.
 
 ::
 
-    weight_s = exp2(lse_s - pivot)      weight_p = exp2(m - pivot)      weight_sink = exp2(sink - pivot)
-    denom    = weight_s + weight_p * sum_j exp2(s_j - m) + weight_sink
-    out      = (weight_s * out_s + weight_p * sum_j exp2(s_j - m) v_j) / denom      lse = pivot + log2(denom)
+    m     = max(lse_s, m_p, sink)
+    denom = exp2(lse_s - m) + sum_j exp2(s_j - m) + exp2(sink - m)
+    out   = (exp2(lse_s - m) * out_s + sum_j exp2(s_j - m) v_j) / denom      lse = m + log2(denom)
 
-with m the largest prefix score of a row and pivot the largest of lse_s, m and the sink. Softmax states merge in any
-order and number (Milakov & Gimelshein 2018; Juravsky et al., Hydragen, 2024): (out_s, lse_s) is one, the prefix
-another, the sink, which has no value, a third.
+where m_p is the largest prefix score s_j of a row. Softmax states merge in any order and number (Milakov & Gimelshein
+2018; Juravsky et al., Hydragen, 2024): (out_s, lse_s) is one, the prefix another, the sink, which has no value, a
+third.
 """
 
 import triton
 import triton.language as tl
 
-from .blocks import LN2, LOG2E, load_tile, matrix, prefix_scores, store_tile, tanh
+from .blocks import (
+    LN2,
+    LOG2E,
+    RowBlock,
+    load_prefix_tile,
+    load_query_tile,
+    merge_state,
+    prefix_scores,
+    row_offset,
+    store_query_tile,
+    tanh,
+)
 from .forward import empty_softmax, softmax_step, visit_prefixes
 
 
 @triton.jit
 def locate_tile(index, row_blocks, kv_head, sizes):
-    """(first block of rows, head, batch) of tile ``index`` among those that read one key head."""
+    """(block of rows, head, batch) of tile ``index`` among the tiles that read one key head."""
     outer = index // row_blocks
-    return index % row_blocks, kv_head * sizes.group + outer % sizes.group, outer // sizes.group
+    row_block = index % row_blocks  # FAULT: tile-row-block
+    return row_block, kv_head * sizes.group + outer % sizes.group, outer // sizes.group  # FAULT: tile-head
 
 
 @triton.jit
-def load_rows(x, batch, head, rows, inside, other):
-    """[BLOCK_M] of a [B, H, S] tensor given by strides."""
-    ptrs = x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
-    return tl.load(ptrs + rows * x.stride_m, mask=inside, other=other)
+def load_row_values(x, rows, inside, other, block):
+    """[BLOCK_M] values of a [B, H, S] tensor with any strides."""
+    ptrs = x.ptr + tl.cast(block.batch, tl.int64) * x.stride_b
+    ptrs += tl.cast(block.head, tl.int64) * x.stride_h  # FAULT: row-value-head-stride
+    return tl.load(ptrs + rows * x.stride_m, mask=inside, other=other)  # FAULT: row-value-stride
+
+
+@triton.jit
+def _attend_to_resident(q, k, v, rows, inside, block):
+    """The softmax state of a tile q over a prefix that fits one block of keys, k and v."""
+    tokens = tl.arange(0, block.BLOCK_N)[None, :]
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    sees, length = inside[:, None], block.sizes.prefix_len
+    MASKED: tl.constexpr = True  # FAULT: merge-mask
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, sees, length, block, MASKED)
+    state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+    return softmax_step(state, None, scores, unit, slope, k, v, None, block.opts)
+
+
+@triton.jit
+def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, lse_ptr, block):
+    """Store one block of rows of out and lse: the states of prefix, sequence and sink, merged.
+
+    ``k_tile`` None: visit the blocks of the prefix. Otherwise k_tile and v_tile are the whole prefix.
+    """
+    opts = block.opts
+    rows = block.first_row + tl.arange(0, block.BLOCK_M)
+    inside = rows < block.sizes.q_len
+    q_tile = load_query_tile(q, block)
+    if k_tile is not None:
+        state = _attend_to_resident(q_tile, k_tile, v_tile, rows, inside, block)
+    else:
+        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+        state = visit_prefixes(softmax_step, state, None, q_tile, prefix_k, prefix_v, block)
+    if opts.gate is not None:  # a softmax of its own
+        _, denom, acc = state
+        gated = acc * (tanh(tl.load(opts.gate + block.head)) / tl.where(denom == 0.0, 1.0, denom))[:, None]
+        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+    if part_out is not None:
+        values = load_query_tile(part_out, block).to(tl.float32)
+        lse = load_row_values(part_lse, rows, inside, -float("inf"), block) * LOG2E  # FAULT: merge-base
+        state = merge_state(state, lse, values)
+    if opts.sinks is not None:
+        state = merge_state(state, tl.load(opts.sinks + block.head) * LOG2E, None)
+    m, denom, acc = state
+    result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
+    if opts.gate is not None:
+        result += gated
+    store_query_tile(out, result, block)
+    ptrs = lse_ptr + row_offset(block.batch, block.head, block.sizes) + rows
+    tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
 
 @triton.jit
 def _prefix_merge_fwd_kernel(
-    q, prefix_k, prefix_v, part_out, part_lse, out, lse_ptr, opts, sizes, scale, part_lse_scale, workers,
+    q, prefix_k, prefix_v, part_out, part_lse, out, lse_ptr, opts, sizes, scale, workers,
     RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, ``part_out`` and ``part_lse``, and the prefix.
 
-    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: a tile of rows has one owner,
-    which reads it before it writes. ``part_out`` None: no sequence. ``part_lse * part_lse_scale`` is in log2, -inf
-    for a row that sees no key. ``workers`` programs share the tiles of a key head.
+    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: one program owns a tile of rows,
+    and reads it before it writes it. ``part_out`` None: there is no sequence. ``part_lse`` is in natural logarithm,
+    -inf for a row that sees no key. ``workers`` programs share the tiles of a key head.
 
-    RESIDENT: a program loads the prefix, which fits BLOCK_N, once and walks over its tiles of rows. Else (a long
-    prefix, a bank, a window over the prefix) each tile walks over the blocks of its prefix.
+    RESIDENT: the prefix fits BLOCK_N, and a program loads it once for all of its tiles of rows. Otherwise (a long
+    prefix, a bank, a window over the prefix) each tile visits the blocks of its prefix.
     """
     worker, kv_head = tl.program_id(0) % workers, tl.program_id(0) // workers
     dtype = q.ptr.dtype.element_ty
     if RESIDENT:
-        k_tile = load_tile(
-            matrix(prefix_k, 0, kv_head), prefix_k.stride_n, 0, sizes.prefix_len, HEAD_DIM, BLOCK_N, BLOCK_D
-        ).to(dtype)
-        v_tile = load_tile(
-            matrix(prefix_v, 0, kv_head), prefix_v.stride_n, 0, sizes.prefix_len, HEAD_DIM, BLOCK_N, BLOCK_D
-        ).to(dtype)
+        k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
+    else:
+        k_tile = None
+        v_tile = None
     row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
-    for index in range(worker, row_blocks * sizes.group * sizes.batch, workers):
-        block, head, batch = locate_tile(index, row_blocks, kv_head, sizes)
-        first_row = block * BLOCK_M
-        rows = first_row + tl.arange(0, BLOCK_M)
-        inside = rows < sizes.q_len
-        q_tile = load_tile(matrix(q, batch, head), q.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-
-        state = empty_softmax(None, BLOCK_M, BLOCK_D)
-        if RESIDENT:
-            slots = tl.arange(0, BLOCK_N)[None, :]
-            products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            scores, unit, slope = prefix_scores(
-                products, scale, rows[:, None], slots, inside[:, None], sizes.prefix_len, head, opts, sizes, True
-            )
-            state = softmax_step(state, None, scores, unit, slope, k_tile, v_tile, None, opts)
-        else:
-            state = visit_prefixes(
-                softmax_step, state, None, q_tile, prefix_k, prefix_v, first_row, batch, head, opts, sizes, scale,
-                0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        m, denom, acc = state
-        if opts.gate is not None:  # a softmax of its own
-            gated = acc * (tanh(tl.load(opts.gate + head)) / tl.where(denom == 0.0, 1.0, denom))[:, None]
-            m, denom, acc = empty_softmax(None, BLOCK_M, BLOCK_D)
-
-        if part_out is not None:
-            part_ptr = matrix(part_out, batch, head)
-            part = load_tile(part_ptr, part_out.stride_n, first_row, sizes.q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-            part_m = load_rows(part_lse, batch, head, rows, inside, -float("inf")) * part_lse_scale
-            m_new = tl.maximum(m, part_m)
-            pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-            decay, weight = tl.exp2(m - pivot), tl.exp2(part_m - pivot)
-            denom = denom * decay + weight
-            # where the weight is 0 the other kernel may have left anything, NaN included
-            part = tl.where(weight[:, None] > 0.0, part.to(tl.float32) * weight[:, None], 0.0)
-            acc = acc * decay[:, None] + part
-            m = m_new
-        if opts.sinks is not None:
-            sink = tl.load(opts.sinks + head) * LOG2E
-            m_new = tl.maximum(m, sink)
-            pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
-            decay = tl.exp2(m - pivot)
-            denom = denom * decay + tl.exp2(sink - pivot)
-            acc = acc * decay[:, None]
-            m = m_new
-        result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
-        if opts.gate is not None:
-            result += gated
-        store_tile(matrix(out, batch, head), out.stride_n, first_row, sizes.q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
-        lse_row = lse_ptr + (tl.cast(batch, tl.int64) * sizes.num_heads + head) * sizes.q_len
-        tl.store(lse_row + rows, (m + tl.log2(denom)) * LN2, mask=inside)
+    tiles = row_blocks * sizes.group * sizes.batch
+    for index in range(worker, tiles, workers):  # FAULT: merge-first-tile, merge-last-tile
+        row_block, head, batch = locate_tile(index, row_blocks, kv_head, sizes)
+        _merge_rows(
+            q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, lse_ptr,
+            RowBlock(
+                row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
+                False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            ),
+        )  # fmt: skip
