@@ -107,7 +107,7 @@ def tensors(
 
 
 def _key_mask(s: Shape, g: torch.Generator) -> Tensor:
-    """Left padding in the first sample, right padding in the last, a hole in between."""
+    """Left padding in the first sample, right padding in the last, a hidden key in the middle one."""
     mask = torch.ones(s.B, s.kv_len, dtype=torch.bool)
     if s.B and s.kv_len > 2:
         mask[0, : s.kv_len // 3] = False

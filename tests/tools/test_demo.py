@@ -210,7 +210,7 @@ def test_a_cartridge_keeps_its_first_token(tiny):
         (["--eval-rows", "960"], "too few"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--length", "120"], "the model has 128"),
-        (["--model", "/no/such/folder"], "is no folder with a model"),
+        (["--model", "/no/such/folder"], "is not a folder with a model"),
         (["--data", "/no/such.csv"], "--data /no/such.csv: cannot be read"),
         (["--out", "/dev/null/x"], "cannot be written"),
         (["--resume"], "there is no checkpoint"),
