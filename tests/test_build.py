@@ -118,7 +118,7 @@ def test_build_wheel_asks_pip_for_what_it_was_told(monkeypatch, tmp_path):
 
 def test_build_wheel_outside_a_checkout_says_so(tmp_path, capsys):
     assert cli.main(["build-wheel", "--arch", "9.0", "--source", str(tmp_path)]) == 2
-    assert "no checkout of peftkern" in capsys.readouterr().err
+    assert "not a checkout of peftkern" in capsys.readouterr().err
 
 
 def test_build_wheel_without_gpu_or_arch_says_so(capsys):

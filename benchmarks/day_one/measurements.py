@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern.backends.machine import machine_of, registered_flash
+from peftkern.backends.cost import measured
+from peftkern.backends.machine import identity, machine_of, registered_flash
 from peftkern.tools import calibrate
 from peftkern.tools.bench import attention, rows
 from peftkern.tools.bench import shapes as bench_shapes
@@ -63,7 +64,7 @@ def crossovers(context: Context) -> None:
     calls: dict[tuple, dict[str, calibrate.Row]] = {}
     for row in rows:
         calls.setdefault((row.kind.partition(" ")[2], tuple(row.shape)), {})[row.backend] = row
-    scales = dict(calibrate.load(device))
+    scales = dict(measured.load(device, identity(device)))
     table: list[dict[str, Any]] = []
     regret: dict[str, list[float]] = {"modelled": [], "calibrated": []}
 

@@ -3,15 +3,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call; ``T`` None means T = S, ``A`` None a shared prefix."""
+    """The sizes of one call.
+
+    Attributes:
+        B: batch size.
+        Hq: query heads, a multiple of Hkv.
+        Hkv: key and value heads.
+        S: queries.
+        P: tokens of the prefix.
+        D: elements of a head.
+        T: keys of the sequence; None for S keys, more than S for a KV cache.
+        A: prefixes in a bank; None for one prefix that the batch shares.
+    """
 
     B: int = 2
     Hq: int = 4
@@ -24,14 +39,14 @@ class Shape:
 
     @property
     def kv_len(self) -> int:
-        """T, S where it is not given."""
+        """T, or S if T is None."""
         return self.S if self.T is None else self.T
 
     def __str__(self) -> str:
         return "-".join(f"{name}{n}" for name, n in vars(self).items() if n is not None)
 
 
-#: No vector, tile or group is filled by all of these: few and many rows, tokens, heads and columns, each with a rest.
+#: Sizes that leave a remainder in every vector, tile and group, with few and many rows, tokens, heads and columns.
 ODD = [
     Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1), Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
     Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64), Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
@@ -43,11 +58,29 @@ ODD = [
     Shape(B=2, Hq=6, Hkv=2, S=33, P=65, D=128), Shape(B=2, Hq=4, Hkv=2, S=3, P=70, D=80),
     Shape(B=1, Hq=4, Hkv=2, S=333, P=5, D=64),
 ]  # fmt: skip
+#: Shapes without samples, queries, prefix tokens or keys.
 EMPTY = [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0), Shape(S=3, T=0)]
 
 
-def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0):
-    """q, k, v, prefix_k, prefix_v by name, cut out of larger tensors: no two have the same strides."""
+def tensors(
+    shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0
+) -> dict[str, Tensor]:
+    """Standard normal q, k, v, prefix_k and prefix_v by name, on the CPU.
+
+    They are slices of larger tensors with different strides, so that a kernel which assumes contiguous memory fails.
+
+    Args:
+        shape: sizes of the call.
+        dtype: dtype of q, k and v.
+        prefix_dtype: dtype of prefix_k and prefix_v; default ``dtype``.
+        seed: seed of the random numbers.
+
+    Returns:
+        q [B, Hq, S, D], k and v [B, Hkv, T, D], prefix_k and prefix_v [Hkv, P, D] ([A, Hkv, P, D] for a bank).
+
+    >>> {name: list(x.shape) for name, x in tensors(Shape(S=3, P=2, D=4)).items() if name in ("q", "prefix_k")}
+    {'q': [2, 4, 3, 4], 'prefix_k': [2, 2, 4]}
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def cut(*sizes: int, dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
@@ -60,7 +93,8 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torc
 
     prefix_dtype = prefix_dtype or dtype
     kv = (shape.B, shape.Hkv, shape.kv_len, shape.D)
-    prefix, order = (shape.Hkv, shape.P, shape.D), (1, 0, 2)
+    prefix: tuple[int, ...] = (shape.Hkv, shape.P, shape.D)
+    order: tuple[int, ...] = (1, 0, 2)
     if shape.A is not None:
         prefix, order = (shape.A, *prefix), (0, 2, 1, 3)
     return {
@@ -73,7 +107,7 @@ def tensors(shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torc
 
 
 def _key_mask(s: Shape, g: torch.Generator) -> Tensor:
-    """Left padding in the first sample, right padding in the last, a hole in between."""
+    """Left padding in the first sample, right padding in the last, a hidden key in the middle one."""
     mask = torch.ones(s.B, s.kv_len, dtype=torch.bool)
     if s.B and s.kv_len > 2:
         mask[0, : s.kv_len // 3] = False
@@ -87,54 +121,81 @@ def _cu_seqlens(s: Shape, g: torch.Generator) -> Tensor:
     return torch.tensor([0, s.S // 3, s.S // 3, s.S], dtype=torch.int32)
 
 
-def _ids(s: Shape, g: torch.Generator) -> Tensor:
+def _prefix_ids(s: Shape, g: torch.Generator) -> Tensor:
+    """Each prefix of the bank in turn, and none for the last sample."""
     ids = torch.arange(s.B) % (s.A or 1)
     if s.B > 1:
         ids[-1] = -1
     return ids
 
 
-# name of the feature -> (needs: changes of the shape, options from (shape, generator))
-FEATURES = {
-    "plain": ({}, lambda s, g: {}),
-    "non_causal": ({}, lambda s, g: {"causal": False}),
-    "scale": ({}, lambda s, g: {"scale": 0.37}),
-    "kv_cache": ({"T": 11}, lambda s, g: {}),
-    "key_mask": ({}, lambda s, g: {"key_mask": _key_mask(s, g)}),
-    "window": ({}, lambda s, g: {"window": 4}),
-    "window_after_prefix": ({}, lambda s, g: {"window": 3, "prefix_in_window": False}),
-    "softcap": ({}, lambda s, g: {"softcap": 1.5}),
-    "sinks": ({}, lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
-    "bias": ({}, lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
-    "bias_row": ({}, lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
-    "prefix_bias": ({}, lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
-    "gate": ({}, lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
-    "dropout": ({}, lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
-    "packed": ({"B": 1}, lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}),
-    "bank": ({"A": 3}, lambda s, g: {"prefix_ids": _ids(s, g)}),
-    "ragged_bank": (
-        {"A": 3},
-        lambda s, g: {"prefix_ids": _ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+class Feature(NamedTuple):
+    """How a feature is turned on."""
+
+    #: The keyword arguments of the call, for its shape and a generator of random numbers.
+    options: Callable[[Shape, torch.Generator], dict[str, Any]] = lambda s, g: {}
+    #: The sizes that the feature needs, for a given shape.
+    sizes: Callable[[Shape], dict[str, int]] = lambda s: {}
+
+
+#: Every feature of :func:`peftkern.prefix_attention` by name; :func:`feature` turns one on.
+FEATURES: dict[str, Feature] = {
+    "plain": Feature(),
+    "non_causal": Feature(lambda s, g: {"causal": False}),
+    "scale": Feature(lambda s, g: {"scale": 0.37}),
+    "kv_cache": Feature(sizes=lambda s: {"T": max(11, s.S + 2)}),
+    "key_mask": Feature(lambda s, g: {"key_mask": _key_mask(s, g)}),
+    "window": Feature(lambda s, g: {"window": 4}),
+    "window_after_prefix": Feature(lambda s, g: {"window": 3, "prefix_in_window": False}),
+    "softcap": Feature(lambda s, g: {"softcap": 1.5}),
+    "sinks": Feature(lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
+    "bias": Feature(lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
+    "bias_row": Feature(lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
+    "prefix_bias": Feature(lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
+    "gate": Feature(lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
+    "dropout": Feature(lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
+    "packed": Feature(lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}, lambda s: {"B": 1}),
+    "bank": Feature(lambda s, g: {"prefix_ids": _prefix_ids(s, g)}, lambda s: {"A": 3}),
+    "ragged_bank": Feature(
+        lambda s, g: {"prefix_ids": _prefix_ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+        lambda s: {"A": 3},
     ),
-    "packed_bank": (
-        {"B": 1, "A": 2},
+    "packed_bank": Feature(
         lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
+        lambda s: {"B": 1, "A": 2},
     ),
 }  # fmt: skip
 
 
-def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict]:
-    """The shape and the options under which ``name`` is on."""
-    changes, options = FEATURES[name]
-    shape = Shape(**{**vars(shape), **changes})
-    return shape, options(shape, torch.Generator().manual_seed(seed))
+def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict[str, Any]]:
+    """Turn on one feature.
+
+    Args:
+        name: a key of :data:`FEATURES`.
+        shape: sizes of the call.
+        seed: seed of random biases, sinks and gates.
+
+    Returns:
+        (``shape`` with the sizes that the feature needs, keyword arguments of :func:`peftkern.prefix_attention`).
+
+    >>> feature("window", Shape())[1]
+    {'window': 4}
+    >>> sorted(FEATURES)[:4]
+    ['bank', 'bias', 'bias_row', 'dropout']
+    """
+    shape = replace(shape, **FEATURES[name].sizes(shape))
+    return shape, FEATURES[name].options(shape, torch.Generator().manual_seed(seed))
 
 
-def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict]:
-    """A random shape with a random set of features that go together."""
+def combination(seed: int) -> tuple[Shape, dict[str, Any]]:
+    """A random small shape with a random set of compatible features.
+
+    Returns:
+        (shape, keyword arguments of :func:`peftkern.prefix_attention`), reproducible for a ``seed``.
+    """
     g = torch.Generator().manual_seed(seed)
 
-    def pick(*choices):
+    def pick(*choices: _T) -> _T:
         return choices[int(torch.randint(len(choices), (), generator=g))]
 
     sequences = pick("batch", "packed", "kv_cache")
@@ -144,12 +205,12 @@ def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict]:
         B=1 if sequences == "packed" else pick(1, 2, 3), Hq=Hkv * group, Hkv=Hkv, S=S, P=pick(0, 1, 5, 7),
         D=pick(4, 8, 20), T=S + pick(1, 6) if sequences == "kv_cache" else None, A=pick(None, None, 2, 3),
     )  # fmt: skip
-    options = {"causal": pick(True, True, False)}
+    options: dict[str, Any] = {"causal": pick(True, True, False)}
     names = ("scale", "window", "window_after_prefix", "softcap", "sinks", "bias", "bias_row", "prefix_bias", "gate",
              "dropout", "key_mask")  # fmt: skip
     for name in names:
         if pick(True, False, False):
-            options.update(FEATURES[name][1](shape, g))
+            options.update(FEATURES[name].options(shape, g))
     if sequences == "packed":
         options["cu_seqlens"] = _cu_seqlens(shape, g)
     if shape.A is not None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a wheel with CUDA kernels for chosen GPUs, in a checkout.
 
-``peftkern build-wheel --arch 8.0 --arch 9.0+PTX`` is ``pip wheel . --no-deps`` with PEFTKERN_BUILD=all and
-TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"; it needs neither torch nor a GPU. Without --arch: the GPUs of this machine.
+``peftkern build-wheel --arch 8.0 --arch 9.0+PTX`` runs ``pip wheel . --no-deps`` with PEFTKERN_BUILD=all and
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX". It needs neither torch nor a GPU. Without --arch it builds for the GPUs of this
+machine.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build; pip's exit status, or 2 where there is nothing to build from or for."""
+    """Build the wheel; returns pip's exit status, or 2 without a checkout or without a GPU to build for."""
     if not Path(options.source, "csrc", "cuda", "CMakeLists.txt").exists():
-        print(f"{options.source}: no checkout of peftkern; clone the repository and run this in it", file=sys.stderr)
+        print(
+            f"{options.source}: not a checkout of peftkern; clone the repository and run this command in it",
+            file=sys.stderr,
+        )
         return 2
     architectures = options.arch or _of_this_machine()
     if not architectures:
-        print("torch sees no GPU here: name the GPUs with --arch, for example --arch 9.0", file=sys.stderr)
+        print("torch finds no GPU here: name the GPUs with --arch, for example --arch 9.0", file=sys.stderr)
         return 2
     environment = {
         **os.environ,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``peftkern``, also ``python -m peftkern``.
 
-Only the standard library is imported here, so that ``peftkern doctor`` runs where everything else is broken.
+This module imports only the standard library, so that ``peftkern doctor`` runs if everything else is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import bench, build_wheel, demo, doctor
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets ``run``, a function from its options to the exit status."""
+    """The parser of all subcommands. Each sets ``run``, a function from its options to the exit status."""
     parser = argparse.ArgumentParser(
         prog="peftkern", description="Fast training of prefixes, cartridges and soft prompts on Hugging Face models."
     )
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status: 0, 1 where it failed, 2 for wrong arguments, 130 after Ctrl-C."""
+    """Run a subcommand and return its exit status: 0, 1 for a failure, 2 for wrong arguments, 130 after Ctrl-C."""
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from peftkern import reference
 from peftkern.arguments import Call
 from peftkern.tools import cli
 from peftkern.tools.bench import attention, measuring, rows, session
@@ -194,8 +195,15 @@ def test_a_failing_provider_does_not_cost_the_others_their_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pairs_are_what_the_reference_shows(shape):
-    assert shape.pairs == visible_keys(shape, torch.device("cpu")).sum().item()
+def test_masks_and_pairs_are_those_of_the_reference(shape):
+    sizes = (1, shape.S, shape.T, 1, shape.P)
+    sequence, prefix = reference.visibility(
+        sizes, torch.device("cpu"), True, None, None, None, None, shape.window, True
+    )
+    parts = (prefix[:, :, :, 0].expand(1, 1, shape.S, shape.P), sequence.expand(1, 1, shape.S, shape.T))
+    visible = visible_keys(shape, torch.device("cpu"))
+    assert torch.equal(visible, torch.cat(parts, -1)[0, 0])
+    assert shape.pairs == visible.sum().item()
 
 
 def test_flops_and_bytes():
@@ -420,7 +428,7 @@ def test_what_is_interrupted_keeps_its_rows(monkeypatch, tmp_path, capsys):
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--seconds", "nan"], "--seconds: expected at least 0, got nan"),
         (["--device", "tpu"], "--device: expected some of cpu, cuda, got 'tpu'"),
-        (["--resume"], "--resume: expected --output with the folder to go on in, got none"),
+        (["--resume"], "--resume: expected --output with the folder to continue in, got none"),
         (["--cpu-time", "--threads", "2"], "--cpu-time: expected --device cpu --threads 1, got .*--threads 2"),
         (["--output", __file__], "--output: expected a folder, got the file .*test_bench.py"),
         (["--from", "nowhere.csv"], "--from: expected a CSV file, got nowhere.csv"),

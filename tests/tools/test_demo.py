@@ -26,8 +26,9 @@ from peftkern.tools.bench.measuring import Timing
 from peftkern.tools.cli import main
 from peftkern.tools.demo import assets, checkpoint, progress, session, training
 from peftkern.tools.demo.assets import Review
+from peftkern.tools.demo.files import write_files
 from peftkern.tools.demo.options import DTYPES, DemoError, Options, add_arguments, resolve
-from peftkern.tools.demo.report import Findings, as_json, headline, table, write_files
+from peftkern.tools.demo.report import Findings, as_json, headline, table
 from peftkern.tools.demo.reviews import Batch, Task, split, training_rows
 from peftkern.tools.demo.training import ARMS, Accuracy, Pair
 
@@ -210,7 +211,7 @@ def test_a_cartridge_keeps_its_first_token(tiny):
         (["--eval-rows", "960"], "too few"),
         (["--threads", "0"], "--threads: expected at least 1"),
         (["--length", "120"], "the model has 128"),
-        (["--model", "/no/such/folder"], "is no folder with a model"),
+        (["--model", "/no/such/folder"], "is not a folder with a model"),
         (["--data", "/no/such.csv"], "--data /no/such.csv: cannot be read"),
         (["--out", "/dev/null/x"], "cannot be written"),
         (["--resume"], "there is no checkpoint"),

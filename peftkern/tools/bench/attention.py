@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the microbenchmark: every provider on one problem, checked, timed in turns, weighed."""
+"""Check, time and measure the memory of every provider on one problem."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def measure(
     clock: Clock | None = None,
     with_memory: bool = True,
 ) -> list[Row]:
-    """A row per direction and provider, all :data:`PROVIDERS` if none is named.
+    """A row per direction and provider; all :data:`PROVIDERS` if none is named.
 
-    ``status`` of a row is ``ok``; ``unavailable`` or ``not timed`` with a ``reason``; ``wrong``, by what it errs in
-    ``reason``, without times; or ``failed``, with the exception. ``seconds`` are per direction, for all together.
+    ``status`` of a row is ``ok``, or one of these without times: ``unavailable`` or ``not timed`` with a ``reason``,
+    ``wrong`` with the errors in ``reason``, ``failed`` with the exception. ``seconds`` is the time for all providers
+    together, per direction.
     """
     problem = Problem.make(shape, DTYPES[dtype], device)
     named = list(providers)
@@ -74,20 +75,20 @@ def measure(
 
 
 def key_columns(shape: Shape) -> Row:
-    """The columns of :data:`~peftkern.tools.bench.rows.PROBLEM` that are the shape's."""
+    """The columns of :data:`~peftkern.tools.bench.rows.PROBLEM` that describe the shape."""
     return {name: getattr(shape, name) for name in PROBLEM if hasattr(shape, name)}
 
 
 def _guarded(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, or its exception as text."""
+    """The result of ``make``, or its exception as text."""
     try:
         return make()
-    except Exception as error:  # one peer's failure must not cost the others their rows
+    except Exception as error:  # other providers keep their rows if one fails
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _judge(name: str, calls: Calls, direction: str, judge: Judge) -> Row:
-    """status, reason and errors."""
+    """The columns status, reason and errors."""
     backward = direction != "forward"
     provider = PROVIDERS[name]
     if backward and calls.both is None:
@@ -100,7 +101,7 @@ def _judge(name: str, calls: Calls, direction: str, judge: Judge) -> Row:
 
 
 def add_memory(rows: list[Row], shape: Shape, dtype: str, device: str) -> None:
-    """``peak_mb`` and ``saved_mb`` (of a forward that is followed by a backward) of the rows that were timed."""
+    """Add ``peak_mb``, and ``saved_mb`` for directions with a backward, to the rows that were timed."""
     wanted = [(row["provider"], row["direction"]) for row in rows if row["status"] == "ok"]
     order = {"shape": asdict(shape), "dtype": dtype, "device": device, "wanted": wanted,
              "threads": torch.get_num_threads()}  # fmt: skip
@@ -114,7 +115,7 @@ def add_memory(rows: list[Row], shape: Shape, dtype: str, device: str) -> None:
 
 
 def _weigh(order: dict[str, Any]) -> list[Row]:
-    """A row of bytes, in MB, per (provider, direction) of the order."""
+    """A row with the memory columns per (provider, direction) of the order."""
     torch.set_num_threads(order["threads"])
     problem = Problem.make(Shape(**order["shape"]), DTYPES[order["dtype"]], order["device"])
     rows = []

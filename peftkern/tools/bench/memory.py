@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a call needs: the peak beside what is there before it, and what its forward keeps for backward.
+"""Measure a call's peak memory and the bytes that its forward saves for backward.
 
-On a GPU the peak is that of torch's allocator. On a CPU it is how far the process's resident memory rises (the
-kernel's high-water mark), so that what native code allocates counts too; for that, a process of its own gives freed
-blocks back at once (:func:`return_freed_memory`).
+On a GPU the peak is that of torch's allocator. On a CPU it is the growth of the process's resident memory (the
+kernel's high-water mark), which includes allocations of native code. A process that measures it must return freed
+blocks at once (:func:`return_freed_memory`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def return_freed_memory() -> None:
-    """Have glibc give each large block back when it is freed, or one call's leftovers would serve the next."""
+    """Make glibc return each large block when it is freed. Otherwise later calls reuse it, unseen by the peak."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def reset_peak() -> bool:
-    """Start the high-water mark again; false where the system cannot."""
+    """Reset the high-water mark; false if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -41,7 +41,7 @@ def reset_peak() -> bool:
 
 
 def resident(key: str) -> int | None:
-    """Bytes: ``VmRSS``, ``VmHWM``, its high-water mark, or ``VmData``, what the process has allocated."""
+    """Bytes of ``VmRSS``, of ``VmHWM`` (its high-water mark), or of ``VmData`` (allocated by the process)."""
     try:
         found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
@@ -50,7 +50,7 @@ def resident(key: str) -> int | None:
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> float | None:
-    """How far memory rises during a call, what it returns included; None where the system does not tell."""
+    """Growth of memory during a call, with its results; None if the system does not report it."""
     import torch
 
     gc.collect()
@@ -68,7 +68,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> float | None:
 
 
 def saved_bytes(forward: Callable[[], Any], resident: Iterable[Any]) -> int:
-    """Bytes that a forward pass keeps for backward: distinct storages, those of the ``resident`` tensors excluded."""
+    """Bytes that a forward pass saves for backward: distinct storages, without those of the ``resident`` tensors."""
     import torch
 
     known = {tensor.untyped_storage().data_ptr() for tensor in resident}
@@ -83,15 +83,15 @@ def saved_bytes(forward: Callable[[], Any], resident: Iterable[Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     total = sum(storages.values())
-    del result  # the graph, which kept every storage's address its own
+    del result  # until here the graph kept all storages alive, so that no two had the same address
     return total
 
 
 @contextlib.contextmanager
 def limited(budget: int) -> Iterator[None]:
-    """Within the block, allocations fail that would have this process hold ``budget`` bytes more than it does now.
+    """Within the block, allocations fail once the process holds ``budget`` bytes more than now.
 
-    So does what torch would compute by a slower way for want of memory, which it says in a warning.
+    Where torch falls back to a slower algorithm with a warning because memory is short, the block fails as well.
     """
     import resource
 
@@ -100,7 +100,7 @@ def limited(budget: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     held = resident("VmData")
     if held is None:
-        raise RuntimeError("this system does not tell how much memory a process has")
+        raise RuntimeError("this system does not report the memory of a process")
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     resource.setrlimit(resource.RLIMIT_DATA, (held + budget, before[1]))
@@ -113,22 +113,22 @@ def limited(budget: int) -> Iterator[None]:
         torch.set_warn_always(always)
 
 
-#: What failing allocations may raise; :func:`is_out_of_memory` tells whether they did.
+#: Types of exceptions that failed allocations raise; see :func:`is_out_of_memory`.
 ALLOCATION_ERRORS = (RuntimeError, MemoryError, UserWarning)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, in the words of Python, torch, oneDNN or CUDA."""
+    """Whether an exception of Python, torch, oneDNN or CUDA reports a failed allocation."""
     words = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation", "could not create a memory",
              "could not create a primitive", "cannot allocate")  # fmt: skip
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def in_own_process(program: list[str], order: dict[str, Any]) -> Any:
-    """The answer of a program (``["-m", module]``) that reads ``order`` as JSON and ends with a line of JSON.
+    """Run a program (``["-m", module]``) that reads ``order`` as JSON; return the JSON in its last line.
 
     Raises:
-        RuntimeError: with the last words of the process.
+        RuntimeError: if the process fails, with the last line of its errors.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run(

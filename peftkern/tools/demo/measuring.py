@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and rounding of one training step of each arm, measured in a process of its own: nothing else is counted.
+"""Measure memory and rounding of one training step of each arm, in a process of its own.
 
-*Peak* is how far the process's resident memory rises during a step (forward, backward, update) above what it holds
-between steps: model, prefix and optimizer are excluded, kernels' own workspaces are included. It is the kernel's
-high-water mark and not a sampled value. *Saved* is what the forward pass keeps for backward
-(:func:`~peftkern.tools.demo.training.saved_bytes`). *Rounding* is what the dtype does to the loss
-(:func:`~peftkern.tools.demo.training.rounding_error`), the scale on which to read a difference of two curves.
+*Peak* is the growth of the process's resident memory during a step (forward, backward, update). It excludes model,
+prefix and optimizer and includes the kernels' workspaces. It is the operating system's high-water mark, not a sample.
+*Saved* are the bytes that the forward pass saves for backward
+(:func:`~peftkern.tools.demo.training.saved_bytes`). *Rounding* is the error of the loss in the run's dtype
+(:func:`~peftkern.tools.demo.training.rounding_error`), a scale for the difference of two loss curves.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from ..bench import memory
 from .options import DemoError, Options, as_dict
 
-#: "peak" and "saved" in bytes, "rounding" in units of the loss; None where the system does not tell.
+#: "peak" and "saved" in bytes, "rounding" in units of the loss; None if the system does not report it.
 Measured = dict[str, float | None]
 
 
 def measure(source: Any, options: Options, batch: Any, threads: int) -> dict[str, Measured]:
-    """What a step on ``batch`` needs, for each arm.
+    """Measure a step on ``batch`` for each arm.
 
     Raises:
-        DemoError: with the last words of the measuring process.
+        DemoError: if the measuring process fails, with the last line of its errors.
     """
     order = {"source": source, "options": as_dict(options), "batch": [t.tolist() for t in batch], "threads": threads}
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run: the two loss curves on each other, the paired step times, the memory."""
+"""The plot of a run: both loss curves, paired step times, accuracy and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STYLE = {
 
 
 def save_plot(findings: Findings, path: Path) -> None:
-    """Write the PNG."""
+    """Draw the findings into a PNG file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def _seconds(axes: Any, findings: Findings) -> None:
 
 
 def _direct_labels(axes: Any, medians: dict[str, float]) -> None:
-    """At the right end: the higher median is named above its line, the lower one below."""
+    """Label the medians at their right end, the higher one above its line, the lower one below."""
     top = max(medians, key=lambda arm: medians[arm])
     for arm, median in medians.items():
         axes.annotate(
@@ -110,7 +110,7 @@ def _direct_labels(axes: Any, medians: dict[str, float]) -> None:
 
 
 def _bars(axes: Any, findings: Findings) -> None:
-    """Accuracy and memory as labelled bars."""
+    """Draw accuracy and memory as labelled bars."""
     shares = findings.accuracy
     zero_shot = shares["zero-shot"]["stock"]
     groups = [("Accuracy, zero-shot", "no prefix", {"": (zero_shot.value, f"{zero_shot.value:.1%}")})]

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found: numbers, the table, the files."""
+"""The findings of a run: its numbers, and the table."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any, NamedTuple
 
@@ -14,12 +11,12 @@ from .measuring import Measured
 from .options import Options, as_dict
 from .training import ARMS, TITLES, Accuracy, Pair
 
-_UNTIMED = 2  # pairs at the start: allocators, kernels and caches warm up, each arm going first once
+_UNTIMED = 2  # pairs at the start, while allocators, kernels and caches warm up; each arm runs first once
 _LAST = 10
 
 
 class Spread(NamedTuple):
-    """Median and the middle half."""
+    """Median and quartiles."""
 
     median: float
     low: float
@@ -27,13 +24,13 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Quartiles of one or more values."""
+        """Compute them for one or more values."""
         low, median, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
         return cls(median, low, high)
 
 
 class Findings(NamedTuple):
-    """Everything that is reported. ``speedup`` and the memory ratios are stock / peftkern: above 1 peftkern wins."""
+    """The results of a run. ``speedup`` and memory ratios are stock / peftkern: above 1, peftkern is better."""
 
     options: Options
     model: str
@@ -46,42 +43,42 @@ class Findings(NamedTuple):
 
     @property
     def timed(self) -> list[Pair]:
-        """The pairs whose times count."""
+        """The pairs after the warm-up."""
         return self.pairs[_UNTIMED:] or self.pairs
 
     @property
     def seconds(self) -> dict[str, Spread]:
-        """Per step of each arm."""
+        """Seconds per step of each arm."""
         return {arm: Spread.of([pair.seconds[arm] for pair in self.timed]) for arm in ARMS}
 
     @property
     def speedup(self) -> Spread:
-        """Of the two times of each batch, which noise of the machine hits alike."""
+        """Ratios of the two times of each batch. Noise of the machine hits both alike."""
         return Spread.of([pair.seconds["stock"] / pair.seconds["peftkern"] for pair in self.timed])
 
     @property
     def last_loss(self) -> dict[str, float]:
-        """Mean of the last steps."""
+        """Mean loss of the last steps, per arm."""
         return {arm: fmean(pair.loss[arm] for pair in self.pairs[-_LAST:]) for arm in ARMS}
 
     @property
     def largest_difference(self) -> Pair:
-        """The pair whose losses differ most."""
+        """The pair with the largest difference of losses."""
         return max(self.pairs, key=loss_difference)
 
     def memory_ratio(self, kind: str) -> float | None:
-        """Of ``"peak"`` or ``"saved"``; None where it was not measured."""
+        """Ratio of ``"peak"`` or ``"saved"``; None if it was not measured."""
         stock, ours = (self.measured.get(arm, {}).get(kind) for arm in ARMS)
         return stock / ours if stock and ours else None
 
 
 def loss_difference(pair: Pair) -> float:
-    """Absolute."""
+    """Absolute difference of the two losses."""
     return abs(pair.loss["peftkern"] - pair.loss["stock"])
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
-    """All of it, the steps included."""
+    """The findings with all steps, for JSON."""
     worst = findings.largest_difference
     return {
         "model": findings.model,
@@ -104,25 +101,8 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def write_files(findings: Findings, out: Path) -> list[Path]:
-    """``demo.png``, ``steps.csv`` and ``result.json`` in ``out``."""
-    from .plot import save_plot
-
-    files = [out / "demo.png", out / "steps.csv", out / "result.json"]
-    with files[1].open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [f"{what}_{arm}" for what in ("loss", "seconds") for arm in ARMS]
-        writer.writerow(["step", "tokens", "first", *names])
-        for pair in findings.pairs:
-            columns = [values[arm] for values in (pair.loss, pair.seconds) for arm in ARMS]
-            writer.writerow([pair.step + 1, pair.tokens, pair.first, *columns])
-    files[2].write_text(json.dumps(as_json(findings), indent=1) + "\n")
-    save_plot(findings, files[0])
-    return files
-
-
 def setting(options: Options, threads: int, backend: str) -> str:
-    """One line that says what is run."""
+    """One line that describes the run."""
     return (
         f"{options.method} of {options.length} tokens · {options.dtype} · {options.steps} steps of "
         f"{options.batch_size} reviews up to {options.seq} tokens · {threads} thread{'s' * (threads > 1)} · "
@@ -131,32 +111,32 @@ def setting(options: Options, threads: int, backend: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits, in s or ms."""
+    """Seconds with three digits, in s or ms."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:#.3g} ms".replace(". ", " ")
 
 
 def interval(spread: Spread) -> str:
-    """The middle half."""
+    """The quartiles as text."""
     low, high = (duration(seconds).rpartition(" ") for seconds in (spread.low, spread.high))
     return f"{low[0]} - {high[0]} {high[2]}" if low[2] == high[2] else f"{''.join(low)} - {''.join(high)}"
 
 
 def size(number: float) -> str:
-    """In GB, MB or kB (powers of ten)."""
+    """Bytes in GB, MB or kB (powers of ten)."""
     if number >= 1e9:
         return f"{number / 1e9:.2f} GB"
     return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
 
 
 def verdict(ratio: float, better: str, worse: str) -> str:
-    """``1.31x faster``, ``0.95x, slower``, or that there is no difference worth the name."""
+    """``1.31x faster``, ``1.05x slower``, or ``equal`` within half a percent."""
     if abs(ratio - 1) < 0.005:
         return "equal"
     return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
 
 
 def headline(findings: Findings) -> str:
-    """The result in one line, whichever way it went."""
+    """The result in one line, also if peftkern is slower."""
     difference = loss_difference(findings.largest_difference)
     parts = [
         f"Losses within {difference:.2g} of each other" if difference else "Identical losses",

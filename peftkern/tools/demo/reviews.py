@@ -17,7 +17,7 @@ from .assets import Review
 from .options import DemoError
 
 HEAD, TAIL, LABELS = "Review:", "\nSentiment:", (" negative", " positive")
-#: The text whose keys and values a prefix starts as: two reviews of our own, labelled in the task's format.
+#: The text that initializes the prefix: two made-up reviews with labels, in the format of the task.
 EXAMPLES = (
     f"{HEAD} A warm, funny and moving film.{TAIL}{LABELS[1]}\n\n"
     f"{HEAD} Dull, clumsy and far too long.{TAIL}{LABELS[0]}\n\n"
@@ -26,7 +26,7 @@ SPLIT_SEED = 1234
 
 
 class Batch(NamedTuple):
-    """Right-padded prompts, all [B, S] int64; in ``labels`` only the sentiment's position differs from -100."""
+    """Right-padded prompts, all [B, S] int64. ``labels`` is -100 everywhere but at the sentiment."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -34,12 +34,12 @@ class Batch(NamedTuple):
 
 
 def split(reviews: Sequence[Review], eval_rows: int) -> tuple[list[Review], list[Review]]:
-    """(train, evaluation): evaluation is balanced over labels and sources, train alternates over the same cells.
+    """Split into (train, evaluation). Both are balanced over labels and sources; train alternates between them.
 
-    A pure function of its arguments, the same for every seed of a run.
+    The split depends on the arguments only, not on the seed of a run.
 
     Raises:
-        DemoError: if there are too few rows of a label.
+        DemoError: if a label has too few rows.
     """
     cells: dict[tuple[int, str], list[Review]] = defaultdict(list)
     for review in reviews:
@@ -60,13 +60,13 @@ def split(reviews: Sequence[Review], eval_rows: int) -> tuple[list[Review], list
 
 
 def _round_robin(queues: list[list[Review]]) -> list[Review]:
-    """One of each in turn, until the shortest is used up: the result is balanced."""
+    """Take one item of each queue in turn until the shortest queue is empty, so that the result is balanced."""
     return [review for row in zip(*queues, strict=False) for review in row]
 
 
 @dataclass
 class Task:
-    """Turns reviews into batches for one tokenizer. Prompts have at most ``seq`` tokens; a review keeps its end."""
+    """Makes batches for one tokenizer. Prompts have at most ``seq`` tokens; long reviews lose their beginning."""
 
     tokenizer: Any
     seq: int
@@ -83,7 +83,7 @@ class Task:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def examples(self, length: int) -> Tensor:
-        """The last ``length`` token ids of the examples, repeated as often as needed, [1, length]."""
+        """The last ``length`` token ids of the repeated examples, [1, length]."""
         ids = self._ids(EXAMPLES)
         return torch.tensor([(ids * math.ceil(length / len(ids)))[-length:]])
 
@@ -93,7 +93,7 @@ class Task:
         return self._head + self._ids(" " + review.text)[-room:] + self._tail
 
     def batch(self, reviews: Sequence[Review]) -> Batch:
-        """[B, S] for training: each prompt is followed by its sentiment."""
+        """A batch for training, [B, S]: each prompt with its sentiment."""
         rows = [[*self.prompt(review), int(self.label_ids[review.label])] for review in reviews]
         input_ids, attention_mask = self._pad(rows)
         labels = torch.full_like(input_ids, -100)
@@ -101,7 +101,7 @@ class Task:
         return Batch(input_ids, attention_mask, labels.scatter_(1, last, input_ids.gather(1, last)))
 
     def eval_batches(self, reviews: Sequence[Review], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(input_ids, attention_mask, labels [B]) of ``size`` prompts at a time, alike in length."""
+        """Yield (input_ids, attention_mask, labels [B]) of ``size`` prompts of similar length."""
         rows = sorted(((self.prompt(review), review.label) for review in reviews), key=lambda row: len(row[0]))
         for start in range(0, len(rows), size):
             prompts, labels = zip(*rows[start : start + size], strict=True)
@@ -110,13 +110,13 @@ class Task:
     def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([[len(row)] for row in rows])
         attention_mask = (torch.arange(int(lengths.max())) < lengths).long()
-        input_ids = torch.zeros_like(attention_mask)  # padding is masked, any token will do
+        input_ids = torch.zeros_like(attention_mask)  # padding is masked, so its token does not matter
         input_ids[attention_mask.bool()] = torch.tensor([token for row in rows for token in row])
         return input_ids, attention_mask
 
 
 def training_rows(train: Sequence[Review], step: int, batch_size: int, seed: int) -> list[Review]:
-    """The reviews of a step, counted from 0: a pure function, so a resumed run sees the same."""
+    """The reviews of a step, counted from 0. A pure function, so that a resumed run sees the same reviews."""
     rows = []
     for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, position = divmod(i, len(train))

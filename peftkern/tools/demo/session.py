@@ -21,10 +21,11 @@ from ... import __version__
 from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
+from .files import write_files
 from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
 from .progress import LogTicker, minutes, new_bars
-from .report import Findings, duration, headline, setting, table, write_files
+from .report import Findings, duration, headline, setting, table
 from .reviews import Batch, Task, split, training_rows
 from .training import ARMS, Arm, Pair, build_arms, evaluate, faster_dtype, load_base, train_pair
 
@@ -36,11 +37,11 @@ def run_session(args: argparse.Namespace) -> int:
     """See :func:`peftkern.tools.demo.run`.
 
     Raises:
-        DemoError: for what the user can put right.
+        DemoError: for errors that the user can correct.
     """
     console = Console(highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers and peft to each other
+        warnings.simplefilter("ignore", FutureWarning)  # between transformers and peft
         try:
             with LogTicker(console) as ticker:
                 return _run(args, console, ticker)
@@ -71,7 +72,7 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
     progress = Progress(options, threads)
     if folder and state:
         checkpoint.restore(folder, state, arms, progress)
-        console.print(f"Going on from {folder}, {progress.done} of {options.steps} steps done.")
+        console.print(f"Continuing from {folder}: {progress.done} of {options.steps} steps are done.")
     batch = task.batch(training_rows(train, 0, options.batch_size, options.seed))
     backend = _backend(base, options, batch)
     console.print(f"[bold]{source.title}[/], stock PEFT beside PEFT + peftkern")
@@ -130,14 +131,14 @@ def _open_out(args: argparse.Namespace) -> Path | None:
     found = checkpoint.latest(args.out)
     if args.resume:
         if found is None:
-            raise DemoError(f"--resume: there is no checkpoint in {args.out}. Which --out did the run have?")
+            raise DemoError(f"--resume: there is no checkpoint in {args.out}. Use the --out of the interrupted run.")
         return found
     if found is not None:
         state = checkpoint.read(found)
         done, steps = len(state["pairs"]), state["options"]["steps"]
         if done < steps:
             raise DemoError(
-                f"--out {args.out} holds an unfinished run ({done} of {steps} steps). Go on with --resume, remove "
+                f"--out {args.out} holds an unfinished run ({done} of {steps} steps). Continue with --resume, remove "
                 f"{found}, or choose another --out."
             )
     try:
@@ -221,9 +222,9 @@ def _stopped(args: argparse.Namespace, console: Console) -> int:
     if saved is None:
         console.print("Stopped before training; nothing was saved.")
     else:
-        console.print(f"Stopped. Saved: {saved}, whose folders {' and '.join(ARMS)} PeftModel.from_pretrained loads.")
+        console.print(f"Stopped. Saved: {saved}. PeftModel.from_pretrained loads its folders {' and '.join(ARMS)}.")
         cache = f" --cache {args.cache}" if args.cache else ""
-        console.print(f"Go on with: [bold]peftkern demo --resume --out {args.out}{cache}[/]")
+        console.print(f"Continue with: [bold]peftkern demo --resume --out {args.out}{cache}[/]")
     return 130
 
 

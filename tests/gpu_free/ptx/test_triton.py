@@ -39,7 +39,7 @@ def check(shape, options, dtype, prefix_dtype=None, *, arch="sm_80", seed=0, **k
 
 
 def _feature(name: str, shape: Shape = SHAPE):
-    """``kv_cache`` names a T that is too short for this shape."""
+    """``kv_cache`` with 15 cached keys."""
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
 
 
