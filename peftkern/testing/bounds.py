@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error bound of all tests, from the sizes of what is added up and not from another computation's luck.
+"""The error bound of all tests, computed from the sizes of the terms that a kernel adds up.
 
-:mod:`.error_analysis` gives each element the standard deviation that rounding gives it in a right kernel, in whatever
-order that adds up. Errors against the reference in fp64 must stay within
+:mod:`.error_analysis` computes for each element the standard deviation of the rounding error of a correct kernel, for
+any order of summation. Errors against the reference in fp64 must stay within two limits:
 
-- 8 deviations, each element by itself: the largest of ten million independent errors is 5.3 deviations, and the rest
-  is room for what is not quite independent;
-- 1.5 (1 + 4 / sqrt(n)) deviations, the root mean square of a tensor's elements. The root mean square of n independent
-  errors is right to 1 / sqrt(2 n), and 4 / sqrt(n) is 5.7 times that. Elements of one row share errors, so n counts
-  rows, and of them those that matter: (sum of variances)^2 / sum of their squares.
+- 8 deviations for each element. The largest of ten million independent errors is 5.3 deviations; the rest leaves room
+  for errors that are not quite independent.
+- 1.5 (1 + 4 / sqrt(n)) deviations for the root mean square over a tensor. The root mean square of n independent
+  errors varies by 1 / sqrt(2 n) of its size, and 4 / sqrt(n) is 5.7 times that. Elements of one row share errors, so
+  n is an effective number of rows: (sum of variances)^2 / sum of squared variances.
 
-The first sees one wrong element, the second a precision that was promised and not kept. Right results of the backends
-stay within two thirds of both; tests/test_bounds.py shows that and plants faults.
+The first limit finds single wrong elements. The second finds kernels that compute in a lower precision than promised.
+Correct results of the backends stay within two thirds of both limits; tests/testing/test_bounds.py asserts this and
+plants faults.
 
-Eager PyTorch in the same dtype is no part of the bound. Its error is one draw from the distribution that is computed
-here, and depends on the order in which a processor's library adds up: a bound made of it is tight where that draw is
-lucky and loose where it is not. What it stood for, that a kernel be not much worse than eager, holds for the
-deviations. In half precision they are at most twice eager's errors forward and three times backward, which
-tests/test_bounds.py asserts. In fp32 they are those of sums from the first term to the last, which are two to five
-times the errors of a library that sums in blocks.
+The bound does not use the error of eager PyTorch in the same dtype. That error is one sample of the distribution that
+is computed here, and it depends on the summation order of the library: a bound derived from it is tight after a small
+sample and loose after a large one. The deviations are close to eager's errors nevertheless. In half precision they
+are at most twice as large forward and three times as large backward, which tests/testing/test_bounds.py asserts. In
+fp32 they describe sums from the first term to the last, whose errors are two to five times those of a library that
+sums in blocks.
 """
 
 from __future__ import annotations
@@ -33,86 +34,34 @@ from torch import Tensor
 from .. import functional, reference
 from ..arguments import AttentionGradients
 from .error_analysis import deviations
-from .rounding import DEFAULT, Rounds
+from .rounding import DEFAULT_ROUNDINGS, Roundings
 
-DIFFERENTIABLE = tuple(name.removeprefix("d") for name in AttentionGradients._fields)
-ELEMENT, MEAN = 8.0, 1.5
-#: A function of the arguments of :func:`peftkern.prefix_attention` that returns out and lse.
+#: q, k, v, prefix_k, prefix_v and options as keyword arguments -> (out, lse)
 Attention = Callable[..., tuple[Tensor, Tensor]]
-#: What the backends promise beyond the default. Those that compute the softmax again round neither it nor the prefix.
-ROUNDS = {
-    "reference": Rounds(softmax=False, prefix_terms=False),
-    "cpu": Rounds(softmax=False, prefix_terms=False),
-    "merge": Rounds(vendor=True),
-    "concat": Rounds(vendor=True, prefix_samples=True),
+
+#: The arguments of :func:`peftkern.prefix_attention` that have gradients.
+DIFFERENTIABLE = tuple(name.removeprefix("d") for name in AttentionGradients._fields)
+#: The limits in standard deviations: for one element, and for the root mean square of many rows.
+ELEMENT_LIMIT, RMS_LIMIT = 8.0, 1.5
+#: Backends whose roundings differ from the default. ``reference`` and ``cpu`` recompute the softmax in backward, and
+#: round neither it nor the terms of the prefix's gradients.
+ROUNDINGS = {
+    "reference": Roundings(softmax=False, prefix_terms=False),
+    "cpu": Roundings(softmax=False, prefix_terms=False),
+    "merge": Roundings(vendor=True),
+    "concat": Roundings(vendor=True, prefix_samples=True),
 }
-
-
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """As a model's eager attention computes it: all products in q's dtype, softmax in fp32, weights rounded.
-
-    The prefix is expanded over the batch and concatenated, as PEFT does, but what is summed in backward (the prefix,
-    biases, sinks, gate) may come in fp64: it is expanded before it is rounded, so its gradient is an exact sum of
-    rounded terms, which is what an fp32 accumulation comes close to.
-    """
-    dtype, fp = q.dtype, torch.float32
-    numbers = {name: options.get(name) for name in ("scale", "softcap", "window", "gate", "sinks")}
-    scale = q.shape[-1] ** -0.5 if numbers["scale"] is None else numbers["scale"]
-    group = q.shape[1] // k.shape[1]
-    if prefix_k.dim() == 3:
-        prefix_k, prefix_v = prefix_k[None], prefix_v[None]
-    bank, _, prefix_len, _ = prefix_k.shape
-    batch, num_heads, q_len, _ = q.shape
-    kv_len = k.shape[2]
-
-    def joined(prefix: Tensor, sequence: Tensor) -> Tensor:
-        prefix = prefix.transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0).expand(batch, -1, -1, -1)
-        return torch.cat([prefix.to(dtype), sequence.repeat_interleave(group, 1)], 2)
-
-    scores = q @ joined(prefix_k, k).transpose(-1, -2) * scale
-    if numbers["softcap"]:
-        scores = torch.tanh(scores / numbers["softcap"]) * numbers["softcap"]
-    prefix_scores, seq_scores = scores.split([bank * prefix_len, kv_len], -1)
-    if options.get("bias") is not None:
-        seq_scores = seq_scores + options["bias"].expand_as(seq_scores).to(dtype)
-    if options.get("prefix_bias") is not None:
-        prefix_bias = options["prefix_bias"].expand(-1, prefix_len).repeat(1, bank)
-        prefix_scores = prefix_scores + prefix_bias[:, None, :].expand_as(prefix_scores).to(dtype)
-    seq_visible, prefix_visible = reference.visibility(
-        (batch, q_len, kv_len, bank, prefix_len), q.device, options.get("causal", True), options.get("key_mask"),
-        options.get("cu_seqlens"), options.get("prefix_ids"), options.get("prefix_lens"), numbers["window"],
-        options.get("prefix_in_window", True),
-    )  # fmt: skip
-    seq_scores = seq_scores.masked_fill(~seq_visible, -torch.inf)
-    prefix_scores = prefix_scores.masked_fill(~prefix_visible.flatten(3), -torch.inf)
-    none = torch.full((batch, num_heads, q_len, 1), -torch.inf)
-    sinks = none if numbers["sinks"] is None else numbers["sinks"][:, None, None].expand_as(none).to(fp)
-
-    def weights_of(scores: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-        weights, lse = reference.softmax(torch.cat([scores.to(fp), extra], -1))
-        return weights[..., :-1].to(dtype), lse
-
-    if numbers["gate"] is None:
-        weights, lse = weights_of(torch.cat([prefix_scores, seq_scores], -1), sinks)
-    else:
-        seq_weights, lse = weights_of(seq_scores, sinks)
-        prefix_weights, _ = weights_of(prefix_scores, none)
-        gate = torch.tanh(numbers["gate"])[:, None, None].expand_as(prefix_weights).to(dtype)
-        weights = torch.cat([prefix_weights * gate, seq_weights], -1)
-    p = options.get("dropout_p", 0.0)
-    if p:
-        shape, seed = (batch, num_heads, q_len), torch.as_tensor(options["dropout_seed"])
-        prefix_keep = reference.dropout_keep(seed, (*shape, prefix_len), p, 1).repeat(1, 1, 1, bank)
-        keep = torch.cat([prefix_keep, reference.dropout_keep(seed, (*shape, kv_len), p, 0)], -1)
-        weights = weights * keep / (1 - p)
-    return weights @ joined(prefix_v, v), lse
 
 
 @dataclass
 class Results:
-    """out, lse, and the gradients by the name of the argument."""
+    """The results of one forward and backward pass.
+
+    Attributes:
+        out: [B, Hq, S, D] in q's dtype.
+        lse: [B, Hq, S].
+        gradients: gradient by the name of the argument ("q", "prefix_k", ...), in its shape; empty without backward.
+    """
 
     out: Tensor
     lse: Tensor
@@ -120,17 +69,18 @@ class Results:
 
 
 def run(
-    attention: Attention,
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    dout: Tensor | None,
+    attention: Attention, tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None,
     dlse: Tensor | None,
-) -> Results:
-    """Forward, and backward unless ``dout`` is None, on fresh leaves. Floats among ``options`` are leaves too."""
+) -> Results:  # fmt: skip
+    """Run ``attention`` forward and, unless ``dout`` is None, backward.
+
+    Gradients are computed for ``tensors`` and for biases, sinks and gate among ``options``, on detached copies.
+    ``dout`` and ``dlse`` are the gradients of out and lse; they are cast to the dtypes of the results.
+    """
     given = {**tensors, **{name: x for name, x in options.items() if name in DIFFERENTIABLE and x is not None}}
     leaves = {name: x.detach().requires_grad_(dout is not None) for name, x in given.items()}
-    numbers = {name: x for name, x in options.items() if name not in leaves}
-    out, lse = attention(**leaves, **numbers)
+    others = {name: x for name, x in options.items() if name not in leaves}
+    out, lse = attention(**leaves, **others)
     if dout is None:
         return Results(out.detach(), lse.detach(), {})
     outputs, grads = [out], [dout.to(out.dtype)]
@@ -140,49 +90,61 @@ def run(
     return Results(out.detach(), lse.detach(), dict(zip(leaves, values, strict=True)))
 
 
-def _double(options: dict[str, Any]) -> dict[str, Any]:
-    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-
-
 def exact_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """The reference, whose seed of dropout is a tensor."""
+    """:func:`peftkern.reference.prefix_attention`, also with an int as ``dropout_seed``."""
     seed = inputs.pop("dropout_seed", None)
     return reference.prefix_attention(**inputs, dropout_seed=None if seed is None else torch.as_tensor(seed))
 
 
 @dataclass
 class Ratio:
-    """An error relative to its bounds: of the element that is worst, and of the root mean square of all elements."""
+    """An error relative to its limits: 1 is the largest error that passes.
+
+    Attributes:
+        element: largest ratio of an element's error to its limit.
+        rms: ratio of the root mean square error to its limit.
+        message: both errors with their limits, as text.
+    """
 
     element: float
-    mean: float
+    rms: float
     message: str
 
     @property
     def worst(self) -> float:
-        """NaN if the error is."""
-        return max(self.element, self.mean) if self.element == self.element else self.element
+        """The larger ratio, or NaN if the error is NaN."""
+        return max(self.element, self.rms) if self.element == self.element else self.element
 
 
 def ratio(name: str, got: Tensor, true: Tensor, deviation: Tensor) -> Ratio:
-    """The error of ``got`` relative to what the ``deviation`` of its elements allows."""
+    """The error of ``got`` against ``true``, relative to the limits that ``deviation`` gives.
+
+    Args:
+        name: name of the result in messages.
+        got: result of any float dtype.
+        true: exact result in ``got``'s shape.
+        deviation: standard deviation of each element, in ``got``'s shape; see :func:`peftkern.testing.deviations`.
+
+    Raises:
+        AssertionError: if the shapes differ.
+    """
     shapes = {got.shape, true.shape, deviation.shape}
     assert len(shapes) == 1, f"{name}: shape {list(got.shape)}, expected {list(true.shape)}"
     if got.numel() == 0:
         return Ratio(0.0, 0.0, "")
     error = (got.double() - true.double()).abs()
-    relative = torch.where(error == 0, 0.0, error / (ELEMENT * deviation))
+    relative = torch.where(error == 0, 0.0, error / (ELEMENT_LIMIT * deviation))
     at = int(relative.nan_to_num(nan=torch.inf).argmax())
-    element, worst, allowed = (x.flatten()[at].item() for x in (relative, error, ELEMENT * deviation))
+    element, worst, allowed = (x.flatten()[at].item() for x in (relative, error, ELEMENT_LIMIT * deviation))
     where = [int(i) for i in torch.unravel_index(torch.tensor(at), error.shape)]
-    limit = MEAN * (1 + 4 * _rows_that_matter(deviation) ** -0.5) * _rms(deviation)
-    mean = _rms(error) / limit if limit > 0 else element
+    limit = RMS_LIMIT * (1 + 4 * _effective_rows(deviation) ** -0.5) * _rms(deviation)
+    rms = _rms(error) / limit if limit > 0 else element
     message = f"{name}: error {worst:.3e} at {where} is {element:.3g} of the {allowed:.3e} allowed there"
-    message += f"; rms error {_rms(error):.3e} is {mean:.3g} of the {limit:.3e} allowed"
-    return Ratio(element, mean, message)
+    message += f"; rms error {_rms(error):.3e} is {rms:.3g} of the {limit:.3e} allowed"
+    return Ratio(element, rms, message)
 
 
-def _rows_that_matter(deviation: Tensor) -> float:
+def _effective_rows(deviation: Tensor) -> float:
     rows = deviation.square()
     if deviation.dim() > 1:
         rows = rows.flatten(0, -2).sum(-1)
@@ -191,7 +153,17 @@ def _rows_that_matter(deviation: Tensor) -> float:
 
 
 def assert_bound(name: str, got: Tensor, true: Tensor, deviation: Tensor) -> None:
-    """``got`` differs from ``true`` by no more than ``deviation`` allows, in every element and in the mean."""
+    """Assert that ``got`` differs from ``true`` by no more than rounding explains.
+
+    Args:
+        name: name of the result in messages.
+        got: result of any float dtype.
+        true: exact result in ``got``'s shape.
+        deviation: standard deviation of each element, in ``got``'s shape; see :func:`peftkern.testing.deviations`.
+
+    Raises:
+        AssertionError: if an element or the root mean square exceeds its limit, or if the shapes differ.
+    """
     _assert_within(ratio(name, got, true, deviation))
 
 
@@ -201,18 +173,33 @@ def _assert_within(result: Ratio) -> None:
 
 def ratios(
     attention: Attention, tensors: dict[str, Tensor], options: dict[str, Any], *, backward: bool = True,
-    dlse: bool = False, rounds: Rounds = DEFAULT,
+    dlse: bool = False, roundings: Roundings = DEFAULT_ROUNDINGS,
 ) -> tuple[Results, dict[str, Ratio]]:  # fmt: skip
-    """Run ``attention`` forward and backward: its results, and the errors of "out", "lse", "dq", … in them."""
+    """Run any attention function and measure its errors relative to the bound.
+
+    Args:
+        attention: takes the tensors and options as keyword arguments and returns (out, lse).
+        tensors: q, k, v, prefix_k and prefix_v by name, on the CPU, as :func:`peftkern.testing.tensors` makes them.
+        options: other keyword arguments of :func:`peftkern.prefix_attention`, tensors on the CPU.
+        backward: also compute gradients, for a random gradient of out.
+        dlse: use a random gradient of lse as well.
+        roundings: roundings of ``attention`` that not every backend performs.
+
+    Returns:
+        (results, error of each by name: "out", "lse", "dq", "dprefix_k", ...).
+
+    Raises:
+        AssertionError: if a shape is wrong, or lse is -inf in other rows than the reference's.
+    """
     q = tensors["q"]
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(q.shape, generator=generator).to(q.dtype) if backward else None
     lse_grad = torch.randn(q.shape[:3], generator=generator) if backward and dlse else None
-    # the rounding of an fp32 prefix to q's dtype belongs to the operation and not to the error
+    # rounding an fp32 prefix to q's dtype belongs to the operation, so it is no error
     exact = {n: x.to(q.dtype).double() for n, x in tensors.items()}
     got = run(attention, tensors, options, dout, lse_grad)
     true = run(exact_attention, exact, _double(options), dout, lse_grad)
-    allowed = deviations(tensors, options, dout, lse_grad, rounds)
+    allowed = deviations(tensors, options, dout, lse_grad, roundings)
     finite = torch.isfinite(true.lse)
     assert torch.equal(torch.isfinite(got.lse), finite), "lse: -inf in other rows than the reference"
     result = {
@@ -228,24 +215,50 @@ def check_backend(
     backend: str, tensors: dict[str, Tensor], options: dict[str, Any], *, backward: bool = True, dlse: bool = False,
     device: str = "cpu", **kwargs: Any,
 ) -> Results:  # fmt: skip
-    """Run ``backend`` on ``tensors`` (q, k, v, prefix_k, prefix_v) and ``options``; assert the bound on every output.
+    """Run a backend forward and backward, and assert that every result is within the error bound.
 
-    Returns the backend's results. The backend alone runs on ``device``, on copies with the same strides. ``kwargs``
-    go to :func:`peftkern.prefix_attention`.
+    Only the backend runs on ``device``, on copies with the same strides. The fp64 results it is compared with are
+    computed on the CPU, where they hold all scores in memory. Checking a few hundred tokens takes seconds; see
+    :class:`peftkern.testing.Oracle` for larger calls.
+
+    Args:
+        backend: name of a backend, see :func:`peftkern.available_backends`.
+        tensors: q, k, v, prefix_k and prefix_v by name, on the CPU, as :func:`peftkern.testing.tensors` makes them.
+        options: other keyword arguments of :func:`peftkern.prefix_attention`, tensors on the CPU.
+        backward: also check the gradients, for a random gradient of out.
+        dlse: use a random gradient of lse as well.
+        device: where the backend runs, for example ``"cuda"``.
+        kwargs: passed to :func:`peftkern.prefix_attention` unchanged.
+
+    Returns:
+        The backend's results, on the CPU.
+
+    Raises:
+        AssertionError: if a result is further from fp64 than rounding explains; the message names the result, the
+            element and the limits.
+        BackendUnavailable: if the backend cannot run the call.
+
+    >>> from peftkern.testing import Shape, tensors
+    >>> results = check_backend("reference", tensors(Shape(S=9, P=4, D=16), torch.bfloat16), {"window": 5})
+    >>> results.gradients["prefix_k"].shape
+    torch.Size([2, 4, 16])
     """
 
-    def kernel(**inputs: Any) -> Any:
-        if device == "cpu":
-            return functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
-        inputs = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        outputs = functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
-        return tuple(x.cpu() for x in outputs)
+    def kernel(**inputs: Any) -> tuple[Tensor, Tensor]:
+        if device != "cpu":
+            inputs = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        out, lse = functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
+        return out.cpu(), lse.cpu()
 
-    rounds = ROUNDS.get(backend, DEFAULT)
-    got, result = ratios(kernel, tensors, options, backward=backward, dlse=dlse, rounds=rounds)
+    roundings = ROUNDINGS.get(backend, DEFAULT_ROUNDINGS)
+    got, result = ratios(kernel, tensors, options, backward=backward, dlse=dlse, roundings=roundings)
     for one in result.values():
         _assert_within(one)
     return got
+
+
+def _double(options: dict[str, Any]) -> dict[str, Any]:
+    return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
 
 
 def _moved(x: Tensor, device: str) -> Tensor:

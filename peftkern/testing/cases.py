@@ -4,16 +4,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call. ``T`` None means T = S; ``A`` is the size of a bank, None for a single prefix."""
+    """The sizes of one call.
+
+    Attributes:
+        B: batch size.
+        Hq: query heads, a multiple of Hkv.
+        Hkv: key and value heads.
+        S: queries.
+        P: tokens of the prefix.
+        D: elements of a head.
+        T: keys of the sequence; None for S keys, more than S for a KV cache.
+        A: prefixes in a bank; None for one prefix that the batch shares.
+    """
 
     B: int = 2
     Hq: int = 4
@@ -26,14 +39,14 @@ class Shape:
 
     @property
     def kv_len(self) -> int:
-        """Number of sequence keys, T."""
+        """T, or S if T is None."""
         return self.S if self.T is None else self.T
 
     def __str__(self) -> str:
         return "-".join(f"{name}{n}" for name, n in vars(self).items() if n is not None)
 
 
-#: Shapes that leave vectors, tiles and groups of heads partly filled: few and many rows, tokens, heads and columns.
+#: Sizes that leave a remainder in every vector, tile and group, with few and many rows, tokens, heads and columns.
 ODD = [
     Shape(B=1, Hq=1, Hkv=1, S=9, P=3, D=1), Shape(B=1, Hq=2, Hkv=2, S=1, P=1, D=3),
     Shape(B=1, Hq=2, Hkv=1, S=65, P=49, D=64), Shape(B=2, Hq=3, Hkv=3, S=97, P=48, D=33),
@@ -45,13 +58,29 @@ ODD = [
     Shape(B=2, Hq=6, Hkv=2, S=33, P=65, D=128), Shape(B=2, Hq=4, Hkv=2, S=3, P=70, D=80),
     Shape(B=1, Hq=4, Hkv=2, S=333, P=5, D=64),
 ]  # fmt: skip
+#: Shapes without samples, queries, prefix tokens or keys.
 EMPTY = [Shape(B=0), Shape(S=0), Shape(S=0, T=4), Shape(P=0), Shape(S=0, P=0, T=0), Shape(B=0, P=0), Shape(S=3, T=0)]
 
 
 def tensors(
     shape: Shape, dtype: torch.dtype = torch.float64, prefix_dtype: torch.dtype | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random q, k, v, prefix_k and prefix_v by name. They are slices of larger tensors, each with its own strides."""
+    """Standard normal q, k, v, prefix_k and prefix_v by name, on the CPU.
+
+    They are slices of larger tensors with different strides, so that a kernel which assumes contiguous memory fails.
+
+    Args:
+        shape: sizes of the call.
+        dtype: dtype of q, k and v.
+        prefix_dtype: dtype of prefix_k and prefix_v; default ``dtype``.
+        seed: seed of the random numbers.
+
+    Returns:
+        q [B, Hq, S, D], k and v [B, Hkv, T, D], prefix_k and prefix_v [Hkv, P, D] ([A, Hkv, P, D] for a bank).
+
+    >>> {name: list(x.shape) for name, x in tensors(Shape(S=3, P=2, D=4)).items() if name in ("q", "prefix_k")}
+    {'q': [2, 4, 3, 4], 'prefix_k': [2, 2, 4]}
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def cut(*sizes: int, dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
@@ -92,54 +121,81 @@ def _cu_seqlens(s: Shape, g: torch.Generator) -> Tensor:
     return torch.tensor([0, s.S // 3, s.S // 3, s.S], dtype=torch.int32)
 
 
-def _ids(s: Shape, g: torch.Generator) -> Tensor:
+def _prefix_ids(s: Shape, g: torch.Generator) -> Tensor:
+    """Each prefix of the bank in turn, and none for the last sample."""
     ids = torch.arange(s.B) % (s.A or 1)
     if s.B > 1:
         ids[-1] = -1
     return ids
 
 
-#: Features by name: the changes of the shape that it needs, and a function of (shape, generator) that makes options.
-FEATURES: dict[str, tuple[dict[str, int], Callable[[Shape, torch.Generator], dict[str, Any]]]] = {
-    "plain": ({}, lambda s, g: {}),
-    "non_causal": ({}, lambda s, g: {"causal": False}),
-    "scale": ({}, lambda s, g: {"scale": 0.37}),
-    "kv_cache": ({"T": 11}, lambda s, g: {}),
-    "key_mask": ({}, lambda s, g: {"key_mask": _key_mask(s, g)}),
-    "window": ({}, lambda s, g: {"window": 4}),
-    "window_after_prefix": ({}, lambda s, g: {"window": 3, "prefix_in_window": False}),
-    "softcap": ({}, lambda s, g: {"softcap": 1.5}),
-    "sinks": ({}, lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
-    "bias": ({}, lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
-    "bias_row": ({}, lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
-    "prefix_bias": ({}, lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
-    "gate": ({}, lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
-    "dropout": ({}, lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
-    "packed": ({"B": 1}, lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}),
-    "bank": ({"A": 3}, lambda s, g: {"prefix_ids": _ids(s, g)}),
-    "ragged_bank": (
-        {"A": 3},
-        lambda s, g: {"prefix_ids": _ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+class Feature(NamedTuple):
+    """How a feature is turned on."""
+
+    #: The keyword arguments of the call, for its shape and a generator of random numbers.
+    options: Callable[[Shape, torch.Generator], dict[str, Any]] = lambda s, g: {}
+    #: The sizes that the feature needs, for a given shape.
+    sizes: Callable[[Shape], dict[str, int]] = lambda s: {}
+
+
+#: Every feature of :func:`peftkern.prefix_attention` by name; :func:`feature` turns one on.
+FEATURES: dict[str, Feature] = {
+    "plain": Feature(),
+    "non_causal": Feature(lambda s, g: {"causal": False}),
+    "scale": Feature(lambda s, g: {"scale": 0.37}),
+    "kv_cache": Feature(sizes=lambda s: {"T": max(11, s.S + 2)}),
+    "key_mask": Feature(lambda s, g: {"key_mask": _key_mask(s, g)}),
+    "window": Feature(lambda s, g: {"window": 4}),
+    "window_after_prefix": Feature(lambda s, g: {"window": 3, "prefix_in_window": False}),
+    "softcap": Feature(lambda s, g: {"softcap": 1.5}),
+    "sinks": Feature(lambda s, g: {"sinks": torch.randn(s.Hq, generator=g)}),
+    "bias": Feature(lambda s, g: {"bias": torch.randn(1, s.Hq, s.S, s.kv_len, generator=g)}),
+    "bias_row": Feature(lambda s, g: {"bias": torch.randn(s.B, 1, 1, s.kv_len, generator=g)}),
+    "prefix_bias": Feature(lambda s, g: {"prefix_bias": torch.randn(s.Hq, s.P, generator=g)}),
+    "gate": Feature(lambda s, g: {"gate": torch.randn(s.Hq, generator=g)}),
+    "dropout": Feature(lambda s, g: {"dropout_p": 0.3, "dropout_seed": 2**40 + 12345}),
+    "packed": Feature(lambda s, g: {"cu_seqlens": _cu_seqlens(s, g)}, lambda s: {"B": 1}),
+    "bank": Feature(lambda s, g: {"prefix_ids": _prefix_ids(s, g)}, lambda s: {"A": 3}),
+    "ragged_bank": Feature(
+        lambda s, g: {"prefix_ids": _prefix_ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
+        lambda s: {"A": 3},
     ),
-    "packed_bank": (
-        {"B": 1, "A": 2},
+    "packed_bank": Feature(
         lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
+        lambda s: {"B": 1, "A": 2},
     ),
 }  # fmt: skip
 
 
 def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict[str, Any]]:
-    """The shape and the options that turn on the feature ``name``."""
-    changes, options = FEATURES[name]
-    shape = Shape(**{**vars(shape), **changes})
-    return shape, options(shape, torch.Generator().manual_seed(seed))
+    """Turn on one feature.
+
+    Args:
+        name: a key of :data:`FEATURES`.
+        shape: sizes of the call.
+        seed: seed of random biases, sinks and gates.
+
+    Returns:
+        (``shape`` with the sizes that the feature needs, keyword arguments of :func:`peftkern.prefix_attention`).
+
+    >>> feature("window", Shape())[1]
+    {'window': 4}
+    >>> sorted(FEATURES)[:4]
+    ['bank', 'bias', 'bias_row', 'dropout']
+    """
+    shape = replace(shape, **FEATURES[name].sizes(shape))
+    return shape, FEATURES[name].options(shape, torch.Generator().manual_seed(seed))
 
 
-def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict[str, Any]]:
-    """A random shape and a random set of compatible features."""
+def combination(seed: int) -> tuple[Shape, dict[str, Any]]:
+    """A random small shape with a random set of compatible features.
+
+    Returns:
+        (shape, keyword arguments of :func:`peftkern.prefix_attention`), reproducible for a ``seed``.
+    """
     g = torch.Generator().manual_seed(seed)
 
-    def pick(*choices: Any) -> Any:
+    def pick(*choices: _T) -> _T:
         return choices[int(torch.randint(len(choices), (), generator=g))]
 
     sequences = pick("batch", "packed", "kv_cache")
@@ -154,7 +210,7 @@ def combination(seed: int, shape: Shape = Shape()) -> tuple[Shape, dict[str, Any
              "dropout", "key_mask")  # fmt: skip
     for name in names:
         if pick(True, False, False):
-            options.update(FEATURES[name][1](shape, g))
+            options.update(FEATURES[name].options(shape, g))
     if sequences == "packed":
         options["cu_seqlens"] = _cu_seqlens(shape, g)
     if shape.A is not None:

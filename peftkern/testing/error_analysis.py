@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far rounding may move each number that prefix attention gives: standard deviations, from fp64 alone.
+"""Standard deviations of the rounding errors of prefix attention, computed from its arguments in fp64.
 
-Each element has a deviation of its own, made of the sizes of its own terms by the rules of :mod:`.rounding`::
+Each element has a deviation of its own, computed from the sizes of its terms by the rules of :mod:`.rounding`::
 
     s = scale q.k (softcap, bias)    p = softmax(s)      out = p v
     g = dout.v    delta = sum p g    ds = p (g - delta)  dq = scale ds k    dk = scale ds q    dv = p dout
 
-Those of out are the errors of s that reach it through p, the rounding of p before the product, of the product, and of
-the result; and so on. This is what a backend may do, and what it may not:
+The variance of out, for example, is the sum of four: errors of s that reach out through p, the rounding of p before
+the product, the rounding of the product, and the rounding of the result. These are the roundings that a backend may
+perform:
 
-- Scores, softmax, lse, delta and every sum are fp32. Eager attention in half precision rounds the scores; backends do
-  not.
-- In half precision, weights and gradients of scores are rounded to it before they are multiplied, once each. Results
-  are rounded to their dtype. Backends that join two kernels also round out and dq by part (the prefix, the sequence),
-  dk and dv by query head.
-- What is the same for all keys of a row (delta, the softmax's denominator) has the same error for all of them. Sums
-  over keys add such errors up before they are squared.
+- Scores, softmax, lse, delta and all sums are fp32. Eager attention in half precision rounds the scores; a backend
+  must not.
+- In half precision, weights and gradients of scores are rounded once before they are multiplied. Results are rounded
+  to their dtype. Backends that join two kernels also round out and dq per part (prefix and sequence), and dk and dv
+  per query head.
+- A quantity that all keys of a row share (delta, the softmax's denominator) has the same error for all of them. Such
+  errors are summed over the keys before they are squared.
 """
 
 from __future__ import annotations
@@ -26,150 +27,192 @@ import torch
 from torch import Tensor
 
 from .rounding import (
-    DEFAULT,
+    DEFAULT_ROUNDINGS,
     LAST_PLACES,
     ROUNDING,
     SUBNORMAL,
-    Rounds,
+    Roundings,
     Scores,
     Softmax,
-    rounded,
+    rounding_variance,
     scores_of,
-    slope_of_tanh,
-    stored,
-    summed,
+    storage_variance,
+    sum_variance,
+    tanh_slope,
 )
 
 
 def deviations(
     tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None = None, dlse: Tensor | None = None,
-    rounds: Rounds = DEFAULT,
+    roundings: Roundings = DEFAULT_ROUNDINGS,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Standard deviations of "out", "lse" and, if ``dout`` is given, of "dq", "dprefix_k", …, in their shapes.
+    """The standard deviation that rounding gives to each element of a correct kernel's results.
 
-    ``tensors`` (q, k, v, prefix_k, prefix_v) and ``options`` are those of a call, in its dtypes.
+    Args:
+        tensors: q, k, v, prefix_k and prefix_v by name, in the shapes of :func:`peftkern.prefix_attention`. Their
+            dtypes decide what is rounded; a prefix in fp32 counts as rounded to q's dtype.
+        options: keyword arguments of :func:`peftkern.prefix_attention`.
+        dout: gradient of out [B, Hq, S, D]; None for forward only.
+        dlse: gradient of lse [B, Hq, S]; None if lse is not differentiated.
+        roundings: roundings of the backend that not every backend performs.
+
+    Returns:
+        fp64 tensors by name, in the shapes of the results: "out", "lse" and, with ``dout``, the gradients "dq", "dk",
+        "dv", "dprefix_k", "dprefix_v", and those of the biases, sinks and gate among the options.
+
+    >>> from peftkern.testing import Shape, tensors
+    >>> inputs = tensors(Shape(), torch.bfloat16)
+    >>> expected = deviations(inputs, {"window": 4}, dout=torch.ones_like(inputs["q"]))
+    >>> expected["dprefix_k"].shape == inputs["prefix_k"].shape
+    True
     """
     dtype = tensors["q"].dtype
     exact = {name: tensors[name].to(dtype).double() for name in ("q", "k", "v", "prefix_k", "prefix_v")}
     if exact["prefix_k"].dim() == 3:
         exact |= {n: x[None] for n, x in exact.items() if n.startswith("prefix")}
     options = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-    of_vendor = rounds.vendor and dtype != torch.float32
-    x = scores_of(exact, options, dtype if of_vendor else torch.float32)
+    half_vendor = roundings.vendor and dtype != torch.float32
+    x = scores_of(exact, options, dtype if half_vendor else torch.float32)
     bank, num_kv_heads, prefix_len, _ = exact["prefix_k"].shape
-    joint, gate = bank * prefix_len, options.get("gate")
+    num_prefix_keys, gate = bank * prefix_len, options.get("gate")
+    gains: list[Tensor | float]
     if gate is None:
-        parts, of_gate = [Softmax(x, dtype, rounds)], 0.0
-        gains: list[Tensor | float] = [1.0]
-        of_prefix = (parts[0].p * x.keep)[..., :joint] @ x.v[:, :, :joint]
+        parts, gains = [Softmax(x, dtype, roundings)], [1.0]
     else:
-        parts = [Softmax(x.of(columns), dtype, rounds) for columns in (slice(0, joint), slice(joint, None))]
-        gains, of_gate = [torch.tanh(gate)[:, None, None], 1.0], LAST_PLACES
-        of_prefix = gains[0] * parts[0].out
-    out, rounding, fp32_rounding, spread = (
-        sum(gain**power * getattr(part, name) for gain, part in zip(gains, parts, strict=True))
-        for name, power in (("out", 1), ("rounding", 2), ("fp32_rounding", 2), ("spread", 2))
-    )
-    # a sum in the order of the keys comes by the prefix's part, however small it ends
-    terms = x.visible.sum(-1, keepdim=True)
-    further = 2 * rounded(out) + (ROUNDING / 3 * terms + of_gate) * of_prefix**2
-    fp32_rounding = fp32_rounding + further
-    rounding = rounding + further + sum(stored(y, dtype) for y in (out, of_prefix, out - of_prefix))
-    lse = parts[-1].lse.squeeze(-1)
-    result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if of_vendor else lse}
+        columns = (slice(0, num_prefix_keys), slice(num_prefix_keys, None))
+        parts = [Softmax(x.select(part), dtype, roundings) for part in columns]
+        gains = [torch.tanh(gate)[:, None, None], 1.0]
+    rounding, fp32_rounding, spread = _out_variances(x, parts, gains, num_prefix_keys, dtype)
+    lse = parts[-1].lse_variance.squeeze(-1)
+    result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if half_vendor else lse}
     if dout is not None:
         dout = dout.double()
-        of_lse = 0.0 if dlse is None else dlse.double()[..., None]
-        if gate is not None:
-            own = parts[0]
-            own.backward(dout, 0.0, gains[0], own.rounding + stored(own.out, dtype), own.fp32_rounding)
-        parts[-1].backward(dout, of_lse, 1.0, rounding, fp32_rounding)
-        backward = _Backward(x, parts, exact["q"], dout, options, dtype, rounds, (bank, num_kv_heads, prefix_len))
+        lse_grad = 0.0 if dlse is None else dlse.double()[..., None]
+        if len(parts) == 2:
+            prefix = parts[0]
+            prefix_rounding = prefix.rounding + storage_variance(prefix.out, dtype)
+            prefix.backward(dout, 0.0, gains[0], prefix_rounding, prefix.fp32_rounding)
+        parts[-1].backward(dout, lse_grad, 1.0, rounding, fp32_rounding)
+        sizes = (bank, num_kv_heads, prefix_len)
+        backward = _Backward(x, parts, exact["q"], dout, options, dtype, roundings, sizes)
         result |= backward.variances({name: x.dtype for name, x in tensors.items()})
         if tensors["prefix_k"].dim() == 3:
             result |= {name: result[name][0] for name in ("dprefix_k", "dprefix_v")}
     return {name: variance.sqrt() for name, variance in result.items()}
 
 
-class _Backward:
-    """From the gradients of the scores to those of the arguments.
+def _out_variances(
+    x: Scores, parts: list[Softmax], gains: list[Tensor | float], num_prefix_keys: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(variance of out by rounding, the part of it that is there in fp32, variance by the scores), [B, Hq, S, D]."""
+    out, rounding, fp32_rounding, spread = (
+        sum(gain**power * getattr(part, name) for gain, part in zip(gains, parts, strict=True))
+        for name, power in (("out", 1), ("rounding", 2), ("fp32_rounding", 2), ("spread", 2))
+    )
+    if len(parts) == 1:
+        prefix_out = (parts[0].p * x.keep)[..., :num_prefix_keys] @ x.v[:, :, :num_prefix_keys]
+        gate_variance = 0.0
+    else:
+        prefix_out, gate_variance = gains[0] * parts[0].out, LAST_PLACES
+    # a sum in the order of the keys passes through the prefix's share, which may be larger than the result
+    terms = x.visible.sum(-1, keepdim=True)
+    further = 2 * rounding_variance(out) + (ROUNDING / 3 * terms + gate_variance) * prefix_out**2
+    by_part = sum(storage_variance(y, dtype) for y in (out, prefix_out, out - prefix_out))
+    return rounding + further + by_part, fp32_rounding + further, spread
 
-    ``own``: of variances that are independent between keys.
+
+class _Backward:
+    """Variances of the arguments' gradients, from those of the scores' gradients.
+
+    As in :class:`.rounding.Softmax`, ``own_variance`` is independent between keys, and ``common_variance`` and
+    ``delta_variance`` are shared by the keys of a row.
     """
+
+    own_variance: Tensor
+    gp: Tensor
+    ds: Tensor
+    ds_variance: Tensor
+    common_variance: Tensor
+    delta_variance: Tensor
 
     def __init__(
         self, x: Scores, parts: list[Softmax], q: Tensor, dout: Tensor, options: dict[str, Any], dtype: torch.dtype,
-        rounds: Rounds, sizes: tuple[int, int, int],
+        roundings: Roundings, sizes: tuple[int, int, int],
     ):  # fmt: skip
         self.x, self.parts, self.q, self.dout, self.options = x, parts, q, dout, options
-        self.dtype, self.rounds = dtype, rounds
+        self.dtype, self.roundings = dtype, roundings
         self.bank, self.num_kv_heads, self.prefix_len = sizes
-        self.joint = self.bank * self.prefix_len
-        self.columns = [slice(None)] if len(parts) == 1 else [slice(0, self.joint), slice(self.joint, None)]
+        self.num_prefix_keys = self.bank * self.prefix_len
+        split = [slice(0, self.num_prefix_keys), slice(self.num_prefix_keys, None)]
+        self.columns = [slice(None)] if len(parts) == 1 else split
         self.scale: float = q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
-        # relative; a scale may be subnormal
-        self.of_scale = float(rounded(torch.tensor(self.scale, dtype=torch.float64)) / (self.scale**2 or 1.0))
-        self.own, self.gp, self.ds, self.ds_variance, self.common, self.delta_variance = (
-            getattr(parts[0], name)  # rows' own are broadcast
-            if len(parts) == 1
-            else torch.cat([getattr(part, name).expand_as(part.p) for part in parts], -1)
-            for name in ("own", "gp", "ds", "ds_variance", "common", "delta_variance")
-        )
-        # gradients of the products q.k, but for the scale
+        # relative; a scale may be 0 or subnormal
+        scale_variance = rounding_variance(torch.tensor(self.scale, dtype=torch.float64))
+        self.scale_variance = float(scale_variance / (self.scale**2 or 1.0))
+        for name in ("own_variance", "gp", "ds", "ds_variance", "common_variance", "delta_variance"):
+            values = [getattr(part, name) for part in parts]
+            if len(parts) == 2:  # one value per row becomes one per key
+                values = [torch.cat([y.expand_as(part.p) for y, part in zip(values, parts, strict=True)], -1)]
+            setattr(self, name, values[0])
+        # gradients of the products q.k, without the factor scale
         self.dproducts = self.ds * x.slope
-        own = x.slope**2 * self.ds_variance + self.ds**2 * x.slope_variance + rounded(self.dproducts)
-        self.dproducts_variance = own * x.visible
-        self.dproducts_rounding = stored(self.dproducts, dtype) * x.visible
+        variance = x.slope**2 * self.ds_variance + self.ds**2 * x.slope_variance + rounding_variance(self.dproducts)
+        self.dproducts_variance = variance * x.visible
+        self.dproducts_rounding = storage_variance(self.dproducts, dtype) * x.visible
 
     def variances(self, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-        """Of the gradients, by name; ``dtypes`` are those of the arguments."""
+        """The variances of the gradients by name ("dq", ...); ``dtypes`` are those of the arguments."""
         x, square = self.x, self.scale**2
-        common = (self.gp * x.slope) ** 2 * self.delta_variance + self.dproducts**2 * self.common
+        common = (self.gp * x.slope) ** 2 * self.delta_variance + self.dproducts**2 * self.common_variance
         weights = self.gp * x.keep
-        weights_variance = weights**2 * (self.own + self.common + 2 * ROUNDING)
-        weights_rounding = stored(weights, self.dtype) * x.visible
-        of_k = (self.dproducts * self.scale, square * (self.dproducts_variance + common))
+        weights_variance = weights**2 * (self.own_variance + self.common_variance + 2 * ROUNDING)
+        weights_rounding = storage_variance(weights, self.dtype) * x.visible
+        dscores, dscores_variance = self.dproducts * self.scale, square * (self.dproducts_variance + common)
+        dscores_rounding = square * self.dproducts_rounding
         result = {"dq": self._dq()}
-        result |= self._dkv("k", *of_k, square * self.dproducts_rounding, self.q, self.of_scale, dtypes)
+        result |= self._dkv("k", dscores, dscores_variance, dscores_rounding, self.q, self.scale_variance, dtypes)
         result |= self._dkv("v", weights, weights_variance, weights_rounding, self.dout, 0.0, dtypes)
         for name in ("bias", "prefix_bias", "sinks"):
             if self.options.get(name) is not None:
-                result[f"d{name}"] = self._dscores(name)
+                result[f"d{name}"] = self._dbias(name)
         if self.options.get("gate") is not None:
             result["dgate"] = self._dgate()
         return result
 
     def _dq(self) -> Tensor:
-        x, joint = self.x, self.joint
+        x, prefix_keys = self.x, slice(0, self.num_prefix_keys)
         terms = x.visible.sum(-1, keepdim=True, dtype=torch.float64)
         own = self.dproducts_variance + self.dproducts_rounding + ROUNDING * (1 + terms / 6) * self.dproducts**2
         variance = own @ x.k**2
         for part, columns in zip(self.parts, self.columns, strict=True):
             k = x.k[:, :, columns]
             variance = variance + ((self.gp * x.slope)[..., columns] @ k) ** 2 * part.delta_variance
-            variance = variance + (self.dproducts[..., columns] @ k) ** 2 * part.common
-        of_prefix = self.dproducts[..., :joint] @ x.k[:, :, :joint] * self.scale
+            variance = variance + (self.dproducts[..., columns] @ k) ** 2 * part.common_variance
+        prefix_dq = self.dproducts[..., prefix_keys] @ x.k[:, :, prefix_keys] * self.scale
         dq = self.dproducts @ x.k * self.scale
-        variance = self.scale**2 * variance + (ROUNDING * (terms / 3 + 2) + self.of_scale) * dq**2
-        variance = variance + terms * (ROUNDING / 3 * of_prefix**2 + SUBNORMAL)  # as in out
-        return variance + sum(stored(y, self.dtype) for y in (dq, of_prefix, dq - of_prefix))
+        variance = self.scale**2 * variance + (ROUNDING * (terms / 3 + 2) + self.scale_variance) * dq**2
+        variance = variance + terms * (ROUNDING / 3 * prefix_dq**2 + SUBNORMAL)  # see _out_variances
+        return variance + sum(storage_variance(y, self.dtype) for y in (dq, prefix_dq, dq - prefix_dq))
 
     def _dkv(
-        self, name: str, factors: Tensor, variance: Tensor, rounding: Tensor, rows: Tensor, of_all: float,
+        self, name: str, factors: Tensor, variance: Tensor, rounding: Tensor, rows: Tensor, relative: float,
         dtypes: dict[str, torch.dtype],
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Of dk or dv and that of the prefix, sums of ``factors`` [B, Hq, S, N] times ``rows`` [B, Hq, S, D].
+        """Variances of dk or dv and of the prefix's: sums of ``factors`` [B, Hq, S, N] times ``rows`` [B, Hq, S, D].
 
-        ``rounding`` is what half precision adds to the ``variance`` of factors, ``of_all`` relative.
+        ``variance`` is that of the factors in fp32, ``rounding`` the addition in half precision, ``relative`` the
+        relative variance of a constant that multiplies the sum.
         """
-        of_sum, of_heads, total = self._over_rows(slice(self.joint, -1), factors, variance + rounding, rows)
-        sequence = of_sum + of_heads + of_all * total**2 + stored(total, self.dtype)
-        if self.rounds.prefix_terms:
+        by_sum, by_heads, total = self._over_rows(slice(self.num_prefix_keys, -1), factors, variance + rounding, rows)
+        sequence = by_sum + by_heads + relative * total**2 + storage_variance(total, self.dtype)
+        if self.roundings.prefix_terms:
             variance = variance + rounding
-        of_sum, of_heads, total = self._over_rows(slice(0, self.joint), factors, variance, rows, over_batch=True)
-        prefix = of_sum + of_all * total**2 + stored(total, dtypes[f"prefix_{name}"]) + 2 * rounded(total)
-        if self.rounds.prefix_samples:
-            prefix = prefix + of_heads
+        prefix_keys = slice(0, self.num_prefix_keys)
+        by_sum, by_heads, total = self._over_rows(prefix_keys, factors, variance, rows, over_batch=True)
+        prefix = by_sum + relative * total**2 + storage_variance(total, dtypes[f"prefix_{name}"])
+        prefix = prefix + 2 * rounding_variance(total)
+        if self.roundings.prefix_samples:
+            prefix = prefix + by_heads
         return {
             f"d{name}": sequence,
             f"dprefix_{name}": prefix.unflatten(1, (self.bank, self.prefix_len)).transpose(0, 1),
@@ -178,9 +221,10 @@ class _Backward:
     def _over_rows(
         self, columns: slice, factors: Tensor, variance: Tensor, rows: Tensor, over_batch: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(variance of an fp32 sum over rows, that of rounding each sample's and head's sum, the sum), by key.
+        """Sums over the rows and query heads of each kv head: [B, Hkv, N, D], or [Hkv, N, D] ``over_batch``.
 
-        [B, Hkv, N, D], or [Hkv, N, D] ``over_batch``.
+        Returns:
+            (variance of the fp32 sum, variance of rounding the sum of each sample and query head, the sum).
         """
 
         def added(y: Tensor) -> Tensor:
@@ -191,17 +235,17 @@ class _Backward:
         factors, variance = factors[..., columns].mT, variance[..., columns].mT
         by_head = factors @ rows
         total = added(by_head)
-        of_sum = added(variance @ rows**2) + summed(total, added(factors**2 @ rows**2), terms)
-        return of_sum, added(stored(by_head, self.dtype)), total
+        by_sum = added(variance @ rows**2) + sum_variance(total, added(factors**2 @ rows**2), terms)
+        return by_sum, added(storage_variance(by_head, self.dtype)), total
 
-    def _dscores(self, name: str) -> Tensor:
-        """Of a gradient of scores, summed over what its argument was broadcast over."""
+    def _dbias(self, name: str) -> Tensor:
+        """The variance of the gradient of a bias or of sinks: a sum of ds over the dims that were broadcast."""
         argument, part = self.options[name], self.parts[-1]
-        columns, shape = slice(self.joint, -1), argument.shape
+        columns, shape = slice(self.num_prefix_keys, -1), argument.shape
         if name == "sinks":
             columns, shape = slice(-1, None), (1, *shape, 1, 1)
         elif name == "prefix_bias":
-            columns, part, shape = slice(0, self.joint), self.parts[0], (1, shape[0], 1, shape[1])
+            columns, part, shape = slice(0, self.num_prefix_keys), self.parts[0], (1, shape[0], 1, shape[1])
         values = [y[..., columns] for y in (self.gp, self.ds, self.ds_variance, self.ds**2)]
         if name == "prefix_bias":  # a row sees one prefix of the bank
             values = [y.unflatten(3, (self.bank, self.prefix_len)).sum(3) for y in values]
@@ -209,14 +253,15 @@ class _Backward:
             values = [y.sum(3, keepdim=True) for y in values]
         gp, ds, own, squares = values
         terms = self.x.visible[..., columns].sum(dtype=torch.float64) / max(1, argument.numel())
-        variance = own + gp**2 * part.fp32_delta_variance + ds**2 * part.common
+        variance = own + gp**2 * part.fp32_delta_variance + ds**2 * part.common_variance
         variance, total, squares = (y.sum_to_size(shape) for y in (variance, ds, squares))
-        return (variance + summed(total, squares, terms) + 2 * rounded(total)).reshape(argument.shape)
+        variance = variance + sum_variance(total, squares, terms) + 2 * rounding_variance(total)
+        return variance.reshape(argument.shape)
 
     def _dgate(self) -> Tensor:
-        """Of (1 - tanh^2) times the sum of the prefix's delta over rows."""
-        slope, slope_variance = slope_of_tanh(torch.tanh(self.options["gate"]))
+        """The variance of dgate: (1 - tanh^2) times the sum of the prefix's delta over rows."""
+        slope, slope_variance = tanh_slope(torch.tanh(self.options["gate"]))
         part = self.parts[0]
         total, squares, variance = (y.sum((0, 2, 3)) for y in (part.delta, part.delta**2, part.fp32_delta_variance))
         terms = part.delta.shape[0] * part.delta.shape[2]
-        return slope**2 * (variance + summed(total, squares, terms)) + slope_variance * total**2
+        return slope**2 * (variance + sum_variance(total, squares, terms)) + slope_variance * total**2

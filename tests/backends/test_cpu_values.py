@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from peftkern import functional, native, reference
-from peftkern.testing.bounds import check_backend, eager_attention, run
+from peftkern.testing.bounds import check_backend, run
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
+from peftkern.testing.eager import eager_attention
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)

@@ -18,7 +18,7 @@ from peftkern import ops
 from peftkern.arguments import allocate_gradients, allocate_outputs
 from peftkern.backends import dense_mask, torch_attention
 from peftkern.backends.triton import TritonPrefixKernels, launch
-from peftkern.testing.bounds import ROUNDS, check_backend, ratios
+from peftkern.testing.bounds import ROUNDINGS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
 from . import stand_ins
@@ -37,7 +37,7 @@ UNMASKED = {
 
 
 def _feature(name: str, shape: Shape = SHAPE):
-    """``kv_cache`` names a T that is too short for this shape."""
+    """``kv_cache`` with 15 cached keys."""
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
 
 
@@ -95,7 +95,7 @@ def test_right_results_have_room(backend, dtype):
     """Not only within the bound, but within two thirds of it, on torch's CPU kernel."""
     kernel = functools.partial(peftkern.prefix_attention, backend=backend, return_lse=True)
     with guard():
-        _, errors = ratios(kernel, tensors(SHAPE, dtype, torch.float32), {}, rounds=ROUNDS[backend])
+        _, errors = ratios(kernel, tensors(SHAPE, dtype, torch.float32), {}, roundings=ROUNDINGS[backend])
     for one in errors.values():
         assert one.worst <= 2 / 3, one.message
 
@@ -323,6 +323,6 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="merge"))
     assert "merge: no attention kernel of torch supports this call (flash: no key_mask): use backend='triton'" in text
     text = str(peftkern.explain(**inputs, softcap=1.0))
-    assert "concat: no kernel of torch's has softcap: use backend='triton'" in text
+    assert "concat: torch has no attention kernel with softcap: use backend='triton'" in text
     monkeypatch.setattr(torch_attention, "KERNELS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))

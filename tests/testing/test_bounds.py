@@ -14,24 +14,18 @@ from torch import Tensor
 from peftkern import functional, native
 from peftkern import reference as specification
 from peftkern.backends import plan_named
-from peftkern.testing.bounds import (
-    DEFAULT,
-    ROUNDS,
-    check_backend,
-    deviations,
-    eager_attention,
-    exact_attention,
-    ratios,
-    run,
-)
+from peftkern.testing.bounds import ROUNDINGS, check_backend, exact_attention, ratios, run
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
+from peftkern.testing.eager import eager_attention
+from peftkern.testing.error_analysis import deviations
+from peftkern.testing.rounding import DEFAULT_ROUNDINGS
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 LARGE = {"S": 100, "P": 70, "D": 20, "Hq": 6, "Hkv": 2}
 ROOM = 2 / 3  # of the bound is what right results may take; they take half
 #: Of all backends, but for the prefix's gradients of ``slot``, which are sums of rounded ones.
-LOOSEST = ROUNDS["merge"]
+LOOSEST = ROUNDINGS["merge"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +41,7 @@ def test_right_results_have_room(isa, dtype, monkeypatch):
         shape, options = feature(name, Shape(**LARGE))
         if shape.T is not None:
             shape = Shape(**{**LARGE, "T": 150})
-        _, errors = ratios(kernel, tensors(shape, dtype), options, dlse=True, rounds=ROUNDS[backend])
+        _, errors = ratios(kernel, tensors(shape, dtype), options, dlse=True, roundings=ROUNDINGS[backend])
         for one in errors.values():
             assert one.worst <= ROOM, f"{name}: {one.message}"
 
@@ -122,15 +116,17 @@ def test_right_sums_pass_in_any_order(order, scale):
     """The bound is the same for all: it is made of the tensors and not of one library's sums."""
     options = {} if scale is None else {"scale": scale}
     attention = functools.partial(_plain_attention, order)
-    _, errors = ratios(attention, tensors(Shape(S=60, P=30, D=64), torch.float32), options, rounds=ROUNDS["cpu"])
+    _, errors = ratios(
+        attention, tensors(Shape(S=60, P=30, D=64), torch.float32), options, roundings=ROUNDINGS["cpu"]
+    )
     for one in errors.values():
         assert one.worst <= ROOM, one.message
 
 
-@pytest.mark.parametrize("rounds", [DEFAULT, ROUNDS["cpu"]], ids=["the default", "cpu"])
+@pytest.mark.parametrize("roundings", [DEFAULT_ROUNDINGS, ROUNDINGS["cpu"]], ids=["the default", "cpu"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
-def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, rounds):
+def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, roundings):
     """Twice forward, three times backward. Where the prefix's gradients are fp32 throughout, they are better."""
     shape, options = feature(name, Shape(S=40, P=20, D=16))
     given = tensors(shape, dtype)
@@ -140,13 +136,13 @@ def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, rounds):
     dout = torch.randn(given["q"].shape).to(dtype)
     true = run(exact_attention, {n: x.double() for n, x in given.items()}, doubles, dout, None)
     eager = run(eager_attention, exact_sums, doubles, dout, None)
-    allowed = deviations(given, options, dout, rounds=rounds)
+    allowed = deviations(given, options, dout, roundings=roundings)
     values = {"out": (eager.out, true.out), "lse": (eager.lse, true.lse)}
     values |= {f"d{n}": (x, true.gradients[n]) for n, x in eager.gradients.items()}
     for quantity, (got, expected) in values.items():
         error, deviation = (x.double().square().mean().sqrt() for x in (got - expected, allowed[quantity]))
         factor = 3 if quantity.startswith("d") else 2
-        if quantity.startswith("dprefix") and not rounds.prefix_terms:
+        if quantity.startswith("dprefix") and not roundings.prefix_terms:
             factor = 1
         assert deviation <= factor * error, f"{quantity}: {deviation:.1e}, eager's error {error:.1e}"
 
@@ -249,10 +245,10 @@ def test_a_planted_fault_is_found(name, dtype):
     """By the loosest bound that any backend has; without the fault, the same inputs pass."""
     attention, options, quantity, _, shape = PLANTED[name]
     given = tensors(shape or Shape(S=30, P=6, D=16), dtype, torch.float32)
-    _, right = ratios(exact_attention, given, options, rounds=LOOSEST)
+    _, right = ratios(exact_attention, given, options, roundings=LOOSEST)
     for one in right.values():
         assert one.worst <= ROOM, one.message
-    _, errors = ratios(attention, given, options, rounds=LOOSEST)
+    _, errors = ratios(attention, given, options, roundings=LOOSEST)
     assert errors[quantity].worst > 1, f"passes: {errors[quantity].message}"
 
 

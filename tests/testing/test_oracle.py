@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftkern import reference, testing
-from peftkern.testing import oracle
+from peftkern.testing import bounds, cases, error_analysis, oracle
 
 CASES = [
     (testing.Shape(B=2, Hq=4, Hkv=2, S=5, T=17, P=7, D=16), {}),
@@ -54,5 +54,5 @@ def test_large_calls_compare_the_outer_heads(monkeypatch):
 def test_what_is_exported_is_documented():
     for name in testing.__all__:
         assert getattr(testing, name).__doc__ or name == "FEATURES", name
-    for module in (testing, oracle):
+    for module in (testing, bounds, cases, error_analysis, oracle):
         assert doctest.testmod(module).failed == 0

@@ -26,8 +26,9 @@ from peftkern.tools.bench.measuring import Timing
 from peftkern.tools.cli import main
 from peftkern.tools.demo import assets, checkpoint, progress, session, training
 from peftkern.tools.demo.assets import Review
+from peftkern.tools.demo.files import write_files
 from peftkern.tools.demo.options import DTYPES, DemoError, Options, add_arguments, resolve
-from peftkern.tools.demo.report import Findings, as_json, headline, table, write_files
+from peftkern.tools.demo.report import Findings, as_json, headline, table
 from peftkern.tools.demo.reviews import Batch, Task, split, training_rows
 from peftkern.tools.demo.training import ARMS, Accuracy, Pair
 

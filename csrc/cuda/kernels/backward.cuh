@@ -105,7 +105,8 @@ struct BackwardTile {
     }
   }
 
-  // Writes p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
+  // Writes p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see
+  // a key.
   template <class ScoreOf>
   PEFTKERN_DEVICE void weights(ScoreOf score) const {
     constexpr int kTiles = Shape::kWarpKeys / 8;

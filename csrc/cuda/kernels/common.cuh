@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the attention kernels: tiles in shared memory, fragments, the rows of a call, the softmax over a block of keys.
+// Shared by the attention kernels: tiles in shared memory, fragments, the rows of a call, the softmax over a block of
+// keys.
 //
 // Scores are in units of log2. Lanes 4 g to 4 g + 3 of a warp (a quad) hold rows g and g + 8 of an accumulator.
 #ifndef PEFTKERN_CUDA_COMMON_H_
@@ -157,8 +158,8 @@ struct Tile {
   }
 };
 
-// All threads of the block copy rows [0, rows) to shared memory. `source(row)` is a row's address, or null for zeros. `any`
-// is an arbitrary 16-byte aligned address. The caller commits and waits.
+// All threads of the block copy rows [0, rows) to shared memory. `source(row)` is a row's address, or null for zeros.
+// `any` is an arbitrary 16-byte aligned address. The caller commits and waits.
 template <class T, int kColumns, int kThreads, class Source>
 PEFTKERN_DEVICE void load_rows(uint32_t target, int rows, int head_dim, const void* any, Source source) {
   using Layout = Tile<kColumns>;
@@ -197,8 +198,8 @@ PEFTKERN_DEVICE float max_quad(float x) {
   return fmaxf(x, exchange_lanes(x, 2));
 }
 
-// The score of a product q k, in log2, and its derivative with respect to scale * product, in units of log2(e). `weight`
-// multiplies the key's softmax weight.
+// The score of a product q k, in log2, and its derivative with respect to scale * product, in units of log2(e).
+// `weight` multiplies the key's softmax weight.
 struct Score {
   float value, slope, weight = 1.f;
 };
@@ -239,9 +240,9 @@ struct RowState {
   }
 };
 
-// Adds `count` keys, the first rows of two tiles in shared memory, to `state`. Rows from `count` to the next multiple of 16
-// must be zeros. `query(i, fragment)` loads columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` is the masked
-// score of row g + 8 r. Only the kColumns columns of the values from `first_column` on are used.
+// Adds `count` keys, the first rows of two tiles in shared memory, to `state`. Rows from `count` to the next multiple
+// of 16 must be zeros. `query(i, fragment)` loads columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` is
+// the masked score of row g + 8 r. Only the kColumns columns of the values from `first_column` on are used.
 template <class T, int kHeadDim, int kKeys, int kColumns, class Query, class ScoreOf>
 PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t values, int count, int first_column,
                             Query query, ScoreOf score) {

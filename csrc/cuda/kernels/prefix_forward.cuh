@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over a prefix, merged with the result of an attention over the sequence. The merge works in place if both have
-// the same memory.
+// Attention over a prefix, merged with the result of an attention over the sequence. The merge works in place if both
+// have the same memory.
 //
-// A block keeps one prefix, or a chunk of a long one, in shared memory and walks a fixed split of the rows of a key head.
-// Each warp owns 16 rows of a tile of 64. q and out move between global memory and registers in 16-byte accesses, so shared
-// memory holds only keys and values, and warps wait for each other only when the prefix changes.
+// A block keeps one prefix, or a chunk of a long one, in shared memory and walks a fixed split of the rows of a key
+// head. Each warp owns 16 rows of a tile of 64. q and out move between global memory and registers in 16-byte accesses,
+// so shared memory holds only keys and values, and warps wait for each other only when the prefix changes.
 #ifndef PEFTKERN_CUDA_PREFIX_FORWARD_H_
 #define PEFTKERN_CUDA_PREFIX_FORWARD_H_
 
@@ -72,7 +72,8 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
           const int at = column + (4 * j + quad_lane) * 8;
           out[r][j] = make_uint4(0, 0, 0, 0);
           if (args.part_out.pointer != nullptr && row[r].valid && at < call.head_dim)
-            out[r][j] = *reinterpret_cast<const uint4*>(args.part_out.at<T>(row[r].batch, row[r].head, row[r].row) + at);
+            out[r][j] =
+                *reinterpret_cast<const uint4*>(args.part_out.at<T>(row[r].batch, row[r].head, row[r].row) + at);
         }
       if (column == 0) {
 #pragma unroll
@@ -102,18 +103,20 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
           }
           copy_async_commit();
           copy_async_wait<0>();  // FAULT: prefix-not-awaited
-          __syncthreads();  // FAULT: prefix-read-early
+          __syncthreads();       // FAULT: prefix-read-early
         }
         for (int block = 0; block < length; block += Shape::kKeys) {
           attend<T, kHeadDim, Shape::kKeys, kColumns>(
-              state, keys + Layout::bytes(block), values + Layout::bytes(block), min(Shape::kKeys, length - block), column,
-              [&](int i, uint32_t(&a)[4]) {
+              state, keys + Layout::bytes(block), values + Layout::bytes(block), min(Shape::kKeys, length - block),
+              column,
+              [&](int i, uint32_t (&a)[4]) {
 #pragma unroll
                 for (int n = 0; n < 4; n++) a[n] = q[i][n];
               },
               [&](float product, int key, int r) {
-                const bool visible = sees_prefix<kOptions>(call, row[r].position, first_key + block + key, sequence.prefix_len) &&
-                                     block + key < length;
+                const bool visible =
+                    sees_prefix<kOptions>(call, row[r].position, first_key + block + key, sequence.prefix_len) &&
+                    block + key < length;
                 if (!visible) return -INFINITY;
                 return score_of<kOptions>(call, product).value +
                        prefix_bias_of<kOptions>(call, row[r].head, first_key + block + key);
@@ -121,8 +124,8 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
         }
       }
 
-      // out = (exp(part_lse) part_out + exp(m) acc) / (exp(part_lse) + exp(m) sum + exp(sink)), with the largest exponent
-      // factored out. Gated: out = exp(part_lse) part_out / (exp(part_lse) + exp(sink)) + gate acc / sum.
+      // out = (exp(part_lse) part_out + exp(m) acc) / (exp(part_lse) + exp(m) sum + exp(sink)), with the largest
+      // exponent factored out. Gated: out = exp(part_lse) part_out / (exp(part_lse) + exp(sink)) + gate acc / sum.
       float keep[2], add[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over [prefix | sequence] in one kernel: a baseline for use without another library.
 //
-// A block owns a tile of 64 rows of one key head and one sequence. Keys and values pass through shared memory in two stages:
-// the prefix first, then the sequence up to the last key that the tile sees. With few rows and many keys, the keys of a tile
-// are split between several blocks, and combine_splits() adds up the splits in order.
+// A block owns a tile of 64 rows of one key head and one sequence. Keys and values pass through shared memory in two
+// stages: the prefix first, then the sequence up to the last key that the tile sees. With few rows and many keys, the
+// keys of a tile are split between several blocks, and combine_splits() adds up the splits in order.
 #ifndef PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 #define PEFTKERN_CUDA_SEQUENCE_FORWARD_H_
 
@@ -18,8 +18,9 @@ struct SequenceForward {
   const float* sinks;
   const uint8_t* key_mask;  // null: all keys are visible
   int64_t key_mask_batch, key_mask_key;
-  int splits;      // of the keys
-  float* partial;  // [splits, B, Hq, S, D + 2]: weighted sum of values, m, sum of weights; null: out and lse are written
+  int splits;  // of the keys
+  float*
+      partial;  // [splits, B, Hq, S, D + 2]: weighted sum of values, m, sum of weights; null: out and lse are written
 };
 
 template <int kHeadDim>
@@ -47,7 +48,8 @@ PEFTKERN_DEVICE bool sees_key(const Call& call, const Row& row, int key) {
 
 // k is null if there is no sequence. grid: (tiles, key heads, groups of columns times splits)
 template <class T, int kHeadDim, bool kOptions>
-PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
+PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1)
+sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
   using Shape = SequenceForwardShape<kHeadDim>;
   using Layout = Tile<kHeadDim>;
   constexpr int kColumns = Shape::kColumns;
@@ -78,18 +80,20 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
     for (int v = 0; v < 2; v++) {
       const Matrices& matrices = is_prefix ? (v ? args.prefix_v : args.prefix_k) : (v ? args.v : args.k);
       const uint32_t target = blocks + (block % 2 * 2 + v) * Shape::kBlockBytes;
-      load_rows<T, kHeadDim, Shape::kThreads>(target, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
-        const int key = key0 + i;
-        if (is_prefix) return key < sequence.prefix_len ? matrices.at<T>(sequence.prefix, kv_head, key) : nullptr;
-        return key < high ? matrices.at<T>(sequence.batch, kv_head, sequence.first + key) : nullptr;
-      });
+      load_rows<T, kHeadDim, Shape::kThreads>(
+          target, Shape::kKeys, call.head_dim, args.q.pointer, [&](int i) -> const T* {
+            const int key = key0 + i;
+            if (is_prefix) return key < sequence.prefix_len ? matrices.at<T>(sequence.prefix, kv_head, key) : nullptr;
+            return key < high ? matrices.at<T>(sequence.batch, kv_head, sequence.first + key) : nullptr;
+          });
     }
   };
   load_rows<T, kHeadDim, Shape::kThreads>(queries, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
     const Row r = row_at(call, sequence, kv_head, walk.first_row() + i);
     return r.valid ? args.q.at<T>(r.batch, r.head, r.row) : nullptr;
   });
-  const int begin = (int)((int64_t)count * split / args.splits), end = (int)((int64_t)count * (split + 1) / args.splits);
+  const int begin = (int)((int64_t)count * split / args.splits),
+            end = (int)((int64_t)count * (split + 1) / args.splits);
   if (begin < end) load_block(begin);
   copy_async_commit();
 
@@ -103,8 +107,9 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
     const int key0 = is_prefix ? block * Shape::kKeys : low + (block - prefix_blocks) * Shape::kKeys;
     const uint32_t keys = blocks + block % 2 * 2 * Shape::kBlockBytes;  // FAULT: keys-of-the-other-stage
     attend<T, kHeadDim, Shape::kKeys, kColumns>(
-        state, keys, keys + Shape::kBlockBytes, min(Shape::kKeys, (is_prefix ? sequence.prefix_len : high) - key0), column,
-        [&](int i, uint32_t(&a)[4]) {
+        state, keys, keys + Shape::kBlockBytes, min(Shape::kKeys, (is_prefix ? sequence.prefix_len : high) - key0),
+        column,
+        [&](int i, uint32_t (&a)[4]) {
           load_matrices(a, queries + Layout::offset(first + lane % 16, 2 * i + lane / 16));
         },
         [&](float product, int i, int r) {
@@ -117,7 +122,8 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
           } else {
             visible = key < high && sees_key(call, row[r], key);
             if (visible && args.key_mask)
-              visible = args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
+              visible =
+                  args.key_mask[sequence.batch * args.key_mask_batch + (sequence.first + key) * args.key_mask_key] != 0;
           }
           return visible ? score_of<kOptions>(call, product).value + bias : -INFINITY;
         });
@@ -137,8 +143,7 @@ PEFTKERN_KERNEL(SequenceForwardShape<kHeadDim>::kThreads, 1) sequence_forward(PE
         if (at < call.head_dim)
           *reinterpret_cast<float2*>(to + at) = make_float2(state.acc[n][2 * r], state.acc[n][2 * r + 1]);
       }
-      if (quad_lane == 0 && column == 0)
-        *reinterpret_cast<float2*>(to + call.head_dim) = make_float2(state.m[r], sum);
+      if (quad_lane == 0 && column == 0) *reinterpret_cast<float2*>(to + call.head_dim) = make_float2(state.m[r], sum);
     }
     return;
   }
@@ -177,7 +182,8 @@ struct CombineSplits {
 
 // out and lse from all splits and the sink, one warp per row. grid: rows / 8
 template <class T>
-PEFTKERN_KERNEL(256, 1) combine_splits(PEFTKERN_PARAMS CombineSplits args) {
+PEFTKERN_KERNEL(256, 1)
+combine_splits(PEFTKERN_PARAMS CombineSplits args) {
   const int lane = threadIdx.x % kWarp, width = args.head_dim + 2;
   const int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / kWarp;
   if (i >= args.rows) return;

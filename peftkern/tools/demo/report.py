@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The findings of a run: its numbers, the table and the files."""
+"""The findings of a run: its numbers, and the table."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any, NamedTuple
 
@@ -102,23 +99,6 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "memory_ratio": {kind: findings.memory_ratio(kind) for kind in ("peak", "saved")},
         "steps": [pair._asdict() for pair in findings.pairs],
     }
-
-
-def write_files(findings: Findings, out: Path) -> list[Path]:
-    """Write ``demo.png``, ``steps.csv`` and ``result.json`` into ``out``."""
-    from .plot import save_plot
-
-    files = [out / "demo.png", out / "steps.csv", out / "result.json"]
-    with files[1].open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = [f"{what}_{arm}" for what in ("loss", "seconds") for arm in ARMS]
-        writer.writerow(["step", "tokens", "first", *names])
-        for pair in findings.pairs:
-            columns = [values[arm] for values in (pair.loss, pair.seconds) for arm in ARMS]
-            writer.writerow([pair.step + 1, pair.tokens, pair.first, *columns])
-    files[2].write_text(json.dumps(as_json(findings), indent=1) + "\n")
-    save_plot(findings, files[0])
-    return files
 
 
 def setting(options: Options, threads: int, backend: str) -> str:

@@ -21,10 +21,11 @@ from ... import __version__
 from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
+from .files import write_files
 from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
 from .progress import LogTicker, minutes, new_bars
-from .report import Findings, duration, headline, setting, table, write_files
+from .report import Findings, duration, headline, setting, table
 from .reviews import Batch, Task, split, training_rows
 from .training import ARMS, Arm, Pair, build_arms, evaluate, faster_dtype, load_base, train_pair
 
