@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels have the right names, builds ask for the right tools, and (slow) each wheel builds, loads and is complete."""
+"""Wheels have the right names, builds ask for the right tools, and (slow) wheels build, load and are complete."""
 
 from __future__ import annotations
 
