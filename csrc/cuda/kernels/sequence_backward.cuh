@@ -47,14 +47,7 @@ PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const S
                                   const Sequence& sequence, int kv_head, int first_row, bool with_delta = true) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
-  for (int d = 0; d < 2; d++) {
-    const Matrices& matrices = d ? args.dout : args.q;
-    tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer,
-              [&](int i) -> const T* {
-                const Row row = row_at(call, sequence, kv_head, first_row + i);
-                return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
-              });
-  }
+  load_row_tiles(tile, args, sequence, kv_head, first_row);
   if (threadIdx.x < Shape::kRows) {
     const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
     const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
