@@ -80,7 +80,8 @@ def allocate_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     ``out`` lies in memory as [B, S, Hq, D], the order in which the next linear layer reads it, so no copy follows.
     """
     batch, num_heads, q_len, head_dim = args.q.shape
-    out = args.q.new_empty(batch, q_len, num_heads, head_dim).transpose(1, 2)
+    strides = (q_len * num_heads * head_dim, head_dim, num_heads * head_dim, 1)
+    out = args.q.new_empty_strided((batch, num_heads, q_len, head_dim), strides)
     return out, args.q.new_empty(batch, num_heads, q_len, dtype=lse_dtype(args.q.dtype))
 
 

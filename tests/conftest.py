@@ -71,12 +71,17 @@ def _fresh_plans():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Whatever the package allocates uninitialised starts as NaN, so an element left unwritten is seen."""
-    new_empty = torch.Tensor.new_empty
 
-    def new_nan(self, *args, **kwargs):
-        tensor = new_empty(self, *args, **kwargs)
-        if tensor.is_floating_point() and sys._getframe(1).f_globals["__name__"].startswith("peftkern"):
-            tensor.fill_(float("nan"))
-        return tensor
+    def poison(name: str) -> None:
+        allocate = getattr(torch.Tensor, name)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
+        def allocate_nan(self, *args, **kwargs):
+            tensor = allocate(self, *args, **kwargs)
+            if tensor.is_floating_point() and sys._getframe(1).f_globals["__name__"].startswith("peftkern"):
+                tensor.fill_(float("nan"))
+            return tensor
+
+        monkeypatch.setattr(torch.Tensor, name, allocate_nan)
+
+    poison("new_empty")
+    poison("new_empty_strided")

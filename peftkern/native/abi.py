@@ -141,12 +141,9 @@ ATTENTION_TENSORS = Struct(
     _pointers("q k v prefix_k prefix_v sinks bias prefix_bias gate"),
     _pointers("key_mask cu_seqlens prefix_ids prefix_lens out lse"),
 )
-ATTENTION_SIZES = Struct(
+ATTENTION_LAYOUT = Struct(
     "",
     _int64("batch num_heads num_kv_heads q_len kv_len head_dim bank_size prefix_len num_sequences"),
-)
-ATTENTION_STRIDES = Struct(
-    "",
     _int64("q_stride[3] k_stride[3] v_stride[3] prefix_k_stride[3] prefix_v_stride[3]"),
     _int64("bias_stride[4] prefix_bias_stride[2] key_mask_stride[2] out_stride[3]"),
 )
@@ -159,8 +156,7 @@ ATTENTION_OPTIONS = Struct(
 ATTENTION = Struct(
     "peftkern_attention",
     _embedded("tensors", ATTENTION_TENSORS),
-    _embedded("sizes", ATTENTION_SIZES),
-    _embedded("strides", ATTENTION_STRIDES),
+    _embedded("layout", ATTENTION_LAYOUT),
     _embedded("options", ATTENTION_OPTIONS),
 )
 GRADIENT_TENSORS = Struct("", _pointers("dout dlse dq dk dv dprefix_k dprefix_v dsinks dbias dprefix_bias dgate"))

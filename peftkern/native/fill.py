@@ -6,6 +6,7 @@ A caller keeps every tensor alive until its call returns: the structs hold addre
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,10 +67,6 @@ def attention(
         contiguous(args.prefix_ids),
         contiguous(args.prefix_lens),
     )
-    prefix_k_stride, prefix_v_stride = prefix_k.stride(), prefix_v.stride()
-    is_bank = len(prefix_k_stride) == 4
-    batch, num_heads, q_len, head_dim = q.shape
-    _, num_kv_heads, kv_len, _ = k.shape
     tensors = abi.ATTENTION_TENSORS.pack(
         q=q.data_ptr(),
         k=k.data_ptr() if sequence else 0,
@@ -87,46 +84,86 @@ def attention(
         out=out.data_ptr(),
         lse=lse.data_ptr(),
     )
-    sizes = abi.ATTENTION_SIZES.pack(
-        batch=batch,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        q_len=q_len,
-        kv_len=kv_len,
-        head_dim=head_dim,
-        bank_size=prefix_k.shape[0] if is_bank else 1,
-        prefix_len=prefix_k.shape[-2],
-        num_sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-    )
-    strides = abi.ATTENTION_STRIDES.pack(
-        q_stride=q.stride()[:3],
-        k_stride=k.stride()[:3],
-        v_stride=v.stride()[:3],
+    layout = _attention_layout(
+        q.shape, k.shape, prefix_k.shape, q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride(),
+        None if bias is None else _broadcast_strides(bias, 4),
+        None if prefix_bias is None else _broadcast_strides(prefix_bias, 2),
+        None if key_mask is None else key_mask.stride(), out.stride(),
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+    )  # fmt: skip
+    options = _attention_options(
+        q.dtype, prefix_k.dtype, bias if bias is None else bias.dtype,
+        cu_seqlens if cu_seqlens is None else cu_seqlens.dtype,
+        prefix_ids if prefix_ids is None else prefix_ids.dtype,
+        prefix_lens if prefix_lens is None else prefix_lens.dtype,
+        args.causal, args.window, args.prefix_in_window, torch.get_num_threads(), isa, args.scale, args.softcap,
+        args.dropout_p, 0 if args.dropout_seed is None else int(args.dropout_seed),
+    )  # fmt: skip
+    return abi.ATTENTION.pack(tensors=tensors, layout=layout, options=options), copies
+
+
+_Sizes = tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_layout(
+    q: _Sizes, k: _Sizes, prefix: _Sizes, q_stride: _Sizes, k_stride: _Sizes, v_stride: _Sizes,
+    prefix_k_stride: _Sizes, prefix_v_stride: _Sizes, bias_stride: _Sizes | None, prefix_bias_stride: _Sizes | None,
+    key_mask_stride: _Sizes | None, out_stride: _Sizes, num_sequences: int,
+) -> bytes:  # fmt: skip
+    """Sizes and strides. They repeat from call to call, so that a call pays for a lookup instead of packing them."""
+    is_bank = len(prefix) == 4
+    return abi.ATTENTION_LAYOUT.pack(
+        batch=q[0],
+        num_heads=q[1],
+        num_kv_heads=k[1],
+        q_len=q[2],
+        kv_len=k[2],
+        head_dim=q[3],
+        bank_size=prefix[0] if is_bank else 1,
+        prefix_len=prefix[-2],
+        num_sequences=num_sequences,
+        q_stride=q_stride[:3],
+        k_stride=k_stride[:3],
+        v_stride=v_stride[:3],
         prefix_k_stride=prefix_k_stride[:3] if is_bank else (0, *prefix_k_stride[:2]),
         prefix_v_stride=prefix_v_stride[:3] if is_bank else (0, *prefix_v_stride[:2]),
-        bias_stride=(0, 0, 0, 0) if bias is None else _broadcast_strides(bias, 4),
-        prefix_bias_stride=(0, 0) if prefix_bias is None else _broadcast_strides(prefix_bias, 2),
-        key_mask_stride=(0, 0) if key_mask is None else key_mask.stride(),
-        out_stride=out.stride()[:3],
+        bias_stride=bias_stride or (0, 0, 0, 0),
+        prefix_bias_stride=prefix_bias_stride or (0, 0),
+        key_mask_stride=key_mask_stride or (0, 0),
+        out_stride=out_stride[:3],
     )
-    options = abi.ATTENTION_OPTIONS.pack(
-        dtype=DTYPES[q.dtype],
-        prefix_dtype=DTYPES[prefix_k.dtype],
-        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        cu_seqlens_dtype=0 if cu_seqlens is None else DTYPES[cu_seqlens.dtype],
-        prefix_ids_dtype=0 if prefix_ids is None else DTYPES[prefix_ids.dtype],
-        prefix_lens_dtype=0 if prefix_lens is None else DTYPES[prefix_lens.dtype],
-        causal=args.causal,
-        window=args.window or 0,
-        prefix_in_window=args.prefix_in_window,
-        dropout_seed=0 if args.dropout_seed is None else int(args.dropout_seed),
-        num_threads=torch.get_num_threads(),
+
+
+@functools.lru_cache(maxsize=256)
+def _attention_options(
+    dtype: torch.dtype, prefix_dtype: torch.dtype, bias_dtype: torch.dtype | None,
+    cu_seqlens_dtype: torch.dtype | None, prefix_ids_dtype: torch.dtype | None, prefix_lens_dtype: torch.dtype | None,
+    causal: bool, window: int | None, prefix_in_window: bool, num_threads: int, isa: str, scale: float,
+    softcap: float, dropout_p: float, dropout_seed: int,
+) -> bytes:  # fmt: skip
+    """Dtypes and numbers, which repeat from call to call as well, unless dropout draws a seed."""
+
+    def code(dtype: torch.dtype | None) -> int:
+        return 0 if dtype is None else DTYPES[dtype]
+
+    return abi.ATTENTION_OPTIONS.pack(
+        dtype=DTYPES[dtype],
+        prefix_dtype=DTYPES[prefix_dtype],
+        bias_dtype=code(bias_dtype),
+        cu_seqlens_dtype=code(cu_seqlens_dtype),
+        prefix_ids_dtype=code(prefix_ids_dtype),
+        prefix_lens_dtype=code(prefix_lens_dtype),
+        causal=causal,
+        window=window or 0,
+        prefix_in_window=prefix_in_window,
+        dropout_seed=dropout_seed,
+        num_threads=num_threads,
         isa=ISAS[isa],
-        scale=args.scale,
-        softcap=args.softcap,
-        dropout_p=args.dropout_p,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
     )
-    return abi.ATTENTION.pack(tensors=tensors, sizes=sizes, strides=strides, options=options), copies
 
 
 def embedding(

@@ -108,10 +108,11 @@ class Shim:
         monkeypatch.setattr(native.cuda, "_library", self.library)
         monkeypatch.setattr(native.cuda, "MISSING", "")
         monkeypatch.setattr(native.cuda, "DEVICE_TYPE", "cpu")
-        self._data_ptr, self._new_empty = torch.Tensor.data_ptr, torch.Tensor.new_empty
-        for name in ("data_ptr", "new_empty"):
-            method = getattr(self, f"_patched_{name}")
-            monkeypatch.setattr(torch.Tensor, name, lambda x, *a, _method=method, **k: _method(x, *a, **k))
+        self._data_ptr = torch.Tensor.data_ptr
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: self._patched_data_ptr(x))
+        for name in ("new_empty", "new_empty_strided"):
+            allocate = functools.partial(self._patched_allocation, getattr(torch.Tensor, name))
+            monkeypatch.setattr(torch.Tensor, name, lambda x, *a, _allocate=allocate, **k: _allocate(x, *a, **k))
 
     def reset(self, seed: int = 0, preempt: bool = False) -> None:
         """Forget all buffers and counts."""
@@ -128,8 +129,8 @@ class Shim:
         self.library.shim_counters(values)
         return dict(zip(("loaded", "stored", "mma", "launches"), values, strict=True))
 
-    def _patched_new_empty(self, x, *args, **kwargs):
-        tensor = self._new_empty(x, *args, **kwargs)
+    def _patched_allocation(self, allocate, x, *args, **kwargs):
+        tensor = allocate(x, *args, **kwargs)
         if _called_by_the_package():
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
