@@ -64,7 +64,7 @@ class Oracle:
         return self._out
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of q, k, v, prefix_k and prefix_v in the compared heads, fp64, otherwise in the inputs' shapes."""
+        """Gradients of q, k, v, prefix_k and prefix_v in the compared heads, fp64, else in the inputs' shapes."""
         if self._gradients is None:
             self._out, self._gradients = self._compute(backward=True)
         return self._gradients
