@@ -54,10 +54,10 @@ enum peftkern_isa {
 
 // Attention over [prefix | sequence]. peftkern/reference.py defines the result.
 typedef struct peftkern_attention {
-  const void* q;             // [batch, num_heads, q_len, head_dim]
-  const void* k;             // [batch, num_kv_heads, kv_len, head_dim]
+  const void* q;  // [batch, num_heads, q_len, head_dim]
+  const void* k;  // [batch, num_kv_heads, kv_len, head_dim]
   const void* v;
-  const void* prefix_k;      // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
+  const void* prefix_k;  // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
   const void* prefix_v;
   const float* sinks;        // [num_heads], contiguous
   const void* bias;          // [batch, num_heads, q_len, kv_len], bias_dtype; stride 0 along broadcast dimensions
@@ -70,39 +70,39 @@ typedef struct peftkern_attention {
   void* out;                 // [batch, num_heads, q_len, head_dim]
   float* lse;                // [batch, num_heads, q_len], contiguous
   int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, bank_size, prefix_len;
-  int64_t num_sequences;     // in cu_seqlens
-  int64_t q_stride[3], k_stride[3], v_stride[3];      // batch, head, row
-  int64_t prefix_k_stride[3], prefix_v_stride[3];     // bank, head, row
+  int64_t num_sequences;                           // in cu_seqlens
+  int64_t q_stride[3], k_stride[3], v_stride[3];   // batch, head, row
+  int64_t prefix_k_stride[3], prefix_v_stride[3];  // bank, head, row
   int64_t bias_stride[4], prefix_bias_stride[2], key_mask_stride[2];
   int64_t out_stride[3];
   int64_t dtype, prefix_dtype, bias_dtype, cu_seqlens_dtype, prefix_ids_dtype, prefix_lens_dtype;
-  int64_t causal, window, prefix_in_window;           // window 0: none
+  int64_t causal, window, prefix_in_window;  // window 0: none
   int64_t dropout_seed, num_threads, isa;
-  double scale, softcap, dropout_p;                   // softcap 0: none
+  double scale, softcap, dropout_p;  // softcap 0: none
 } peftkern_attention;
 
 // `forward.out` and `forward.lse` are inputs here: the results of the forward.
 typedef struct peftkern_attention_backward {
   peftkern_attention forward;
-  const void* dout;          // [batch, num_heads, q_len, head_dim]
-  const float* dlse;         // [batch, num_heads, q_len]
-  void *dq, *dk, *dv;        // shaped like q, k, v
+  const void* dout;              // [batch, num_heads, q_len, head_dim]
+  const float* dlse;             // [batch, num_heads, q_len]
+  void *dq, *dk, *dv;            // shaped like q, k, v
   float *dprefix_k, *dprefix_v;  // shaped like prefix_k, contiguous
-  float* dsinks;             // [num_heads]
-  float* dbias;              // [bias_size], contiguous
-  float* dprefix_bias;       // [prefix_bias_size], contiguous
-  float* dgate;              // [num_heads]
+  float* dsinks;                 // [num_heads]
+  float* dbias;                  // [bias_size], contiguous
+  float* dprefix_bias;           // [prefix_bias_size], contiguous
+  float* dgate;                  // [num_heads]
   int64_t dout_stride[3], dlse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
   int64_t bias_size[4], prefix_bias_size[2];
 } peftkern_attention_backward;
 
 // out[b] = [prompt | weight[input_ids[b]]]
 typedef struct peftkern_embedding {
-  const void* input_ids;     // [batch, seq_len]
-  const void* weight;        // [vocab_size, dim]
-  const void* prompt;        // [bank_size, prompt_len, dim], prompt_dtype
-  const void* prompt_ids;    // [batch], contiguous
-  void* out;                 // [batch, prompt_len + seq_len, dim], contiguous
+  const void* input_ids;   // [batch, seq_len]
+  const void* weight;      // [vocab_size, dim]
+  const void* prompt;      // [bank_size, prompt_len, dim], prompt_dtype
+  const void* prompt_ids;  // [batch], contiguous
+  void* out;               // [batch, prompt_len + seq_len, dim], contiguous
   int64_t batch, seq_len, vocab_size, dim, bank_size, prompt_len;
   int64_t input_ids_stride[2], weight_stride[2], prompt_stride[3];
   int64_t dtype, prompt_dtype, input_ids_dtype, prompt_ids_dtype, num_threads;
@@ -133,16 +133,16 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 // One block of Philox4x32-10, for known-answer tests.
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-// libpeftkern_cuda: pointers are device pointers, dtypes fp16 and bf16, head_dim a multiple of 8 up to 256, and the prefix
-// has q's dtype. Calls queue work on `stream` of `device` and do not wait for it. Pointers, and strides in bytes, are
-// multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls that read the sequence. `gate` holds the
-// gate's tanh. `isa` and `num_threads` are ignored.
+// libpeftkern_cuda: pointers are device pointers, dtypes fp16 and bf16, head_dim a multiple of 8 up to 256, and the
+// prefix has q's dtype. Calls queue work on `stream` of `device` and do not wait for it. Pointers, and strides in
+// bytes, are multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls that read the sequence.
+// `gate` holds the gate's tanh. `isa` and `num_threads` are ignored.
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
-  const void* part_out;      // [batch, num_heads, q_len, head_dim]: attention over the sequence alone; may be `out`
-  const float* part_lse;     // [batch, num_heads, q_len], natural logarithm; may be `lse`
+  const void* part_out;   // [batch, num_heads, q_len, head_dim]: attention over the sequence alone; may be `out`
+  const float* part_lse;  // [batch, num_heads, q_len], natural logarithm; may be `lse`
   int64_t part_out_stride[3], part_lse_stride[3];
-  void* workspace;           // peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
+  void* workspace;  // peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
   int64_t workspace_size;
   int64_t device;
   void* stream;
@@ -150,8 +150,8 @@ typedef struct peftkern_cuda_attention {
 
 typedef struct peftkern_cuda_attention_backward {
   peftkern_attention_backward backward;
-  float* delta;              // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, or memory for it
-  void* workspace;           // peftkern_cuda_workspace_size bytes
+  float* delta;     // [batch, num_heads, q_len], contiguous: rowsum(out * dout) - dlse, or memory for it
+  void* workspace;  // peftkern_cuda_workspace_size bytes
   int64_t workspace_size;
   int64_t delta_is_given;
   int64_t device;
@@ -173,9 +173,9 @@ typedef struct peftkern_cuda_concat_args {
 
 // dprefix = the sum of the first prefix_len rows of dout over the samples of each prefix. dtype may be fp32.
 typedef struct peftkern_cuda_concat_backward_args {
-  const void* dout;          // [batch, num_kv_heads, at least prefix_len, head_dim]: the gradient of out_k or out_v
-  const void* prefix_ids;    // [batch], contiguous
-  float* dprefix;            // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
+  const void* dout;        // [batch, num_kv_heads, at least prefix_len, head_dim]: the gradient of out_k or out_v
+  const void* prefix_ids;  // [batch], contiguous
+  float* dprefix;          // [bank_size, num_kv_heads, prefix_len, head_dim], contiguous
   int64_t batch, num_kv_heads, head_dim, bank_size, prefix_len;
   int64_t dout_stride[3], dtype, prefix_ids_dtype;
   int64_t device;
@@ -194,8 +194,9 @@ PEFTKERN_API const char* peftkern_cuda_error_string(int status);
 // The compute capabilities that the library holds code for: "8.0,9.0+PTX".
 PEFTKERN_API const char* peftkern_cuda_architectures(void);
 
-// Merges the prefix and the sinks with the attention over the sequence in `part_out` and `part_lse`; writes out and lse. k
-// and v are not read. Null parts mean that there is no sequence. A part_lse of +inf or -inf marks a row that saw no key.
+// Merges the prefix and the sinks with the attention over the sequence in `part_out` and `part_lse`; writes out and
+// lse. k and v are not read. Null parts mean that there is no sequence. A part_lse of +inf or -inf marks a row that saw
+// no key.
 PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args);
 // Takes the merged `forward.out` and `forward.lse`. Adds the prefix's part to dq; writes dprefix_k, dprefix_v and
 // dprefix_bias. dprefix_bias is [num_heads, prefix_len] in a buffer whose size is a multiple of 16 bytes, and needs
@@ -203,8 +204,8 @@ PEFTKERN_API int peftkern_cuda_merge_prefix(const peftkern_cuda_attention* args)
 PEFTKERN_API int peftkern_cuda_merge_prefix_backward(const peftkern_cuda_attention_backward* args);
 PEFTKERN_API int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* args);
 
-// Writes `delta` as the sum of p * (dout . v) over prefix and sequence, less dlse. The sum does not read `out`, so it is
-// exact where out is rounded to half precision. With k null, it covers the prefix alone.
+// Writes `delta` as the sum of p * (dout . v) over prefix and sequence, less dlse. The sum does not read `out`, so it
+// is exact where out is rounded to half precision. With k null, it covers the prefix alone.
 PEFTKERN_API int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args);
 
 // The whole attention, without another library's kernel. The backward writes dq, dk, dv, dprefix_k, dprefix_v and

@@ -71,7 +71,6 @@ def prefix_attention(
     )  # fmt: skip
     seq_scores = seq_scores.masked_fill(~seq_visible, -_INF)
     prefix_scores = prefix_scores.masked_fill(~prefix_visible, -_INF).flatten(3)  # [B, Hq, S, A*P]
-
     prefix_weights, seq_weights, lse = _attention_weights(prefix_scores, seq_scores, sinks, gate)
     prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
     if dropout_p > 0.0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures: quiet determinism for every test, and poisoned memory for those that ask."""
+"""The order of the tests, their skips by reason, and fixtures: a fixed seed, fresh plans, poisoned memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,43 @@ import torch
 
 from peftkern.backends import registry
 
+from . import skips
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("ci")
+
+
+#: Folders from the fastest to the slowest; a failure in a fast test is seen early.
+ORDER = ("architecture", "", "native", "tools", "testing", "backends", "docs", "examples", "huggingface")
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item) -> int:
+        folder = item.nodeid.removeprefix("tests/").rpartition("/")[0].partition("/")[0]
+        return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+    items.sort(key=rank)
+
+
+def _skips(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return skips.reasons(reporter.stats.get("skipped", ())) if reporter else {}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = _skips(config)
+    if found:
+        terminalreporter.section("skipped, by reason")
+        for reason, count in sorted(found.items()):
+            terminalreporter.line(f"{count:5} {reason}")
+    for reason in skips.unjustified(found):
+        terminalreporter.line(f"FAILED: skipped although this machine has the tool: {reason}", red=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput") and skips.unjustified(_skips(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)

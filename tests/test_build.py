@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels: what their names say, what a build asks for, and (slow) that each builds, loads and holds what it says."""
+"""Wheels have the right names, builds ask for the right tools, and (slow) wheels build, load and are complete."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_missing_compiler_is_named(tmp_path):
 
 
 def test_a_second_build_ignores_the_cache_of_the_first(tmp_path):
-    """As with pip: the first build's ninja has gone, and the second build has other options."""
+    """As with pip, the ninja of the first build is gone, and the second build has other options."""
     pytest.importorskip("setuptools")
     ninja = shutil.which("ninja")
     if not (ninja and shutil.which("cmake") and shutil.which("c++")):
@@ -134,7 +134,7 @@ LIBRARIES = {"none": set(), "cpu": {"cpu"}, "cuda": {"cuda"}, "all": {"cpu", "cu
 @pytest.mark.slow
 @pytest.mark.parametrize(("choice", "architectures"), WHEELS)
 def test_a_wheel_builds_installs_and_holds_what_it_says(tmp_path, choice, architectures):
-    """In pip's isolated environment, which has no torch. Prints time and size."""
+    """Build in pip's isolated environment, which has no torch. Prints time and size."""
     source = tmp_path / "source"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
@@ -162,7 +162,7 @@ def test_a_wheel_builds_installs_and_holds_what_it_says(tmp_path, choice, archit
 
 
 def _check_platform(wheel: Path) -> None:
-    """auditwheel finds no library from outside the platform, and no glibc newer than the tag's."""
+    """auditwheel finds no library outside the platform's and no glibc newer than the tag's."""
     pytest.importorskip("auditwheel", reason="auditwheel (pip install auditwheel) knows what a platform tag promises")
     command = [sys.executable, "-m", "auditwheel", "show", "--json", "--disable-isa-ext-check", str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def llama(**changes):
 
 
 def peft_layers(flat, num_layers=3, num_kv_heads=2, head_dim=4):
-    """(key, value) [Hkv, P, D] per layer, cut from the flat [P, L * 2 * Hkv * D] as PEFT's get_prompt does."""
+    """(key, value) [Hkv, P, D] per layer of the flat [P, L * 2 * Hkv * D], as in PEFT's get_prompt."""
     x = flat.view(1, flat.shape[0], num_layers * 2, num_kv_heads, head_dim)
     return [(pair[0, 0], pair[1, 0]) for pair in x.permute(2, 0, 3, 1, 4).split(2)]
 

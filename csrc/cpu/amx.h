@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// C = A B of bf16 pairs on AMX tiles, 16 rows of 64 bytes: A [M][K] in words that are pairs along K, B [K][N] in words,
-// C fp32. Tiles are read and written whole, so every buffer is padded: A to 32 rows, the summed dimension to 16 words,
-// N to 32. The padding of the summed dimension is zero on one side and finite on the other.
+// C = A B for bf16 pairs in AMX tiles of 16 rows of 64 bytes. A [M][K] and B [K][N] consist of words that hold pairs
+// along K; C is fp32. Tiles are read and written whole, so every buffer is padded: A to 32 rows, K to 16 words, N
+// to 32. The padding along K is zero in one factor and finite in the other.
 #ifndef PEFTKERN_CPU_AMX_H_
 #define PEFTKERN_CPU_AMX_H_
 
@@ -18,10 +18,10 @@ namespace PEFTKERN_ISA {
 
 #if PEFTKERN_HAS_AMX
 constexpr int64_t kTileRows = 16, kTileWords = 16;
-constexpr int64_t kTileStep = 32;  // rows and columns of C that are made together: two by two tiles
+constexpr int64_t kTileStep = 32;  // rows and columns of C that are computed together: two by two tiles
 
-// The tile configuration belongs to the thread, and the thread to torch, whose libraries configure it for themselves:
-// theirs is back when a scope ends. They keep no data in tiles between calls.
+// The tile configuration is per thread. The thread belongs to torch, whose libraries set a configuration of their own,
+// so a scope restores it at its end. They keep no data in tiles between calls.
 class TileScope {
  public:
   explicit TileScope(bool used) : used_(used) {
@@ -52,7 +52,7 @@ class TileScope {
   bool used_;
 };
 
-// Address sanitizers do not see what tiles touch: a byte of each row that is off limits is read for them.
+// Address sanitizers do not see tile accesses, so this reads a poisoned byte of each row, if there is one, for them.
 PEFTKERN_INLINE void check_tile([[maybe_unused]] const void* data, [[maybe_unused]] int64_t stride) {
 #if defined(__SANITIZE_ADDRESS__)
   for (int64_t row = 0; row < kTileRows; row++) {
@@ -62,7 +62,7 @@ PEFTKERN_INLINE void check_tile([[maybe_unused]] const void* data, [[maybe_unuse
 #endif
 }
 
-// Not the compilers' intrinsics: GCC's loads do not tell that they read memory. `stride` counts bytes.
+// Not the compilers' intrinsics, as GCC's loads do not declare that they read memory. `stride` is in bytes.
 template <int kTile>
 PEFTKERN_INLINE void load_tile(const void* data, int64_t stride) {
   check_tile(data, stride);
@@ -82,7 +82,7 @@ PEFTKERN_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// C (+)= the products, in the tiles themselves.
+// C (+)= the products, accumulated in the tiles.
 struct Accumulate {
   float* C;
   int64_t ldc;
@@ -180,7 +180,7 @@ static void gemm_tiles(int64_t M, int64_t N, const Sums& sums, const uint32_t* A
   for (int64_t i = 0; i < M; i += kTileStep)
     for (int64_t j = 0; j < N; j += kTileStep) {
       if (M - i > kTileRows)
-        tile_kernel<2, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, least(kTileStep, M - i), c, finish);
+        tile_kernel<2, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, min(kTileStep, M - i), c, finish);
       else
         tile_kernel<1, kTerms>(sums(i, j), A, lda, term, B, ldb, i, j, M - i, c, finish);
     }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward share: a block of query rows, tiles of keys, and the way from products to scores.
+// Shared by forward and backward: blocks of query rows, tiles of keys, and the computation of scores from products.
 //
-// A block is up to kBlockM rows, positions x heads that read one kv head. Scores are held transposed, [key][row], so that
-// the lanes of a vector are rows: a softmax needs no sums across lanes, keys and values are read as they lie, and GQA
-// fills vectors even for one position. Scores are in units of ln 2, so that weights are powers of two.
+// A block has up to kBlockM rows: positions x heads that read the same kv head. Scores are stored transposed,
+// [key][row], so the lanes of a vector are rows. A softmax then needs no sums across lanes, keys and values are read in
+// their own memory order, and GQA fills vectors even for a single position. Scores are in units of ln 2, so weights are
+// powers of two.
 #ifndef PEFTKERN_CPU_ATTENTION_H_
 #define PEFTKERN_CPU_ATTENTION_H_
 
@@ -22,9 +23,9 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-enum Part { kSequence = 0, kPrefix = 1 };  // the numbers that dropout counts them by
+enum Part { kSequence = 0, kPrefix = 1 };  // dropout uses these numbers in its counters
 
-// Hands out aligned pieces of scratch memory; with a null base it counts what is needed.
+// Allocates aligned pieces of scratch memory. With a null base, it only counts the bytes.
 struct Arena {
   char* base;
   size_t used;
@@ -35,7 +36,7 @@ struct Arena {
     const size_t end = used + (size_t)count * sizeof(T);
     used = (size_t)round_up((int64_t)end, 64);
 #if defined(__SANITIZE_ADDRESS__)
-    used += 64;  // a gap that nobody may touch
+    used += 64;  // a gap that must not be accessed
     if (base) {
       ASAN_UNPOISON_MEMORY_REGION(piece, end - (size_t)(reinterpret_cast<char*>(piece) - base));
       ASAN_POISON_MEMORY_REGION(base + end, used - end);
@@ -45,25 +46,26 @@ struct Arena {
   }
 };
 
-// Query rows that share a kv head, and a sequence unless only the prefix is looked at. Lanes beyond `count` repeat the
-// last row.
+// Query rows that share a kv head and, unless only the prefix is read, a sequence. Lanes beyond `count` repeat the last
+// row.
 struct Block {
   int64_t count, vectors;
-  int64_t step;  // rows that are looked at together, a multiple of kLanes
-  int64_t sample[kBlockM], head[kBlockM], row[kBlockM];  // of q
-  int32_t low[kBlockM], high[kBlockM];                // visible sequence keys: low <= t < high
-  int32_t prefix_low[kBlockM];                        // visible prefix keys: prefix_low <= p < prefix_len
+  int64_t step;                                          // rows that are processed together, a multiple of kLanes
+  int64_t sample[kBlockM], head[kBlockM], row[kBlockM];  // indices into q
+  int32_t low[kBlockM], high[kBlockM];                   // visible sequence keys: low <= t < high
+  int32_t prefix_low[kBlockM];                           // visible prefix keys: prefix_low <= p < prefix_len
   int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
 };
 
-// Rows, `stride` elements apart, of floats or (Problem::pairs) of words that hold pairs of bf16.
+// Rows that are `stride` elements apart. Elements are floats or, with Problem::pairs, words that hold two bf16 numbers.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// A tile's keys and values. Pairs are neighbours along the head's dimension in k and v, neighbouring keys in `by_key`:
-// what a sum over keys multiplies, v in the forward and k in the backward. For AMX `by_key` is transposed, [dim][pairs].
+// The keys and values of a tile. In k and v, a pair holds neighbours along the head dimension; in `by_key`, it holds
+// neighbouring keys. Sums over keys multiply `by_key`: v in the forward, k in the backward. For AMX, `by_key` is
+// transposed, [dim][pairs].
 struct Tile {
   Rows k, v, by_key;
 };
@@ -75,22 +77,22 @@ struct RowRange {
   int64_t begin, end;
 };
 
-// The part of a call that does not change between tasks.
+// The properties of a call that all its tasks share.
 struct Problem {
   const peftkern_attention* args;
   const Plan* plan;
   int64_t head_dim, padded_dim;
-  float log2_scale;  // score in units of ln 2 = log2_scale * product, where scores are plain
+  float log2_scale;  // plain scores, in units of ln 2, are log2_scale * product
   bool plain_seq, plain_prefix;
-  bool in_place;       // keys and values are floats that can be read where they lie, once
-  bool always_in_place;  // and again and again: rows that lie far apart share few cache sets
+  bool in_place;         // keys and values are floats that can be read in place if they are read once
+  bool always_in_place;  // the same if they are read repeatedly: rows far apart share too few cache sets
   bool backward;
-  bool pairs;           // products of bf16 pairs
+  bool pairs;  // multiply pairs of bf16
   bool k_pairs_in_place, v_pairs_in_place;
-  bool amx;               // products of pairs on tiles; sums over keys are then made as [dim][row]
-  int64_t row_step;       // of blocks
-  int64_t diagonal_keys;  // keys that are looked at together on the causal diagonal
-  // Packed [bank, num_kv_heads, packed_len, padded_dim]. Of pairs: k's rows and then `by_key`; v's rows.
+  bool amx;               // multiply pairs in AMX tiles; sums over keys are then stored as [dim][row]
+  int64_t row_step;       // Block::step
+  int64_t diagonal_keys;  // keys that are processed together on the causal diagonal
+  // Packed [bank, num_kv_heads, packed_len, padded_dim]. With pairs, prefix_k holds the rows of k and then `by_key`.
   const float *prefix_k, *prefix_v;
   int64_t packed_len;
 
@@ -120,8 +122,8 @@ static Problem make_problem(const peftkern_attention& args, const Plan& plan, bo
 }
 
 #if PEFTKERN_HAS_PAIRS
-// Products of bf16 inputs are exact, those of weights and of gradients of scores round these first, as every bf16 attention
-// does. Only the prefix's gradients are never made this way: they are fp32.
+// Products of bf16 inputs are exact. Weights and gradients of scores are rounded to bf16 before they are multiplied, as
+// in every bf16 attention. The prefix's gradients are fp32 and are never computed this way.
 static void use_pairs(Problem& p) {
   const peftkern_attention& a = *p.args;
   const auto in_place = [](const void* data, const int64_t* stride) {
@@ -140,10 +142,10 @@ static void use_pairs(Problem& p) {
 #endif
 }
 
-// out[d] = (first[d], second[d]) of bf16 rows, padded with zeros to whole vectors; second may be null (0).
+// out[d] = (first[d], second[d]) for bf16 rows, padded with zeros to whole vectors. A null `second` stands for zeros.
 PEFTKERN_INLINE void interleave_rows(const void* first, const void* second, int64_t n, uint32_t* out) {
-  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i sixteen = _mm512_set1_epi16(16);
   for (int64_t d = 0; d < n; d += 2 * kLanes) {
     const __mmask32 valid = n - d >= 32 ? ~0u : (1u << (n - d)) - 1;
@@ -158,7 +160,7 @@ PEFTKERN_INLINE void interleave_rows(const void* first, const void* second, int6
 #endif
 
 #if PEFTKERN_HAS_AMX
-// out[d][i] = (rows[2 i][d], rows[2 i + 1][d]) of n <= kTileStep bf16 rows, zeros beyond n and head_dim.
+// out[d][i] = (rows[2 i][d], rows[2 i + 1][d]) for n <= kTileStep bf16 rows, with zeros beyond n and head_dim.
 template <typename Row>
 static void transpose_pairs(const Problem& p, int64_t n, const Row& row, uint32_t* out, int64_t stride) {
   alignas(64) uint32_t pairs[kLanes * kMaxHeadDim];
@@ -187,7 +189,7 @@ static void start_block(Block& block, int64_t count, int64_t step) {
   block.step = step;
 }
 
-// The bounds over all rows, once these are set.
+// Computes the bounds over all rows. Call it after all rows are set.
 static void finish_block(Block& block) {
   block.low_min = block.high_min = block.prefix_low_min = INT32_MAX;
   block.low_max = block.high_max = block.prefix_low_max = 0;
@@ -201,18 +203,18 @@ static void finish_block(Block& block) {
   }
 }
 
-// Lane r is query `position` of sequence s and of `head`.
+// Makes lane r the query at `position` of sequence s and `head`.
 static void set_row(const Problem& p, const Sequence& s, int64_t position, int64_t head, int64_t r, Block& block) {
   const peftkern_attention& a = *p.args;
   const int64_t key_position = position + s.kv_len - s.q_len;
   block.sample[r] = s.batch;
   block.head[r] = head;
   block.row[r] = s.start + position;
-  const int64_t high = a.causal ? most(0, least(s.kv_len, key_position + 1)) : s.kv_len;
-  const int64_t low = a.window ? least(s.kv_len, most(0, key_position - a.window + 1)) : 0;
+  const int64_t high = a.causal ? max(0, min(s.kv_len, key_position + 1)) : s.kv_len;
+  const int64_t low = a.window ? min(s.kv_len, max(0, key_position - a.window + 1)) : 0;
   const bool window_on_prefix = a.window && a.prefix_in_window;
   const int64_t prefix_low =
-      window_on_prefix ? least(s.prefix_len, most(0, s.prefix_len + key_position - a.window + 1)) : 0;
+      window_on_prefix ? min(s.prefix_len, max(0, s.prefix_len + key_position - a.window + 1)) : 0;
   block.high[r] = (int32_t)high;
   block.low[r] = (int32_t)low;
   block.prefix_low[r] = (int32_t)prefix_low;
@@ -231,9 +233,9 @@ static void copy_row(Block& block, int64_t from, int64_t to, int64_t head) {
 static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, int64_t first_head,
                        Block& block) {
   const Plan& plan = *p.plan;
-  const int64_t heads = least(plan.heads_per_block, plan.group_size - first_head);
+  const int64_t heads = min(plan.heads_per_block, plan.group_size - first_head);
   const int64_t first = position_block * plan.positions_per_block;
-  start_block(block, least(plan.positions_per_block, s.q_len - first) * heads, p.row_step);
+  start_block(block, min(plan.positions_per_block, s.q_len - first) * heads, p.row_step);
   const int64_t head = kv_head * plan.group_size + first_head;
   for (int64_t r = 0; r < block.count; r += heads) {
     set_row(p, s, first + r / heads, head, r, block);
@@ -243,31 +245,31 @@ static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int
   finish_block(block);
 }
 
-// Asks for the rows of a block that will be worked on next.
-static void prefetch_rows(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block, const void* data,
-                          const int64_t* stride) {
+// Prefetches the rows of the block that comes next.
+static void prefetch_rows(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block,
+                          const void* data, const int64_t* stride) {
   const Plan& plan = *p.plan;
   const int64_t dtype = p.args->dtype, line = dtype == PEFTKERN_FLOAT32 ? 16 : 32;
   const int64_t first = position_block * plan.positions_per_block;
   const int64_t base = s.batch * stride[0] + kv_head * plan.group_size * stride[1] + s.start * stride[2];
-  for (int64_t i = first; i < least(first + plan.positions_per_block, s.q_len); i++)
+  for (int64_t i = first; i < min(first + plan.positions_per_block, s.q_len); i++)
     for (int64_t h = 0; h < plan.heads_per_block; h++)
       for (int64_t d = 0; d < p.head_dim; d += line)
         __builtin_prefetch(offset(data, dtype, base + h * stride[1] + i * stride[2] + d));
 }
 
-// Tiles of a part that some row of the block sees: keys [begin, end) on a grid of kBlockN.
+// The tiles of a part that any row of the block sees: keys [begin, end), begin a multiple of kBlockN.
 struct TileRange {
   int64_t begin, end;
 };
 static TileRange tiles_of(const Sequence& s, const Block& block, Part part) {
   const int64_t low = part == kPrefix ? block.prefix_low_min : block.low_min;
   const int64_t end = part == kPrefix ? s.prefix_len : block.high_max;
-  return {low / kBlockN * kBlockN, most(end, low / kBlockN * kBlockN)};
+  return {low / kBlockN * kBlockN, max(end, low / kBlockN * kBlockN)};
 }
 
-// Rows of a block that see something of the tile [begin, begin + n), in whole steps: what a causal diagonal or a window
-// hides is at the ends, as rows are in the order of their positions.
+// The rows of a block that see any key of the tile [begin, begin + n), in whole steps. Rows are ordered by position, so
+// a causal diagonal or a window hides the tile from the first or last rows.
 static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n) {
   RowRange rows{0, block.vectors * kLanes};
   const int32_t* low = part == kPrefix ? block.prefix_low : block.low;
@@ -280,8 +282,9 @@ static RowRange rows_of(const Block& block, Part part, int64_t begin, int64_t n)
 
 static int64_t num_tiles(TileRange range) { return (range.end - range.begin + kBlockN - 1) / kBlockN; }
 
-// From products to scores in units of ln 2, hidden ones -inf: scores[n][kBlockM] of keys begin, begin + 1, ... Returns the
-// factor that is still to be applied. Where `slope` is given and a softcap is on, it receives the softcap's derivative.
+// Turns products into scores[n][kBlockM] of keys begin, begin + 1, ..., in units of ln 2, with -inf where a key is
+// hidden. Returns the factor that the scores must still be multiplied by. `slope`, unless null, receives the derivative
+// of the softcap if there is one.
 static float finish_scores(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
                            RowRange rows, float* scores, float* slope) {
   const peftkern_attention& a = *p.args;
@@ -302,12 +305,13 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
         store(scores + j * kBlockM + r, x);
       }
     if (part == kPrefix && a.prefix_bias)
-      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++)
+      for (int64_t r = rows.begin; r < min(rows.end, block.count); r++)
         for (int64_t j = 0; j < n; j++)
-          scores[j * kBlockM + r] += (float)kLog2e * a.prefix_bias[block.head[r] * a.prefix_bias_stride[0] +
-                                                                   (begin + j) * a.prefix_bias_stride[1]];
+          scores[j * kBlockM + r] +=
+              (float)kLog2e *
+              a.prefix_bias[block.head[r] * a.prefix_bias_stride[0] + (begin + j) * a.prefix_bias_stride[1]];
     if (part == kSequence && a.bias)
-      for (int64_t r = rows.begin; r < least(rows.end, block.count); r++) {
+      for (int64_t r = rows.begin; r < min(rows.end, block.count); r++) {
         const int64_t at = s.batch * a.bias_stride[0] + block.head[r] * a.bias_stride[1] +
                            block.row[r] * a.bias_stride[2] + (s.start + begin) * a.bias_stride[3];
         for (int64_t j = 0; j < n; j++)
@@ -338,9 +342,10 @@ static float finish_scores(const Problem& p, const Sequence& s, const Block& blo
   return factor;
 }
 
-// factors[n][kBlockM] = keep ? 1 / (1 - p) : 0 of keys begin, begin + 1, ... (counted in the sample, as reference.py does)
-static void dropout_factors(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin, int64_t n,
-                            RowRange rows, float* factors) {
+// factors[n][kBlockM] = keep ? 1 / (1 - p) : 0 for keys begin, begin + 1, ... Dropout's counters count keys within the
+// sample, as reference.py does.
+static void dropout_factors(const Problem& p, const Sequence& s, const Block& block, Part part, int64_t begin,
+                            int64_t n, RowRange rows, float* factors) {
   const peftkern_attention& a = *p.args;
   const uint32_t key[2] = {(uint32_t)(uint64_t)a.dropout_seed, (uint32_t)((uint64_t)a.dropout_seed >> 32)};
   const uint32_t threshold = (uint32_t)(uint64_t)(a.dropout_p * 4294967296.0);

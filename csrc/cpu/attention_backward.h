@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: its tasks, a group of sequences that see one prefix and a kv head each, and the ordered sums over tasks.
+// The tasks of the backward, and the ordered sums over tasks. A task is a group of sequences that see the same prefix,
+// and one kv head.
 #ifndef PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 #define PEFTKERN_CPU_ATTENTION_BACKWARD_H_
 
@@ -8,7 +9,7 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Row blocks first, first + step, ... of a sequence.
+// The backward of row blocks first, first + step, ... of a sequence.
 static void backward_blocks(const Problem& p, const Needs& needs, const peftkern_attention_backward& b,
                             const Sequence& seq, int64_t kv_head, int64_t first, int64_t step, BackwardScratch& s,
                             const Sums& sums, float* dbias) {
@@ -23,7 +24,7 @@ static void backward_blocks(const Problem& p, const Needs& needs, const peftkern
   }
 }
 
-// Writes one sequence's and head's fp32 rows [kv_len, padded_dim] to dk or dv.
+// Writes the fp32 rows [kv_len, padded_dim] of one sequence and kv head to dk or dv.
 static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, const float* rows, void* out,
                            const int64_t* stride) {
   for (int64_t t = 0; t < seq.kv_len; t++) {
@@ -33,7 +34,7 @@ static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_hea
   }
 }
 
-// Partial sums between the tasks (one per group and kv head) and the ordered sums that follow.
+// The partial sums of the tasks, one per group and kv head. The ordered sums follow.
 struct Partials {
   float *dprefix_k, *dprefix_v;  // [groups, num_kv_heads, prefix_len, padded_dim]
   float* dprefix_bias;           // [groups, num_heads, prefix_len]
@@ -45,15 +46,15 @@ static Partials take_partials(const Problem& p, const Needs& needs, Arena& arena
   const peftkern_attention& a = *p.args;
   const int64_t groups = p.plan->num_groups;
   const int64_t prefix = groups * a.num_kv_heads * a.prefix_len * p.padded_dim;
-  const int64_t split = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
+  const int64_t partial = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
   Partials x;
   x.dprefix_k = arena.take<float>(needs.dprefix_k ? prefix : 0);
   x.dprefix_v = arena.take<float>(needs.dprefix_v ? prefix : 0);
   x.dprefix_bias = arena.take<float>(needs.dprefix_bias ? groups * a.num_heads * a.prefix_len : 0);
   x.dsinks = arena.take<double>(needs.dsinks ? groups * a.num_heads : 0);
   x.dgate = arena.take<double>(needs.dgate ? groups * a.num_heads : 0);
-  x.dk = arena.take<float>(needs.dk ? split : 0);
-  x.dv = arena.take<float>(needs.dv ? split : 0);
+  x.dk = arena.take<float>(needs.dk ? partial : 0);
+  x.dv = arena.take<float>(needs.dv ? partial : 0);
   return x;
 }
 
@@ -62,30 +63,29 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
   const int64_t at = group * a.num_kv_heads + kv_head, prefix = a.prefix_len * p.padded_dim;
-  const int64_t split = plan.max_kv_len * p.padded_dim, G = plan.group_size;
+  const int64_t split_size = plan.max_kv_len * p.padded_dim, G = plan.group_size;
   Sums sums{};
-  if (needs.dprefix_k)
-    sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
-  if (needs.dprefix_v)
-    sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_k) sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_v) sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
   if (needs.dprefix_bias)
-    sums.dprefix_bias = (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
+    sums.dprefix_bias =
+        (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
   if (needs.dsinks) sums.dsinks = (double*)memset(partials.dsinks + at * G, 0, sizeof(double) * G);
   if (needs.dgate) sums.dgate = (double*)memset(partials.dgate + at * G, 0, sizeof(double) * G);
   for (int32_t i = 0; i < plan.groups[group].count; i++) {
     const Unit& unit = plan.units[plan.groups[group].first + i];
     const Sequence& seq = plan.sequences[unit.sequence];
-    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split;
+    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split_size;
     const size_t bytes = sizeof(float) * seq.kv_len * p.padded_dim;
-    if (needs.dk) sums.dk = (float*)memset(unit.parts > 1 ? partials.dk + partial : s.dk, 0, bytes);
-    if (needs.dv) sums.dv = (float*)memset(unit.parts > 1 ? partials.dv + partial : s.dv, 0, bytes);
-    backward_blocks(p, needs, b, seq, kv_head, unit.part, unit.parts, s, sums, nullptr);
-    if (unit.parts == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
-    if (unit.parts == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
+    if (needs.dk) sums.dk = (float*)memset(unit.splits > 1 ? partials.dk + partial : s.dk, 0, bytes);
+    if (needs.dv) sums.dv = (float*)memset(unit.splits > 1 ? partials.dv + partial : s.dv, 0, bytes);
+    backward_blocks(p, needs, b, seq, kv_head, unit.split, unit.splits, s, sums, nullptr);
+    if (unit.splits == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
+    if (unit.splits == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
   }
 }
 
-// dprefix_x[bank, kv_head] = the groups that saw it, in their order.
+// dprefix_x[bank, kv_head] = the sum over the groups that see this prefix, in order.
 static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const float* partials, float* out) {
   const peftkern_attention& a = *p.args;
   const int64_t dim = p.padded_dim, D = p.head_dim;
@@ -99,15 +99,15 @@ static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const 
   }
 }
 
-// dk or dv of a sequence that was split: its parts in their order, into the first.
-static void sum_parts(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
-                      const int64_t* stride) {
+// dk or dv of a sequence that was split: adds the splits to the first one, in order.
+static void sum_splits(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
+                       const int64_t* stride) {
   const Unit& unit = p.plan->units[first_unit];
   const Sequence& seq = p.plan->sequences[unit.sequence];
-  const int64_t split = p.plan->max_kv_len * p.padded_dim;
-  float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split;
-  for (int32_t part = 1; part < unit.parts; part++) {
-    const float* next = first + part * p.args->num_kv_heads * split;
+  const int64_t split_size = p.plan->max_kv_len * p.padded_dim;
+  float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split_size;
+  for (int32_t split = 1; split < unit.splits; split++) {
+    const float* next = first + split * p.args->num_kv_heads * split_size;
     for (int64_t i = 0; i < seq.kv_len * p.padded_dim; i += kLanes) store(first + i, load(first + i) + load(next + i));
   }
   store_sequence(p, seq, kv_head, first, out, stride);
@@ -137,8 +137,8 @@ static void sum_small(const Problem& p, const peftkern_attention_backward& b, co
   }
 }
 
-// dbias is summed over every dimension it was broadcast over, so its tasks are cut along the others; they recompute weights
-// and their gradients. Trained biases are rare: the main pass stays free of them.
+// dbias is summed over every dimension along which bias is broadcast, so its tasks are cut along the other dimensions.
+// They recompute the weights and their gradients. Trained biases are rare, so the main pass does not pay for them.
 static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, BackwardScratch& s) {
   const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
@@ -147,11 +147,12 @@ static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, B
   const Sums none{};
   const int64_t* size = b.bias_size;
   const int64_t sequences = a.cu_seqlens ? plan.num_sequences : a.batch;
-  const int64_t outer = size[2] > 1 && a.cu_seqlens ? sequences : size[0];  // sequences or samples of the bias
+  const int64_t outer =
+      size[2] > 1 && a.cu_seqlens ? sequences : size[0];  // sequences or samples that have a bias of their own
   const int64_t heads = size[1] == 1 ? 1 : a.num_kv_heads;
   int64_t blocks = 1;
   if (size[2] > 1) {
-    for (int64_t i = 0; i < plan.num_sequences; i++) blocks = most(blocks, num_position_blocks(plan, plan.sequences[i]));
+    for (int64_t i = 0; i < plan.num_sequences; i++) blocks = max(blocks, num_position_blocks(plan, plan.sequences[i]));
   }
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < outer * heads * blocks; task++) {
@@ -171,13 +172,13 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
 #if PEFTKERN_HAS_PAIRS
   use_pairs(problem);
 #endif
-  const Needs needs{b.dq != nullptr,        b.dk != nullptr,     b.dv != nullptr,
-                    b.dprefix_k != nullptr, b.dprefix_v != nullptr, b.dsinks != nullptr,
+  const Needs needs{b.dq != nullptr,        b.dk != nullptr,           b.dv != nullptr,
+                    b.dprefix_k != nullptr, b.dprefix_v != nullptr,    b.dsinks != nullptr,
                     b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
   Needs main = needs;
   main.dbias = false;
   const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;
-  const int num_threads = (int)most(1, args.num_threads);
+  const int num_threads = (int)max(1, args.num_threads);
   const int64_t packed_size = args.bank_size * kv_heads * problem.packed_len * problem.padded_dim;
 
   BackwardScratch unused;
@@ -217,9 +218,9 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < plan.num_units * kv_heads; i++) {
       const int32_t unit = (int32_t)(i / kv_heads);
-      if (plan.units[unit].parts == 1 || plan.units[unit].part != 0) continue;
-      if (needs.dk) sum_parts(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
-      if (needs.dv) sum_parts(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
+      if (plan.units[unit].splits == 1 || plan.units[unit].split != 0) continue;
+      if (needs.dk) sum_splits(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
+      if (needs.dv) sum_splits(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
     }
 #pragma omp master
     sum_small(problem, b, partials);

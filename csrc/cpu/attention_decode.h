@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of a few queries per sample against many keys. The rows of all samples that see one prefix are packed together
-// against it, so that it is read once and not once per sample; keys are cut into chunks for the threads; the partial
-// results are joined by their pivots and sums.
+// Forward of a few queries per sample against many keys. The rows of all samples that see one prefix are packed
+// together against it, so that it is read once instead of once per sample. Keys are cut into chunks for the threads.
+// The partial results are joined by their m and sums.
 #ifndef PEFTKERN_CPU_ATTENTION_DECODE_H_
 #define PEFTKERN_CPU_ATTENTION_DECODE_H_
 
@@ -10,9 +10,9 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Per row (sample, head, position) and chunk of keys, the prefix's chunks first.
+// Partial results per row (sample, head, position) and chunk of keys. The prefix's chunks come first.
 struct PartialRows {
-  float *out, *pivot, *sum;
+  float *out, *m, *sum;
   int64_t prefix_chunks, chunks;
 
   int64_t index(const Problem& p, const Block& block, int64_t r, int64_t chunk) const {
@@ -28,7 +28,7 @@ static PartialRows take_partial_rows(const Problem& p, Arena& arena) {
   x.chunks = x.prefix_chunks + (a.kv_len + kDecodeKeys - 1) / kDecodeKeys;
   const int64_t count = a.batch * a.num_heads * a.q_len * x.chunks;
   x.out = arena.take<float>(count * p.padded_dim);
-  x.pivot = arena.take<float>(count);
+  x.m = arena.take<float>(count);
   x.sum = arena.take<float>(count);
   return x;
 }
@@ -36,45 +36,45 @@ static PartialRows take_partial_rows(const Problem& p, Arena& arena) {
 static void store_partial_rows(const Problem& p, const ForwardScratch& s, int64_t chunk, const PartialRows& partial) {
   for (int64_t r = 0; r < s.block.count; r++) {
     const int64_t at = partial.index(p, s.block, r, chunk);
-    partial.pivot[at] = s.pivot[r];
+    partial.m[at] = s.m[r];
     partial.sum[at] = s.sum[r];
     if (!s.empty) memcpy(partial.out + at * p.padded_dim, s.out + r * p.padded_dim, sizeof(float) * p.padded_dim);
   }
 }
 
-// Rows [first, first + kBlockM) of a group against one chunk of its prefix.
+// Attention of rows [first, first + kBlockM) of a group to one chunk of the group's prefix.
 static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head, int64_t first, int64_t chunk,
                           ForwardScratch& s, const PartialRows& partial) {
   const peftkern_attention& a = *p.args;
   const int64_t G = p.plan->group_size, rows_each = a.q_len * G;
   const Sequence& some = p.plan->sequences[p.plan->units[group.first].sequence];
-  start_block(s.block, least(kBlockM, group.count * rows_each - first), p.row_step);
+  start_block(s.block, min(kBlockM, group.count * rows_each - first), p.row_step);
   for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
-    const int64_t row = first + least(r, s.block.count - 1), i = row % rows_each;
+    const int64_t row = first + min(r, s.block.count - 1), i = row % rows_each;
     const Sequence& seq = p.plan->sequences[p.plan->units[group.first + row / rows_each].sequence];
     set_row(p, seq, i / G, kv_head * G + i % G, r, s.block);
   }
   finish_block(s.block);
   load_queries(p, s);
   reset_softmax(p, s, false);
-  const int64_t end = least(some.prefix_len, (chunk + 1) * kDecodeKeys);
+  const int64_t end = min(some.prefix_len, (chunk + 1) * kDecodeKeys);
   for (int64_t begin = chunk * kDecodeKeys; begin < end; begin += kBlockN) {
-    const int64_t n = least(kBlockN, end - begin);
+    const int64_t n = min(kBlockN, end - begin);
     if (begin + n <= s.block.prefix_low_min) continue;
     widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
-    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}), begin,
-             n);
+    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}),
+             begin, n);
   }
   store_partial_rows(p, s, chunk, partial);
 }
 
-// All rows of a sequence against one chunk of its own keys.
+// Attention of all rows of a sequence to one chunk of its own keys.
 static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, int64_t chunk, ForwardScratch& s,
                             const PartialRows& partial) {
   const int64_t G = p.plan->group_size;
   start_block(s.block, seq.q_len * G, p.row_step);
   for (int64_t r = 0; r < s.block.vectors * kLanes; r++) {
-    const int64_t row = least(r, s.block.count - 1);
+    const int64_t row = min(r, s.block.count - 1);
     set_row(p, seq, row / G, kv_head * G + row % G, r, s.block);
   }
   finish_block(s.block);
@@ -82,47 +82,48 @@ static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_he
   reset_softmax(p, s, false);
   s.tiles.open(seq, kv_head, false);
   const TileRange range = tiles_of(seq, s.block, kSequence);
-  const int64_t end = least(range.end, (chunk + 1) * kDecodeKeys);
-  for (int64_t begin = most(range.begin, chunk * kDecodeKeys); begin < end; begin += kBlockN) {
-    const int64_t n = least(kBlockN, end - begin);
+  const int64_t end = min(range.end, (chunk + 1) * kDecodeKeys);
+  for (int64_t begin = max(range.begin, chunk * kDecodeKeys); begin < end; begin += kBlockN) {
+    const int64_t n = min(kBlockN, end - begin);
     add_tile(p, seq, s, kSequence, s.tiles.get(p, begin, n), begin, n);
   }
   store_partial_rows(p, s, partial.prefix_chunks + chunk, partial);
 }
 
-// The row of lane 0, from all its chunks that have a sum.
+// Joins the chunks of the row in lane 0; skips chunks of which it sees no key.
 static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, const PartialRows& partial) {
   const peftkern_attention& a = *p.args;
   const int64_t dim = p.padded_dim, head = s.block.head[0];
   const int64_t prefix_chunks = (seq.prefix_len + kDecodeKeys - 1) / kDecodeKeys;
   const float sink = a.sinks ? a.sinks[head] * (float)kLog2e : -kInf;
-  float pivot = sink;
+  float m = sink;
   for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
     if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;
-    const float other = partial.pivot[partial.index(p, s.block, 0, chunk)];
-    pivot = other > pivot || other != other ? other : pivot;
+    const float other = partial.m[partial.index(p, s.block, 0, chunk)];
+    m = other > m || other != other ? other : m;
   }
-  float sum = sink == -kInf ? 0.0f : std::exp2(sink - pivot);
+  float sum = sink == -kInf ? 0.0f : std::exp2(sink - m);
   memset(s.out, 0, sizeof(float) * dim);
   for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
     if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;
     const int64_t at = partial.index(p, s.block, 0, chunk);
     if (partial.sum[at] == 0.0f) continue;
-    const float weight = std::exp2(partial.pivot[at] - pivot);
+    const float weight = std::exp2(partial.m[at] - m);
     sum += partial.sum[at] * weight;
-    for (int64_t d = 0; d < dim; d += kLanes) store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store(s.out + d, load(s.out + d) + load(partial.out + at * dim + d) * weight);
   }
-  s.pivot[0] = pivot;
+  s.m[0] = m;
   s.sum[0] = sum;
   float lse[kBlockM];
-  log_sums(s.block, s.pivot, s.sum, lse);
+  log_sums(s.block, s.m, s.sum, lse);
   store_row(p, s.block, 0, s.out, reciprocal(sum), lse[0]);
 }
 
 int attention_decode(const peftkern_attention& args, const Plan& plan) {
   Problem problem = make_problem(args, plan, false);
   const int64_t kv_heads = args.num_kv_heads, rows_each = args.q_len * plan.group_size;
-  const int num_threads = (int)most(1, args.num_threads);
+  const int num_threads = (int)max(1, args.num_threads);
   Arena size{nullptr, 0};
   ForwardScratch unused;
   take_forward_scratch(problem, kBlockN, size, unused);
@@ -134,7 +135,7 @@ int attention_decode(const peftkern_attention& args, const Plan& plan) {
   const PartialRows partial = take_partial_rows(problem, shared);
   int64_t blocks = 0;
   for (int32_t g = 0; g < plan.num_groups; g++)
-    blocks = most(blocks, (plan.groups[g].count * rows_each + kBlockM - 1) / kBlockM);
+    blocks = max(blocks, (plan.groups[g].count * rows_each + kBlockM - 1) / kBlockM);
   const int64_t chunks = partial.chunks - partial.prefix_chunks;
 
 #pragma omp parallel num_threads(num_threads)

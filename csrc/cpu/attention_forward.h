@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: per block of rows one walk over the prefix's tiles and then the sequence's, with an online softmax (Milakov and
-// Gimelshein 2018; Dao et al. 2022).
+// Forward: each block of rows walks the tiles of the prefix and then those of the sequence, with an online softmax
+// (Milakov and Gimelshein 2018; Dao et al. 2022).
 #ifndef PEFTKERN_CPU_ATTENTION_FORWARD_H_
 #define PEFTKERN_CPU_ATTENTION_FORWARD_H_
 
@@ -13,20 +13,20 @@ namespace peftkern {
 namespace PEFTKERN_ISA {
 
 struct ForwardScratch {
-  float *rows, *panel;              // queries
-  float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the scores' place, or pairs of keys
+  float *rows, *panel;                // queries
+  float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the memory of the scores, or pairs of keys
   float *out, *prefix_out;
-  float* sums;  // out as sums over keys are made for AMX, [padded_dim][kBlockM]; else out
-  float pivot[kBlockM], sum[kBlockM];  // weights are 2^(score - pivot); their sum
-  float base[kBlockM];                 // the pivot, 0 where it is -inf
-  float alpha[kBlockM];                // what a move of the pivot leaves of earlier weights
-  float top[kBlockM], tile_sum[kBlockM];  // of the tile at hand: its largest score, before the factor; its weights' sum
-  bool empty;  // no tile has been added to out
+  float* sums;                               // for AMX: out as [padded_dim][kBlockM]; else out itself
+  float m[kBlockM], sum[kBlockM];            // weights are 2^(score - m); their sum
+  float base[kBlockM];                       // m, but 0 where m is -inf
+  float alpha[kBlockM];                      // the factor that a change of m applies to earlier weights
+  float tile_m[kBlockM], tile_sum[kBlockM];  // the current tile's largest score, before the factor, and sum of weights
+  bool empty;                                // no tile has been added to out yet
   SequenceTiles tiles;
   Block block;
 };
 
-// `length`: keys that are widened at a time.
+// `length`: the number of keys that are widened at a time.
 static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena, ForwardScratch& s) {
   const int64_t dim = p.padded_dim;
   s.rows = arena.take<float>(kBlockM * dim);
@@ -46,34 +46,34 @@ static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena,
 
 static void reset_softmax(const Problem& p, ForwardScratch& s, bool with_sink) {
   for (int64_t r = 0; r < kBlockM; r++) {
-    s.pivot[r] = -kInf;
+    s.m[r] = -kInf;
     s.sum[r] = s.base[r] = 0.0f;
   }
   if (with_sink && p.args->sinks)
     for (int64_t r = 0; r < s.block.count; r++) {
       const float sink = p.args->sinks[s.block.head[r]] * (float)kLog2e;
       if (sink == -kInf) continue;
-      s.pivot[r] = s.base[r] = sink;
+      s.m[r] = s.base[r] = sink;
       s.sum[r] = 1.0f;
     }
   s.empty = true;
 }
 
-// Moves the pivots that `top` exceeds by 8, so that most tiles leave out untouched: weights stay below 2^8. Says whether it
-// moved any.
-static bool move_pivots(const Problem& p, ForwardScratch& s, RowRange rows, float factor) {
+// Raises those m that `tile_m` exceeds by more than 8. Weights stay below 2^8, and most tiles do not rescale out.
+// Returns whether it raised any.
+static bool raise_m(const Problem& p, ForwardScratch& s, RowRange rows, float factor) {
   bool moved = false;
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-    const vf best = load(s.top + r) * factor, pivot = load(s.pivot + r);
-    if (!any_greater(best, pivot + 8.0f)) {
+    const vf tile_m = load(s.tile_m + r) * factor, m = load(s.m + r);
+    if (!any_greater(tile_m, m + 8.0f)) {
       store(s.alpha + r, set1(1.0f));
       continue;
     }
-    const vf higher = max(pivot, best), base = select(higher == -kInf, zero(), higher);
-    const vf alpha = exp2(pivot - base);
+    const vf new_m = max(m, tile_m), base = select(new_m == -kInf, zero(), new_m);
+    const vf alpha = exp2(m - base);
     store(s.alpha + r, alpha);
     store(s.sum + r, load(s.sum + r) * alpha);
-    store(s.pivot + r, higher);
+    store(s.m + r, new_m);
     store(s.base + r, base);
     moved = true;
   }
@@ -81,20 +81,21 @@ static bool move_pivots(const Problem& p, ForwardScratch& s, RowRange rows, floa
   if (p.amx) {
     for (int64_t r = rows.begin; r < rows.end && moved && !s.empty; r += kLanes) {
       const vf alpha = load(s.alpha + r);
-      for (int64_t d = 0; d < p.padded_dim; d++) store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
+      for (int64_t d = 0; d < p.padded_dim; d++)
+        store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
     }
     return moved;
   }
 #endif
   if (moved && !s.empty)
-    for (int64_t r = rows.begin; r < least(rows.end, s.block.count); r++)
+    for (int64_t r = rows.begin; r < min(rows.end, s.block.count); r++)
       if (s.alpha[r] != 1.0f)
         for (int64_t d = 0; d < p.padded_dim; d += kLanes)
           store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
   return moved;
 }
 
-// Weights of keys i and i + 1, to where `multiply_keys` reads them.
+// Stores the weights of keys i and i + 1 where multiply_keys() reads them.
 PEFTKERN_INLINE void store_weights(float* weights, int64_t i, int64_t r, vf first, const vf* second) {
   store(weights + i * kBlockM + r, first);
   if (second) store(weights + (i + 1) * kBlockM + r, *second);
@@ -106,11 +107,12 @@ PEFTKERN_INLINE void store_weights(uint32_t* weights, int64_t i, int64_t r, vf f
 }
 #endif
 
-// Products to weights while they are in registers, relative to the pivots as they are; `top` tells whether that will do.
+// Turns products into weights relative to the present m while they are in registers. `tile_m` then tells whether m must
+// be raised.
 template <typename T, bool kSomeHidden>
-struct Weigh {
+struct WeightEpilogue {
   const float* base;
-  float *top, *sum;
+  float *tile_m, *sum;
   T* weights;
   float factor;
   Hidden hidden;
@@ -125,22 +127,23 @@ struct Weigh {
     for (int v = 0; v < kVectors; v++) {
       const int64_t r = j + v * kLanes;
       const vf origin = load(base + r);
-      vf best[2] = {load(top + r), c[0][v]}, total[2] = {load(sum + r), zero()};
+      vf new_m[2] = {load(tile_m + r), c[0][v]}, total[2] = {load(sum + r), zero()};
 #pragma GCC unroll 16
       for (int n = 0; n < kRows; n++) {
-        best[n % 2] = max(best[n % 2], c[n][v]);
+        new_m[n % 2] = max(new_m[n % 2], c[n][v]);
         c[n][v] = exp2(c[n][v] * factor - origin);
         total[n % 2] += c[n][v];
       }
 #pragma GCC unroll 16
-      for (int n = 0; n < kRows; n += 2) store_weights(weights, i + n, r, c[n][v], n + 1 < kRows ? &c[n + 1][v] : nullptr);
-      store(top + r, max(best[0], best[1]));
+      for (int n = 0; n < kRows; n += 2)
+        store_weights(weights, i + n, r, c[n][v], n + 1 < kRows ? &c[n + 1][v] : nullptr);
+      store(tile_m + r, max(new_m[0], new_m[1]));
       store(sum + r, total[0] + total[1]);
     }
   }
 };
 
-// Weights of a tile whose scores are plain and whose rows have pivots.
+// The weights of a tile whose scores are plain and whose rows have an m.
 template <typename T>
 static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                            int64_t begin, int64_t n, RowRange rows) {
@@ -148,7 +151,7 @@ static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch
   const Hidden hidden = hidden_of(p, seq, s.block, part, begin);
   do {
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
-      store(s.top + r, set1(-kInf));
+      store(s.tile_m + r, set1(-kInf));
       store(s.tile_sum + r, zero());
     }
     for_key_groups(p, s.block, part, begin, n, rows, [&](int64_t key, int64_t count, int64_t first, bool some_hidden) {
@@ -161,16 +164,17 @@ static void weigh_products(const Problem& p, const Sequence& seq, ForwardScratch
       const int64_t columns = rows.end - first;
       if (some_hidden)
         multiply_rows(p, tile.k, key, count, panel, columns,
-                      Weigh<T, true>{s.base, s.top, s.tile_sum, weights, p.log2_scale, hidden, key, first});
+                      WeightEpilogue<T, true>{s.base, s.tile_m, s.tile_sum, weights, p.log2_scale, hidden, key, first});
       else
-        multiply_rows(p, tile.k, key, count, panel, columns,
-                      Weigh<T, false>{s.base, s.top, s.tile_sum, weights, p.log2_scale, hidden, key, first});
+        multiply_rows(
+            p, tile.k, key, count, panel, columns,
+            WeightEpilogue<T, false>{s.base, s.tile_m, s.tile_sum, weights, p.log2_scale, hidden, key, first});
     });
-  } while (move_pivots(p, s, rows, p.log2_scale));
+  } while (raise_m(p, s, rows, p.log2_scale));
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(s.sum + r, load(s.sum + r) + load(s.tile_sum + r));
 }
 
-// Weights of any tile, by way of its scores.
+// The weights of any tile, computed from its scores.
 static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                          int64_t begin, int64_t n, RowRange rows) {
   multiply_rows(p, tile.k, 0, n, s.panel + rows.begin, rows.end - rows.begin,
@@ -178,14 +182,14 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
   const float factor = finish_scores(p, seq, s.block, part, begin, n, rows, s.scores, nullptr);
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
     const float* scores = s.scores + r;
-    vf top[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, for the latency of a maximum
+    vf tile_m[4] = {load(scores), load(scores), load(scores), load(scores)};  // four, to hide the latency of a maximum
     int64_t k = 1;
     for (; k + 4 <= n; k += 4)
-      for (int64_t i = 0; i < 4; i++) top[i] = max(top[i], load(scores + (k + i) * kBlockM));
-    for (; k < n; k++) top[0] = max(top[0], load(scores + k * kBlockM));
-    store(s.top + r, max(max(top[0], top[1]), max(top[2], top[3])));
+      for (int64_t i = 0; i < 4; i++) tile_m[i] = max(tile_m[i], load(scores + (k + i) * kBlockM));
+    for (; k < n; k++) tile_m[0] = max(tile_m[0], load(scores + k * kBlockM));
+    store(s.tile_m + r, max(max(tile_m[0], tile_m[1]), max(tile_m[2], tile_m[3])));
   }
-  move_pivots(p, s, rows, factor);
+  raise_m(p, s, rows, factor);
   const bool dropout = p.args->dropout_p > 0.0;
   if (dropout) dropout_factors(p, seq, s.block, part, begin, n, rows, s.factors);
   for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
@@ -193,7 +197,7 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
     vf total[2] = {zero(), zero()};
     for (int64_t j = 0; j < n; j += 2) {
       vf w[2];
-      for (int64_t i = 0; i < least(2, n - j); i++) {
+      for (int64_t i = 0; i < min(2, n - j); i++) {
         w[i] = exp2(load(s.scores + (j + i) * kBlockM + r) * factor - base);
         total[i] += w[i];
         if (dropout) w[i] *= load(s.factors + (j + i) * kBlockM + r);
@@ -214,9 +218,8 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
 static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                      int64_t begin, int64_t n) {
   const RowRange rows = rows_of(s.block, part, begin, n);
-  const int64_t dim = p.padded_dim, count = least(rows.end, s.block.count) - rows.begin;
-  if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0)
-    weigh_scores(p, seq, s, part, tile, begin, n, rows);
+  const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
+  if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0) weigh_scores(p, seq, s, part, tile, begin, n, rows);
 #if PEFTKERN_HAS_PAIRS
   else if (p.pairs)
     weigh_products<uint32_t>(p, seq, s, part, tile, begin, n, rows);
@@ -227,7 +230,8 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
     memset(s.sums, 0, sizeof(float) * (p.amx ? kBlockM : s.block.count) * dim);
     s.empty = false;
   }
-  const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin, p.pairs};
+  const VisibleKeys visible{on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr, begin, n, rows.begin,
+                            p.pairs};
 #if PEFTKERN_HAS_AMX
   if (p.amx) {
     pad_weights(s.weights, n, rows);
@@ -237,17 +241,16 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
     return;
   }
 #endif
-  multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key,
-                Store{s.out + rows.begin * dim, dim, !s.empty});
+  multiply_keys(p, visible, count, s.weights + rows.begin, tile.by_key, Store{s.out + rows.begin * dim, dim, !s.empty});
   s.empty = false;
 }
 
 static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, ForwardScratch& s, Part part) {
   const TileRange range = tiles_of(seq, s.block, part);
   for (int64_t begin = range.begin; begin < range.end; begin += kBlockN) {
-    const int64_t n = least(kBlockN, range.end - begin);
-    const Tile tile = part == kPrefix ? prefix_tile(p, seq, kv_head, begin)
-                                      : s.tiles.get(p, begin, least(kBlockN, seq.kv_len - begin));
+    const int64_t n = min(kBlockN, range.end - begin);
+    const Tile tile =
+        part == kPrefix ? prefix_tile(p, seq, kv_head, begin) : s.tiles.get(p, begin, min(kBlockN, seq.kv_len - begin));
     add_tile(p, seq, s, part, tile, begin, n);
   }
 #if PEFTKERN_HAS_AMX
@@ -259,10 +262,10 @@ static void load_queries(const Problem& p, ForwardScratch& s) {
   load_panel(p, s.block, p.args->q, p.args->q_stride, s.rows, s.panel);
 }
 
-// lse[r] = ln(sum) + ln(2) pivot of the rows of a block.
-static void log_sums(const Block& block, const float* pivot, const float* sum, float* lse) {
+// lse[r] = ln(sum) + ln(2) m for the rows of a block.
+static void log_sums(const Block& block, const float* m, const float* sum, float* lse) {
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
-    const vf logarithm = log(load(sum + r)), shift = load(pivot + r) * (float)kLn2;
+    const vf logarithm = log(load(sum + r)), shift = load(m + r) * (float)kLn2;
     store(lse + r, select(load(sum + r) == 0.0f, set1(-kInf), logarithm + shift));
   }
 }
@@ -293,7 +296,7 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
   walk(p, seq, kv_head, s, kSequence);
   if (s.empty) memset(s.out, 0, sizeof(float) * s.block.count * dim);
   float lse[kBlockM];
-  log_sums(s.block, s.pivot, s.sum, lse);
+  log_sums(s.block, s.m, s.sum, lse);
   for (int64_t r = 0; r < s.block.count; r++) {
     float* row = s.out + r * dim;
     float factor = reciprocal(s.sum[r]);
@@ -306,7 +309,7 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
   }
 }
 
-// The prefixes, packed by all threads of the team; a barrier follows.
+// Packs the prefixes with all threads of the team. A barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)  // FAULT: prefix-read-before-it-is-packed
   for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {
@@ -331,7 +334,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   use_pairs(problem);
 #endif
   const int64_t num_tasks = plan.num_units * args.num_kv_heads;
-  const int num_threads = (int)most(1, least(args.num_threads, num_tasks));
+  const int num_threads = (int)max(1, min(args.num_threads, num_tasks));
   const int64_t packed_size = args.bank_size * args.num_kv_heads * problem.packed_len * problem.padded_dim;
 
   float *packed_k = nullptr, *packed_v = nullptr;
@@ -363,9 +366,9 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
       const Unit& unit = plan.units[task / args.num_kv_heads];
       const Sequence& seq = plan.sequences[unit.sequence];
       const int64_t kv_head = task % args.num_kv_heads, blocks = num_position_blocks(plan, seq);
-      s.tiles.open(seq, kv_head, blocks * (plan.group_size / plan.heads_per_block) > unit.parts);
-      for (int64_t b = unit.part; b < blocks; b += unit.parts) {
-        prefetch_rows(problem, seq, kv_head, b + unit.parts, args.q, args.q_stride);
+      s.tiles.open(seq, kv_head, blocks * (plan.group_size / plan.heads_per_block) > unit.splits);
+      for (int64_t b = unit.split; b < blocks; b += unit.splits) {
+        prefetch_rows(problem, seq, kv_head, b + unit.splits, args.q, args.q_stride);
         for (int64_t head = 0; head < plan.group_size; head += plan.heads_per_block) {
           make_block(problem, seq, kv_head, b, head, s.block);
           forward_block(problem, seq, kv_head, s);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C entry points: checks, the choice of an instruction set, and the plan of a call.
+// The C entry points: they check arguments, choose an instruction set and plan the call.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -45,9 +45,9 @@ constexpr int64_t kDecodeRows = 32;  // positions x heads of a group up to which
 
 constexpr int64_t kMaxPartials = int64_t(256) << 20;  // bytes of partial sums of one sequence
 
-constexpr size_t kKeptScratch = size_t(256) << 20;  // larger ones go back after the call
+constexpr size_t kKeptScratch = size_t(256) << 20;  // bytes; larger scratch memory is freed after the call
 
-// Rows of `sequences`, longest first, cut so that `target` tasks exist; a unit has at least `least_blocks` row blocks.
+// Makes the plan of one call. Owns the arrays that the plan points to.
 struct Planner {
   Plan plan{};
   std::vector<Sequence> sequences;
@@ -78,16 +78,18 @@ struct Planner {
     }
   }
 
-  int64_t blocks(const Sequence& s) const { return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block; }
+  int64_t blocks(const Sequence& s) const {
+    return (s.q_len + plan.positions_per_block - 1) / plan.positions_per_block;
+  }
 
-  // About how long a sequence takes, for one kv head.
+  // The approximate time that a sequence takes, for one kv head.
   double work(const Sequence& s) const { return double(s.q_len) * (double(s.kv_len) / 2 + double(s.prefix_len) + 1); }
 
-  void add_units(int32_t sequence, int64_t parts) {
-    parts = std::max<int64_t>(1, std::min(parts, blocks(sequences[sequence])));
-    for (int64_t part = 0; part < parts; part++)
-      units.push_back({sequence, int32_t(part), int32_t(parts), int32_t(plan.num_partials + part)});
-    if (parts > 1) plan.num_partials += int32_t(parts);
+  void add_units(int32_t sequence, int64_t splits) {
+    splits = std::max<int64_t>(1, std::min(splits, blocks(sequences[sequence])));
+    for (int64_t split = 0; split < splits; split++)
+      units.push_back({sequence, int32_t(split), int32_t(splits), int32_t(plan.num_partials + split)});
+    if (splits > 1) plan.num_partials += int32_t(splits);
   }
 
   double total_work() const {
@@ -96,9 +98,9 @@ struct Planner {
     return total;
   }
 
-  // Rows do not depend on each other: cut as the threads like it.
+  // Rows do not depend on each other, so the number of threads may decide how they are cut.
   const Plan& forward(const peftkern_attention& a) {
-    // Rows of several samples are in the order of their positions only if a window makes no difference between them.
+    // The rows of several samples are ordered by position only if no window distinguishes them.
     const bool ordered = a.q_len == 1 || !a.window || !a.prefix_in_window;
     if (a.q_len * plan.group_size <= kDecodeRows && ordered && !a.cu_seqlens && !a.gate && a.dropout_p == 0.0)
       return decode();
@@ -142,12 +144,12 @@ struct Planner {
     const double share = total_work() * double(a.num_kv_heads) / kTasks;
     double filled = 0;
     for (int32_t i : order) {
-      const int64_t bytes = 8 * (sequences[i].kv_len + 1) * (a.head_dim + 1) * a.num_kv_heads;  // of a part's dk and dv
-      const int64_t parts = std::min<int64_t>({int64_t(work(sequences[i]) / share) + 1, 8, kMaxPartials / bytes});
+      const int64_t bytes = 8 * (sequences[i].kv_len + 1) * (a.head_dim + 1) * a.num_kv_heads;  // dk and dv of a split
+      const int64_t splits = std::min<int64_t>({int64_t(work(sequences[i]) / share) + 1, 8, kMaxPartials / bytes});
       const int32_t first = int32_t(units.size());
-      add_units(i, parts > 1 && blocks(sequences[i]) >= 2 * parts ? parts : 1);
+      add_units(i, splits > 1 && blocks(sequences[i]) >= 2 * splits ? splits : 1);
       for (int32_t unit = first; unit < int32_t(units.size()); unit++) {
-        const double size = work(sequences[i]) / units[unit].parts;
+        const double size = work(sequences[i]) / units[unit].splits;
         if (groups.empty() || groups.back().prefix != sequences[i].prefix || filled + size > 1.25 * share) {
           groups.push_back({unit, 0, sequences[i].prefix});
           filled = 0;
@@ -179,7 +181,7 @@ bool valid(const peftkern_attention& a) {
   return known && sizes && a.window >= 0 && a.dropout_p >= 0.0 && a.dropout_p < 1.0;
 }
 
-// The offsets and indices that memory depends on.
+// Checks the offsets and indices that memory accesses depend on.
 bool valid_indices(const peftkern_attention& a) {
   const int64_t count = a.cu_seqlens ? a.num_sequences : a.batch;
   if (a.cu_seqlens) {
@@ -202,11 +204,12 @@ bool valid_indices(const peftkern_attention& a) {
 }
 
 #if defined(PEFTKERN_AMX) && defined(__linux__)
-// The processor has tiles, the kernel saves them, and lets this process use them: it asks to be asked.
+// Whether the processor has AMX, the kernel saves its tiles, and this process may use them. Linux requires an explicit
+// permission request.
 bool request_amx() {
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;                                  // AMX-BF16, AMX-TILE
   if (!__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) || !(ecx >> 27 & 1)) return false;  // OSXSAVE
   asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   constexpr unsigned kTileState = 3u << 17;
@@ -225,8 +228,7 @@ bool has_amx() { return false; }
 bool has_isa(int isa) {
 #if PEFTKERN_X86
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (isa) {
@@ -239,7 +241,8 @@ bool has_isa(int isa) {
   return isa == PEFTKERN_ISA_PORTABLE;
 }
 
-// Two multiply-adds of bf16 pairs take as long as two of floats on AMD's cores, but four times as long on Intel's.
+// Whether a multiply-add of bf16 pairs is as fast as one of floats. It is on AMD's cores; on Intel's it takes four
+// times as long.
 bool has_fast_bf16() {
 #if PEFTKERN_X86
   __builtin_cpu_init();
@@ -254,7 +257,7 @@ int choose_isa(int64_t requested, int64_t dtype) {
   return requested <= PEFTKERN_ISA_AMX_BF16 && has_isa(int(requested)) ? int(requested) : -1;
 }
 
-// A nested type is not deduced: null is a kernel too.
+// A nested type is not deduced, so that null can be passed as a kernel.
 template <typename Args>
 struct KernelOf {
   typedef int (*type)(const Args&, const Plan&);
@@ -296,7 +299,7 @@ void* acquire_scratch(size_t bytes) {
 
 using namespace peftkern;
 
-// native.py fills these as arrays of eight-byte fields.
+// peftkern/native/abi.py relies on structs of eight-byte fields without padding.
 static_assert(sizeof(peftkern_attention) == 65 * 8 && sizeof(peftkern_attention_backward) == 97 * 8);
 static_assert(sizeof(peftkern_embedding) == 23 * 8 && sizeof(peftkern_embedding_backward) == 28 * 8);
 

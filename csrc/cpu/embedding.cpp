@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// [prompt | weight[input_ids]] in one pass, and its gradients.
+// [prompt | weight[input_ids]] in one pass, and the gradients of prompt and weight.
 #include <omp.h>
 
 #include <cstring>
@@ -39,7 +39,8 @@ int64_t token_of(const peftkern_embedding& a, int64_t b, int64_t s) {
 }
 
 // row += dout[b, position, begin:end]
-void add_row(const peftkern_embedding_backward& g, int64_t b, int64_t position, int64_t begin, int64_t end, float* row) {
+void add_row(const peftkern_embedding_backward& g, int64_t b, int64_t position, int64_t begin, int64_t end,
+             float* row) {
   const int64_t dtype = g.forward.dtype;
   const char* source = offset(g.dout, dtype, b * g.dout_stride[0] + position * g.dout_stride[1]);
   int64_t e = begin;
@@ -61,7 +62,7 @@ int peftkern_soft_prompt_embedding(const peftkern_embedding* args) {
   if (!args || !valid(*args)) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_embedding& a = *args;
   const int64_t length = a.prompt_len + a.seq_len, size = a.dtype == PEFTKERN_FLOAT32 ? 4 : 2;
-#pragma omp parallel for num_threads((int)most(1, a.num_threads)) schedule(static)
+#pragma omp parallel for num_threads((int)max(1, a.num_threads)) schedule(static)
   for (int64_t i = 0; i < a.batch * length; i++) {
     const int64_t b = i / length, position = i % length;
     char* out = static_cast<char*>(a.out) + i * a.dim * size;
@@ -94,7 +95,7 @@ int peftkern_soft_prompt_embedding_backward(const peftkern_embedding_backward* a
   if (!args || !valid(args->forward)) return PEFTKERN_INVALID_ARGUMENT;
   const peftkern_embedding_backward& g = *args;
   const peftkern_embedding& a = g.forward;
-#pragma omp parallel num_threads((int)most(1, a.num_threads))
+#pragma omp parallel num_threads((int)max(1, a.num_threads))
   {
     if (g.dprompt) {
 #pragma omp for schedule(static)
@@ -109,7 +110,8 @@ int peftkern_soft_prompt_embedding_backward(const peftkern_embedding_backward* a
       // Each thread owns a range of columns and adds the tokens in their order.
       const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
       const int64_t begin = a.dim * thread / threads, end = a.dim * (thread + 1) / threads;
-      for (int64_t v = 0; v < a.vocab_size; v++) memset(g.dweight + v * a.dim + begin, 0, sizeof(float) * (end - begin));
+      for (int64_t v = 0; v < a.vocab_size; v++)
+        memset(g.dweight + v * a.dim + begin, 0, sizeof(float) * (end - begin));
       for (int64_t b = 0; b < a.batch; b++)
         for (int64_t s = 0; s < a.seq_len; s++)
           add_row(g, b, a.prompt_len + s, begin, end, g.dweight + token_of(a, b, s) * a.dim);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// C = A B on small matrices that lie in cache. Elements of A are broadcast, so A may lie in either order; rows of B and C
-// are vectors. C is fp32 and is handed to a functor while it is in registers. The elements T of A and B are floats, or
-// pairs of bf16 that follow each other along the summed dimension, in one word (K then counts pairs).
+// C = A B for small matrices in cache. Elements of A are broadcast, so A may have either memory order; rows of B and C
+// are vectors. C is fp32 and is passed to an epilogue while it is in registers. The elements T of A and B are floats,
+// or words that hold two bf16 numbers adjacent along the summed dimension (K then counts pairs).
 #ifndef PEFTKERN_CPU_GEMM_H_
 #define PEFTKERN_CPU_GEMM_H_
 
@@ -27,7 +27,7 @@ PEFTKERN_INLINE vf multiply_add(uint32_t a, vu b, vf c) {
 #endif
 
 // Registers: rows x vectors of accumulators, one vector row of B, one broadcast. At least eight accumulators hide the
-// latency of a multiply-add. All counts of rows are even, so that rows can be paired while they are in registers.
+// latency of a multiply-add. Counts of rows are even, so that rows can be paired while they are in registers.
 #if PEFTKERN_LANES == 16
 constexpr int kMaxVectors = 4;
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
@@ -40,13 +40,13 @@ struct Range {
   int64_t begin, end;
 };
 
-// Every row of C sums the same k.
+// Every row of C sums over all k.
 struct All {
   int64_t K;
   Range operator()(int64_t, int64_t) const { return {0, K}; }
 };
 
-// C (+)= the products. Added last and not first: long sums are sums of block sums, which round less.
+// C (+)= the products. C is added at the end: a sum of block sums has smaller rounding errors than one long sum.
 struct Store {
   float* C;
   int64_t ldc;

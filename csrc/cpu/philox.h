@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011), `kCount` counters that
-// differ in their second word at once.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011), for `kCount`
+// counters at once.
 #ifndef PEFTKERN_CPU_PHILOX_H_
 #define PEFTKERN_CPU_PHILOX_H_
 

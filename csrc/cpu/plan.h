@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a call is cut into tasks. A function of sizes and ids only wherever sums depend on it, never of the threads.
+// How a call is cut into tasks. Where sums depend on it, the plan depends on sizes and ids only, never on the number of
+// threads.
 //
-// Compiled for the plainest processor; the kernels see plain arrays. No inline function may live here: a linker may keep
-// the copy that was compiled for a processor that is not there.
+// The plan is computed by code for the plainest processor; the kernels see plain arrays. Do not define inline functions
+// here: a linker may keep the copy that was compiled for an instruction set that this processor lacks.
 #ifndef PEFTKERN_CPU_PLAN_H_
 #define PEFTKERN_CPU_PLAN_H_
 
@@ -13,9 +14,9 @@
 
 namespace peftkern {
 
-constexpr int kBlockM = 64;  // query rows of a block: positions x heads that share a kv head
-constexpr int kBlockN = 96;  // keys of a tile
-constexpr int64_t kDiagonalKeys = 12;  // keys that are looked at together on the causal diagonal
+constexpr int kBlockM = 64;            // query rows of a block: positions x heads that share a kv head
+constexpr int kBlockN = 96;            // keys of a tile
+constexpr int64_t kDiagonalKeys = 12;  // keys that are processed together on the causal diagonal
 constexpr int64_t kMaxHeadDim = 256;
 
 // One sample, or one packed sequence. Queries are rows [start, start + q_len) of sample `batch`; so are the keys.
@@ -27,13 +28,13 @@ struct Sequence {
 // Keys that one task of a decode reads, a multiple of kBlockN.
 constexpr int64_t kDecodeKeys = 960;
 
-// The row blocks part, part + parts, part + 2 parts, ... of a sequence.
+// One of the splits of a sequence: its row blocks split, split + splits, split + 2 splits, ...
 struct Unit {
-  int32_t sequence, part, parts;
-  int32_t partial;  // where parts > 1: index of the partial sums of dk and dv
+  int32_t sequence, split, splits;
+  int32_t partial;  // if splits > 1: the index of the partial sums of dk and dv
 };
 
-// Consecutive units that see one prefix and add to one partial sum of its gradient.
+// Consecutive units that see the same prefix and add to the same partial sum of its gradient.
 struct Group {
   int32_t first, count;
   int64_t prefix;
@@ -41,7 +42,7 @@ struct Group {
 
 struct Plan {
   int64_t group_size, heads_per_block, positions_per_block;  // block rows = positions x heads
-  bool decode;  // few rows against many keys: see attention_decode.h
+  bool decode;                                               // few rows against many keys: see attention_decode.h
   int32_t num_sequences, num_units, num_groups, num_partials;
   int64_t max_kv_len, max_prefix_len;
   const Sequence* sequences;
@@ -49,17 +50,17 @@ struct Plan {
   const Group* groups;
 };
 
-// Scratch memory that is kept between calls of a thread (fresh pages cost more than small kernels). Null: out of memory.
+// Scratch memory that a thread keeps between calls, as fresh pages cost more than small kernels. Null: out of memory.
 void* acquire_scratch(size_t bytes);
 
 int64_t read_index(const void* data, int64_t dtype, int64_t i);
 
 #define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16) F(amx_bf16)
 
-#define PEFTKERN_DECLARE(isa)                                                               \
-  namespace isa {                                                                           \
-  int attention_forward(const peftkern_attention& args, const Plan& plan);                  \
-  int attention_backward(const peftkern_attention_backward& args, const Plan& plan);        \
+#define PEFTKERN_DECLARE(isa)                                                        \
+  namespace isa {                                                                    \
+  int attention_forward(const peftkern_attention& args, const Plan& plan);           \
+  int attention_backward(const peftkern_attention_backward& args, const Plan& plan); \
   }
 PEFTKERN_FOR_EACH_ISA(PEFTKERN_DECLARE)
 #undef PEFTKERN_DECLARE

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block's rows as factors of products, the products themselves, and what hides some of them.
+// A block's rows as factors of products, the products, and the masks that hide some of them.
 #ifndef PEFTKERN_CPU_PRODUCTS_H_
 #define PEFTKERN_CPU_PRODUCTS_H_
 
@@ -14,7 +14,7 @@ PEFTKERN_INLINE const char* row_address(const Problem& p, const Block& block, in
                 block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2]);
 }
 
-// Row r of the block: rows[r][padded_dim], floats.
+// Writes the block's rows as floats, rows[r][padded_dim].
 static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows) {
   const int64_t dtype = p.args->dtype;
   for (int64_t r = 0; r < block.count; r++)
@@ -38,7 +38,7 @@ static void transpose_rows(const Problem& p, const Block& block, const float* ro
 }
 
 #if PEFTKERN_HAS_PAIRS
-// panel[d / 2][r] = (x[r][d], x[r][d + 1]) of a block's rows x.
+// panel[d / 2][r] = (x[r][d], x[r][d + 1]) for a block's rows x.
 static void gather_pair_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride,
                               float* panel) {
   const int64_t count = p.head_dim / 2;
@@ -57,7 +57,7 @@ static void gather_pair_panel(const Problem& p, const Block& block, const void* 
   }
 }
 
-// by_row[r / 2][d] = (x[r][d], x[r + 1][d]), zero beyond the rows where tiles read it
+// by_row[r / 2][d] = (x[r][d], x[r + 1][d]), with zeros beyond the rows where AMX tiles read them.
 static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride,
                              float* by_row) {
   for (int64_t r = 0; r < block.count; r += 2)
@@ -74,8 +74,8 @@ static void gather_row_pairs(const Problem& p, const Block& block, const void* d
 }
 #endif
 
-// A block's rows as the second factor of products with keys: panel[d][r], or pairs of d. `rows` is left with the rows
-// themselves, floats, where they are not pairs.
+// Writes a block's rows as the second factor of products with keys: panel[d][r], or pairs along d. Without pairs,
+// `rows` receives the rows as floats.
 static void load_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows,
                        float* panel) {
 #if PEFTKERN_HAS_PAIRS
@@ -85,7 +85,7 @@ static void load_panel(const Problem& p, const Block& block, const void* data, c
   transpose_rows(p, block, rows, panel);
 }
 
-// C [n keys, count rows] = keys times a panel, over the head's dimension.
+// C [n keys, count rows] = keys times a panel, summed over the head dimension.
 template <typename Finish>
 PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t first_key, int64_t n, const float* panel,
                                    int64_t count, const Finish& finish) {
@@ -102,41 +102,41 @@ PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t f
   gemm<false>(n, count, All{p.head_dim}, keys.data + first_key * keys.stride, keys.stride, panel, kBlockM, finish);
 }
 
-// The keys of a tile that rows i, i + 1, ... (counted from `first`) of a block see: the range that their sums take.
+// The keys of a tile that rows i, i + 1, ... of a block, counted from `first`, see: the range that is summed.
 struct VisibleKeys {
   const int32_t* high;  // null: all
   int64_t begin, n, first;
   bool pairs;
 
   Range operator()(int64_t i, int64_t rows) const {
-    const int64_t count = high ? most(0, least(n, high[first + i + rows - 1] - begin)) : n;
+    const int64_t count = high ? max(0, min(n, high[first + i + rows - 1] - begin)) : n;
     return {0, pairs ? (count + 1) / 2 : count};
   }
 };
 
 #if PEFTKERN_HAS_AMX
-// The pairs of keys that the columns of a step see, which are rows of the block.
+// The pairs of keys that the columns of a step, which are rows of the block, see.
 struct VisiblePairs {
   VisibleKeys visible;
 
   Range operator()(int64_t, int64_t j) const { return visible(j, kTileStep); }
 };
 
-// sums [dim][kBlockM] (+)= keys or values, transposed, times weights [n / 2][kBlockM], for `columns` rows of the block.
-// Weights are padded with zeros to whole tiles of keys.
+// sums [dim][kBlockM] (+)= transposed keys or values times weights [n / 2][kBlockM], for `columns` rows of the block.
+// The weights are padded with zeros to whole tiles of keys.
 static void multiply_keys_in_tiles(const Problem& p, const VisibleKeys& visible, int64_t columns, const float* weights,
                                    const Rows& by_key, float* sums, bool accumulate) {
   gemm_tiles(p.padded_dim, columns, VisiblePairs{visible}, words(by_key.data), by_key.stride, words(weights), kBlockM,
              Accumulate{sums, kBlockM, accumulate});
 }
 
-// Zeros behind the weights of n keys, up to whole tiles.
+// Pads the weights of n keys with zeros to whole tiles.
 PEFTKERN_INLINE void pad_weights(float* weights, int64_t n, RowRange rows) {
   for (int64_t j = (n + 1) / 2; j < round_up(n, kTileStep) / 2; j++)
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) store(weights + j * kBlockM + r, zero());
 }
 
-// rows[r][dim] of sums [dim][kBlockM].
+// rows[r][d] = sums[d][r]
 static void transpose_sums(const Problem& p, const Block& block, const float* sums, float* rows) {
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
     for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
@@ -150,7 +150,8 @@ static void transpose_sums(const Problem& p, const Block& block, const float* su
 }
 #endif
 
-// C [count rows, dim] = weights^T times keys or values, over the keys. `weights` is [n][kBlockM], or pairs of keys.
+// C [count rows, dim] = weights^T times keys or values, summed over the keys. `weights` is [n][kBlockM], or pairs of
+// keys.
 template <typename Finish>
 PEFTKERN_INLINE void multiply_keys(const Problem& p, const VisibleKeys& visible, int64_t count, const float* weights,
                                    const Rows& by_key, const Finish& finish) {
@@ -161,18 +162,18 @@ PEFTKERN_INLINE void multiply_keys(const Problem& p, const VisibleKeys& visible,
   gemm<true>(count, p.padded_dim, visible, weights, kBlockM, by_key.data, by_key.stride, finish);
 }
 
-// Whether the causal diagonal crosses a tile: later keys are hidden from earlier rows.
+// Whether the causal diagonal crosses a tile, so that some rows do not see its last keys.
 static bool on_diagonal(const Block& block, Part part, int64_t begin, int64_t n) {
   return part == kSequence && begin + n > block.high_min;
 }
 
-// Whether some row of the block must not see some key of a tile.
+// Whether any key of a tile is hidden from any row of the block.
 static bool some_hidden(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n) {
   if (part == kPrefix) return begin < block.prefix_low_max;
   return p.args->key_mask || begin < block.low_max || on_diagonal(block, part, begin, n);
 }
 
-// What hides products of a tile while they are in registers.
+// Replaces the hidden products of a tile by -inf while they are in registers.
 struct Hidden {
   const int32_t *low, *high;  // as in Block; high null: no end
   const uint8_t* mask;        // of the tile's keys; null: none
@@ -208,20 +209,20 @@ static Hidden hidden_of(const Problem& p, const Sequence& s, const Block& block,
   return {block.low, block.high, mask, a.key_mask_stride[1], begin};
 }
 
-// Calls f(key, count, row, hidden) for groups of a tile's keys: the first row that may see them, and whether something
-// hides any of them from any row of the rest. On the causal diagonal groups are small.
+// Calls f(key, count, row, hidden) for each group of a tile's keys: `row` is the first row that may see them, `hidden`
+// tells whether any of them is hidden from any row from there on. Groups are small on the causal diagonal.
 template <typename F>
 PEFTKERN_INLINE void for_key_groups(const Problem& p, const Block& block, Part part, int64_t begin, int64_t n,
                                     RowRange rows, const F& f) {
   const bool diagonal = on_diagonal(block, part, begin, n);
   if (!diagonal) return f(0, n, rows.begin, some_hidden(p, block, part, begin, n));
   const int64_t step = p.diagonal_keys;
-  const int64_t below = most(0, block.high_min - begin) / step * step;
+  const int64_t below = max(0, block.high_min - begin) / step * step;
   if (below) f(0, below, rows.begin, some_hidden(p, block, part, begin, below));
   for (int64_t key = below; key < n; key += step) {
     int64_t first = rows.begin;
     while (first + block.step < rows.end && block.high[first + block.step - 1] <= begin + key) first += block.step;
-    f(key, least(step, n - key), first, true);
+    f(key, min(step, n - key), first, true);
   }
 }
 

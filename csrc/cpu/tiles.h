@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of keys and values: a sequence's, widened or paired when they are first asked for, and a prefix's, packed once.
+// Tiles of keys and values. Those of a sequence are widened or paired on first use, those of a prefix are packed once.
 #ifndef PEFTKERN_CPU_TILES_H_
 #define PEFTKERN_CPU_TILES_H_
 
@@ -8,14 +8,14 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// Keys and values of the sequence at hand, widened or paired; a tile is made when it is first asked for.
+// The keys and values of the current sequence, widened or paired on first use.
 struct SequenceTiles {
-  float *k, *v;  // [length, padded_dim] each; of pairs: rows of k and then `by_key`; rows of v
+  float *k, *v;  // [length, padded_dim] each; with pairs, k holds rows and then `by_key`
   uint8_t* ready;
   int64_t length;
   const Sequence* sequence;
   int64_t kv_head;
-  bool keep;  // every tile has its own place; else all share one
+  bool keep;  // every tile has memory of its own; else all share one
 
   void open(const Sequence& s, int64_t head, bool keep_tiles) {
     if (sequence == &s && kv_head == head && keep && keep_tiles) return;
@@ -25,10 +25,10 @@ struct SequenceTiles {
     if (keep) memset(ready, 0, (s.kv_len + kBlockN - 1) / kBlockN);
   }
 
-  // The next tile's rows lie far apart, where processors do not look for them.
+  // Prefetches the next tile. Its rows are far apart, so hardware prefetchers miss them.
   void prefetch(const Problem& p, int64_t base_k, int64_t base_v, int64_t begin) const {
     const peftkern_attention& a = *p.args;
-    const int64_t end = least(sequence->kv_len, begin + kBlockN), line = a.dtype == PEFTKERN_FLOAT32 ? 16 : 32;
+    const int64_t end = min(sequence->kv_len, begin + kBlockN), line = a.dtype == PEFTKERN_FLOAT32 ? 16 : 32;
     for (int64_t t = sequence->start + begin; t < sequence->start + end; t++)
       for (int64_t d = 0; d < p.head_dim; d += line) {
         __builtin_prefetch(offset(a.k, a.dtype, base_k + t * a.k_stride[2] + d));
@@ -80,7 +80,7 @@ struct SequenceTiles {
         if (p.backward) pad_rows(p, n, v_row, v_rows);
         for (int64_t j = 0; j < n; j += kTileStep) {
           const auto summed = [&](int64_t i) { return p.backward ? k_row(j + i) : v_row(j + i); };
-          transpose_pairs(p, least(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
+          transpose_pairs(p, min(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
         }
       }
       return {{k_rows, width}, {v_rows, width}, {by_key, kBlockN / 2}};
@@ -106,7 +106,7 @@ struct SequenceTiles {
 #endif
 
 #if PEFTKERN_HAS_AMX
-  // n rows and zeros, up to kTileStep rows of padded_dim.
+  // Copies n rows and pads them with zeros to kTileStep rows of padded_dim.
   template <typename Row>
   static void pad_rows(const Problem& p, int64_t n, const Row& row, float* out) {
     const int64_t width = p.padded_dim / 2, bytes = 2 * p.head_dim, padding = 2 * p.padded_dim - bytes;
@@ -129,7 +129,7 @@ static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, in
   return {{k + begin * width, width}, {v + begin * width, width}, {by_key, p.amx ? kBlockN / 2 : dim}};
 }
 
-// Tokens begin, ..., begin + n - 1 of one head of one prefix: widened, rounded to q's dtype.
+// Widens tokens [begin, begin + n) of one head of one prefix, rounded to q's dtype.
 static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int64_t begin, int64_t n, float* out_k,
                          float* out_v) {
   const peftkern_attention& a = *p.args;
@@ -148,12 +148,12 @@ static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int6
 }
 
 #if PEFTKERN_HAS_PAIRS
-// One head of one prefix as pairs, laid out as `prefix_tile` reads them.
+// Stores one head of one prefix as pairs, in the layout that prefix_tile() reads.
 static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* out_k, float* out_v) {
   const int64_t dim = p.padded_dim, length = p.args->prefix_len;
   alignas(64) float k[2 * kMaxHeadDim] = {}, v[2 * kMaxHeadDim] = {};
   for (int64_t j = 0; j < length; j += 2) {
-    const int64_t n = least(2, length - j);
+    const int64_t n = min(2, length - j);
     widen_prefix(p, prefix, kv_head, j, n, k, v);
     if (n < 2) {
       memset(k + dim, 0, sizeof(float) * dim);
@@ -179,8 +179,8 @@ static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float
   const uint16_t* summed = reinterpret_cast<const uint16_t*>(p.backward ? out_k : out_v);
   for (int64_t j = 0; j < length; j += kTileStep) {
     uint32_t* by_key = words(out_k) + (p.packed_len + j / kBlockN * kBlockN) * dim / 2 + j % kBlockN / 2;
-    transpose_pairs(p, least(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key,
-                    kBlockN / 2);
+    transpose_pairs(
+        p, min(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key, kBlockN / 2);
   }
 #endif
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of floats, one width per instruction set. Compilers' vector extensions carry the arithmetic; intrinsics appear
-// where a compiler does not find the instruction. Included by one source file per instruction set, which defines
-// PEFTKERN_ISA (the namespace) and PEFTKERN_LANES.
+// Vectors of floats, with one width per instruction set. Arithmetic uses the compilers' vector extensions; intrinsics
+// are used where compilers miss the instruction. Each instruction set has one source file that defines PEFTKERN_ISA
+// (the namespace) and PEFTKERN_LANES and includes this file.
 #ifndef PEFTKERN_CPU_VEC_H_
 #define PEFTKERN_CPU_VEC_H_
 
@@ -54,7 +54,7 @@ PEFTKERN_INLINE vi bits(vf x) { return (vi)x; }
 PEFTKERN_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 PEFTKERN_INLINE vf zero() { return vf{}; }
 
-// The larger; b where either is NaN.
+// The maximum of each lane; b where either is NaN.
 PEFTKERN_INLINE vf max(vf a, vf b) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -66,7 +66,6 @@ PEFTKERN_INLINE vf max(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
-PEFTKERN_INLINE vf min(vf a, vf b) { return -max(-a, -b); }
 
 PEFTKERN_INLINE bool any_greater(vf a, vf b) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512F__)
@@ -82,7 +81,7 @@ PEFTKERN_INLINE bool any_greater(vf a, vf b) {
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Swaps the bit `kWidth` of the row's number and of the lane's.
+// Swaps the bit `kWidth` of the row index with that of the lane index.
 template <int kWidth>
 PEFTKERN_INLINE void transpose_bit(vf* rows) {
   vi first, second;
@@ -101,7 +100,7 @@ PEFTKERN_INLINE void transpose_bit(vf* rows) {
 }
 #endif
 
-// The square that rows[0..kLanes) are, transposed.
+// Transposes the square matrix rows[0..kLanes).
 PEFTKERN_INLINE void transpose(vf* rows) {
 #if defined(__GNUC__) && !defined(__clang__)
   transpose_bit<1>(rows);
@@ -118,7 +117,7 @@ PEFTKERN_INLINE void transpose(vf* rows) {
 #endif
 }
 
-// Sum of the lanes, halves first.
+// The sum of the lanes, by repeated halving.
 PEFTKERN_INLINE float reduce_add(vf x) {
   float lane[kLanes];
   store(lane, x);
@@ -127,7 +126,8 @@ PEFTKERN_INLINE float reduce_add(vf x) {
   return lane[0];
 }
 
-// 2^f, a minimax polynomial that is 1 at 0: for 0 <= f <= 1 where exp2 takes the floor off, else for |f| <= 1/2.
+// 2^f by a minimax polynomial that is exactly 1 at 0: for 0 <= f <= 1 where exp2 subtracts the floor, else for |f| <=
+// 1/2.
 PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512DQ__)
   constexpr float c[] = {1.867130228e-03f, 9.017029988e-03f, 5.579991334e-02f, 2.401644501e-01f, 6.931513118e-01f};
@@ -141,8 +141,8 @@ PEFTKERN_INLINE vf exp2_of_fraction(vf f) {
   return p * f + 1.0f;
 }
 
-// 2^x for x <= 127, relative error 2e-7; 0 below 2^-150, or below 2^-126 where it rounds by adding 1.5 2^23 + 127, whose low
-// bits then hold the biased exponent; NaN stays NaN.
+// 2^x for x <= 127, relative error 2e-7; 0 below 2^-150, or below 2^-126 where it rounds by adding 1.5 2^23 + 127,
+// whose low bits then hold the biased exponent; NaN stays NaN.
 PEFTKERN_INLINE vf exp2(vf x) {
 #if PEFTKERN_LANES == 16 && defined(__AVX512DQ__)
   const vf fraction = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor x
@@ -178,9 +178,9 @@ struct Tanh {
   vf value, slope;
 };
 
-// tanh x and its derivative, relative errors of 2e-7 and 5e-7 while they are normal numbers; NaN stays NaN. With e = e^y,
-// y = -2|x|, they are (1 - e) / (1 + e) = 1 - 2 e / (1 + e) and e (1 + |tanh x|)^2: nothing cancels, near 0 or where tanh
-// rounds to 1. y = n ln 2 + r as in exp2; e^r - 1 = r + r^2 q(r) with a minimax polynomial q.
+// tanh x and its derivative, relative errors of 2e-7 and 5e-7 while they are normal numbers; NaN stays NaN. With e =
+// e^y, y = -2|x|, they are (1 - e) / (1 + e) = 1 - 2 e / (1 + e) and e (1 + |tanh x|)^2: nothing cancels, near 0 or
+// where tanh rounds to 1. y = n ln 2 + r as in exp2; e^r - 1 = r + r^2 q(r) with a minimax polynomial q.
 PEFTKERN_INLINE Tanh tanh(vf x) {
   const float kMagic = 12582912.0f + 127.0f;
   const vi sign = bits(x) & seti(INT32_MIN);
@@ -213,7 +213,7 @@ PEFTKERN_INLINE vh to_bf16(vf x) {
 }
 
 #if PEFTKERN_HAS_PAIRS
-// Both vectors rounded to bf16, one after the other.
+// Both vectors rounded to bf16, the first in the low half.
 PEFTKERN_INLINE vu bf16_both(vf first, vf second) { return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 
 // Words of (low, high), both rounded to bf16.
@@ -274,8 +274,9 @@ PEFTKERN_INLINE vh to_half(vf x) {
 #endif
 }
 
-PEFTKERN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PEFTKERN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+// Not std::min and std::max: a linker may keep the copy of a template that was compiled for another instruction set.
+PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTKERN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 PEFTKERN_INLINE const char* offset(const void* data, int64_t dtype, int64_t elements) {
@@ -312,11 +313,11 @@ PEFTKERN_INLINE vf load_lanes(const void* data, int64_t lanes) {
 template <int64_t kDtype>
 PEFTKERN_INLINE void store_lanes(void* data, vf x, int64_t lanes) {
   if (kDtype == PEFTKERN_FLOAT32) {
-    __builtin_memcpy(data, &x, 4 * least(lanes, kLanes));
+    __builtin_memcpy(data, &x, 4 * min(lanes, kLanes));
     return;
   }
   vh y = kDtype == PEFTKERN_FLOAT16 ? to_half(x) : to_bf16(x);
-  __builtin_memcpy(data, &y, 2 * least(lanes, kLanes));
+  __builtin_memcpy(data, &y, 2 * min(lanes, kLanes));
 }
 
 template <int64_t kDtype>
@@ -326,7 +327,7 @@ static void widen_row_as(const void* src, int64_t n, float* dst) {
   if (i < n) store(dst + i, load_lanes<kDtype>(offset(src, kDtype, i), n - i));
 }
 
-// n values as floats, padded with zeros to whole vectors.
+// Writes n values as floats, padded with zeros to whole vectors.
 PEFTKERN_INLINE void widen_row(const void* src, int64_t dtype, int64_t n, float* dst) {
   if (dtype == PEFTKERN_FLOAT32) return widen_row_as<PEFTKERN_FLOAT32>(src, n, dst);
   if (dtype == PEFTKERN_FLOAT16) return widen_row_as<PEFTKERN_FLOAT16>(src, n, dst);
@@ -342,14 +343,14 @@ static void narrow_row_as(const float* src, float factor, int64_t n, void* dst) 
   if (i < n) store_lanes<kDtype>(out + i * size, load(src + i) * factor, n - i);
 }
 
-// factor * src, rounded to dtype. src is padded to whole vectors.
+// Writes factor * src, rounded to dtype. src is padded to whole vectors.
 PEFTKERN_INLINE void narrow_row(const float* src, float factor, int64_t n, int64_t dtype, void* dst) {
   if (dtype == PEFTKERN_FLOAT32) return narrow_row_as<PEFTKERN_FLOAT32>(src, factor, n, dst);
   if (dtype == PEFTKERN_FLOAT16) return narrow_row_as<PEFTKERN_FLOAT16>(src, factor, n, dst);
   narrow_row_as<PEFTKERN_BFLOAT16>(src, factor, n, dst);
 }
 
-// The values of floats rounded to dtype, in place.
+// Rounds floats to dtype, in place.
 PEFTKERN_INLINE void round_row(float* row, int64_t n, int64_t dtype) {
   if (dtype == PEFTKERN_FLOAT32) return;
   for (int64_t i = 0; i < n; i += kLanes) {

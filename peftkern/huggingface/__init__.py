@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a learned prefix into a Hugging Face model, and takes it out again.
+"""Puts a learned prefix into a Hugging Face model, and removes it again.
 
-Read in this order: :mod:`.patch` (the public calls), :mod:`.model_patch` (the hooks), :mod:`.prefix_patch` and
-:mod:`.prompt_patch` (what they do), :mod:`.attention` (what the layers then compute), :mod:`.packing` and
-:mod:`.layout` (batches as streams), :mod:`.packer` (when), :mod:`.cache`, :mod:`.masks`, :mod:`.survey` and
-:mod:`.trial` (what is found out about a model). :mod:`.sources` says where the prefix comes from, :mod:`.wiring` how
-changes are undone.
+Suggested reading order:
+
+- :mod:`.patch`: the public calls.
+- :mod:`.model_patch`: the hooks of a patched model. :mod:`.prefix_patch` and :mod:`.prompt_patch` implement them for
+  prefixes and prompts, :mod:`.sources` provides the prefix or prompt, and :mod:`.wiring` undoes all changes.
+- :mod:`.attention`: the attention function of the layers, with its :mod:`.cache` and its :mod:`.masks`.
+- :mod:`.packing` and :mod:`.layout`: packed batches. :mod:`.packer` decides when to use them.
+- :mod:`.survey` and :mod:`.trial`: examine a model by running it on a few tokens.
+- :mod:`.concatenation_patch` and :mod:`.fallback_patch`: for models that cannot run a prompt once per batch, and for
+  PEFT models that keep PEFT's code.
 """
 
 from __future__ import annotations
 
-from .patch import patch, patched, unpatch
+from .patch import explain, patch, patched, unpatch
 
-__all__ = ["patch", "patched", "unpatch"]
+__all__ = ["explain", "patch", "patched", "unpatch"]

@@ -15,7 +15,12 @@ from ..model_info import given_cache
 from .cache import PrefixCache
 
 __all__ = [
-    "BOUNDARIES", "bind", "check_replaceable", "forward_arguments", "place_behind", "self_attention_cache",
+    "BOUNDARIES",
+    "bind",
+    "check_replaceable",
+    "count_prefix",
+    "forward_arguments",
+    "self_attention_cache",
     "tokens_of",
 ]  # fmt: skip
 
@@ -55,7 +60,7 @@ def self_attention_cache(kwargs: dict[str, Any]) -> Cache | None:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def place_behind(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
+def count_prefix(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = None) -> None:
     """Count the prefix in the mask and positions of a caller who does not.
 
     Args:

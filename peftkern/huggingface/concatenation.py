@@ -15,7 +15,7 @@ from ..model_info import given_cache
 from .call_arguments import tokens_of
 from .layout import pad_labels
 
-__all__ = ["Concatenated", "concatenate", "continue_behind", "shows_prompt"]
+__all__ = ["Concatenated", "concatenate", "count_concatenated_prompt", "shows_prompt"]
 
 #: Attribute of a cache that contains a concatenated prompt: the length of the prompt.
 _LENGTH = "_peftkern_prompt_len"
@@ -110,10 +110,15 @@ def concatenate(
     return Concatenated(prompt_len, prompt_len + tokens.shape[1], given_cache(kwargs))
 
 
-def continue_behind(cache: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``cache``, or a recurrent state, contains a concatenated prompt.
+def count_concatenated_prompt(cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Count a prompt that is in ``cache``, or in a recurrent state, in the mask and positions of a call.
 
-    If so, the mask and positions of the call are changed to count the prompt.
+    Args:
+        cache: of the call.
+        kwargs: arguments of the call, changed in place.
+
+    Returns:
+        Whether there is such a prompt.
     """
     prompt_len = getattr(cache, _LENGTH, None)
     if prompt_len is not None and _is_empty(cache):  # it has been reset

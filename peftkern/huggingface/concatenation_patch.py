@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain model that has the prompt before every sample, because it cannot run it once per batch."""
+"""The patch for plain models that cannot run a prompt once per batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..model_info import cache_name, rename_cache
 from .call_arguments import forward_arguments, self_attention_cache, tokens_of
 from .calls import running
-from .concatenation import Concatenated, concatenate, continue_behind
+from .concatenation import Concatenated, concatenate, count_concatenated_prompt
 from .prompts import PromptSource, bypassed_hooks
 from .wiring import Patch
 
@@ -21,7 +21,7 @@ __all__ = ["ConcatenationPatch"]
 
 
 class ConcatenationPatch(Patch):
-    """A plain model with the prompt before every sample.
+    """Puts the prompt before every sample of a plain model.
 
     Args:
         model: the module that the user patches.
@@ -65,7 +65,7 @@ class ConcatenationPatch(Patch):
             rename_cache(kwargs, name)
         running.enter(self, module)
         encoded = self.has_encoder and kwargs.get("encoder_outputs") is not None
-        continues = encoded or continue_behind(self_attention_cache(kwargs), kwargs)
+        continues = encoded or count_concatenated_prompt(self_attention_cache(kwargs), kwargs)
         prompt = self.source.find(self, kwargs, continues)
         if prompt is not None:
             rows = prompt.expanded().expand(tokens_of(kwargs).shape[0], -1, -1)

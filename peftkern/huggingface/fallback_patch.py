@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PEFT model that keeps running PEFT's own code."""
+"""The patch for PEFT models that keep running PEFT's own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FallbackPatch"]
 
 
 class FallbackPatch(Patch):
-    """A ``PeftModel`` that runs PEFT's own code, because it cannot run ours.
+    """Marks a ``PeftModel`` that runs PEFT's own code, because it cannot run ours.
 
     Args:
         model: a ``PeftModel``.

@@ -28,21 +28,21 @@ class HostNumbers:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, Tensor] = {}
+        self._requested: dict[str, Tensor] = {}
         self._known: dict[str, list[int]] = {}
 
-    def ask(self, name: str, value: Tensor) -> None:
+    def request(self, name: str, value: Tensor) -> None:
         """Request the integers or booleans of ``value``, under a name."""
-        self._asked[name] = value.flatten().long()
+        self._requested[name] = value.flatten().long()
 
     def fetch(self) -> None:
         """Read everything that was requested."""
-        if self._asked:
-            device = next(iter(self._asked.values())).device
-            values = torch.cat([value.to(device) for value in self._asked.values()]).tolist()
-            for name, value in self._asked.items():
+        if self._requested:
+            device = next(iter(self._requested.values())).device
+            values = torch.cat([value.to(device) for value in self._requested.values()]).tolist()
+            for name, value in self._requested.items():
                 self._known[name], values = values[: value.numel()], values[value.numel() :]
-            self._asked = {}
+            self._requested = {}
 
     def all(self, name: str) -> list[int]:
         """All integers requested under ``name``; empty if there are none."""
@@ -117,14 +117,14 @@ class LayoutBuilder:
             if keep_padding or is_tracing(mask):
                 self._keep = None
             elif self._keep is not None:
-                numbers.ask("kept", self._keep.sum())
-                numbers.ask("hidden", (self._keep & ~self._real).any())  # type: ignore[operator]
+                numbers.request("kept", self._keep.sum())
+                numbers.request("hidden", (self._keep & ~self._real).any())  # type: ignore[operator]
         if labels is not None and not is_tracing(labels):
             labels = labels.to(device)
             begins = self._steps == self._first[:, None] if self._begins is None else self._begins
             targets = targets_of(labels, begins, self._begins is not None)
-            numbers.ask("labelled", (targets != IGNORED).sum())
-            numbers.ask("labelled first", ((labels != IGNORED) & begins).sum())
+            numbers.request("labelled", (targets != IGNORED).sum())
+            numbers.request("labelled first", ((labels != IGNORED) & begins).sum())
 
     def _find_sequences(self, position_ids: Tensor) -> None:
         """Find the several sequences of each row by their positions."""
@@ -135,7 +135,7 @@ class LayoutBuilder:
             )
         self._begins = torch.ones(self.shape, dtype=torch.bool, device=position_ids.device)
         self._begins[:, 1:] = position_ids.diff(dim=1) != 1
-        self.numbers.ask("sequences", self._begins.sum())
+        self.numbers.request("sequences", self._begins.sum())
 
     def _read_mask(
         self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool, keep_gaps: bool
@@ -282,7 +282,7 @@ def targets_of(labels: Tensor, begins: Tensor, several_per_row: bool) -> Tensor:
     Args:
         labels: [B, S].
         begins: bool [B, S], true at the first token of a sequence.
-        packed_rows: a row contains several sequences, and the last token of each predicts nothing. Otherwise the
+        several_per_row: a row contains several sequences, and the last token of each predicts nothing. Otherwise the
             padding before the first token of a row predicts nothing.
     """
     targets = next_labels(labels)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import BOUNDARIES, bind, forward_arguments, place_behind, tokens_of
+from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
 from .masks import LazyMask
@@ -47,7 +47,7 @@ class LogitsError(ValueError):
 
 
 class ModelPatch(Patch):
-    """A prefix or prompt in one model.
+    """Puts a prefix or prompt into one model.
 
     The prefix is passed as a keyword argument: the hook on the backbone adds it, and ``transformers`` forwards it to
     the attention function. Activation checkpointing, which removes the cache from layers, does not affect it.
@@ -64,6 +64,7 @@ class ModelPatch(Patch):
     Attributes:
         prefix_layers: the attention modules that read the prefix.
         packer: decides how calls are packed.
+        tables: the tables of learned positions.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ModelPatch(Patch):
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
-        self._tables: list[PositionTable] = []
+        self.tables: list[PositionTable] = []
         self._noticed: set[str] = set()
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
@@ -126,14 +127,14 @@ class ModelPatch(Patch):
         try:
             with quiet(self.backbone):
                 set_implementation(self._configs(), self.wiring)
-                with watch_tables(self.backbone) as self._tables:
+                with watch_tables(self.backbone) as self.tables:
                     names = {module: name for name, module in self.model.named_modules()}
                     self.prefix_layers, samples = survey(self.backbone, names)
                 for module, info in self.prefix_layers.items():
                     self.wiring.set_attribute(module, LAYER_INFO, info)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
-                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self._tables)
+                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self.tables)
                 self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
             if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
@@ -265,10 +266,10 @@ class ModelPatch(Patch):
         try:
             if packed is None:
                 if not cache.counts_outside:
-                    place_behind(cache, kwargs)
+                    count_prefix(cache, kwargs)
             else:
                 self._pack_inputs(module, packed, cache, kwargs)
-            for table in self._tables:
+            for table in self.tables:
                 table.check(cache, kwargs)
         except Exception:
             cache.finish([])
@@ -284,9 +285,8 @@ class ModelPatch(Patch):
         if tokens.shape[:2] != packed.layout.shape:
             expected = f"{list(packed.layout.shape)} tokens in {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
-        if (
-            kwargs.pop("input_ids", None) is not None
-        ):  # the embedding, with its hooks and wrappers, sees the unpacked batch
+        if kwargs.pop("input_ids", None) is not None:
+            # The embedding may have hooks and wrappers, which see the unpacked batch.
             tokens = module.get_input_embeddings()(tokens)
         kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         kwargs["position_ids"] = packed.positions(cache.offset)

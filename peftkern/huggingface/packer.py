@@ -43,6 +43,9 @@ class Packer:
         reasons: why the model cannot run packed batches; empty if it can.
         head_forward, head: the forward of the base model and its output layer, if the trial has shown that they work
             on packed rows; None if they need the unpacked batch.
+        accepts_logits_to_keep: whether the base model takes ``logits_to_keep``, as causal language models do.
+        has_windows: whether a layer has a sliding window.
+        count_mask: whether positions count the tokens of the mask.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Packer:
         self.base = base
         self.backbone = backbone
         self.prefix_layers = prefix_layers
-        self.base_arguments = forward_arguments(base)
+        self.accepts_logits_to_keep = "logits_to_keep" in forward_arguments(base)
         self._tables = tables
         self._first_layer = _first_layer(backbone, prefix_layers)
         patterns = [info.pattern for info in prefix_layers.values()]
@@ -61,11 +64,6 @@ class Packer:
         self.reasons = _reasons_against(base, backbone, prefix_layers)
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
-
-    @property
-    def accepts_logits_to_keep(self) -> bool:
-        """Whether the base model takes ``logits_to_keep``: a causal language model with an output layer per row."""
-        return "logits_to_keep" in self.base_arguments
 
     def try_out(self, trial: Trial, *, prompts: bool) -> None:
         """Run packed batches of a few rows. Sets :attr:`reasons`, :attr:`head_forward` and :attr:`head`.
@@ -86,9 +84,9 @@ class Packer:
             reason = trial.try_prompt(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
-        elif (
-            self.accepts_logits_to_keep and self.base.loss_function is ForCausalLMLoss and try_head(self.base, trial)
-        ):
+            return
+        shifts_labels = self.base.loss_function is ForCausalLMLoss
+        if self.accepts_logits_to_keep and shifts_labels and try_head(self.base, trial):
             self.head_forward, self.head = type(self.base).forward, self.base.get_output_embeddings()
 
     def _layout_of(self, tokens: Tensor, mask: Tensor, from_first: bool) -> Layout:

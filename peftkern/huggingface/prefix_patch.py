@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..model_info import given_cache
 from .cache import KeyValue, PrefixCache
-from .call_arguments import check_replaceable, place_behind, self_attention_cache, tokens_of
+from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
 from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
@@ -48,7 +48,7 @@ class PrefixSource(Source):
 
 
 class PrefixPatch(ModelPatch):
-    """A prefix of keys and values in one model."""
+    """Puts a prefix of keys and values into one model."""
 
     source: PrefixSource
 
@@ -145,11 +145,11 @@ class PrefixPatch(ModelPatch):
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
             cache = sequence
-        elif self.source.is_given or hasattr(sequence, _STOCK):
-            if hasattr(sequence, _STOCK) and not self.source.is_given:
+        elif self.source.is_given or hasattr(sequence, _REPLACED_CACHE):
+            if hasattr(sequence, _REPLACED_CACHE) and not self.source.is_given:
                 assert sequence is not None
-                prefix: PrefixCache = getattr(sequence, _STOCK)
-                place_behind(prefix, kwargs, sequence.get_seq_length() - prefix.prefix_positions)
+                prefix: PrefixCache = getattr(sequence, _REPLACED_CACHE)
+                count_prefix(prefix, kwargs, sequence.get_seq_length() - prefix.prefix_positions)
             return None
         else:
             check_replaceable(sequence)
@@ -182,16 +182,16 @@ class PrefixPatch(ModelPatch):
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
-        setattr(self_attention, _STOCK, cache)
+        setattr(self_attention, _REPLACED_CACHE, cache)
         given = kwargs.get(self.cache_name)
         if isinstance(given, EncoderDecoderCache) and self_attention is stock:
             stock = EncoderDecoderCache(stock, given.cross_attention_cache)
         kwargs[self.cache_name] = stock
         if not cache.counts_outside:
-            place_behind(cache, kwargs)
+            count_prefix(cache, kwargs)
 
     def _refuse_packing(self, kwargs: dict[str, Any]) -> None:
-        """Warn or raise for several sequences per row. Models tell them apart by positions, but not with a cache."""
+        """Warn or raise for several sequences per row, which models separate by positions only without a cache."""
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return
@@ -212,7 +212,7 @@ class PrefixPatch(ModelPatch):
 _ONE_SEQUENCE_PER_ROW = "one sequence per row"
 
 #: Attribute of a stock cache that contains a prefix: the PrefixCache that it replaces.
-_STOCK = "_peftkern_prefix_cache"
+_REPLACED_CACHE = "_peftkern_prefix_cache"
 
 
 def _is_reentrant(module: Any) -> bool:

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_tracing
 from .cache import PrefixCache, PromptCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
-from .concatenation import Concatenated, concatenate, continue_behind, shows_prompt
+from .concatenation import Concatenated, concatenate, count_concatenated_prompt, shows_prompt
 from .layout import HostNumbers, pad_labels
 from .model_patch import ModelPatch
 from .packing import PackedBatch
@@ -28,7 +28,7 @@ __all__ = ["PromptPatch"]
 
 
 class PromptPatch(ModelPatch):
-    """A prompt that runs once per batch."""
+    """Puts a prompt into one model, which runs it once per batch."""
 
     source: PromptSource
 
@@ -53,7 +53,9 @@ class PromptPatch(ModelPatch):
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Pack every call with a prompt that does not continue a sequence."""
         cache = self_attention_cache(kwargs)
-        continues = isinstance(cache, PrefixCache) or (not self.source.is_given and continue_behind(cache, kwargs))
+        continues = isinstance(cache, PrefixCache) or (
+            not self.source.is_given and count_concatenated_prompt(cache, kwargs)
+        )
         prompt = self.source.find(self, kwargs, continues)
         if continues or prompt is None:
             return None
@@ -92,11 +94,11 @@ class PromptPatch(ModelPatch):
         )  # fmt: skip
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.shape[1] and not is_tracing(mask):
-            numbers.ask("left padding", (mask[:, 0] == 0).any())
-            numbers.ask("padding", (mask == 0).any())
-        prompt.ask(numbers)
+            numbers.request("left padding", (mask[:, 0] == 0).any())
+            numbers.request("padding", (mask == 0).any())
+        prompt.request(numbers)
         numbers.fetch()
-        self.source.notice_differences(kwargs, numbers)
+        self.source.notice_differences(numbers)
         layout = builder.build()
         kwargs["use_cache"] = stores and not layout.several_per_row
         rows, ids = prompt.used(numbers)

@@ -36,10 +36,10 @@ class Prompt:
     shown: bool = False
     given: dict[str, Any] | None = None
 
-    def ask(self, numbers: HostNumbers) -> None:
+    def request(self, numbers: HostNumbers) -> None:
         """Request the number of different prompts in the batch."""
         if self.ids is not None and not is_tracing(self.ids):
-            numbers.ask("prompts", first_of_each(self.ids.sort().values).sum())
+            numbers.request("prompts", first_of_each(self.ids.sort().values).sum())
 
     def used(self, numbers: HostNumbers) -> tuple[Tensor, Tensor | None]:
         """([A, P, E], the prompts in use; [B], the index of each sample's prompt)."""
@@ -106,7 +106,7 @@ class PromptSource(Source):
             continues: whether the call continues a sequence.
         """
 
-    def notice_differences(self, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+    def notice_differences(self, numbers: HostNumbers) -> None:
         """Warn of results that differ from PEFT's. ``numbers`` have been fetched."""
         return
 

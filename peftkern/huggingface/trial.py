@@ -201,7 +201,7 @@ def try_head(base: PreTrainedModel, trial: Trial) -> bool:
     rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
     labels = torch.nn.functional.pad(targets.flatten()[rows], (1, 0), value=IGNORED)[None]
 
-    def forward_behind(output: Any, labels: Tensor) -> Any:
+    def forward_with(output: Any, labels: Tensor) -> Any:
         """The base model's forward, with a backbone that returns ``output``."""
         previous = backbone.__dict__.get("forward")
         backbone.forward = lambda *args, **kwargs: output
@@ -217,9 +217,9 @@ def try_head(base: PreTrainedModel, trial: Trial) -> bool:
 
     try:
         kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
-        want = forward_behind(kind(last_hidden_state=hidden.view(*ids.shape, -1)), ids)
+        want = forward_with(kind(last_hidden_state=hidden.view(*ids.shape, -1)), ids)
         chosen = hidden[torch.nn.functional.pad(rows, (0, 1))][None]
-        got = forward_behind(kind(last_hidden_state=chosen), labels)
+        got = forward_with(kind(last_hidden_state=chosen), labels)
         wanted = want["logits"].flatten(0, 1)[rows]
         return agree(got["logits"][0, :-1], wanted) and agree(got["loss"][None], want["loss"][None])
     except Exception as error:

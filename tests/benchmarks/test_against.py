@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/against.py and benchmarks/patch_time.py run, and leave nothing behind."""
+"""benchmarks/against.py and benchmarks/patch_time.py run and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["script"]  # a fixture
 
 @pytest.fixture
 def repository(tmp_path):
-    """A checkout with a native library, and git in it."""
+    """A git checkout with a native library."""
 
     def git(*arguments: str) -> str:
         about = ["-c", "user.name=a", "-c", "user.email=a@b"]

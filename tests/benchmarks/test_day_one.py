@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first day on a GPU, rehearsed on a CPU: every stage runs, faults are found, a second run goes on."""
+"""The first day on a GPU, rehearsed on a CPU: stages run, planted faults are found, a second run continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEED_A_GPU = {"correct_cuda_bf16", "cuda_graph"}
 
 
 def _run(folder, *arguments, cwd):
-    """From a folder outside of the checkout, with a cache of its own: nothing is installed, nothing left behind."""
+    """Run the script outside of the checkout with a cache of its own, so that it leaves nothing behind."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     environment |= {"XDG_CACHE_HOME": str(folder.parent / "untouched")}
     command = [sys.executable, str(SCRIPT), "--dry-run", "--folder", str(folder), *arguments]
@@ -56,7 +56,7 @@ def test_dry_run(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 2, 3])
 def test_the_checks_of_a_gpu(monkeypatch, tmp_path, part):
-    """All features and shapes, on copies with the same strides, as on a device of its own."""
+    """All features and shapes are right on copies with the same strides, as on another device."""
     monkeypatch.setattr(Context, "device", "cpu:0")
     for dtype, parts in (("bf16", 3), ("fp32", 3)):
         context = Context(tmp_path, dry_run=False, end=math.inf)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark scripts run, check what they time, and read their own results. How fast they say it is: not here."""
+"""The benchmarks run, check what they time, and read their own results. Their times are not tested."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_what_is_interrupted_is_written(script, monkeypatch, tmp_path):
 
 
 def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
-    """Losses are shown; what ran out of memory and what PEFT could not do are said."""
+    """The tables show losses, runs out of memory, and what PEFT could not run."""
     assert readme_tables.RESULTS == BENCHMARKS / "results"
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
     assert readme_tables.alternatives() == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles, without a GPU, exactly what a call would launch on one; ``python -m tests.gpu_free.report`` shows it.
+"""Compiles, without a GPU, the kernels that a call would launch; ``python -m tests.gpu_free.report`` shows them.
 
 A call with CPU tensors goes through the backend with launching replaced by compiling, so that the launcher's own
 arguments, tiles and constants are what is compiled. The figures are static counts over the whole kernel: they say
@@ -84,7 +84,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
-    """Within the block the backend believes in a GPU of ``arch``; launches are listed and nothing runs."""
+    """Within the block the backend sees a GPU of ``arch``. Launches are recorded, and nothing runs."""
     launches: list[tuple[JITFunction, tuple, dict]] = []
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -103,7 +103,7 @@ def attention_launches(
     arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, batch=2, bank=(),
     backend="triton", **options,
 ):  # fmt: skip
-    """The launches of forward and backward of one call, all gradients needed; ``bank``: (A,) for one."""
+    """The launches of one call, forward and backward, with all gradients. ``bank`` is (A,) for a bank of prefixes."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
@@ -131,7 +131,7 @@ def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=N
 
 
 def table_launches(arch: str, head_dim: int, dtype: torch.dtype):
-    """Every kernel of the tile table, once: forward, backward, the bias's gradient, decoding."""
+    """One launch of each kernel of the tile table: forward, backward, the bias's gradient, decoding."""
     bias = torch.zeros(1, 4, 64, 64, requires_grad=True)
     launches = [
         *attention_launches(arch, head_dim, dtype),
@@ -142,7 +142,7 @@ def table_launches(arch: str, head_dim: int, dtype: torch.dtype):
 
 
 def kernel_name(kernel: JITFunction) -> str:
-    """Short, as in tables: ``_prefix_attention_bwd_dq_kernel`` is dq."""
+    """The short name of a kernel: dq for ``_prefix_attention_bwd_dq_kernel``."""
     return re.sub("_?prefix_attention_|_kernel|^_", "", kernel.__name__).removeprefix("bwd_")
 
 
@@ -157,7 +157,7 @@ def embedding_launches(arch: str):
 
 
 def compile_launch(arch: str, launch: tuple[JITFunction, tuple, dict]) -> Compiled:
-    """Compile one launch as Triton's launcher would specialise it, pointers taken to be 16-byte aligned."""
+    """Compile one launch as Triton's launcher would specialise it if all pointers are 16-byte aligned."""
     kernel, args, kwargs = launch
     constants = {n: x for n, x in kwargs.items() if n in kernel.arg_names}
     options = {n: x for n, x in kwargs.items() if n not in kernel.arg_names}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests marked ``interpreter`` run in a process of their own, as Triton reads TRITON_INTERPRET at import.
 
-The first one that is due starts ``pytest`` on all that were selected; each then reports its own result.
+The first of a file starts ``pytest`` on all of that file that were selected; each then reports its own result.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def pytest_configure(config):
 def pytest_runtest_protocol(item, nextitem):
     if item.get_closest_marker("interpreter") is None or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if not _REPORTS:
-        _run([i.nodeid for i in item.session.items if i.get_closest_marker("interpreter")], item.config.rootpath)
+    if item.nodeid not in _REPORTS:
+        same_file = [i for i in item.session.items if i.path == item.path and i.get_closest_marker("interpreter")]
+        _run([i.nodeid for i in same_file], item.config.rootpath)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for data in _REPORTS.get(item.nodeid, []):
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)

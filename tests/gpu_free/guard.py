@@ -16,11 +16,11 @@ from peftkern.backends.triton.interpreter import repair
 
 
 class Fault(Exception):
-    """What a GPU would do wrong in silence."""
+    """An error that a GPU would not report."""
 
 
 class Guard:
-    """Counts of the launches under :func:`guard`, by kernel: ``loads`` and ``stores`` in bytes."""
+    """Bytes that the launches under :func:`guard` load and store, by kernel."""
 
     def __init__(self) -> None:
         self.loads: Counter[str] = Counter()
@@ -30,14 +30,14 @@ class Guard:
         self._writers: dict[int, tuple[int, int, int]] = {}  # address -> program
 
     def enter(self, kernel: str, arguments: dict[str, object]) -> None:
-        """Before each launch: forget the last one."""
+        """Prepare for a launch: forget the last one."""
         self.kernel = kernel
         self._ranges.clear()
         self._writers.clear()
         self._allow(arguments)
 
     def _allow(self, arguments: dict[str, object]) -> None:
-        """A tensor may be accessed from its first element to its last; gaps between rows are not told apart."""
+        """Allow accesses to a tensor from its first element to its last, gaps between its rows included."""
         for name, value in arguments.items():
             if isinstance(value, tuple):
                 names = getattr(value, "_fields", range(len(value)))
@@ -48,7 +48,7 @@ class Guard:
                 self._ranges.append((start, start + (last + 1) * size, size, name))
 
     def check(self, what: str, program: tuple[int, int, int], pointers: np.ndarray, mask: np.ndarray, size: int):
-        """The active addresses, all within the launch's arguments and aligned."""
+        """Check that all active addresses are aligned and within the launch's arguments, and return them."""
         active = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)].ravel()
         inside = np.zeros(active.shape, bool)
         for start, end, _, _ in self._ranges:
@@ -65,7 +65,7 @@ class Guard:
         return active
 
     def stored(self, program: tuple[int, int, int], active: np.ndarray) -> None:
-        """No address is stored twice in a launch: on a GPU the order would be anyone's."""
+        """Check that a launch stores to no address twice: on a GPU the order would be undefined."""
         if np.unique(active).size != active.size:
             raise Fault(f"{self.kernel}: one store writes an address twice in program {program}")
         addresses = active.tolist()
@@ -77,13 +77,13 @@ class Guard:
 
 @contextlib.contextmanager
 def guard() -> Iterator[Guard]:
-    """Within the block every launch in the interpreter is watched; a :class:`Fault` is raised inside the kernel."""
+    """Within the block every launch in the interpreter is checked. A :class:`Fault` is raised inside the kernel."""
     repair()
     builder = interpreter.InterpreterBuilder
     load, store, launch = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
     watch = Guard()
 
-    # what follows the named parameters differs between versions of Triton
+    # the parameters after the named ones differ between versions of Triton
     def create_masked_load(self, ptrs, mask, other, *policy, **policies):
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         active = watch.check("load", self.grid_idx, ptrs.data, mask.data, size)

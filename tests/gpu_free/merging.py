@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that merges the CUDA prefix kernels into an exact attention, and arguments for kernels called directly."""
+"""A backend that merges the CUDA prefix kernels into an exact attention; arguments for direct calls of kernels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of every Triton kernel on every GPU, made without one: ``python -m tests.gpu_free.report --help``.
+"""A table of every Triton kernel on every GPU, compiled without one: ``python -m tests.gpu_free.report --help``.
 
 registers, spills, shared memory, instructions: of the machine code that the project's tile table leads to, static
 counts over the whole kernel. warps: how many one multiprocessor holds at a time, from its limits. bytes: loads and
@@ -62,7 +62,7 @@ DECODING = {"B": 8, "Hq": 4, "Hkv": 2, "S": 1, "T": 1024, "P": 512}
 
 
 def minimum_bytes(kernel: str, head_dim: int) -> int:
-    """Each input once and each output once; partial sums in fp32 count as one of each."""
+    """The bytes of each input and each output, once. Partial sums in fp32 count as one input and one output."""
     size = DECODING if kernel.startswith("decode") else TRAINING
     rows = size["B"] * size["Hq"] * size["S"]
     q = 2 * rows * head_dim
@@ -82,7 +82,7 @@ def minimum_bytes(kernel: str, head_dim: int) -> int:
 
 
 def count_bytes(arch: str, head_dim: int) -> dict[str, int]:
-    """Bytes that each kernel loads and stores, in a process of its own: Triton reads TRITON_INTERPRET at import."""
+    """The bytes that each kernel moves, counted in another process, as Triton reads TRITON_INTERPRET at import."""
     command = [sys.executable, "-m", "tests.gpu_free.report", "--count-bytes", arch, str(head_dim)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -120,7 +120,7 @@ def _count_bytes_here(arch: str, head_dim: int) -> dict[str, int]:
 
 
 def rows_of(arch: str, head_dim: int, dtype: str, kernels: list[str] | None, tile: list[int] | None, advance):
-    """One dict per kernel; ``advance(text)`` is told of each step before it is taken."""
+    """One dict per kernel. ``advance(text)`` is called before each step."""
     from unittest import mock
 
     import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel that the tile table names, compiled without a GPU for every architecture, held to budgets."""
+"""Every kernel of the tile table, compiled without a GPU for every architecture, stays within its budgets."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
     ids=str,
 )
 def test_the_prefixs_own_kernels_fit_and_use_the_tensor_cores(arch, head_dim, dtype):
-    """A short prefix in one pass each way, a long one in blocks."""
+    """A short prefix takes one pass in each direction, a long one is visited in blocks."""
     short = min(32, tiles.tile(arch, "merge_bwd", head_dim, dtype).BLOCK_N)
     for prefix_len, backward in ((short, {"prefix_merge_bwd"}), (160, {"prepare", "dq", "prefix"})):
         launches = attention_launches(arch, head_dim, dtype, prefix_len=prefix_len, backend="merge")
@@ -113,7 +113,7 @@ CONVERSION = 256
     ("arch", "head_dim", "dtype"), _table((64, 128, 256), {("sm_86", 128)}, torch.bfloat16), ids=str
 )
 def test_an_fp32_prefix_fits_too(arch, head_dim, dtype):
-    """As PEFT has it beside a model in half precision."""
+    """PEFT keeps an fp32 prefix beside a model in half precision."""
     launches = decode_launches(arch, head_dim, dtype, torch.float32)
     for backend, prefix_len in (("triton", 32), ("merge", 32), ("merge", 160)):
         launches += attention_launches(arch, head_dim, dtype, torch.float32, prefix_len, backend=backend)
@@ -153,7 +153,7 @@ OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_compile(name):
-    """Options cost registers, so spills are allowed here; that each compiles at all is what its users need."""
+    """Options cost registers, so spills are allowed here. Each option must compile."""
     arch = "sm_80"
     for recorded in attention_launches(arch, 64, torch.bfloat16, torch.float32, **OPTIONS[name]):
         assert compile_launch(arch, recorded).shared <= SHARED_MEMORY[arch]

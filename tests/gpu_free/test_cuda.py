@@ -13,6 +13,7 @@ import torch
 import peftkern
 from peftkern import native, reference
 from peftkern.arguments import allocate_gradients, allocate_outputs
+from peftkern.backends import cuda
 from peftkern.backends.cuda import CudaPrefixKernels
 from peftkern.testing import bounds
 from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors

@@ -68,13 +68,13 @@ def test_random_combinations(seed):
 @pytest.mark.parametrize("window", [1, 33, 64, 90, 200])
 @pytest.mark.parametrize("prefix_in_window", [True, False])
 def test_windows_that_leave_splits_empty(window, prefix_in_window):
-    """Splits before the window hold nothing and must weigh nothing."""
+    """Splits before the window see no key and must have no weight."""
     _check(SHAPE, {"window": window, "prefix_in_window": prefix_in_window})
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_prefix_is_read_once_for_the_whole_batch(batch):
-    """Keys once, each program's rows once: as few bytes as can be."""
+    """Keys are read once, and each program reads its rows once: the minimum."""
     shape = Shape(B=batch, Hq=4, Hkv=2, S=2, P=128, T=96, D=32)
     watch = _check(shape, {})
     row, rows = 4 * shape.D, shape.B * shape.Hq * shape.S
@@ -100,7 +100,7 @@ def test_of_a_bank_only_what_is_seen_is_read():
 
 
 def test_launches_depend_on_shapes_alone(monkeypatch):
-    """What a CUDA graph records must serve other ids, lengths and masks."""
+    """A recorded CUDA graph must serve other ids, lengths and masks."""
     launches = []
     launch_kernel = launch.launch_kernel
 
@@ -121,7 +121,7 @@ def test_launches_depend_on_shapes_alone(monkeypatch):
 
 
 def test_runs_are_bitwise_equal_and_splits_agree(monkeypatch):
-    """The number of splits depends on the device; each gives the same sum over all keys."""
+    """The number of splits depends on the device. With any number, all keys are summed."""
     inputs = tensors(SHAPE, torch.float32)
 
     def decode():
@@ -148,6 +148,6 @@ def test_other_calls_take_the_fused_kernel(shape, options, monkeypatch):
 
 
 def test_gradients_of_a_decoding_step():
-    """out and lse serve the fused backward as the fused forward's do."""
+    """The fused backward accepts out and lse of decoding."""
     with guard():
         check_backend("triton", tensors(Shape(S=3, P=20, T=40), torch.float32), {}, dlse=True)

@@ -323,6 +323,6 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="merge"))
     assert "merge: no attention kernel of torch supports this call (flash: no key_mask): use backend='triton'" in text
     text = str(peftkern.explain(**inputs, softcap=1.0))
-    assert "concat: no kernel of torch's has softcap: use backend='triton'" in text
+    assert "concat: torch has no attention kernel with softcap: use backend='triton'" in text
     monkeypatch.setattr(torch_attention, "KERNELS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))

@@ -8,7 +8,7 @@ import pytest
 import peftkern
 
 from ..huggingface import models
-from ..huggingface.test_parity import FP32_TOLERANCE
+from ..huggingface.models import FP32_TOLERANCE
 
 pytestmark = pytest.mark.interpreter
 FAMILIES = ["llama (GQA)", "mistral (window 4)", "gpt-oss (sinks)", "bert", "t5"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile table is a pure function within the devices' limits; tuning keeps to its rules, with a bench made up."""
+"""The tile table is a pure function within the devices' limits; tuning is tested with a fake timer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_table_covers_every_head_dim(arch, dtype):
 
 @pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 def test_keys_in_flight_fit_shared_memory(arch):
-    """A lower bound that needs no compiler, num_stages - 1 blocks of keys and values; test_aot.py has the figure."""
+    """A lower bound, num_stages - 1 blocks of keys and values; test_aot.py checks the exact figure."""
     for head_dim in (32, 64, 80, 96, 128, 192, 256):
         for direction in ("forward", "dq", "decode"):
             block = tiles.tile(arch, direction, head_dim, torch.bfloat16)
@@ -63,7 +63,7 @@ def test_candidates_are_the_neighbours(start):
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Tuning is on, its file is in ``bench.file``, and ``bench.times`` gives the milliseconds of a tile."""
+    """Enable tuning. ``bench.file`` is its file, and ``bench.times`` gives the milliseconds of a tile."""
     monkeypatch.setenv("PEFTKERN_AUTOTUNE", "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(autotune, "_read", None)
@@ -148,7 +148,7 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
 @pytest.mark.interpreter
 def test_a_tuned_call_is_right_and_changes_nothing_it_was_given(bench):
-    """Forward and backward in the interpreter: each kernel is tuned once, then runs with the tile that was found."""
+    """Forward and backward in the interpreter: each kernel is tuned once, then runs with the fastest tile."""
     fastest = Tile(16, 16, 1, 1)
     bench.times = {fastest: 0.5}
     inputs = tensors(Shape(B=1, Hq=2, Hkv=1, S=33, P=19, D=16), torch.float32)

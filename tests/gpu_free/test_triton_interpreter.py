@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels' source, run by Triton's interpreter under a guard: values, gradients, addresses, bytes.
+"""The Triton kernels in Triton's interpreter, under a guard: values, gradients, addresses, bytes.
 
 What an interpreter cannot show (layouts, shared memory, registers) is the subject of test_aot.py.
 """
@@ -53,7 +53,7 @@ def test_every_feature_in_half_precision(name, dtype):
 @pytest.mark.parametrize("name", ["plain", "softcap", "gate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_right_results_have_room(dtype, name):
-    """Not only within the bound, but within two thirds of it."""
+    """Results are not only within the bound, but within two thirds of it."""
     kernel = functools.partial(functional.prefix_attention, backend="triton", return_lse=True)
     shape, options = _feature(name)
     with guard():
@@ -88,7 +88,7 @@ def test_odd_shapes(shape):
 
 @pytest.mark.parametrize("feature_name", ["window", "packed", "key_mask", "bias_row"])
 def test_wide_windows_and_long_rows(feature_name):
-    """Blocks that are full, cut at one edge, cut at both, and skipped, in one call."""
+    """One call with blocks that are full, cut at one edge, cut at both, and skipped."""
     shape = Shape(B=1, Hq=2, Hkv=1, S=97, P=9, D=16)
     shape, options = _feature(feature_name, shape)
     if feature_name == "window":
@@ -118,7 +118,7 @@ def test_gradients_nobody_needs_are_not_computed(monkeypatch):
 
 
 def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(monkeypatch):
-    """The number of splits depends on the device; each gives the sum over all rows."""
+    """The number of splits depends on the device. With any number, all rows are summed."""
     shape = Shape(B=1, Hq=2, Hkv=1, S=65, P=9, D=16)
     inputs = {n: x.requires_grad_() for n, x in tensors(shape, torch.float32).items()}
 
@@ -136,7 +136,7 @@ def test_runs_are_bitwise_equal_and_splits_do_not_lose_rows(monkeypatch):
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-40])
 def test_scales_that_do_not_keep_the_order_of_the_products(scale):
-    """Negative, or 0 for a GPU: the products' maximum is then not that of the scores."""
+    """With a negative scale, or one that a GPU flushes to 0, the largest product does not have the largest score."""
     _check(SHAPE, {"scale": scale}, torch.float32)
 
 

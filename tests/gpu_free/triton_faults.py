@@ -63,7 +63,7 @@ FAULTS_BESIDE_OTHERS = [
     Fault("merge-first-tile", "range(worker,", "range(0,", "plain", "merge"),
     Fault("merge-mask", "True", "False", "plain", "merge"),
     Fault("merge-decay", "denom * decay + ", "denom + ", "plain", "merge"),
-    Fault("merge-values", "values * weight[:, None]", "values", "plain", "merge"),
+    Fault("merge-values", " * weight[:, None]", "", "plain", "merge"),
     Fault("merge-base", "* LOG2E", "* LN2", "plain", "merge"),
     Fault("merge-weight", " + weight", "", "sinks", "merge"),
     Fault("merge-store-mask", "mask=inside)", "mask=inside & (rows > 0))", "plain", "merge"),

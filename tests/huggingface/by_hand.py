@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prompt or prefix means in terms of stock code alone, and how a patched model may differ from it.
+"""Reference results of prompts and prefixes from stock code alone, and the allowed differences of a patched model.
 
 A soft prompt is embeddings before the tokens' own; a prefix is what a stock ``DynamicCache`` holds before the call.
 """
@@ -62,14 +62,14 @@ def with_prompt(
 
 
 def with_prefix(model: nn.Module, prefix: PrefixKV, ids: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
-    """The output of a stock ``model`` whose cache holds the prefix."""
+    """The output of a stock ``model`` with the prefix in its cache."""
     if mask is not None:
         more["attention_mask"] = nn.functional.pad(mask, (max(prefix.lengths), 0), value=1)
     return model(input_ids=ids, past_key_values=stock_cache(prefix, ids.shape[0]), **more)
 
 
 def stock_cache(prefix: PrefixKV, batch: int) -> DynamicCache:
-    """A stock cache that holds the prefix for every sample."""
+    """A stock cache with the prefix of every sample."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(prefix.layer_kv()):
         cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
@@ -78,7 +78,7 @@ def stock_cache(prefix: PrefixKV, batch: int) -> DynamicCache:
 
 @torch.no_grad()
 def greedy(logits: Callable[[Tensor], Tensor], ids: Tensor, new: int = 6) -> list[list[int]]:
-    """Tokens by one forward over the whole sequence a token; ``logits`` gives those of a batch of ids."""
+    """Greedy tokens from one forward over the whole sequence per token; ``logits`` computes those of ids."""
     for _ in range(new):
         ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
     return ids.tolist()
@@ -88,7 +88,7 @@ METHODS = ("peft prefix", "peft prompt", "native prefix", "native prompt")
 
 
 def build(method: str, *, patched: bool = True, base: nn.Module | None = None, **options: Any) -> Any:
-    """A tiny Llama, or ``base``, with one of :data:`METHODS`; of native ones there are patched ones alone."""
+    """A tiny Llama, or ``base``, with one of :data:`METHODS`. Native ones are always patched."""
     if method.startswith("peft"):
         make = models.peft_model if method == "peft prefix" else models.prompt_model
         return make(LLAMA, patched=patched, **options)
@@ -116,7 +116,7 @@ def token_rows(logits: Tensor, tokens: int) -> Tensor:
 
 
 def same_or_named(call: Callable[[], Tensor], want: Tensor, *words: str, what: str = "the outputs") -> None:
-    """Either equal numbers, or a ValueError whose message has one of ``words``. Nothing in between."""
+    """The results are equal, or a ValueError is raised whose message contains one of ``words``."""
     try:
         got = call()
     except ValueError as error:
@@ -131,7 +131,7 @@ def same_or_named(call: Callable[[], Tensor], want: Tensor, *words: str, what: s
 
 
 def refused(call: Callable[[], Any], *words: str) -> bool:
-    """Whether ``call`` raises a ValueError with one of ``words``; other errors are raised."""
+    """Whether ``call`` raises a ValueError that contains one of ``words``. Other errors propagate."""
     try:
         call()
     except ValueError as error:
@@ -145,7 +145,7 @@ def refused(call: Callable[[], Any], *words: str) -> bool:
 
 @contextlib.contextmanager
 def notices() -> Iterator[list[str]]:
-    """A list that gets the package's warnings of the block; no filter hides repeated ones."""
+    """A list of the package's warnings in the block, including repeated ones."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -164,7 +164,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Of all parameters; at least one must have a gradient."""
+    """The gradients of all parameters; at least one must have a gradient."""
     assert got.keys() == want.keys(), f"other parameters have gradients: {sorted(got.keys() ^ want.keys())}"
     assert want, "no parameter has a gradient"
     for name in sorted(want):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefix and prompt, PEFT's and native: each patched model beside the stock PEFT model that has the same weights."""
+"""PEFT's and native prefixes and prompts: each patched model, and the stock PEFT model with the same weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stock_model(kind: str, family: Family) -> Any:
 
 
 def native_module(kind: str, family: Family) -> Any:
-    """The PrefixKV or SoftPrompt that has the weights of :func:`stock_model`."""
+    """The PrefixKV or SoftPrompt with the weights of :func:`stock_model`."""
     stock = stock_model(kind, family)
     if kind.endswith("prefix"):
         return models.native_prefix(stock)
@@ -39,7 +39,7 @@ def native_module(kind: str, family: Family) -> Any:
 
 
 def patched_model(kind: str, family: Family, **options: Any) -> Any:
-    """The same numbers, patched."""
+    """The patched model with the same weights."""
     if not is_native(kind):
         return peftkern.patch(stock_model(kind, family), **options)
     return peftkern.patch(models.base_model(family), native_module(kind, family), freeze=True, **options)
@@ -62,6 +62,6 @@ def losses_differ(got: list[float], want: list[float]) -> float:
 
 
 def assert_learns(losses: list[float]) -> None:
-    """A curve that says something: losses change from step to step."""
+    """The losses change from step to step."""
     assert len(set(losses)) == len(losses), f"the same loss twice: {losses}"
     assert torch.isfinite(torch.tensor(losses)).all(), f"losses are not finite: {losses}"

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import PrefixKV
+from peftkern.huggingface.wiring import PATCH
 
 warnings.filterwarnings("ignore", message=".*does not support `output_attentions`.*")
 
 VOCAB, BATCH, SEQ, PREFIX = 97, 3, 7, 5
+FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
 
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _STACK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,7 +56,7 @@ _BART: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of model: how to build it, and what PEFT calls its task."""
+    """A kind of model: how to build it, and PEFT's name of its task."""
 
     model: Callable[..., Any]
     config: Callable[..., Any]
@@ -119,7 +121,7 @@ FAMILIES: dict[str, Family] = {
     "umt5 (bias per layer)": Family(hf.UMT5ForConditionalGeneration, hf.UMT5Config, _T5, "SEQ_2_SEQ_LM"),
     "bart": Family(hf.BartForConditionalGeneration, hf.BartConfig, _BART, "SEQ_2_SEQ_LM"),
 }
-"""One of each attention kind. ``T5`` has four layers, so that PEFT's shared layers show."""
+"""One model of each attention kind. ``T5`` has four layers, so that PEFT's shared layers matter."""
 
 TASKS: dict[str, Family] = {
     "llama SEQ_CLS": Family(
@@ -166,7 +168,7 @@ def labels_of(task: str) -> dict[str, Tensor]:
 
 
 def base_model(family: Family, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
-    """The same weights at every call, all dropout off."""
+    """A model with the same weights at every call, without dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = family.model(family.config(**{**family.arguments, **arguments}))
@@ -180,11 +182,11 @@ def base_model(family: Family, dtype: torch.dtype = torch.float32, **arguments: 
 
 
 PEFT_NAME = "past_key_values"
-"""What PEFT calls a cache, whatever the model calls it."""
+"""PEFT's name of a cache, regardless of the model's name."""
 
 
 class Renamed:
-    """A bound method whose cache has another name, in its arguments or in the inputs that it returns."""
+    """A bound method with the cache renamed, in its arguments or in the inputs that it returns."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
@@ -201,7 +203,7 @@ class Renamed:
 
 
 def find_caches(model: PeftModel, *, patched: bool) -> PeftModel:
-    """Has stock PEFT find the cache of a model that calls it otherwise, so that it can be the reference.
+    """Make stock PEFT find the cache of a model with another name for it, so that it can be the reference.
 
     PEFT 0.21 asks for ``past_key_values``. Where models say ``cache``, it raises in classification, patched or not,
     and loses the prefix in generation, which patched models have right by themselves.
@@ -216,7 +218,7 @@ def find_caches(model: PeftModel, *, patched: bool) -> PeftModel:
 
 
 def peft_model(family: Family, *, patched: bool, dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
-    """Prefix tuning with the same weights at every call, as PEFT has it or patched. The prefix is N(0, 1)."""
+    """Prefix tuning with the same weights at every call, stock or patched. The prefix is N(0, 1)."""
     model = base_model(family, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -249,7 +251,7 @@ def prompt_model(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> PeftModel:
-    """A prompt with the same weights at every call, as PEFT has it or patched with the options."""
+    """A prompt with the same weights at every call, stock or patched with the options."""
     model = base_model(family, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -289,7 +291,7 @@ def peft_prefix(model: PeftModel) -> nn.Parameter:
 
 @dataclasses.dataclass
 class Step:
-    """What a training step yields."""
+    """The results of a training step."""
 
     output: Tensor
     loss: Tensor
@@ -297,7 +299,7 @@ class Step:
 
 
 def training_step(model: nn.Module, task: str, mask: Tensor | None = None, **inputs: Any) -> Step:
-    """One forward and backward; gradients of whatever requires them. ``inputs`` add to the usual or replace them."""
+    """One forward and backward, with the gradients of trainable parameters. ``inputs`` add or replace arguments."""
     model.train()
     model.zero_grad()
     out = model(**{"input_ids": IDS, "attention_mask": mask, **labels_of(task), **inputs})
@@ -314,7 +316,7 @@ def training_step(model: nn.Module, task: str, mask: Tensor | None = None, **inp
 
 @contextlib.contextmanager
 def fp64_throughout() -> Iterator[None]:
-    """Stock norms, softmaxes and losses compute in fp32 whatever the model's dtype; in here fp64 stays fp64."""
+    """Within the block, stock norms, softmaxes and losses keep fp64 instead of computing in fp32."""
     to, softmax = Tensor.to, nn.functional.softmax
 
     def keep(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -333,12 +335,12 @@ def fp64_throughout() -> Iterator[None]:
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest wanted value."""
+    """The largest difference relative to the largest expected value."""
     return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
 def step_difference(got: Step, want: Step, mask: Tensor | None = None) -> tuple[float, float]:
-    """Of the outputs (where ``mask`` has tokens) and of all gradients."""
+    """The differences of the outputs (where ``mask`` has tokens) and of all gradients."""
     assert got.gradients.keys() == want.gradients.keys(), "not the same parameters have gradients"
     assert got.gradients, "no parameter has a gradient"
     rows = slice(None) if mask is None or got.output.shape[:2] != mask.shape else mask.bool()
@@ -346,14 +348,38 @@ def step_difference(got: Step, want: Step, mask: Tensor | None = None) -> tuple[
     gradients = 0.0
     for name, gradient in want.gradients.items():
         size = gradient.abs().max()
-        # The gradient of a bias before a softmax is zero but for rounding, which is judged by the others' size.
+        # The gradient of a bias before a softmax is zero except for rounding, so it is scaled by the other gradients.
         scale = size if size > 1e-6 * largest else largest
         gradients = max(gradients, ((got.gradients[name] - gradient).abs().max() / scale).item())
     return difference(got.output[rows], want.output[rows]), gradients
 
 
 def generate(model: Any, task: str, **options: Any) -> Tensor:
-    """Six new tokens, with padding on the side where the task has it."""
+    """Six new tokens, with padding on the side that the task uses."""
     torch.manual_seed(3)
     inputs = {"input_ids": IDS, "attention_mask": LEFT if task == "CAUSAL_LM" else RIGHT, **options}
     return model.generate(**inputs, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+
+
+def assert_same_step(got: Step, want: Step, mask: Tensor | None = None, tolerance: float = FP32_TOLERANCE) -> None:
+    """Two training steps have equal losses, outputs and gradients. ``mask`` excludes padding from the outputs."""
+    assert got.output.shape == want.output.shape, "outputs have another shape than PEFT's"
+    assert difference(got.loss, want.loss) <= tolerance, "losses differ"
+    output, gradients = step_difference(got, want, behind_prompt(mask))
+    assert output <= tolerance, f"outputs differ by {output:.1e}"
+    assert gradients <= tolerance, f"gradients differ by {gradients:.1e}"
+
+
+def rows_of(model: Any) -> list[int]:
+    """A list to which each forward appends the number of rows that the first layer sees."""
+    rows: list[int] = []
+    layer = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(args[0].shape[:2].numel()), with_kwargs=True
+    )
+    return rows
+
+
+def patch_of(model: Any) -> Any:
+    """The patch of a patched model, for tests of its internal state."""
+    return getattr(model, PATCH)

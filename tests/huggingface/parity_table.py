@@ -21,7 +21,7 @@ MODES = {"greedy": {"do_sample": False}, "beam": {"do_sample": False, "num_beams
 
 
 def parity(family: models.Family, **config: object) -> dict[str, str]:
-    """One row: forward and backward, with checkpointing, a native prefix, generation."""
+    """One row: forward and backward, with checkpointing, a native prefix, and generation."""
     stock = models.peft_model(family, patched=False, **config)
     patched = models.peft_model(family, patched=True, **config)
     outputs, gradients = zip(*(_compare(patched, stock, family, mask) for mask in models.MASKS.values()), strict=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.autocast``: every method, patched, rounds as much as the stock PEFT model does, and in the same dtypes.
+"""``torch.autocast``: every patched method rounds like the stock PEFT model, in the same dtypes.
 
 Errors are against stock PEFT in fp32. Rotary models leave keys in fp32 beside values in half precision; GPT-2 and OPT
 have both in half precision; T5 adds a bias.
@@ -60,7 +60,7 @@ def inputs_of(method, name):
 
 @dataclasses.dataclass
 class Outcome:
-    """Of a forward, and of its backward if there was one."""
+    """The dtypes of a forward, and of its backward if there was one."""
 
     loss: Tensor
     logits: Tensor
@@ -77,7 +77,7 @@ def step(model, method, name, dtype, *, training):
     with autocast(dtype), torch.set_grad_enabled(training):
         out = model(**inputs_of(method, name))
     logits = out.logits.detach()
-    if name != T5:  # a prompt has rows before these; at padding nobody looks
+    if name != T5:  # a prompt has rows before these; padding is not compared
         logits = logits[:, -SEQ:][RIGHT.bool()]
     outcome = Outcome(out.loss.detach().double(), logits.double(), (out.loss.dtype, out.logits.dtype))
     if training:
@@ -95,7 +95,7 @@ def rms(x):
 
 
 def assert_rounds_like(what, got, want, exact, factor, dtype):
-    """Root mean square errors: a lucky element does not move them. The floor is a rounding of the largest value."""
+    """Root mean square errors, which single elements hardly change. The floor is a rounding of the largest value."""
     error, allowed = rms(got - exact), factor * rms(want - exact)
     allowed += torch.finfo(dtype).eps / 4 * exact.abs().max().item()
     assert error <= allowed, f"{what}: error {error:.1e}, stock's {rms(want - exact):.1e}, allowed {allowed:.1e}"
@@ -112,7 +112,7 @@ def test_forward_and_backward(training, dtype, name, method):
     assert rms(want.logits - exact.logits) > 0, "stock does not round here"
     assert_rounds_like("logits", got.logits, want.logits, exact.logits, 2, dtype)
     assert rms(got.logits - exact.logits) >= rms(want.logits - exact.logits) / 3, "autocast is off: as exact as fp32"
-    spread = rms(want.logits - exact.logits)  # one number has luck, so the loss goes by what the logits allow
+    spread = rms(want.logits - exact.logits)  # a single number may agree by chance
     assert abs(got.loss - exact.loss) <= 2 * abs(want.loss - exact.loss) + spread
     assert len(got.gradients) == len(want.gradients)
     if method == "SoftPrompt" and name == T5:  # PEFT's parameter has rows for the decoder, which it never uses
@@ -122,7 +122,7 @@ def test_forward_and_backward(training, dtype, name, method):
 
 
 def generate(model, method, name, dtype):
-    """Tokens and logits of six greedy steps; padded on the left where PEFT's numbers are meant for that."""
+    """Tokens and logits of six greedy steps; padded on the left where PEFT supports it."""
     mask = {"attention_mask": LEFT} if method in PREFIXES and name != T5 else {}
     tasks = {"task_ids": TASK_IDS} if method == "MULTITASK_PROMPT_TUNING" else {}
     with autocast(dtype):
@@ -136,7 +136,7 @@ def generate(model, method, name, dtype):
 @pytest.mark.parametrize(("name", "method"), CASES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_generate(dtype, name, method):
-    """The same tokens, as long as no other is as likely within rounding; and the logits of all steps until then."""
+    """The same tokens until another one is equally likely within rounding, and the logits of all steps until then."""
     (_, exact), (want, want_logits) = (
         generate(build(method, name, patched=False), method, name, d) for d in (torch.float32, dtype)
     )
@@ -155,7 +155,7 @@ def test_generate(dtype, name, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_patch_within_autocast(method):
-    """What ``patch`` tries on the model is none of autocast's business: the same model results as outside."""
+    """Autocast does not affect the trial of ``patch``: the patched model is the same as outside."""
     with torch.autocast("cpu", torch.bfloat16):
         inside = build(method, ROTARY, patched=True)
     outside = build(method, ROTARY, patched=True)
@@ -166,7 +166,7 @@ def test_a_patch_within_autocast(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_with_gradient_checkpointing(method):
-    """Layers run again in backward, which most people call outside of autocast."""
+    """Layers run again in backward, which is usually called outside autocast."""
     exact, want = (
         step(build(method, ROTARY, patched=False), method, ROTARY, dtype, training=True)
         for dtype in (torch.float32, torch.bfloat16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's cache is found under whatever name the installed transformers, PEFT or the caller has for it."""
+"""A model's cache is found under every name that transformers, PEFT or the caller uses for it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ PEFT_MODELS = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PEFT_MODELS)
 def test_generation_sees_the_prefix_in_every_step(kind):
-    """By no reference of PEFT's, which may look for the cache under another name than the model's."""
+    """Not compared with PEFT, which may look for the cache under another name than the model's."""
     model = PEFT_MODELS[kind](patched=True).eval()
     want = step_by_step(model, 6)
     got = models.generate(model, LLAMA.task, attention_mask=ONES, do_sample=False)
@@ -107,7 +107,7 @@ def test_no_call_is_warned_of_its_cache(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PEFT_MODELS)
 def test_unpatched_models_have_peft_s_inputs_again(kind):
-    """PEFT's generate leaves the function that it used on the base model."""
+    """PEFT's generate leaves the function that it has used on the base model."""
     model = PEFT_MODELS[kind](patched=True).eval()
     models.generate(model, LLAMA.task, attention_mask=ONES, do_sample=False)
     peftkern.unpatch(model)

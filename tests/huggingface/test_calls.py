@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of one patched model at the same time, and inside one another."""
+"""Concurrent and nested calls of one patched model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokens(model, task, length):
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "t5", "umt5 (bias per layer)"])
 def test_several_threads_call_one_model(name, native):
-    """Each call gets what it would get alone. PEFT's ``generate`` swaps a method of the model and cannot."""
+    """Each call returns its usual result. PEFT's ``generate`` replaces a method of the model and is not tested."""
     model, task = build(name, native), FAMILIES[name].task
     calls = (logits, tokens) if native else (logits,)
     want = {(call, length): call(model, task, length) for call in calls for length in LENGTHS}
@@ -65,10 +65,10 @@ def test_several_threads_call_one_model(name, native):
 @pytest.mark.parametrize("disabled", [False, True], ids=["enabled", "disabled"])
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "t5"])
 def test_a_hook_calls_the_model_again(name, disabled):
-    """Also without its prefix, in the midst of an attention module of a call that has one."""
+    """Also without its prefix, inside an attention module of a call with a prefix."""
     model, task = build(name, native=False), FAMILIES[name].task
     want = logits(model, task, 7)
-    attention = next(iter(model._peftkern_patch.prefix_layers))
+    attention = next(iter(models.patch_of(model).prefix_layers))
     inner = []
 
     def call_inside():

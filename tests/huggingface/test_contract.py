@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``peftkern.huggingface`` relies on in transformers and PEFT. A failure here says which assumption has gone."""
+"""Assumptions of ``peftkern.huggingface`` about transformers and PEFT. A failure names the broken assumption."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_starts_with(function, *names):
 
 
 def test_attention_interface():
-    """attention.attention_forward is called as the stock functions are."""
+    """attention.attention_forward is called like the stock functions."""
     assert_starts_with(
         sdpa_attention_forward, "module", "query", "key", "value", "attention_mask", "dropout", "scaling"
     )
@@ -44,7 +44,7 @@ def test_attention_interface():
 
 
 def test_mask_interface():
-    """masks.LazyMask receives these keyword arguments, and hands them to the stock mask functions."""
+    """masks.LazyMask receives these keyword arguments and passes them to the stock mask functions."""
     asked = {}
 
     def record(**request):
@@ -72,7 +72,7 @@ def test_mask_interface():
 
 
 def test_mask_patterns_are_closures_over_one_value():
-    """masks._read_pattern looks into them."""
+    """masks._read_pattern reads them."""
     window = masking_utils.sliding_window_causal_mask_function(7)
     assert window.__code__ is masking_utils.and_masks(masking_utils.causal_mask_function).__code__
     overlay, causal = inspect.getclosurevars(window).nonlocals["mask_functions"]
@@ -84,7 +84,7 @@ def test_mask_patterns_are_closures_over_one_value():
 
 
 def test_models_hand_masks_on_without_looking():
-    """masks.LazyMask is no tensor."""
+    """masks.LazyMask is not a tensor."""
 
     class Opaque:
         def __init__(self, **request):
@@ -113,7 +113,7 @@ def test_models_hand_masks_on_without_looking():
 
 
 def test_caches():
-    """cache.PrefixCache answers these calls; cache.PrefixLayer stores as DynamicLayer does."""
+    """cache.PrefixCache implements these calls; cache.PrefixLayer stores like DynamicLayer."""
     assert_starts_with(cache_utils.Cache.__init__, "self", "layers")
     assert_starts_with(cache_utils.Cache.update, "self", "key_states", "value_states", "layer_idx")
     assert_starts_with(cache_utils.Cache.get_seq_length, "self", "layer_idx")
@@ -130,7 +130,7 @@ def test_caches():
 
 
 def test_position_and_mask_come_from_the_cache():
-    """A cache that claims P positions puts the sequence behind them, without a key there."""
+    """A cache that reports P positions shifts the sequence by P, without containing keys for them."""
 
     class Shifted(cache_utils.DynamicCache):
         def get_seq_length(self, layer_idx=0):
@@ -152,7 +152,7 @@ def test_position_and_mask_come_from_the_cache():
 
 
 def test_config_keeps_its_implementation_in_a_field_that_is_not_saved():
-    """attention.Implementation lives there."""
+    """attention.Implementation is stored there."""
     config = models.base_model(LLAMA).config
     config._attn_implementation_internal = "peftkern"
     assert config._attn_implementation == "peftkern"
@@ -160,7 +160,7 @@ def test_config_keeps_its_implementation_in_a_field_that_is_not_saved():
 
 
 def test_models_say_whether_they_dispatch_attention():
-    """survey.find_backbone asks them."""
+    """survey.find_backbone calls them."""
     assert transformers.LlamaModel._can_set_attn_implementation()
     assert not transformers.BloomModel._can_set_attn_implementation()
     assert isinstance(models.base_model(LLAMA).get_decoder(), PreTrainedModel)
@@ -174,7 +174,7 @@ def test_eager_attention_is_beside_each_model():
 
 
 def test_checkpointing_is_a_partial_that_names_its_mode():
-    """model_patch._is_reentrant reads it."""
+    """prefix_patch._is_reentrant reads it."""
     model = models.base_model(LLAMA)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
@@ -184,14 +184,14 @@ def test_checkpointing_is_a_partial_that_names_its_mode():
 
 
 def test_relative_bias():
-    """relative_bias.SpanningBias stands in for T5's method."""
+    """relative_bias.SpanningBias replaces T5's method."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
     assert_starts_with(T5Attention.compute_bias, "self", "query_length", "key_length", "device", "past_seen_tokens")
 
 
 def test_peft():
-    """peft.PeftPatch overrides get_prompt and reads these attributes."""
+    """peft_prefix.PeftPrefix replaces get_prompt and reads these attributes."""
     assert_starts_with(peft.PeftModel.get_prompt, "self", "batch_size", "task_ids", "max_cache_len")
     model = models.peft_model(LLAMA, patched=False)
     for name in (
@@ -209,7 +209,7 @@ def test_peft():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unknown_keyword_arguments_reach_the_attention_function(name):
-    """The channel by which the prefix travels."""
+    """The prefix is passed as such a keyword argument."""
     family = FAMILIES[name]
     model = models.base_model(family)
     seen = []

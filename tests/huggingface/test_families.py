@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every causal family of transformers, patched beside stock; and that the sweep would see what it is to see."""
+"""Every causal family of transformers, patched and stock; also tests that the sweep detects faults."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ KINDS = [cells.PeftPrefix, cells.PeftPrompt, cells.NativePrefix, cells.NativePro
 
 
 def _patched_with(monkeypatch, change):
-    """Has ``peftkern.patch`` followed by a fault."""
+    """Make ``peftkern.patch`` introduce a fault."""
     patch = peftkern.patch
 
     def faulty(model, *args, **options):
@@ -161,7 +161,7 @@ def test_numbers_that_are_not_finite_have_to_be_so_in_both():
 
 @pytest.fixture
 def stub(monkeypatch):
-    """A sweep that costs nothing; returns the families that it ran. ``gpt2`` interrupts once."""
+    """A sweep without models; returns the families that it ran. ``gpt2`` interrupts once."""
     ran = []
 
     def run(name):

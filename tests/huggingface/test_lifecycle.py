@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patching changes one instance, undoes itself to the bit, and refuses by name what it cannot do."""
+"""Patching changes one instance, is undone exactly, and refuses unsupported cases with a reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def llama_prefix(length=PREFIX, **geometry):
 
 
 def state_of(model):
-    """All that patching could change in a model: attributes, hooks, configs and parameters of every module."""
+    """Everything that patching could change in a model: attributes, hooks, configs and parameters of every module."""
     state = {}
     for name, module in model.named_modules():
         attributes = {key: id(value) for key, value in vars(module).items() if not key.startswith("_")}
@@ -94,7 +94,7 @@ def test_the_block_of_patched_ends_on_an_error():
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.generates])
 def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
-    """Layers without a prefix run the implementation that was there before, on its own kind of mask."""
+    """Layers without a prefix run the previous implementation with its own kind of mask."""
     family = FAMILIES[name]
     model = models.peft_model(family, patched=False).eval()
     with model.disable_adapter():
@@ -105,7 +105,7 @@ def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
 
 
 def test_a_disabled_adapter_can_use_a_static_cache():
-    """Its masks are made before the model runs, and by the implementation below."""
+    """Its masks are made before the model runs, by the previous implementation."""
     model = models.peft_model(LLAMA, patched=True).eval()
     options = {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
     want = models.generate(models.base_model(LLAMA).eval(), LLAMA.task, **options)
@@ -179,7 +179,7 @@ def test_the_base_of_a_patched_model_saves_the_files_of_an_unpatched_one(tmp_pat
 
 
 def test_a_model_with_a_native_prefix_saves_it_beside_unchanged_weights(tmp_path):
-    """``Trainer`` resumes from such a folder; the config does not know of the prefix."""
+    """``Trainer`` resumes from such a folder; the config does not mention the prefix."""
     model = models.base_model(LLAMA)
     want = outputs(model.eval(), LLAMA)
     peftkern.patch(model, llama_prefix()).save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_compressed_keys_are_refused_naming_the_layers():
 
 
 def test_a_module_that_is_two_layers_is_refused():
-    """Which of the two prefixes it should take could not be told."""
+    """It would be ambiguous which of the two prefixes the module reads."""
     model = models.base_model(LLAMA)
     model.model.layers[1].self_attn = model.model.layers[0].self_attn
     record = []
@@ -246,7 +246,7 @@ def test_a_module_that_is_two_layers_is_refused():
 
 
 def test_nothing_of_a_forward_stays_in_the_model():
-    """A cache left behind would keep the graph alive, and forbid copies."""
+    """A remaining cache would keep the graph alive and prevent copies."""
     family = FAMILIES["gpt2"]
     model = models.peft_model(family, patched=True)
     models.training_step(model, family.task)
@@ -395,7 +395,7 @@ def test_unpatch_wants_what_was_patched():
 
 
 def test_an_attention_implementation_set_after_patch_is_noticed():
-    """The prefix would be dropped without a word: the keys of the cache are the sequence's alone."""
+    """The prefix would be dropped silently, because the cache only contains keys of the sequence."""
     model = models.peft_model(LLAMA, patched=True)
     model.get_base_model().set_attn_implementation("sdpa")
     message = r"without its prefix in .*layers\.0\.self_attn, .*layers\.1\.self_attn; expected 'peftkern'.*got 'sdpa'"
@@ -422,7 +422,7 @@ def test_peft_sequences_that_leave_no_room_for_the_prefix():
 
 
 def test_a_prefix_read_in_place():
-    """What the layers get are views of PEFT's parameter."""
+    """The layers get views of PEFT's parameter."""
     model = models.peft_model(LLAMA, patched=True)
     parameter = models.peft_prefix(model)
     cache = model.get_prompt(batch_size=8)
@@ -432,7 +432,7 @@ def test_a_prefix_read_in_place():
 
 
 def test_the_next_layer_reads_what_the_kernel_wrote(monkeypatch):
-    """Outputs are laid out [B, S, Hq, D], so that no copy follows attention."""
+    """Outputs are [B, S, Hq, D] in memory, so that no copy follows attention."""
     written, read = [], []
 
     def spy(*args, **kwargs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks as descriptions: the compact form says exactly what the dense one says, or there is none."""
+"""Masks as descriptions: the compact form, where it exists, equals the dense form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.huggingface.models import BATCH, FAMILIES, LEFT, ONES, PREFIX, RIGHT,
 
 
 def request(mask_function, attention_mask=None, seen=0, offset=PREFIX, **other):
-    """As ``create_causal_mask`` asks for it behind a prefix, ``seen`` tokens into a sequence of SEQ."""
+    """The mask that ``create_causal_mask`` requests with a prefix, after ``seen`` of SEQ tokens."""
     return {
         **{"batch_size": BATCH, "q_length": SEQ - seen, "kv_length": SEQ, "q_offset": offset + seen},
         **{"kv_offset": offset, "mask_function": mask_function, "device": "cpu", "dtype": torch.float32},
@@ -37,7 +37,7 @@ def behind_prefix(mask, offset=PREFIX):
 
 
 def expand(compact, q_len, num_keys):
-    """bool [B, 1, S, T] of a compact mask, by its definition."""
+    """bool [B, 1, S, T] of a compact mask, from its definition."""
     i = torch.arange(q_len)[:, None] + num_keys - q_len
     t = torch.arange(num_keys)
     visible = (t <= i) if compact.causal else torch.ones(q_len, num_keys, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_bias_has_columns_for_the_prefix_if_the_mask_knows_positions_for_it():
 
 @pytest.mark.parametrize("seen", [0, 3])
 def test_a_mask_made_above_the_backbone_counts_the_prefix_in_windows(seen):
-    """It was made before the prefix was known; a mask of unknown pattern, with a window somewhere in it."""
+    """The mask was made before the prefix was known; its pattern is unknown and contains a window."""
     one_ahead = or_masks(sliding_window_causal_mask_function(4), lambda batch, head, query, key: key == query + 1)
     above, below = (LazyMask(**request(one_ahead, LEFT, seen, offset)) for offset in (0, PREFIX))
     assert above.compact(SEQ) is None, "the pattern is unknown"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefix adds to the memory that autograd keeps: log-sum-exp and the prefix itself, in every layer."""
+"""A prefix adds only log-sum-exp and the prefix itself, per layer, to the memory that autograd keeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _model(layers: int, kv_heads: int, dtype: torch.dtype):
 
 
 def _saved_bytes(model) -> int:
-    """Of all distinct storages kept for backward, parameters aside."""
+    """Bytes of all distinct storages kept for backward, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -39,14 +39,14 @@ def _saved_bytes(model) -> int:
 
 
 def _saved_bytes_per_layer(make) -> int:
-    """``make(layers)`` gives a model. What the ends of it keep does not count, whatever the prefix does there."""
+    """Bytes per layer of the models that ``make(layers)`` returns, without embeddings and output layers."""
     return (_saved_bytes(make(4)) - _saved_bytes(make(2))) // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_a_prefix_keeps_no_more_than_lse_and_itself(kv_heads, dtype):
-    """Per layer, beside the frozen model without a prefix, whose embeddings have a gradient; its kernel is SDPA."""
+    """Per layer, compared with the frozen model without a prefix, with SDPA and a gradient at the embeddings."""
 
     def bare(layers):
         model = _model(layers, kv_heads, dtype).requires_grad_(False)

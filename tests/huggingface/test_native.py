@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PrefixKV in a plain Hugging Face model: PEFT's numbers where PEFT can, definitions where it cannot."""
+"""A PrefixKV in a plain Hugging Face model, compared with PEFT or, where PEFT fails, with the definition."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_each_layer_has_its_own_length_and_some_none(lengths):
 
 
 def test_lengths_of_encoder_layers():
-    """Masks of encoders have columns for the longest prefix; a layer left out drops them."""
+    """Masks of encoders have columns for the longest prefix; a layer without a prefix drops them."""
     family = FAMILIES["bert"]
     base = models.base_model(family).eval()
     prefix = PrefixKV(None, [4, 0], num_layers=2, num_kv_heads=4, head_dim=16)
@@ -148,7 +148,7 @@ def test_t5_layers_of_different_length():
 
 
 def test_positions_from_zero():
-    """What PEFT computes for positions that its shift brings to 0."""
+    """PEFT computes the same for positions that its shift moves to 0."""
     stock = models.peft_model(LLAMA, patched=False)
     model, _ = patched_like(stock, LLAMA, shift_positions=False)
     positions = torch.arange(SEQ)[None].expand(3, -1)
@@ -170,7 +170,7 @@ def test_positions_from_zero_keep_the_window_for_the_sequence():
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bert", "roberta", "bart"])
 def test_a_sequence_as_long_as_the_position_table(name):
-    """With PEFT the prefix takes positions away."""
+    """In PEFT the prefix consumes positions."""
     family = FAMILIES[name]
     table = 62 if name == "roberta" else 64  # its first two rows are for padding
     ids = torch.randint(3, models.VOCAB, (1, table))
@@ -299,7 +299,7 @@ def test_cache_implementations_of_generate(implementation, name):
 )
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "gemma3", "opt"])
 def test_assisted_and_chunked_generation(name, options):
-    """PEFT's assisted generation fails for Llama, GPT-2 and Gemma 3, and gives other tokens for OPT."""
+    """PEFT's assisted generation fails for Llama, GPT-2 and Gemma 3, and returns other tokens for OPT."""
     family = FAMILIES[name]
     model, _ = patched_like(models.peft_model(family, patched=False), family)
     inputs = {"input_ids": IDS[2:], "attention_mask": models.ONES[2:], "max_new_tokens": 6, "pad_token_id": 0}
@@ -319,7 +319,7 @@ def test_the_cache_of_a_training_step_cannot_be_continued():
 
 
 def test_packed_sequences_that_are_not_a_training_step_are_refused():
-    """Stock PEFT lets them see each other without a word."""
+    """Stock PEFT silently lets them attend to each other."""
     model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
     with pytest.raises(ValueError, match="position_ids: expected one sequence per row"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches as streams: their layout, and prefixes in training steps without padding."""
+"""Packed batches: their layout, and prefixes in training steps without padding."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from peftkern import PrefixKV
 from peftkern.huggingface.layout import Layout
 from peftkern.huggingface.packing import LogitRows, PackedBatch
 from tests.huggingface import models
-from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB
-from tests.huggingface.test_prompts import rows_of
+from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
@@ -105,7 +104,7 @@ def test_a_head_pairs_rows_with_the_labels_of_the_next_ones():
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_prefix_tuning_leaves_padding_out(name, padding):
-    """Loss and gradients are those of PEFT, which computes it."""
+    """Loss and gradients are equal to those of PEFT, which computes padding."""
     family, mask = FAMILIES[name], MASKS[padding]
     labels = IDS.masked_fill(mask == 0, -100)
     want = models.training_step(models.peft_model(family, patched=False), family.task, mask, labels=labels)
@@ -151,7 +150,7 @@ def test_models_that_cannot_be_packed_say_so():
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)", "opt"])
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
 def test_rows_packed_by_position_ids_are_sequences_behind_a_prefix(name, native):
-    """PEFT lets them see each other without a word."""
+    """PEFT silently lets them attend to each other."""
     family = FAMILIES[name]
     stock = models.peft_model(family, patched=False)
     ids, labels = padded(SEQUENCES, 0), padded(SEQUENCES, -100)
@@ -172,7 +171,7 @@ def test_rows_packed_by_position_ids_are_sequences_behind_a_prefix(name, native)
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_boundaries_for_flash_kernels_say_what_positions_say(kind):
-    """As transformers' DataCollatorWithFlattening gives them."""
+    """In the form that transformers' DataCollatorWithFlattening returns."""
     build = models.peft_model if kind == "prefix" else models.prompt_model
     row = {
         "input_ids": PACKED_IDS.view(1, -1),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patched PEFT model against PEFT itself: outputs, all gradients and generated tokens."""
+"""A patched PEFT model compared with PEFT: outputs, all gradients and generated tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 
 import peftkern
 from tests.huggingface import models
-from tests.huggingface.models import FAMILIES, MASKS, PROJECTION, TASKS
+from tests.huggingface.models import FAMILIES, FP32_TOLERANCE, FP64_TOLERANCE, MASKS, PROJECTION, TASKS
 
 BACKENDS = ("reference", "cpu")
-FP32_TOLERANCE, FP64_TOLERANCE = 1e-5, 1e-10
 GENERATION = {
     "greedy": {"do_sample": False},
     "beam": {"do_sample": False, "num_beams": 3},
@@ -89,7 +88,7 @@ def test_a_row_that_sees_nothing_is_zero_as_in_sdpa(implementation):
 
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt-neox", "gpt2"])
 def test_half_precision_base_keeps_an_fp32_prefix(name, backend):
-    """The prefix is rounded where it is read; its gradient is at least as exact as PEFT's."""
+    """The prefix is rounded when it is read; its gradient is at least as exact as PEFT's."""
     family = FAMILIES[name]
     exact = models.training_step(
         models.peft_model(family, patched=False, dtype=torch.bfloat16).double(), family.task, models.RIGHT

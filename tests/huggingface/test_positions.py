@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables: which embeddings are some, and which sequences behind a prefix stay on them."""
+"""Position tables: which embeddings are position tables, and which sequences with a prefix exceed them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def patch(name, model=None):
 
 
 def tables_of(model):
-    return [table.num_positions for table in model._peftkern_patch._tables]
+    return [table.num_positions for table in models.patch_of(model).tables]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 import peftkern
+from peftkern.huggingface.wiring import PATCH
 from tests.huggingface import by_hand, models
 from tests.huggingface.by_hand import GREEDY, LLAMA, assert_close, token_rows
 from tests.huggingface.models import IDS, PREFIX, SEQ
@@ -47,7 +48,7 @@ def test_unpatched_while_disabled(method):
         by_hand.refused(lambda: peftkern.unpatch(model), "disable")
         assert_same_outputs(model, without, "within disable_adapter")
     assert_same_outputs(model, with_adapter, "behind disable_adapter")
-    if hasattr(model, "_peftkern_patch"):
+    if hasattr(model, PATCH):
         peftkern.unpatch(model)
         assert_same_outputs(model, with_adapter, "after unpatch")
 
@@ -70,7 +71,7 @@ def test_nothing_stays_of_a_patch_that_ended_while_disabled(method):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_patched_while_disabled(method):
-    """The block of ``patched`` lies within that of ``disable_adapter``."""
+    """``patched`` within ``disable_adapter``."""
     with_adapter, without = stock(method)
     model = by_hand.build(method, patched=False).eval()
     with model.disable_adapter(), peftkern.patched(model):
@@ -131,7 +132,7 @@ def test_an_adapter_is_deleted_while_patched(method, deleted):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_merging_a_prompt_learning_model_fails_as_in_peft(method):
-    """PEFT's base model has no such method; a patch must not make it look as if it had worked."""
+    """PEFT's base model has no such method; a patch must not hide the error."""
     want = stock(method)[0]
     model = by_hand.build(method).eval()
     with pytest.raises(AttributeError, match="merge_and_unload"):
@@ -149,7 +150,7 @@ def lora(seed=3):
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
 @pytest.mark.parametrize("method", ["native prefix", "native prompt"])
 def test_lora_is_taken_out_while_a_prefix_is_patched_in(method, way):
-    """Either the prefix goes with the model that comes out, and is in its ``state_dict``, or it acts no more."""
+    """The returned model either has the prefix, also in its ``state_dict``, or runs without it."""
     model = lora()
     learned = by_hand.llama_prefix() if method == "native prefix" else by_hand.soft_prompt()
     without = getattr(lora(), way)()

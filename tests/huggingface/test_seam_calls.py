@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a patched model that are compiled by layer, interrupted, or watched, or go on from unusual caches."""
+"""Calls of a patched model that are compiled per layer, interrupted, hooked, or continue unusual caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = IDS.masked_fill(RIGHT == 0, -100)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_are_compiled_one_by_one(method):
-    """As accelerate's regional compilation does it."""
+    """As in accelerate's regional compilation."""
     want = by_hand.build(method).train()(input_ids=IDS, attention_mask=RIGHT, labels=LABELS).loss
     torch._dynamo.reset()
     model = by_hand.build(method).train()
@@ -38,7 +38,7 @@ def test_layers_that_are_compiled_one_by_one(method):
 
 
 def test_a_mask_that_is_edited_in_place():
-    """Somebody hides the first token from all others."""
+    """A mask that hides the first token from all others."""
     model, stock = (models.peft_model(LLAMA, patched=patched).eval() for patched in (True, False))
 
     def hide(module, args, kwargs):
@@ -137,7 +137,7 @@ def test_hooks_on_the_backbone_see_the_batch(method, order):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_leaves_no_stream_behind(method, monkeypatch):
-    """Without the garbage collector: streams hold the graph of the prompt."""
+    """Without the garbage collector: packed batches hold the graph of the prompt."""
     streams = weakref.WeakSet()
     init = PackedBatch.__init__
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way to generate gives the tokens that one stock forward over the whole sequence per token gives."""
+"""Every way to generate returns the tokens of one stock forward over the whole sequence per token."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_assistant_model(truths, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_patched_assistant(truths, method):
-    """The assistant is a patched model of its own, and keeps no part of its state in the model that it assists."""
+    """The assistant is another patched model, and stores no state in the model that it assists."""
     model, assistant = by_hand.build(method).eval(), by_hand.build("native prefix").eval()
     assert tokens(model, IDS[:1], assistant_model=assistant) == by_steps(truths, method, IDS[:1])
 
@@ -92,7 +92,7 @@ def test_a_second_turn_on_the_returned_cache(truths, method, padding):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_branches_of_one_conversation(truths, method):
-    """A copy of the returned cache goes on by itself."""
+    """A copy of the returned cache continues independently."""
     model = by_hand.build(method).eval()
     options = {"max_new_tokens": 3, "return_dict_in_generate": True, **GREEDY}
     turn = model.generate(input_ids=IDS, **options)
@@ -130,7 +130,7 @@ def test_greedy_tokens_of_encoder_decoders(name, way):
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "gpt-bigcode (MQA)", "opt", "t5", "bart"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_generation_in_train_mode_gives_the_tokens_of_eval(kind, name, checkpointing):
-    """As callbacks and evaluation within training do it. GPT-2 drops its cache there; stock PEFT raises or errs."""
+    """As in callbacks and evaluation during training. GPT-2 drops its cache there; stock PEFT raises or is wrong."""
     family = FAMILIES[name]
     make = models.peft_model if kind == "prefix" else models.prompt_model
     want = models.generate(make(family, patched=False).eval(), family.task, do_sample=False, attention_mask=ONES)
@@ -220,7 +220,7 @@ HOLES = {
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "opt", "qwen3"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_masks_with_holes_with_pefts_bugs(kind, name, holes):
-    """A prefix is PEFT's anyway. Logits of each step are compared too: tokens agree by luck."""
+    """A prefix is always PEFT's. Logits of each step are compared too, because tokens may agree by chance."""
     make = models.peft_model if kind == "prefix" else models.prompt_model
     stock, model = make(FAMILIES[name], patched=False).eval(), make(FAMILIES[name], patched=False).eval()
     peftkern.patch(model, **({} if kind == "prefix" else {"peft_bugs": True}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output layers and losses that are not the stock ones get the batch: fused heads, own losses, adapters below."""
+"""Output layers and losses other than the stock ones get the unpacked batch: fused heads, own losses, adapters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SHAPES = pytest.mark.parametrize("mask", [None, ONES, RIGHT], ids=["none", "ones
 
 @dataclasses.dataclass
 class TokenScores(ModelOutput):
-    """As TRL's fused head returns them."""
+    """In the form of TRL's fused head."""
 
     loss: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
 
 
 def log_probs_of(self, hidden, labels):
-    """Of the labels, [B, S - 1]; 0 where there is none."""
+    """Log-probabilities of the labels, [B, S - 1]; 0 where there is no label."""
     scores = self.lm_head(hidden[:, :-1]).log_softmax(-1)
     targets = labels[:, 1:]
     return scores.gather(-1, targets.clamp_min(0)[..., None])[..., 0] * (targets != -100)
@@ -97,7 +97,7 @@ def tensors_of(output):
 
 
 def backward(outputs):
-    """Through everything that the head returned."""
+    """Backward through everything that the head returned."""
     sum((value.float() * torch.linspace(0.5, 1.5, value.numel()).view(value.shape)).sum() for value in
         outputs.values()).backward()  # fmt: skip
 
@@ -107,7 +107,7 @@ def family_of(model):
 
 
 def headed(head, way):
-    """A family with the head; the stock one where its instances' forward is still to be replaced."""
+    """A family with the head; the stock family if the forward of its instances is replaced later."""
     if way.startswith("replaced"):
         return LLAMA
     forward = forward_with(head)
@@ -211,7 +211,7 @@ def test_over_another_adapter(below, kind, mask):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("below", ADAPTERS)
 def test_generation_over_another_adapter(below, kind):
-    """Stock PEFT loses the prompt, as the inner model's ``generate`` puts back a method that the outer one has set.
+    """Stock PEFT loses the prompt: the inner model's ``generate`` restores a method that the outer one has set.
 
     Its tokens or those with the prompt; nothing else, and no error that does not say so.
     """
@@ -223,7 +223,7 @@ def test_generation_over_another_adapter(below, kind):
 
 
 class WithoutLogitsToKeep(hf.LlamaForCausalLM):
-    """As many models outside of transformers are."""
+    """Like many models outside transformers."""
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
@@ -233,7 +233,7 @@ class WithoutLogitsToKeep(hf.LlamaForCausalLM):
 
 
 class WithoutKeywords(hf.LlamaForCausalLM):
-    """It takes no argument that it does not know."""
+    """It accepts no unknown arguments."""
 
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, past_key_values=None,
@@ -294,18 +294,18 @@ def test_output_layers_that_mix_rows(head, kind, mask):
 
 
 def sequence_mean(logits, labels, vocab_size, **kwargs):
-    """Each sequence counts the same, however many labels it has."""
+    """Every sequence has the same weight, regardless of its number of labels."""
     losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
     return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
 
 
 def with_z_loss(logits, labels, vocab_size, **kwargs):
-    """It looks at the logits of every row, padding and prompt included."""
+    """It reads the logits of every row, including padding and prompt."""
     return ForCausalLMLoss(logits, labels, vocab_size) + 0.1 * logits.logsumexp(-1).square().mean()
 
 
 def with_neighbours(logits, labels, vocab_size, **kwargs):
-    """Rows should not differ much from those beside them."""
+    """Penalises differences between neighbouring rows."""
     return ForCausalLMLoss(logits, labels, vocab_size) + (logits[:, 1:] - logits[:, :-1]).abs().mean()
 
 

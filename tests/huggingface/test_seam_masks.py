@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and masks that others have written: found out by the trial, or served with the dense mask."""
+"""Attention and masks of other packages: rejected by the trial, or given the dense mask."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.huggingface.models import IDS, LEFT, ONES, PREFIX, RIGHT, SEQ, Family
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
-# Attention that does something between cache and attention function, which no survey of names can see
+# Attention with computation between the cache and the attention function
 
 
 class Attention(LlamaAttention):
-    """Llama's, with places at which others differ."""
+    """Llama's attention, with methods for subclasses to change."""
 
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, past_key_values=None, **kwargs
@@ -51,7 +51,7 @@ class Attention(LlamaAttention):
 
 
 class CountsCache(Attention):
-    """It weighs by the number of tokens in its cache."""
+    """It weights by the number of tokens in its cache."""
 
     def between(self, query, key, value, mask, cache):
         seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
@@ -59,42 +59,42 @@ class CountsCache(Attention):
 
 
 class CountsKeys(Attention):
-    """It scales queries by the logarithm of the number of keys, as models for long contexts do."""
+    """It scales queries by the logarithm of the number of keys, like models for long contexts."""
 
     def between(self, query, key, value, mask, cache):
         return query * math.log(key.shape[2] + 1), key, value, mask
 
 
 class NormsKeys(Attention):
-    """It normalises keys behind the cache and not before it."""
+    """It normalises keys after the cache instead of before it."""
 
     def between(self, query, key, value, mask, cache):
         return query, nn.functional.normalize(key, dim=-1) * 4, value, mask
 
 
 class SwapsValues(Attention):
-    """It rearranges values behind the cache, as DiffLlama does."""
+    """It rearranges values after the cache, like DiffLlama."""
 
     def between(self, query, key, value, mask, cache):
         return query, key, value.flip(1), mask
 
 
 class AddsMean(Attention):
-    """It adds the mean of all values, prefix included."""
+    """It adds the mean of all values, including the prefix."""
 
     def behind(self, out, value):
         return out + 0.3 * value.mean((1, 2))[:, None, None]
 
 
 class SlicesMask(Attention):
-    """It cuts the mask to the number of keys, as models before transformers 4.48 did."""
+    """It truncates the mask to the number of keys, like models before transformers 4.48."""
 
     def between(self, query, key, value, mask, cache):
         return query, key, value, None if mask is None else mask[:, :, :, : key.shape[2]]
 
 
 class LooksAtMask(Attention):
-    """It has the mask in its own dtype, adds a bias of distances, and asks for its size."""
+    """It casts the mask, adds a bias by distance, and reads its size."""
 
     def between(self, query, key, value, mask, cache):
         if mask is None or isinstance(mask, tuple) or mask.ndim != 4:
@@ -172,7 +172,7 @@ def test_odd_attention_in_a_plain_model_is_right_or_refused(method, attention):
         by_hand.same_or_named(logits, want[keep], "attention", "layer", "prefix", "rows", what="logits")
 
 
-# Masks are tensors to whoever touches them
+# Masks behave like tensors
 
 TOUCHES = {
     "slice": lambda mask: mask[:, :, :, :],
@@ -190,7 +190,7 @@ TOUCHES = {
 
 
 def touch(model, change):
-    """Every layer changes the mask that it is given, as models with masks of their own do."""
+    """Every layer changes its mask, like models with their own masks."""
 
     def hook(module, args, kwargs):
         mask = kwargs.get("attention_mask")
@@ -240,7 +240,7 @@ def dense(kind):
 @pytest.mark.parametrize("kind", ["causal", "two sequences a row", "sees all of the first three"])
 @pytest.mark.parametrize("method", ["native prefix", "native prompt"])
 def test_a_dense_mask_of_the_caller(method, kind, additive):
-    """It speaks of the sequence alone; every token sees the prefix."""
+    """It covers the sequence alone; every token attends to the prefix."""
     mask, stock = dense(kind), models.base_model(LLAMA).eval()
     if method == "native prefix":
         whole = nn.functional.pad(mask, (PREFIX, 0), value=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that no rule of ours knows: PEFT's numbers come out of them too, or the refusal says what is wrong."""
+"""Unusual models: the results are PEFT's, or the refusal gives the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAIRS = [(name, kind) for name in UNCOMMON for kind in ("prefix", "prompt") if (
 MASKS = {"none": None, "right": RIGHT, "left": LEFT}
 DECODERS = [name for name, family in UNCOMMON.items() if family.task == "CAUSAL_LM"]
 REFUSAL = ("attention", "cache", "mask", "layer", "keys")
-"""One of these words is in the reason why a model cannot have a prefix."""
+"""The reason why a model cannot have a prefix contains one of these words."""
 
 
 def more_of(name, kind):
@@ -95,15 +95,15 @@ def test_a_prefix_generates_behind_padding_as_in_peft(name, padding):
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_the_model_says_how_it_runs(name, kind):
-    """Either it is sped up, or PEFT's way is named with its reason."""
+    """The explanation says that it runs faster, or why it runs PEFT's code."""
     text = peftkern.explain(tuned(name, kind, patched=True))
     assert len(text) > 20
-    assert "LazyMask" not in text, "the reason speaks of our own objects"
+    assert "LazyMask" not in text, "the reason mentions internal objects"
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_prefix_in_a_plain_model_is_right_or_refused(name):
-    """The truth is a stock cache that holds the prefix; some models cannot use one."""
+    """The reference is a stock cache with the prefix, which some models do not support."""
     family = UNCOMMON[name]
     heads = 4 if name in ("biogpt", "idefics", "deepseek-v3") else 2
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +114,7 @@ def test_a_prefix_in_a_plain_model_is_right_or_refused(name):
         try:
             with torch.no_grad():
                 want = by_hand.with_prefix(stock, prefix, IDS, mask, **inputs).logits
-        except Exception as error:  # a stock cache cannot hold a prefix for this model, so there is no truth
+        except Exception as error:  # the model does not support a prefix in a stock cache, so there is no reference
             message = str(error)
             assert by_hand.refused(lambda: peftkern.patch(models.base_model(family), prefix), *REFUSAL), message
             return
@@ -159,7 +159,7 @@ def test_a_soft_prompt_generates_in_a_plain_model(name):
 @pytest.mark.parametrize("mask", [None, RIGHT], ids=["none", "right"])
 @pytest.mark.parametrize("name", ["t5", "bart", "longt5", "t5gemma", "bigbird-pegasus", "encoder-decoder (bert)"])
 def test_a_soft_prompt_before_the_encoder(name, mask):
-    """As PEFT's prompt tuning: labels are the decoder's and stay as they are."""
+    """As in PEFT's prompt tuning, labels belong to the decoder and do not change."""
     family = {**FAMILIES, **UNCOMMON}[name]
     prompt = by_hand.soft_prompt()
     stock = models.base_model(family).requires_grad_(False).train()
@@ -203,7 +203,7 @@ def test_explicit_positions_with_a_prefix(name, padding, places):
     by_hand.assert_same_gradients(got.gradients, want.gradients)
 
 
-# Inputs beside text
+# Inputs other than text
 
 
 IMAGE_IDS = IDS.clone()
@@ -225,7 +225,7 @@ def test_paligemma_with_images(kind, padding):
 
 @pytest.mark.parametrize("padding", MASKS)
 def test_mllama_with_images(padding):
-    """A layer between the others attends to states of the image alone, and has no prefix."""
+    """A layer in the middle attends to states of the image only, and has no prefix."""
     states = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(8))
     mask, steps = MASKS[padding], []
     for patched in (False, True):

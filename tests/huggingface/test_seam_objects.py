@@ -124,7 +124,7 @@ def want():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Of every model, what it computes in a process of its own."""
+    """The results of every model, computed in a separate process."""
     folder, paths = tmp_path_factory.mktemp("loaded"), []
     for number, (method, family) in enumerate(KINDS):
         paths.append(folder / f"{number}.pt")
@@ -149,12 +149,12 @@ def test_saved_whole_and_loaded_in_a_new_process(loaded, want, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_given_to_a_spawned_process(spawned, want, name):
-    """As ``torch.multiprocessing.spawn`` and data loaders do it."""
+    """As in ``torch.multiprocessing.spawn`` and data loaders."""
     assert_same_results(spawned[name], want[name])
 
 
 def loads_as_alone(pickled, code):
-    """Runs ``code`` on the object ``x`` in a process that has imported torch alone; its output."""
+    """The output of ``code``, run on the object ``x`` in a process that has only imported torch."""
     program = f"import pickle, sys, torch\nx = pickle.load(sys.stdin.buffer)\n{code}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", program], input=pickled, env=environment, capture_output=True)
@@ -164,7 +164,7 @@ def loads_as_alone(pickled, code):
 
 @pytest.mark.slow
 def test_the_config_of_a_patched_model_in_a_new_process():
-    """A model made of it is a stock one, and can be patched by itself."""
+    """A model made from it is a stock model, and can be patched."""
     model = by_hand.build("native prefix")
     code = (
         "from transformers import LlamaForCausalLM\n"
@@ -182,12 +182,13 @@ def test_what_was_loaded_can_be_unpatched_and_explained_there():
     model = by_hand.build("peft prompt").eval()
     code = (
         "import peftkern\n"
+        "from peftkern.huggingface.wiring import PATCH\n"
         "text = peftkern.explain(x)\n"
         "ids = torch.arange(6).view(2, 3) + 3\n"
         "with torch.no_grad():\n"
         "    patched = x(input_ids=ids).logits\n"
         "    stock = peftkern.unpatch(x)(input_ids=ids).logits\n"
-        "assert '_peftkern_patch' not in vars(x)\n"
+        "assert PATCH not in vars(x)\n"
         "print((patched - stock).abs().max().item() < 1e-4, len(text) > 20)"
     )
     assert loads_as_alone(pickle.dumps(model), code).endswith("True True")
@@ -225,7 +226,7 @@ def test_a_copy_made_while_unpatched_is_stock(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_dict_moves_between_patched_models(method):
-    """Saved with tensors alone, as ``torch.load`` reads it by default."""
+    """Saved with tensors only, so that ``torch.load`` reads it by default."""
     source, target = by_hand.build(method).eval(), by_hand.build(method).eval()
     with torch.no_grad():
         for parameter in source.parameters():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch's shape outside, rows inside: what hooks, callers and own losses see of a patched model."""
+"""Hooks, callers and own losses see the shape of the batch, although the layers run packed rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LABELS = IDS.masked_fill(RIGHT == 0, -100)
 
 
 def noisy(embedding, seen):
-    """NEFTune's hook: noise whose size hangs on the number of tokens, drawn for the shape of the embeddings."""
+    """NEFTune's hook: noise of the shape of the embeddings, whose size depends on the number of tokens."""
 
     def hook(module, args, output):
         seen.append(tuple(output.shape))
@@ -88,7 +88,7 @@ def test_a_hook_before_the_embedding_sees_the_batch_of_ids(method):
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "opt", "gemma2 (softcap)", "gemma3n (shared KV)"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_noise_at_the_embedding_of_other_families(name, kind):
-    """Some scale embeddings, project them, or add those of positions."""
+    """Some models scale embeddings, project them, or add position embeddings."""
     make, losses, calls = getattr(models, "peft_model" if kind == "prefix" else "prompt_model"), [], []
     for patched in (False, True):
         model, seen = make(FAMILIES[name], patched=patched).train(), []
@@ -240,18 +240,18 @@ def test_the_first_output_of_a_training_step_is_the_loss(kind):
     assert_close(losses[1], losses[0], "loss")
 
 
-# Without labels somebody may look at padding
+# Without labels, callers may read outputs at padding
 
 
 def own_loss(outputs):
-    """Of every row, padding included, and of the rows beside each other."""
+    """A loss of every row, including padding, and of neighbouring rows."""
     logits = outputs.logits if "logits" in outputs else outputs.last_hidden_state
     weights = torch.linspace(0.2, 1.0, logits.shape[1])[None, :, None]
     return (logits * weights).logsumexp(-1).mean() + (logits[:, 1:] - logits[:, :-1]).square().mean()
 
 
 def assert_same_unlabelled_step(make, mask, where, **inputs):
-    """Outputs at all rows (or those of tokens), the own loss and its gradients."""
+    """Outputs of all rows (or of tokens), the own loss and its gradients."""
     steps = []
     for patched in (False, True):
         model = make(patched).train()
@@ -273,7 +273,7 @@ def assert_same_unlabelled_step(make, mask, where, **inputs):
 @pytest.mark.parametrize("name", ["llama (GQA)", "gpt2", "mistral (window 4)", "opt"])
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_own_losses_on_the_logits(kind, name, padding):
-    """With ``peft_bugs`` for prompts before padding on the left, where PEFT has other positions."""
+    """With ``peft_bugs`` for prompts with padding on the left, where PEFT's positions differ."""
     make = models.peft_model if kind == "prefix" else models.prompt_model
     options = {"peft_bugs": True} if (kind, padding) == ("prompt", "left") else {}
 
@@ -308,7 +308,7 @@ def test_own_losses_in_plain_models(method, padding):
         else:
             want = by_hand.with_prompt(base, by_hand.prompt_values(), IDS, mask, **more)
     got = by_hand.build(method).train()(input_ids=IDS, attention_mask=mask, output_hidden_states=True)
-    # Where padding lies before the first token, positions of padding are nobody's convention.
+    # There is no convention for positions of padding before the first token.
     keep = mask.bool() if "position_ids" in more else torch.ones_like(mask).bool()
     assert_close(got.logits.detach()[keep], token_rows(want.logits, SEQ)[keep], "logits")
     for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
@@ -317,7 +317,7 @@ def test_own_losses_in_plain_models(method, padding):
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_labelled_logits_without_labels_are_all_logits(kind):
-    """``logits="labelled"`` speaks of steps with labels."""
+    """``logits="labelled"`` only affects steps with labels."""
     make = models.peft_model if kind == "prefix" else models.prompt_model
 
     def build(patched):
@@ -329,7 +329,7 @@ def test_labelled_logits_without_labels_are_all_logits(kind):
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_layers_of_the_backbone_keep_gradients_of_every_token(kind):
-    """A parameter of the base model that trains beside the prefix, under an own loss that looks at padding."""
+    """A parameter of the base model is trained together with the prefix, by an own loss that reads padding."""
     results = []
     for patched in (False, True):
         make = models.peft_model if kind == "prefix" else models.prompt_model

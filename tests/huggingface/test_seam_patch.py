@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``patch`` tries, changes and says: a trial that leaves no trace, and one notice where PEFT's way is taken."""
+"""``patch`` runs a trial without side effects, and warns once where it falls back to PEFT's code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FALLBACKS = [
     ("diffllama", "prefix"), ("stablelm", "prefix"), ("nemotron", "prefix"), ("stablelm", "prompt"),
     ("qwen3.5", "prompt"), ("deepseek-v3", "prompt"), ("jamba", "prompt"),
 ]  # fmt: skip
-"""PEFT models that no kernel can serve today; whoever serves them may take them off this list."""
+"""PEFT models that no kernel supports. Remove a model from this list when a kernel supports it."""
 UNSERVED = [("stablelm", "prefix"), ("jamba", "prompt")]
 
 
@@ -36,7 +36,7 @@ def stock_of(method):
     return model, lambda: peftkern.patch(model, learned)
 
 
-# The trial leaves no trace
+# The trial has no side effects
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -58,12 +58,12 @@ def test_patch_draws_no_random_number(method, training):
 
 
 def tensors_of(model):
-    """Parameters and buffers, those that ``state_dict`` leaves out as well."""
+    """Parameters and buffers, including those that are not in ``state_dict``."""
     return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 class CountingNorm(nn.Module):
-    """It keeps statistics of what it sees, in training mode and out of it, as quantisation observers do."""
+    """It records statistics of its inputs in training and eval mode, like quantisation observers."""
 
     def __init__(self, norm):
         super().__init__()
@@ -127,7 +127,7 @@ def test_dynamic_rotary_frequencies_are_those_of_before():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_hooks_of_the_user_see_no_more_after_the_trial(method):
-    """A hook that somebody registered before may run in the trial, but it stays, and in its place."""
+    """Existing hooks may run in the trial, and keep their place afterwards."""
     model, patch = stock_of(method)
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
@@ -142,7 +142,7 @@ def test_hooks_of_the_user_see_no_more_after_the_trial(method):
 
 
 class Failing(nn.Module):
-    """A module whose memory runs out at one of its calls."""
+    """A module that raises out of memory at one of its calls."""
 
     def __init__(self, inner, error, call=0):
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_transient_error_in_the_trial_is_raised(method, error):
 @pytest.mark.parametrize("call", range(1, 8))
 @pytest.mark.parametrize("method", METHODS)
 def test_an_error_at_any_forward_of_the_trial_is_raised(method, call):
-    """Also where the stock model has run and the patched one is tried."""
+    """Also after the stock model has run, while the patched model is tried."""
     model, patch = stock_of(method)
     base = model.get_base_model() if method.startswith("peft") else model
     layer, error = base.model.layers[1], ERRORS["out of memory"]
@@ -205,7 +205,7 @@ def test_an_error_at_any_forward_of_the_trial_is_raised(method, call):
     assert not found, "an error of the moment was taken for an answer"
 
 
-# The fallback is PEFT, by name, once
+# The fallback is PEFT, with one warning
 
 
 @pytest.mark.parametrize(("name", "kind"), FALLBACKS)
@@ -234,7 +234,7 @@ def test_a_fallback_is_noticed_once_and_explained(name, kind):
 
 @pytest.mark.parametrize(("name", "kind"), UNSERVED)
 def test_the_notice_comes_again_for_another_model(name, kind):
-    """Python's registry of warnings hides a repeated text; each patched model is worth one."""
+    """Python hides a repeated warning, but each patched model must warn."""
     counts = []
     for _ in range(2):
         model = tuned(name, kind, patched=False)
@@ -341,7 +341,7 @@ def test_a_soft_prompt_that_is_concatenated_is_noticed_once(name):
 
 @pytest.mark.parametrize("name", ["diffllama", "stablelm", "deepseek-v3"])
 def test_a_refused_prefix_names_the_model_and_leaves_it(name):
-    """A plain model has no PEFT to fall back on."""
+    """A plain model cannot fall back to PEFT."""
     model = models.base_model(UNCOMMON[name]).eval()
     prefix = peftkern.PrefixKV(None, PREFIX, num_layers=2, num_kv_heads=2, head_dim=16, std=1.0)
     want, before = model(input_ids=IDS).logits, {n: set(vars(m)) for n, m in model.named_modules()}
@@ -363,7 +363,7 @@ def test_a_refused_prefix_names_the_model_and_leaves_it(name):
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_a_lora_below_is_tried_with_its_weights(kind):
-    """The trial runs what the user's model computes, not the base without its adapters."""
+    """The trial runs the user's model with its adapters, not the base model alone."""
     results = []
     for patched in (False, True):
         with torch.random.fork_rng(devices=[]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's code around a patched model runs: whatever calls it, wraps it, or replaces its methods."""
+"""Code of other packages that calls or wraps a patched model, or replaces its methods, still runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.huggingface.models import IDS, RIGHT, SEQ
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
 BYPASSED = ("forward", "call", "hook", "prefix", "prompt")
-"""One of these words is in the error of a call that a patched model cannot see."""
+"""The error of a call that bypasses the hooks contains one of these words."""
 NATIVE = [method for method in METHODS if method.startswith("native")]
 PEFT = [method for method in METHODS if method.startswith("peft")]
 
@@ -40,7 +40,7 @@ def rows(output):
 
 
 class CallsForward(nn.Module):
-    """A wrapper that calls ``forward`` of its model, as pipelines and inference servers do."""
+    """A wrapper that calls ``forward`` of its model, like pipelines and inference servers."""
 
     def __init__(self, inner):
         super().__init__()
@@ -51,7 +51,7 @@ class CallsForward(nn.Module):
 
 
 def counted(forward):
-    """A decorator as people write it; ``calls`` counts."""
+    """A typical decorator; ``calls`` counts its calls."""
 
     @functools.wraps(forward)
     def wrapper(*args, **kwargs):
@@ -91,7 +91,7 @@ def test_a_wrapper_that_calls_forward(method):
 
 @pytest.mark.parametrize("method", NATIVE)
 def test_a_wrapper_that_is_patched_and_calls_forward(method):
-    """``patch`` takes a module that holds the model."""
+    """``patch`` accepts a module that contains the model."""
     want = expected(method)
     learned = by_hand.llama_prefix() if method == "native prefix" else by_hand.soft_prompt()
     wrapper = CallsForward(models.base_model(LLAMA)).eval()
@@ -113,7 +113,7 @@ def test_the_backbone_alone_has_the_prefix(method, way):
 
 @pytest.mark.parametrize("method", PEFT)
 def test_the_base_model_of_a_peft_model_called_alone_is_the_base_model(method):
-    """PEFT's prefix and prompt come from ``PeftModel.forward``; below it there is none."""
+    """PEFT's prefix and prompt come from ``PeftModel.forward``; calls of inner models have none."""
     with torch.no_grad():
         want = models.base_model(LLAMA).eval()(input_ids=IDS).logits
         base = by_hand.build(method).eval().get_base_model()
@@ -146,7 +146,7 @@ def llama_adapter():
 
 @pytest.mark.parametrize("method", NATIVE)
 def test_under_llama_adapter(method):
-    """Its model calls ``forward`` of the one below, and its attention modules stand around the model's own."""
+    """Its model calls ``forward`` of the inner model, and its attention modules wrap the model's own."""
     stock = llama_adapter()
     if method == "native prefix":
         learned, want = by_hand.llama_prefix(), None
@@ -160,7 +160,7 @@ def test_under_llama_adapter(method):
     )
 
 
-# Methods that somebody else has set on the instance
+# Methods that other code has set on the instance
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -264,7 +264,7 @@ def replicate(model, scale):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_of_data_parallel_computes_with_its_own_parameters(method, training):
-    """Replicas share ``__dict__`` with the model, so what is bound to the model there would run the model."""
+    """Replicas share ``__dict__`` with the model, so methods bound to the model would run the model."""
     scale = 1.01
     if method.startswith("peft"):
         stock = by_hand.build(method, patched=False).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of a patched model waits for the device at most once, to learn how many rows the batch has.
+"""A training step of a patched model waits for the device at most once, for the number of rows of the batch.
 
 Counted on a CPU: the operations that on a GPU make the host wait, as their result, or its shape, depends on values.
 """
@@ -29,7 +29,7 @@ MASKABLE = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_
 
 
 def waits_for_device(func, args, kwargs):
-    """Whether the host needs values of an operation's arguments before it can go on."""
+    """Whether the host waits for values of an operation's arguments."""
     name = func.overloadpacket.__name__
     if name in MASKABLE:  # index by a mask: as many rows as it has ones
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -39,7 +39,7 @@ def waits_for_device(func, args, kwargs):
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts them, within the block, in ``found``: name of the operation -> how often."""
+    """Count them in the block; ``found`` maps the name of an operation to its count."""
 
     def __init__(self):
         super().__init__()
@@ -160,7 +160,7 @@ STOCK = {kind: lambda kind=kind: kinds.stock_model(kind, LLAMA) for kind in kind
 
 
 def waits_of_a_step(model, inputs):
-    """Of the second step: the first may say something once. Not of what has no gradient."""
+    """In the second step, because the first may warn. Not for models without a gradient."""
     model.train()
     if not any(p.requires_grad for p in model.parameters()):
         model.get_input_embeddings().weight.requires_grad_(True)
@@ -181,7 +181,7 @@ def assert_waits_once(patched, base, stock=None):
 @pytest.mark.parametrize("logits", ["all", "labelled"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_training_step_waits_once(logits, batch, kind, record_property):
-    """Of a padded batch the base model alone waits twice, to see whether its mask has zeros."""
+    """For a padded batch, the base model alone waits twice, to check whether its mask has zeros."""
     inputs = inputs_of(batch)
     base = waits_of_a_step(models.base_model(LLAMA), inputs)
     extra = dict(EXTRA.get(kind, {}))

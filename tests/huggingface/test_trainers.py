@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainers of transformers and accelerate: a patched model has the loss curve and the parameters of stock PEFT."""
+"""Trainers of transformers and accelerate: a patched model has the loss curve and parameters of stock PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LLAMA = FAMILIES["llama (GQA)"]
 
 @dataclasses.dataclass
 class Run:
-    """What a training run leaves behind."""
+    """The results of a training run."""
 
     losses: list[float]
     parameter: Tensor
@@ -67,7 +67,7 @@ def collect(trainer, resume=None):
 
 
 def train(model, folder, data=None, resume=None, **arguments):
-    """Plain gradient descent: Adam would make a step out of the rounding of a gradient that is zero."""
+    """Plain gradient descent, because Adam amplifies the rounding of a gradient that is zero."""
     settings = {
         **{"per_device_train_batch_size": 3, "max_steps": 4, "learning_rate": 1.0, "optim": "sgd"},
         **{"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no"},
@@ -115,7 +115,7 @@ def test_trainer(kind, settings, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer_with_gradient_checkpointing(kind, tmp_path):
-    """Stock prefix tuning cannot, so that stock runs without it."""
+    """Stock prefix tuning does not support it, so stock runs without it."""
     want = train(stock_model(kind, LLAMA), tmp_path)
     assert_same_run(train(patched_model(kind, LLAMA), tmp_path, gradient_checkpointing=True), want)
 
@@ -162,7 +162,7 @@ def watch_dtypes(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer_resumes(kind, tmp_path):
-    """Stock PEFT does not train a prefix that it has loaded, so that its run is in one go."""
+    """Stock PEFT does not train a prefix that it has loaded, so its run is not interrupted."""
     want = train(stock_model(kind, LLAMA), tmp_path / "stock")
     save = {"save_strategy": "steps", "save_steps": 2}
     first = train(patched_model(kind, LLAMA), tmp_path / "patched", max_steps=2, **save)
@@ -189,7 +189,7 @@ def noise_of(model):
 
 
 class NoisyTrainer(Trainer):
-    """Lets a hook be added behind that of NEFTune, which is put there when training begins."""
+    """Allows adding a hook after that of NEFTune, which is added when training begins."""
 
     def __init__(self, *args, after_neftune, **kwargs):
         super().__init__(*args, **kwargs)
@@ -218,7 +218,7 @@ def train_with_noise(model, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neftune(kind, tmp_path):
-    """Its noise goes by the number of tokens in a row, and is drawn for [B, S]."""
+    """Its noise depends on the number of tokens in a row, and has the shape [B, S]."""
     want, stock_noises, stock_shapes = train_with_noise(stock_model(kind, LLAMA), tmp_path)
     got, noises, shapes = train_with_noise(patched_model(kind, LLAMA), tmp_path)
     assert stock_shapes == [(8, 16)] * 3
@@ -260,7 +260,7 @@ def test_seq2seq_trainer(name, kind, tmp_path):
 
 @pytest.fixture
 def accelerator():
-    """Builds accelerators; accelerate keeps one mixed precision a process."""
+    """Builds accelerators; accelerate keeps one mixed precision per process."""
 
     def build(precision):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -283,7 +283,7 @@ def accelerated_run(model, accelerator, optimizer, steps=3):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(out.loss.item())
-    real = batch["attention_mask"].bool()  # a prompt has rows before these; at padding nobody looks
+    real = batch["attention_mask"].bool()  # a prompt has rows before these; padding is not compared
     return Run(losses, trained(model), predictions=out.logits.detach()[:, -real.shape[1] :][real].float())
 
 
@@ -296,7 +296,7 @@ ORDERS = ("patch, then prepare", "prepare, then patch")
 
 
 def prepare_patched(accelerator, kind, order):
-    """A native module comes into a prepared model with the patch, so that its optimizer is made behind it."""
+    """The patch adds a native module to a prepared model, so its optimizer is made after the patch."""
     if order == ORDERS[0]:
         return prepare(accelerator, patched_model(kind, LLAMA))
     if not is_native(kind):
@@ -336,7 +336,7 @@ def test_accelerate_in_bf16(order, kind, accelerator):
 
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_unpatching_a_prepared_model_leaves_it_prepared(kind, accelerator):
-    """What ``prepare`` put on the instance, before the patch or behind it, stays there."""
+    """Attributes that ``prepare`` sets on the instance, before or after the patch, stay there."""
     for order in ORDERS:
         tool = accelerator("bf16")
         model, _ = prepare_patched(tool, kind, order)

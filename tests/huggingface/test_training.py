@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training as people do it: checkpointing, Trainer, compile, several processes; PEFT beside it where PEFT can."""
+"""Training with checkpointing, Trainer, compile and several processes, compared with PEFT where PEFT can."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_peft_cannot_checkpoint(name):
 
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
 def test_checkpointing_with_a_projection(native):
-    """Reentrant checkpointing would go back through the MLP once a layer, which is refused with advice."""
+    """Reentrant checkpointing would run backward through the MLP once per layer, which is refused with advice."""
 
     def build():
         if native:
@@ -84,7 +84,7 @@ def test_checkpointing_with_a_projection(native):
 
 
 def test_shared_keys_with_reentrant_checkpointing_are_refused():
-    """The stock model loses gradients there: shared keys are no argument of the layers that read them."""
+    """The stock model loses gradients: shared keys are not arguments of the layers that read them."""
     family = FAMILIES[SHARED_AND_REENTRANT[0]]
     model = models.peft_model(family, patched=True)
     enable_checkpointing(model, reentrant=True)
@@ -108,7 +108,7 @@ def test_dropout_of_a_recomputed_layer_drops_the_same_weights():
 
 
 def saved_bytes(model):
-    """Bytes that one forward keeps for its backward, parameters aside."""
+    """Bytes that one forward keeps for its backward, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -259,7 +259,7 @@ def _worker(rank, port, report, kind, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("kind", ["peft", "native", "prompt"])
 def test_two_processes(kind, strategy):
-    """With checkpointing, on gloo: the gradient of both halves is that of the whole batch."""
+    """With checkpointing, on gloo: the gradient of both halves equals that of the whole batch."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "difference")
         torch.multiprocessing.spawn(_worker, args=(_free_port(), report, kind, strategy), nprocs=2)
@@ -317,7 +317,7 @@ def _counting_worker(rank, port, report, kind, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("kind", ["peft", "prompt"])
 def test_two_processes_reduce_the_gradient_once(kind, strategy):
-    """The collectives of a step are those of the same model without the patch: one sum of the prefix's gradient."""
+    """A step has the same collectives as the model without the patch: one sum of the prefix's gradient."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "collectives")
         torch.multiprocessing.spawn(_counting_worker, args=(_free_port(), report, kind, strategy), nprocs=2)

@@ -20,8 +20,8 @@ import peftkern
 from tests.huggingface.kinds import KINDS, PEFT_KINDS, losses_differ, patched_model, stock_model
 from tests.huggingface.models import PREFIX, difference
 from tests.huggingface.trl_runs import (
+    CASES,
     LLAMA,
-    ORDERS,
     TOLERANCE,
     assert_same_run,
     data,
@@ -34,11 +34,9 @@ from tests.huggingface.trl_runs import (
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 slow = pytest.mark.slow
 
-CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
-
 
 class Separate:
-    """A collator that pads documents which TRL would lay in one row; as there, none predicts its first token."""
+    """A collator that pads documents that TRL would pack into one row; as there, none predicts its first token."""
 
     def __init__(self):
         self.collate = DataCollatorForLanguageModeling(pad_token_id=0)
@@ -57,7 +55,7 @@ class Separate:
 
 
 def separate_run(kind, rows, folder, **settings):
-    """Stock PEFT with the batches of ``settings``, each document in a row of its own."""
+    """Stock PEFT with the batches of ``settings``, each document in its own row."""
     model = stock_model(kind, LLAMA)
     trainer = make_trainer("SFT", model, rows, folder, **settings)
     trainer.data_collator = Separate()
@@ -101,7 +99,7 @@ PACKINGS = {
 @pytest.mark.parametrize("name", PACKINGS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sft_with_documents_in_one_row(name, kind, order, tmp_path):
-    """Each is behind a prefix of its own; for stock PEFT see test_stock_documents_see_each_other."""
+    """Each document has its own prefix; for stock PEFT see test_stock_documents_see_each_other."""
     want = separate_run(kind, data("text"), tmp_path, **PACKINGS[name])
     got = patched_run("SFT", kind, order, data("text"), tmp_path, **PACKINGS[name])
     assert_same_run(got, want)
@@ -111,7 +109,7 @@ def test_sft_with_documents_in_one_row(name, kind, order, tmp_path):
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_stock_documents_see_each_other(kind, tmp_path):
-    """Why stock PEFT is no measure of packed rows: its loss is not that of the documents."""
+    """Stock PEFT is no reference for packed rows: its loss is not that of the documents."""
     packed = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path, **PACKINGS["padding_free"])
     apart = separate_run(kind, data("text"), tmp_path, **PACKINGS["padding_free"])
     assert losses_differ(packed.losses, apart.losses) > 10 * TOLERANCE
@@ -129,7 +127,7 @@ def test_sft_with_documents_in_one_row_as_stock_peft_has_them(name, tmp_path):
 @slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_with_gradient_checkpointing(kind, tmp_path):
-    """TRL's default. Stock prefix tuning cannot, so that stock runs without it."""
+    """TRL's default. Stock prefix tuning does not support it, so stock runs without it."""
     want = run("SFT", stock_model(kind, LLAMA), data("text"), tmp_path)
     got = run("SFT", patched_model(kind, LLAMA), data("text"), tmp_path, gradient_checkpointing=True)
     assert_same_run(got, want)
@@ -170,7 +168,7 @@ def trainer_of(model, folder, rows="completion", **settings):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_output_layer(kind, tmp_path):
-    """``fused_lm_head=True`` in a call: every field that TRL has asked for, and the gradient."""
+    """``fused_lm_head=True`` in a call: every field that TRL requests, and the gradient."""
     stock, patched = (trainer_of(m, tmp_path) for m in (stock_model(kind, LLAMA), patched_model(kind, LLAMA)))
     batch = batch_of(stock)
     want, got = (t.model.train()(**batch, fused_lm_head=True) for t in (stock, patched))
@@ -205,7 +203,7 @@ def test_the_output_layer_of_a_model_that_has_a_fused_one(explicit, kind, tmp_pa
 @slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_evaluates_with_logits(kind, tmp_path):
-    """Metrics of a user's own have TRL run the model once more, without labels."""
+    """With metrics of the user, TRL runs the model again without labels."""
     stock, patched = (trainer_of(m, tmp_path) for m in (stock_model(kind, LLAMA), patched_model(kind, LLAMA)))
     batch = batch_of(stock)
     real = batch["attention_mask"].bool()
@@ -223,7 +221,7 @@ def test_sft_evaluates_with_logits(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sft_with_label_smoothing(kind, tmp_path):
-    """It takes the loss from logits. TRL puts stock PEFT's, which show the prompt, beside labels that do not."""
+    """It computes the loss from logits. Stock PEFT's logits include the prompt, but TRL's labels do not."""
     smooth = {"label_smoothing_factor": 0.1}
     patched = trainer_of(patched_model(kind, LLAMA), tmp_path, **smooth)
     if kind == "prompt":

@@ -19,6 +19,7 @@ from tests.huggingface import models
 from tests.huggingface.kinds import KINDS, PEFT_KINDS, is_native, losses_differ, patched_model, stock_model
 from tests.huggingface.models import PREFIX, difference
 from tests.huggingface.trl_runs import (
+    CASES,
     LLAMA,
     ORDERS,
     TOLERANCE,
@@ -32,11 +33,9 @@ from tests.huggingface.trl_runs import (
 
 slow = pytest.mark.slow
 
-CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
-
 
 def with_reference(kind):
-    """Arguments of a trainer: of a PEFT model, TRL makes the reference an adapter; of others it is a second model."""
+    """Arguments of a trainer. For a PEFT model, TRL's reference is an adapter; for others, a second model."""
     return {"more": {"ref_model": patched_model(kind, LLAMA)}} if is_native(kind) else {}
 
 
@@ -66,7 +65,7 @@ def test_dpo_of_other_settings(kind, settings, tmp_path):
 
 @slow
 def test_dpo_whose_reference_is_the_model_without_its_adapter(tmp_path):
-    """TRL makes the PEFT model and computes the reference within ``disable_adapter()``; the patch comes behind it."""
+    """TRL makes the PEFT model and computes the reference in ``disable_adapter()``; the patch follows."""
     runs = []
     for patch in (False, True):
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
@@ -102,7 +101,7 @@ def test_kto(kind, order, tmp_path):
 
 
 def reward_words(completions, **_):
-    """How many of the first half of the vocabulary a completion has."""
+    """The number of tokens of a completion that are in the first half of the vocabulary."""
     return [sum(int(word[1:]) < 45 for word in text.split() if word[0] == "w") / 8 for text in completions]
 
 
@@ -115,7 +114,7 @@ def grpo_arguments(**settings):
 
 
 def assert_same_grpo(got, want, metrics=GRPO_METRICS):
-    """On its first pass over completions the loss is zero whatever the gradient: the parameters speak."""
+    """In the first pass over completions the loss is always zero, so parameters are compared."""
     for metric in metrics:  # a second pass over the same completions logs no rewards
         mine, theirs = ([log[metric] for log in r.logs if metric in log] for r in (got, want))
         assert theirs, f"TRL logs no {metric}"
@@ -129,7 +128,7 @@ def assert_same_grpo(got, want, metrics=GRPO_METRICS):
 @slow
 @pytest.mark.parametrize(("kind", "order"), CASES)
 def test_grpo(kind, order, tmp_path):
-    """The same completions are drawn from the same seed, in train mode, and trained upon."""
+    """The same completions are drawn from the same seed in train mode, and used for training."""
     want = run("GRPO", stock_model(kind, LLAMA), data("equal prompts"), tmp_path, **grpo_arguments())
     got = patched_run("GRPO", kind, order, data("equal prompts"), tmp_path, **grpo_arguments())
     assert_same_grpo(got, want)
@@ -138,7 +137,7 @@ def test_grpo(kind, order, tmp_path):
 @slow
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_grpo_with_a_reference(kind, tmp_path):
-    """It is another adapter of the PEFT model, and the second pass over the completions has a loss."""
+    """It is another adapter of the PEFT model. The second pass over the completions has a loss."""
     settings = grpo_arguments(beta=0.1, num_iterations=2, max_steps=3)
     want = run("GRPO", stock_model(kind, LLAMA), data("equal prompts"), tmp_path, **settings)
     got = run("GRPO", patched_model(kind, LLAMA), data("equal prompts"), tmp_path, **settings)
@@ -148,7 +147,7 @@ def test_grpo_with_a_reference(kind, tmp_path):
 @slow
 @pytest.mark.parametrize("kind", ["prefix", "native prefix", "prompt"])
 def test_grpo_with_prompts_of_different_lengths(kind, tmp_path):
-    """They are padded on the left, where stock PEFT puts a prompt before the padding."""
+    """They are padded on the left; stock PEFT puts the prompt before the padding."""
     options = {"peft_bugs": True} if kind == "prompt" else {}
     settings = grpo_arguments(per_device_train_batch_size=4, num_generations=2)
     want = run("GRPO", stock_model(kind, LLAMA), data("prompts"), tmp_path, **settings)
@@ -163,7 +162,7 @@ REWARD_METRICS = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin
 
 
 def frozen_score(model):
-    """PEFT trains the classifier's layer beside the prefix; here the prefix alone."""
+    """PEFT also trains the classifier's layer; here only the prefix is trained."""
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.requires_grad_(False)
@@ -174,7 +173,7 @@ def frozen_score(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_reward(checkpointing, kind, tmp_path):
-    """Of equally long texts: stock PEFT pools the last column behind a prompt, be it padding or not."""
+    """With texts of equal length, because stock PEFT pools the last column after a prompt, even if it is padding."""
     rows = data("preference" if kind.endswith("prefix") else "equal preference")
     want = run("Reward", frozen_score(stock_model(kind, CLASSIFIER)), rows, tmp_path)
     model = frozen_score(patched_model(kind, CLASSIFIER))
@@ -209,7 +208,7 @@ def test_distillation_refuses_prompt_learning_patched_or_not(kind, tmp_path):
 @slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if is_native(kind)])
 def test_distillation_into_a_native_module(kind, tmp_path):
-    """It calls the backbone alone, whose hidden states are those behind stock PEFT's prefix or prompt."""
+    """It calls the backbone alone, whose hidden states equal those of stock PEFT with its prefix or prompt."""
     trainer = distillation_trainer(patched_model(kind, LLAMA), tmp_path)
     calls = []
     compute = trainer._get_last_hidden_state
@@ -221,7 +220,7 @@ def test_distillation_into_a_native_module(kind, tmp_path):
         return hidden
 
     trainer._get_last_hidden_state = note
-    if kind == "native prompt":  # whose hooks are on the model that this trainer goes around
+    if kind == "native prompt":  # its hooks are on the model, which this trainer bypasses
         with pytest.raises(ValueError, match="model: expected a call of LlamaForCausalLM"):
             train(trainer)
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes under DDP and FSDP2: the losses and parameters of stock PEFT on the whole batch, in either order.
+"""Two processes under DDP and FSDP2 have the losses and parameters of stock PEFT on the whole batch.
 
 All runs share one pair of processes, whose start takes longer than they do.
 """
@@ -33,12 +33,12 @@ STEPS = 3
 LLAMA = FAMILIES["llama (GQA)"]
 IDS = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones_like(IDS)
-MASK[::2, -2:] = 0  # as many tokens in each half, so that the mean of their losses is the whole batch's
+MASK[::2, -2:] = 0  # equal numbers of tokens per half, so that the mean of their losses is that of the whole batch
 LABELS = IDS.masked_fill(MASK == 0, -100)
 
 PATCH_FIRST, WRAP_FIRST = "patch, then wrap", "wrap, then patch"
 STRATEGIES = ("ddp", "fsdp2")
-# A native module that comes behind the wrapper has parameters that the wrapper does not know.
+# A wrapper does not know the parameters of a native module that is added after it.
 RUNS = [(kind, PATCH_FIRST) for kind in KINDS] + [(kind, WRAP_FIRST) for kind in KINDS if not is_native(kind)]
 
 
@@ -92,7 +92,7 @@ def _worker(rank, port, folder):
         for kind, order in RUNS:
             try:
                 results[strategy, kind, order] = distributed_run(kind, order, strategy, rank)
-            except Exception:  # reported by the test of this run; the others still take place
+            except Exception:  # reported by the test of this run; the other runs continue
                 results[strategy, kind, order] = traceback.format_exc(limit=-4)
     torch.save(results, os.path.join(folder, f"{rank}"))
     torch.distributed.destroy_process_group()
@@ -106,7 +106,7 @@ def _free_port():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of each process: losses and parameter of each run, or its traceback."""
+    """For each process, losses and parameter of each run, or its traceback."""
     folder = str(tmp_path_factory.mktemp("runs"))
     torch.multiprocessing.spawn(_worker, args=(_free_port(), folder), nprocs=2)
     return [torch.load(os.path.join(folder, str(rank)), weights_only=False) for rank in range(2)]

@@ -16,7 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 import peftkern
-from tests.huggingface.kinds import PREFIX, assert_learns, losses_differ, patched_model, stock_model, trained
+from tests.huggingface.kinds import (
+    KINDS,
+    PEFT_KINDS,
+    PREFIX,
+    assert_learns,
+    losses_differ,
+    patched_model,
+    stock_model,
+    trained,
+)
 from tests.huggingface.models import FAMILIES, VOCAB, Family, difference
 
 datasets.disable_progress_bars()
@@ -92,7 +101,7 @@ SETTINGS = {
     **{"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3, "per_device_train_batch_size": 3},
     **{"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 0, "data_seed": 0},
 }
-"""In fp32 and by plain gradient descent, so that a run says how exact the gradients are.
+"""In fp32 and by plain gradient descent, so that a run shows how exact the gradients are.
 
 TRL's defaults are bf16 and gradient checkpointing, which have tests of their own.
 """
@@ -110,7 +119,7 @@ def make_trainer(name: str, model: Any, rows: datasets.Dataset, folder: Any, *, 
 
 @dataclasses.dataclass
 class Run:
-    """What a training run leaves behind: the logs of each step and the trained parameter."""
+    """The results of a training run: the logs of each step and the trained parameter."""
 
     logs: list[dict[str, float]]
     parameter: Tensor
@@ -131,7 +140,7 @@ def run(name: str, model: Any, rows: datasets.Dataset, folder: Any, **arguments:
 
 
 def assert_same_run(got: Run, want: Run, metrics: tuple[str, ...] = (), *, tolerance: float = TOLERANCE) -> None:
-    """Losses, trained parameters, and what TRL logs under the names of ``metrics``."""
+    """Losses, trained parameters, and TRL's ``metrics`` are equal."""
     assert_learns(want.losses)
     losses = losses_differ(got.losses, want.losses)
     assert losses <= tolerance, f"losses differ by {losses:.1e}: {got.losses}, wanted {want.losses}"
@@ -145,12 +154,13 @@ def assert_same_run(got: Run, want: Run, metrics: tuple[str, ...] = (), *, toler
 
 
 ORDERS = ("patch, then trainer", "trainer, then patch")
+CASES = [(kind, ORDERS[0]) for kind in KINDS] + [(kind, ORDERS[1]) for kind in PEFT_KINDS]
 
 
 def patched_run(
     name: str, kind: str, order: str, rows: datasets.Dataset, folder: Any, family: Family = LLAMA, **arguments: Any
 ) -> Run:
-    """A run of the patched model, which the trainer gets patched, or which is patched when the trainer has it."""
+    """A run of a model that is patched before or after the trainer is made."""
     if order == ORDERS[0]:
         return run(name, patched_model(kind, family), rows, folder, **arguments)
     trainer = make_trainer(name, stock_model(kind, family), rows, folder, **arguments)

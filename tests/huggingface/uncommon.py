@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models that do something at the seam that no other does: state spaces, compressed keys, inputs beside text.
+"""Tiny models with unusual features: state spaces, compressed keys, inputs other than text.
 
 They are families as those of :mod:`tests.huggingface.models`, with the inputs that each of them needs.
 """
@@ -126,7 +126,7 @@ UNCOMMON: dict[str, Family] = {
 }  # fmt: skip
 
 
-# PEFT reads these off most configs; the text configs of these models lie a level below.
+# PEFT reads these from most configs; in these models they are in a nested text config.
 _GEOMETRY = {"num_layers": 2, "num_attention_heads": 4, "token_dim": 64}
 PEFT_GEOMETRY: dict[str, dict[str, int]] = {
     "encoder-decoder (bert)": _GEOMETRY,
@@ -145,7 +145,7 @@ STOCK_FAILS = {
 
 
 def tuned(name: str, kind: str, *, patched: bool, **options: Any) -> PeftModel:
-    """A model with a prefix or prompt of the same values at every call, as PEFT has it or patched."""
+    """A model with a prefix or prompt of the same values at every call, stock or patched."""
     family = UNCOMMON[name]
     model = base_model(family)
     config = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
@@ -160,7 +160,7 @@ def tuned(name: str, kind: str, *, patched: bool, **options: Any) -> PeftModel:
 
 
 def inputs_of(name: str, tokens: int = SEQ) -> dict[str, Tensor]:
-    """What a forward of the family needs beside ids and mask."""
+    """Arguments of the family's forward other than ids and mask."""
     generator = torch.Generator().manual_seed(6)
     if name == "idefics":
         return {

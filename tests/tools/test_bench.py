@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``peftkern bench``: providers compute the same, what is wrong is caught, rows survive, messages help."""
+"""``peftkern bench``: providers agree, wrong ones are caught, rows survive an interruption, messages help."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TIMED = ("peft", "no-prefix", "peftkern")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", [n for n in PROVIDERS if n != "flex"])
 def test_providers_compute_the_same(name, shape):
-    """Or say why not, in a sentence."""
+    """A provider that cannot run gives a reason."""
     problem = Problem.make(shape, torch.float32)
     calls = prepare(name, problem)
     if isinstance(calls, Unavailable):
@@ -91,7 +91,7 @@ def test_the_common_providers_run_on_a_cpu():
 
 
 def test_the_bottom_right_flash_kernel_is_called_as_its_op_asks(monkeypatch):
-    """On a stand-in for the CUDA op: layout, causality aligned bottom-right, the window."""
+    """A stand-in replaces the CUDA op: layout, bottom-right causality, and the window are right."""
     called = {}
 
     def op(q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, debug, *, scale, **window):
@@ -135,7 +135,7 @@ def test_an_unknown_provider_is_named():
 
 
 def _plant(monkeypatch, name: str, change) -> None:
-    """Let the provider's output be changed."""
+    """Change the output of a provider."""
     right = PROVIDERS[name]
     planted = replace(right, make=lambda problem: lambda *inputs: change(right.make(problem)(*inputs)))
     monkeypatch.setitem(PROVIDERS, name, planted)
@@ -265,7 +265,7 @@ def test_memory_that_cannot_be_measured_is_said(monkeypatch):
 
 
 def test_gpu_times_come_from_do_bench(monkeypatch):
-    """On a stand-in: milliseconds of single calls become seconds."""
+    """A stand-in replaces do_bench: milliseconds of single calls become seconds."""
     testing = pytest.importorskip("triton.testing")
     asked = {}
 
@@ -468,7 +468,7 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path, package):
 
 
 def test_measuring_needs_torch_alone():
-    """What a script on a bare machine imports: nothing that only serves to show."""
+    """Scripts on a bare machine measure without the packages that only print and draw."""
     code = (
         "import sys\n"
         "for name in ('rich', 'pandas', 'matplotlib', 'transformers', 'peft'): sys.modules[name] = None\n"

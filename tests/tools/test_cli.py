@@ -44,7 +44,7 @@ def test_doctor_json_is_json(capsys):
 
 
 def test_doctor_runs_where_torch_is_broken():
-    """Every probe that needs torch becomes a line; the status is 1."""
+    """Every probe that needs torch reports its failure in a line, and the exit status is 1."""
     script = (
         "import sys; sys.modules['torch'] = None; from peftkern.tools.cli import main; sys.exit(main(['doctor']))"
     )

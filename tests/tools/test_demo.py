@@ -87,7 +87,7 @@ def losses(out: Path) -> list[dict[str, float]]:
 
 
 def interrupt_in_step(monkeypatch, step: int) -> None:
-    """A real SIGINT while ``step`` (from 0) is under way."""
+    """Send a real SIGINT during step ``step`` (from 0)."""
     train_pair = training.train_pair
 
     def interrupted(arms, task, train, at, options):
@@ -164,7 +164,7 @@ def test_the_checkpoint_after_ctrl_c_loads_with_peft(command, tiny, tmp_path, mo
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has it ignored."""
+    """Let Ctrl-C interrupt, even if a shell runs the tests in the background and ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
@@ -488,7 +488,7 @@ def test_saved_bytes_counts_storages_once_and_no_parameters():
 
 
 def findings(ratio: float = 0.5, memory=None) -> Findings:
-    """Of a run in which peftkern needs 1 / ratio of stock's time."""
+    """Findings of a run in which peftkern takes 1 / ratio of the time of stock PEFT."""
     pairs = [
         Pair(i, "stock", 64, {"stock": 1.0, "peftkern": 1.25}, {"stock": ratio, "peftkern": 1.0}) for i in range(6)
     ]

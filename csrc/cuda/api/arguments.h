@@ -27,8 +27,8 @@ inline Matrices matrices(const void* pointer, const int64_t (&stride)[3]) {
 
 inline Indices indices(const void* pointer, int64_t dtype) { return {pointer, dtype == PEFTKERN_INT64}; }
 
-// Calls run(Kernels<the smallest head dim with kernels that fits>()). The columns beyond head_dim are zeros in shared memory
-// and do not exist in global memory.
+// Calls run(Kernels<the smallest head dim with kernels that fits>()). The columns beyond head_dim are zeros in shared
+// memory and do not exist in global memory.
 template <class Run>
 auto with_kernels(int64_t head_dim, Run run) {
   if (head_dim <= 64) return run(Kernels<64>());
@@ -40,9 +40,9 @@ auto with_kernels(int64_t head_dim, Run run) {
 inline int check(const peftkern_attention& a) {
   const int64_t largest = 0x7fffffff;
   if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 || a.num_kv_heads <= 0 ||
-      a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 || a.bank_size <= 0 ||
-      a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest || a.kv_len > largest ||
-      a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
+      a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 ||
+      a.bank_size <= 0 || a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest ||
+      a.kv_len > largest || a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
     return PEFTKERN_INVALID_ARGUMENT;
   if (a.head_dim % 8 || !aligned(a.q, a.q_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
       !aligned(a.prefix_v, a.prefix_v_stride) || !aligned(a.out, a.out_stride))
@@ -64,8 +64,8 @@ inline int check(const peftkern_cuda_attention& args) {
 inline int check(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   if (const int status = check(g.forward)) return status;
-  const bool all = aligned(g.dout, g.dout_stride) && aligned(g.dq, g.dq_stride) &&
-                   aligned(g.dprefix_k) && aligned(g.dprefix_v) && aligned(g.dprefix_bias) && aligned(args.workspace);
+  const bool all = aligned(g.dout, g.dout_stride) && aligned(g.dq, g.dq_stride) && aligned(g.dprefix_k) &&
+                   aligned(g.dprefix_v) && aligned(g.dprefix_bias) && aligned(args.workspace);
   if (!all) return PEFTKERN_MISALIGNED;
   return g.dprefix_bias && !args.delta_is_given ? PEFTKERN_INVALID_ARGUMENT : PEFTKERN_OK;
 }
@@ -103,7 +103,9 @@ inline Extent extent_of(const Call& call) {
 
 inline bool empty(const peftkern_attention& a) { return a.batch == 0 || a.q_len == 0; }
 
-inline int64_t prefix_elements(const peftkern_attention& a) { return a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim; }
+inline int64_t prefix_elements(const peftkern_attention& a) {
+  return a.bank_size * a.num_kv_heads * a.prefix_len * a.head_dim;
+}
 
 // The elements of dprefix_bias, rounded up to a multiple of 16 bytes.
 inline int64_t bias_elements(const peftkern_attention& a) { return (a.num_heads * a.prefix_len + 3) / 4 * 4; }

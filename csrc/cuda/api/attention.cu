@@ -58,8 +58,14 @@ void decode(Launcher& launcher, const peftkern_attention& a, Decoding decoding, 
   with_kernels(a.head_dim, [&](auto kernels) {
     for (const SequenceForward& part : {decoding.prefix, decoding.sequence})
       kernels.sequence_forward(launcher, a.dtype, extent_of(part.call), part);
-    const CombineSplits combine{partial,       matrices(a.out, a.out_stride), a.lse,           a.sinks,
-                                decoding.rows, (int)a.num_heads,              (int)a.q_len, (int)a.head_dim,
+    const CombineSplits combine{partial,
+                                matrices(a.out, a.out_stride),
+                                a.lse,
+                                a.sinks,
+                                decoding.rows,
+                                (int)a.num_heads,
+                                (int)a.q_len,
+                                (int)a.head_dim,
                                 decoding.splits()};
     kernels.combine_splits(launcher, a.dtype, combine);
   });

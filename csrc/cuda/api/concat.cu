@@ -20,7 +20,8 @@ int peftkern_cuda_concat(const peftkern_cuda_concat_args* args) {
     return PEFTKERN_MISALIGNED;
   Concat params{};
   params.from[0] = matrices(a.k, a.k_stride), params.from[1] = matrices(a.v, a.v_stride);
-  params.prefix[0] = matrices(a.prefix_k, a.prefix_k_stride), params.prefix[1] = matrices(a.prefix_v, a.prefix_v_stride);
+  params.prefix[0] = matrices(a.prefix_k, a.prefix_k_stride),
+  params.prefix[1] = matrices(a.prefix_v, a.prefix_v_stride);
   params.to[0] = matrices(a.out_k, a.out_k_stride), params.to[1] = matrices(a.out_v, a.out_v_stride);
   params.prefix_ids = indices(a.prefix_ids, a.prefix_ids_dtype);
   params.num_kv_heads = (int)a.num_kv_heads, params.kv_len = (int)a.kv_len, params.prefix_len = (int)a.prefix_len;

@@ -62,9 +62,8 @@ void merge_prefix_backward(Launcher& launcher, const peftkern_cuda_attention_bac
   if (splits > 1 && (g.dprefix_k || g.dprefix_v)) add({workspace, {g.dprefix_k, g.dprefix_v}, elements, splits}, 2);
   if (g.dprefix_bias) {
     float* const sums = workspace + (splits > 1 ? 2 * splits * elements : 0);
-    const PrefixBiasBackward bias{backward.call, backward.q, backward.prefix_k, backward.prefix_v,
-                                  backward.dout, a.lse,      delta,             sums,
-                                  bias_elements(a)};
+    const PrefixBiasBackward bias{backward.call, backward.q, backward.prefix_k, backward.prefix_v, backward.dout, a.lse,
+                                  delta,         sums,       bias_elements(a)};
     with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_bias_backward(launcher, a.dtype, splits, bias); });
     add({sums, {g.dprefix_bias, nullptr}, bias.elements, splits * (int)a.bank_size}, 1);
   }

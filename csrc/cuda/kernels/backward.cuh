@@ -105,7 +105,8 @@ struct BackwardTile {
     }
   }
 
-  // Writes p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see a key.
+  // Writes p and ds of all rows and keys to shared memory. `score(product, row, key)` is -inf where a row does not see
+  // a key.
   template <class ScoreOf>
   PEFTKERN_DEVICE void weights(ScoreOf score) const {
     constexpr int kTiles = Shape::kWarpKeys / 8;
@@ -245,6 +246,33 @@ struct BackwardTile {
         }
   }
 };
+
+// Loads q and dout of the rows of a tile from `first_row` on.
+template <class T, int kHeadDim, class Args>
+PEFTKERN_DEVICE void load_row_tiles(const BackwardTile<T, kHeadDim>& tile, const Args& args, const Sequence& sequence,
+                                    int kv_head, int first_row) {
+  using Shape = BackwardShape<kHeadDim>;
+  for (int d = 0; d < 2; d++) {
+    const Matrices& matrices = d ? args.dout : args.q;
+    tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, args.call.head_dim, args.q.pointer,
+              [&](int i) -> const T* {
+                const Row row = row_at(args.call, sequence, kv_head, first_row + i);
+                return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
+              });
+  }
+}
+
+// Loads `length` keys and values of a prefix from `first_key` on, and zeros up to a whole tile.
+template <class T, int kHeadDim, class Args>
+PEFTKERN_DEVICE void load_prefix_tiles(const BackwardTile<T, kHeadDim>& tile, const Args& args, int prefix, int kv_head,
+                                       int first_key, int length) {
+  using Shape = BackwardShape<kHeadDim>;
+  for (int v = 0; v < 2; v++) {
+    const Matrices& matrices = v ? args.prefix_v : args.prefix_k;
+    tile.load(v ? Shape::kValuesAt : Shape::kKeysAt, Shape::kKeys, args.call.head_dim, args.q.pointer,
+              [&](int i) -> const T* { return i < length ? matrices.at<T>(prefix, kv_head, first_key + i) : nullptr; });
+  }
+}
 
 }  // namespace peftkern
 #endif  // PEFTKERN_CUDA_BACKWARD_H_

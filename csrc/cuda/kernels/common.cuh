@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the attention kernels: tiles in shared memory, fragments, the rows of a call, the softmax over a block of keys.
+// Shared by the attention kernels: tiles in shared memory, fragments, the rows of a call, the softmax over a block of
+// keys.
 //
 // Scores are in units of log2. Lanes 4 g to 4 g + 3 of a warp (a quad) hold rows g and g + 8 of an accumulator.
 #ifndef PEFTKERN_CUDA_COMMON_H_
@@ -157,8 +158,8 @@ struct Tile {
   }
 };
 
-// All threads of the block copy rows [0, rows) to shared memory. `source(row)` is a row's address, or null for zeros. `any`
-// is an arbitrary 16-byte aligned address. The caller commits and waits.
+// All threads of the block copy rows [0, rows) to shared memory. `source(row)` is a row's address, or null for zeros.
+// `any` is an arbitrary 16-byte aligned address. The caller commits and waits.
 template <class T, int kColumns, int kThreads, class Source>
 PEFTKERN_DEVICE void load_rows(uint32_t target, int rows, int head_dim, const void* any, Source source) {
   using Layout = Tile<kColumns>;
@@ -197,8 +198,8 @@ PEFTKERN_DEVICE float max_quad(float x) {
   return fmaxf(x, exchange_lanes(x, 2));
 }
 
-// The score of a product q k, in log2, and its derivative with respect to scale * product, in units of log2(e). `weight`
-// multiplies the key's softmax weight.
+// The score of a product q k, in log2, and its derivative with respect to scale * product, in units of log2(e).
+// `weight` multiplies the key's softmax weight.
 struct Score {
   float value, slope, weight = 1.f;
 };
@@ -239,34 +240,10 @@ struct RowState {
   }
 };
 
-// Adds `count` keys, the first rows of two tiles in shared memory, to `state`. Rows from `count` to the next multiple of 16
-// must be zeros. `query(i, fragment)` loads columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` is the masked
-// score of row g + 8 r. Only the kColumns columns of the values from `first_column` on are used.
-template <class T, int kHeadDim, int kKeys, int kColumns, class Query, class ScoreOf>
-PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t values, int count, int first_column,
-                            Query query, ScoreOf score) {
-  using Layout = Tile<kHeadDim>;
+// Turns the products s of a block of keys into weights: raises m, rescales `state` accordingly and adds to its sums.
+template <int kKeys, int kColumns, class ScoreOf>
+PEFTKERN_DEVICE void update_softmax(RowState<kColumns>& state, float (&s)[kKeys / 8][4], ScoreOf score) {
   const int lane = threadIdx.x % kWarp;
-  const uint32_t key_at = keys + Layout::offset(lane % 8, lane / 8);
-  const uint32_t value_at = values + Layout::offset(lane % 16, lane / 16);
-  float s[kKeys / 8][4];
-#pragma unroll
-  for (int n = 0; n < kKeys / 8; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[n][i] = 0.f;
-#pragma unroll
-  for (int k = 0; k < kHeadDim / 32; k++) {
-    uint32_t a[2][4], b[4];
-    query(2 * k, a[0]);
-    query(2 * k + 1, a[1]);
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; n++)
-      if (16 * (n / 2) < count) {
-        load_matrices(b, Layout::along(key_at, 4 * k) + Layout::bytes(8 * n));
-        mma<T>(s[n], a[0], b[0], b[1]);
-        mma<T>(s[n], a[1], b[2], b[3]);
-      }
-  }
   float m[2] = {state.m[0], state.m[1]}, decay[2];
 #pragma unroll
   for (int n = 0; n < kKeys / 8; n++)
@@ -295,6 +272,37 @@ PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t v
   for (int n = 0; n < kColumns / 8; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) state.acc[n][i] *= decay[i >> 1];
+}
+
+// Adds `count` keys, the first rows of two tiles in shared memory, to `state`. Rows from `count` to the next multiple
+// of 16 must be zeros. `query(i, fragment)` loads columns 16 i to 16 i + 15 of the rows; `score(product, key, r)` is
+// the masked score of row g + 8 r. Only the kColumns columns of the values from `first_column` on are used.
+template <class T, int kHeadDim, int kKeys, int kColumns, class Query, class ScoreOf>
+PEFTKERN_DEVICE void attend(RowState<kColumns>& state, uint32_t keys, uint32_t values, int count, int first_column,
+                            Query query, ScoreOf score) {
+  using Layout = Tile<kHeadDim>;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t key_at = keys + Layout::offset(lane % 8, lane / 8);
+  const uint32_t value_at = values + Layout::offset(lane % 16, lane / 16);
+  float s[kKeys / 8][4];
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[n][i] = 0.f;
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 32; k++) {
+    uint32_t a[2][4], b[4];
+    query(2 * k, a[0]);
+    query(2 * k + 1, a[1]);
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; n++)
+      if (16 * (n / 2) < count) {
+        load_matrices(b, Layout::along(key_at, 4 * k) + Layout::bytes(8 * n));
+        mma<T>(s[n], a[0], b[0], b[1]);
+        mma<T>(s[n], a[1], b[2], b[3]);
+      }
+  }
+  update_softmax<kKeys>(state, s, score);
 #pragma unroll
   for (int k = 0; k < kKeys / 16; k++)
     if (16 * k < count) {

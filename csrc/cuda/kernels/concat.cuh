@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// [prefix | keys] and [prefix | values] for another library's attention, and the prefix's gradient from that attention's.
+// [prefix | keys] and [prefix | values] for another library's attention, and the prefix's gradient from that
+// attention's.
 #ifndef PEFTKERN_CUDA_CONCAT_H_
 #define PEFTKERN_CUDA_CONCAT_H_
 
@@ -16,7 +17,8 @@ struct Concat {
 
 // to[b, h] = [prefix[prefix_ids[b], h] | from[b, h]], with zeros for id -1. grid: (chunks / kCopyThreads, 2)
 template <class T>
-PEFTKERN_KERNEL(kCopyThreads, 1) concat(PEFTKERN_PARAMS Concat args) {
+PEFTKERN_KERNEL(kCopyThreads, 1)
+concat(PEFTKERN_PARAMS Concat args) {
   const int64_t i = (int64_t)blockIdx.x * kCopyThreads + threadIdx.x;
   if (i >= args.count) return;
   const bool v = blockIdx.y != 0;
@@ -25,12 +27,14 @@ PEFTKERN_KERNEL(kCopyThreads, 1) concat(PEFTKERN_PARAMS Concat args) {
   const int b = (int)(i / args.chunks / args.num_kv_heads / length);
   uint4 x = make_uint4(0, 0, 0, 0);
   if (n >= args.prefix_len) {
-    x = *reinterpret_cast<const uint4*>((v ? args.from[1] : args.from[0]).template at<T>(b, h, n - args.prefix_len) + column);
+    x = *reinterpret_cast<const uint4*>((v ? args.from[1] : args.from[0]).template at<T>(b, h, n - args.prefix_len) +
+                                        column);
   } else {
     const int id = args.prefix_ids.pointer ? args.prefix_ids[b] : 0;
     const Matrices& prefix = v ? args.prefix[1] : args.prefix[0];
     if (id >= 0)
-      x = load_as<T>(prefix.pointer, id * prefix.batch + h * prefix.head + n * prefix.row + column, args.prefix_is_float);
+      x = load_as<T>(prefix.pointer, id * prefix.batch + h * prefix.head + n * prefix.row + column,
+                     args.prefix_is_float);
   }
   *reinterpret_cast<uint4*>((v ? args.to[1] : args.to[0]).template at<T>(b, h, n) + column) = x;
 }
@@ -45,7 +49,8 @@ struct ConcatBackward {
 
 // dprefix[a, h, p] = the sum of dout[b, h, p] over the samples b of prefix a, in order
 template <class T>
-PEFTKERN_KERNEL(kCopyThreads, 1) concat_backward(PEFTKERN_PARAMS ConcatBackward args) {
+PEFTKERN_KERNEL(kCopyThreads, 1)
+concat_backward(PEFTKERN_PARAMS ConcatBackward args) {
   const int64_t i = (int64_t)blockIdx.x * kCopyThreads + threadIdx.x;
   if (i >= args.count) return;
   const int column = (int)(i % args.chunks) * 8, p = (int)(i / args.chunks % args.prefix_len);

@@ -18,7 +18,8 @@ struct Embedding {
 
 // out[b] = [prompt[prompt_ids[b]] | weight[input_ids[b]]]. A token outside the vocabulary becomes NaN.
 template <class T>
-PEFTKERN_KERNEL(kCopyThreads, 1) soft_prompt_embedding(PEFTKERN_PARAMS Embedding args) {
+PEFTKERN_KERNEL(kCopyThreads, 1)
+soft_prompt_embedding(PEFTKERN_PARAMS Embedding args) {
   const int64_t i = (int64_t)blockIdx.x * kCopyThreads + threadIdx.x;
   if (i >= args.count) return;
   const int column = (int)(i % args.chunks) * 8, length = args.prompt_len + args.seq_len;
@@ -46,7 +47,8 @@ struct EmbeddingBackward {
 
 // dprompt[a, p] = the sum of dout[b, p] over the samples b of prompt a, in order
 template <class T>
-PEFTKERN_KERNEL(kCopyThreads, 1) soft_prompt_embedding_backward(PEFTKERN_PARAMS EmbeddingBackward args) {
+PEFTKERN_KERNEL(kCopyThreads, 1)
+soft_prompt_embedding_backward(PEFTKERN_PARAMS EmbeddingBackward args) {
   const int64_t i = (int64_t)blockIdx.x * kCopyThreads + threadIdx.x;
   if (i >= args.count) return;
   const int column = (int)(i % args.chunks) * 8, p = (int)(i / args.chunks % args.prompt_len);

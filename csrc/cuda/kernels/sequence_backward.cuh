@@ -22,7 +22,8 @@ struct SequenceBackward {
 
 // delta = rowsum(out * dout) - dlse, one warp per row. grid: rows / 8
 template <class T>
-PEFTKERN_KERNEL(256, 1) row_sums(PEFTKERN_PARAMS SequenceBackward args) {
+PEFTKERN_KERNEL(256, 1)
+row_sums(PEFTKERN_PARAMS SequenceBackward args) {
   const Call& call = args.call;
   const int heads = call.num_kv_heads * call.group, lane = threadIdx.x % kWarp;
   const int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / kWarp;
@@ -46,13 +47,7 @@ PEFTKERN_DEVICE void load_queries(const BackwardTile<T, kHeadDim>& tile, const S
                                   const Sequence& sequence, int kv_head, int first_row, bool with_delta = true) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
-  for (int d = 0; d < 2; d++) {
-    const Matrices& matrices = d ? args.dout : args.q;
-    tile.load(d ? Shape::kDoutAt : Shape::kQueriesAt, Shape::kRows, call.head_dim, args.q.pointer, [&](int i) -> const T* {
-      const Row row = row_at(call, sequence, kv_head, first_row + i);
-      return row.valid ? matrices.at<T>(row.batch, row.head, row.row) : nullptr;
-    });
-  }
+  load_row_tiles(tile, args, sequence, kv_head, first_row);
   if (threadIdx.x < Shape::kRows) {
     const Row row = row_at(call, sequence, kv_head, first_row + threadIdx.x);
     const float lse = row.valid ? args.lse[index_of(call, row)] * kLog2e : -INFINITY;
@@ -79,8 +74,8 @@ PEFTKERN_DEVICE void load_keys(const BackwardTile<T, kHeadDim>& tile, const Sequ
 
 // The score of a row and a key of a sequence. The keys end at `end`.
 template <bool kOptions>
-PEFTKERN_DEVICE Score sequence_score(const SequenceBackward& args, const Sequence& sequence, const Row& row, int key, int end,
-                                     float product) {
+PEFTKERN_DEVICE Score sequence_score(const SequenceBackward& args, const Sequence& sequence, const Row& row, int key,
+                                     int end, float product) {
   const Call& call = args.call;
   bool visible = key < end && sees_key(call, row, key);
   if (visible && args.key_mask)
@@ -99,10 +94,11 @@ PEFTKERN_DEVICE void sequence_weights(const BackwardTile<T, kHeadDim>& tile, con
   });
 }
 
-// delta = the sum of p dout v' over the keys, less dlse: rowsum(out * dout) - dlse without the rounding of out. A block owns
-// a tile of rows and walks the prefix, then the sequence unless k is null. grid: (tiles, key heads)
+// delta = the sum of p dout v' over the keys, less dlse: rowsum(out * dout) - dlse without the rounding of out. A block
+// owns a tile of rows and walks the prefix, then the sequence unless k is null. grid: (tiles, key heads)
 template <class T, int kHeadDim>
-PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARAMS SequenceBackward args) {
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1)
+softmax_sums(PEFTKERN_PARAMS SequenceBackward args) {
   using Shape = BackwardShape<kHeadDim>;
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);
@@ -160,7 +156,8 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) softmax_sums(PEFTKERN_PARA
 
 // dq: a block owns a tile of rows and walks the keys. grid: (tiles, key heads)
 template <class T, int kHeadDim, bool kOptions>
-PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_queries(PEFTKERN_PARAMS SequenceBackward args) {
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1)
+sequence_backward_queries(PEFTKERN_PARAMS SequenceBackward args) {
   using Shape = BackwardShape<kHeadDim>;
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);
@@ -193,9 +190,11 @@ PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_queries(
   });
 }
 
-// dk and dv: a block owns a block of keys and walks the rows. grid: (blocks of keys of the longest sequence, key heads, sequences)
+// dk and dv: a block owns a block of keys and walks the rows. grid: (blocks of keys of the longest sequence, key heads,
+// sequences)
 template <class T, int kHeadDim, bool kOptions>
-PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1) sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
+PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1)
+sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
   using Shape = BackwardShape<kHeadDim>;
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);

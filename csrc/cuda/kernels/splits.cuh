@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adds up the sums of all splits of the rows, in order: the second pass of the prefix's gradients. Include it in one source
-// file only.
+// Adds up the sums of all splits of the rows, in order: the second pass of the prefix's gradients. Include it in one
+// source file only.
 #ifndef PEFTKERN_CUDA_SPLITS_H_
 #define PEFTKERN_CUDA_SPLITS_H_
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernel launches on the host side: selects the device for the duration of a call, knows its limits, turns errors into a
-// status.
+// Kernel launches on the host side: selects the device for the duration of a call, knows its limits, turns errors into
+// a status.
 #ifndef PEFTKERN_CUDA_LAUNCH_H_
 #define PEFTKERN_CUDA_LAUNCH_H_
 
@@ -14,9 +14,12 @@
 
 namespace peftkern {
 
-inline int status_of(cudaError_t error) { return error == cudaSuccess ? PEFTKERN_OK : PEFTKERN_CUDA_ERROR + (int)error; }
+inline int status_of(cudaError_t error) {
+  return error == cudaSuccess ? PEFTKERN_OK : PEFTKERN_CUDA_ERROR + (int)error;
+}
 
-// Launches the kernels of one call on a stream. Makes the stream's device current and restores the previous one at the end.
+// Launches the kernels of one call on a stream. Makes the stream's device current and restores the previous one at the
+// end.
 class Launcher {
  public:
   Launcher(int64_t device, void* stream) : stream_(static_cast<cudaStream_t>(stream)) {
@@ -62,7 +65,9 @@ class Launcher {
   bool changed_ = false;
 };
 
-inline const char* device_error_string(int status) { return cudaGetErrorString((cudaError_t)(status - PEFTKERN_CUDA_ERROR)); }
+inline const char* device_error_string(int status) {
+  return cudaGetErrorString((cudaError_t)(status - PEFTKERN_CUDA_ERROR));
+}
 
 }  // namespace peftkern
 #endif  // PEFTKERN_HOST_SHIM

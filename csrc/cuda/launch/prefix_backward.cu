@@ -10,7 +10,8 @@ namespace peftkern {
 template <int kHeadDim>
 int Kernels<kHeadDim>::row_splits(const Launcher& launcher, const Extent& extent, const Call& call) {
   const int matrices = call.num_kv_heads * call.bank_size;
-  return std::max(1, std::min(extent.tiles(BackwardShape<kHeadDim>::kRows), launcher.multiprocessors() / std::max(1, matrices)));
+  return std::max(
+      1, std::min(extent.tiles(BackwardShape<kHeadDim>::kRows), launcher.multiprocessors() / std::max(1, matrices)));
 }
 
 template <int kHeadDim>
@@ -18,7 +19,8 @@ void Kernels<kHeadDim>::prefix_backward(Launcher& launcher, int64_t dtype, int s
   using Shape = BackwardShape<kHeadDim>;
   const auto run = [&](void (*kernel)(PrefixBackward)) {
     if (args.call.prefix_len > 0)
-      launcher.launch(kernel, splits, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
+      launcher.launch(kernel, splits, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes,
+                      args);
   };
   const bool options = has_options(args.call);
   if (dtype == PEFTKERN_FLOAT16)
@@ -28,11 +30,12 @@ void Kernels<kHeadDim>::prefix_backward(Launcher& launcher, int64_t dtype, int s
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::prefix_bias_backward(Launcher& launcher, int64_t dtype, int splits, const PrefixBiasBackward& args) {
+void Kernels<kHeadDim>::prefix_bias_backward(Launcher& launcher, int64_t dtype, int splits,
+                                             const PrefixBiasBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   launcher.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::prefix_bias_backward<fp16, kHeadDim>
-                                         : peftkern::prefix_bias_backward<bf16, kHeadDim>,
-               splits, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
+                                            : peftkern::prefix_bias_backward<bf16, kHeadDim>,
+                  splits, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
 }
 
 template int Kernels<PEFTKERN_HEAD_DIM>::row_splits(const Launcher&, const Extent&, const Call&);

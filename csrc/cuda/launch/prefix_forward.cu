@@ -13,9 +13,11 @@ void Kernels<kHeadDim>::prefix_forward(Launcher& launcher, int64_t dtype, const 
   const Call& call = args.call;
   args.resident = std::min((call.prefix_len + 15) / 16 * 16, Shape::kMaxResident);
   const int resident_blocks = Shape::kBlocks * launcher.multiprocessors();
-  const int blocks = std::min(extent.tiles(Shape::kRows), (resident_blocks + call.num_kv_heads - 1) / call.num_kv_heads);
+  const int blocks =
+      std::min(extent.tiles(Shape::kRows), (resident_blocks + call.num_kv_heads - 1) / call.num_kv_heads);
   const auto run = [&](void (*kernel)(PrefixForward)) {
-    launcher.launch(kernel, blocks, call.num_kv_heads, 1, Shape::kThreads, 2 * Tile<kHeadDim>::bytes(args.resident), args);
+    launcher.launch(kernel, blocks, call.num_kv_heads, 1, Shape::kThreads, 2 * Tile<kHeadDim>::bytes(args.resident),
+                    args);
   };
   const bool options = has_options(call);
   if (dtype == PEFTKERN_FLOAT16)

@@ -11,16 +11,18 @@ static void run_sequence_backward(Launcher& launcher, const Extent& extent, cons
   const Call& call = args.call;
   const bool options = has_options(call);
   if (args.dq.pointer)
-    launcher.launch(options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
-                 extent.tiles(Shape::kRows), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+    launcher.launch(
+        options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
+        extent.tiles(Shape::kRows), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
   if (args.dk.pointer || args.dv.pointer)
     launcher.launch(options ? sequence_backward_keys<T, kHeadDim, true> : sequence_backward_keys<T, kHeadDim, false>,
-                 (call.kv_len + Shape::kKeys - 1) / Shape::kKeys, call.num_kv_heads, (int)extent.sequences, Shape::kThreads,
-                 Shape::kSharedBytes, args);
+                    (call.kv_len + Shape::kKeys - 1) / Shape::kKeys, call.num_kv_heads, (int)extent.sequences,
+                    Shape::kThreads, Shape::kSharedBytes, args);
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::sequence_backward(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceBackward& args) {
+void Kernels<kHeadDim>::sequence_backward(Launcher& launcher, int64_t dtype, const Extent& extent,
+                                          const SequenceBackward& args) {
   if (dtype == PEFTKERN_FLOAT16)
     run_sequence_backward<fp16, kHeadDim>(launcher, extent, args);
   else
@@ -31,15 +33,17 @@ template <int kHeadDim>
 void Kernels<kHeadDim>::row_sums(Launcher& launcher, int64_t dtype, const SequenceBackward& args) {
   const Call& call = args.call;
   const int64_t rows = (int64_t)call.batch * call.num_kv_heads * call.group * call.q_len;
-  launcher.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::row_sums<fp16> : peftkern::row_sums<bf16>, (int)((rows + 7) / 8), 1, 1,
-               256, 0, args);
+  launcher.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::row_sums<fp16> : peftkern::row_sums<bf16>,
+                  (int)((rows + 7) / 8), 1, 1, 256, 0, args);
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::softmax_sums(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceBackward& args) {
+void Kernels<kHeadDim>::softmax_sums(Launcher& launcher, int64_t dtype, const Extent& extent,
+                                     const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
-  launcher.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::softmax_sums<fp16, kHeadDim> : peftkern::softmax_sums<bf16, kHeadDim>,
-               extent.tiles(Shape::kRows), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+  launcher.launch(
+      dtype == PEFTKERN_FLOAT16 ? peftkern::softmax_sums<fp16, kHeadDim> : peftkern::softmax_sums<bf16, kHeadDim>,
+      extent.tiles(Shape::kRows), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
 }
 
 template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Launcher&, int64_t, const Extent&, const SequenceBackward&);

@@ -8,11 +8,12 @@
 namespace peftkern {
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::sequence_forward(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceForward& args) {
+void Kernels<kHeadDim>::sequence_forward(Launcher& launcher, int64_t dtype, const Extent& extent,
+                                         const SequenceForward& args) {
   using Shape = SequenceForwardShape<kHeadDim>;
   const auto run = [&](void (*kernel)(SequenceForward)) {
-    launcher.launch(kernel, extent.tiles(Shape::kRows), args.call.num_kv_heads, kHeadDim / Shape::kColumns * args.splits,
-                 Shape::kThreads, Shape::kSharedBytes, args);
+    launcher.launch(kernel, extent.tiles(Shape::kRows), args.call.num_kv_heads,
+                    kHeadDim / Shape::kColumns * args.splits, Shape::kThreads, Shape::kSharedBytes, args);
   };
   const bool options = has_options(args.call);
   if (dtype == PEFTKERN_FLOAT16)
@@ -33,7 +34,7 @@ int Kernels<kHeadDim>::key_splits(const Launcher& launcher, const Extent& extent
 template <int kHeadDim>
 void Kernels<kHeadDim>::combine_splits(Launcher& launcher, int64_t dtype, const CombineSplits& args) {
   launcher.launch(dtype == PEFTKERN_FLOAT16 ? peftkern::combine_splits<fp16> : peftkern::combine_splits<bf16>,
-               (int)((args.rows + 7) / 8), 1, 1, 256, 0, args);
+                  (int)((args.rows + 7) / 8), 1, 1, 256, 0, args);
 }
 
 template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Launcher&, int64_t, const Extent&, const SequenceForward&);

@@ -197,7 +197,7 @@ class PeftPrompt(PromptSource):
         return tensor
 
     def _prompt(self, compute: Any, batch_size: int, task_ids: Tensor | None) -> Prompt:
-        """The active adapter's prompt, or those of the tasks in the batch, by PEFT's ``get_prompt``."""
+        """The active adapter's prompt, or those of the tasks in the batch, computed by PEFT's ``get_prompt``."""
         if self.kind != "MULTITASK_PROMPT_TUNING":
             return Prompt(compute(1), shown=True)
         if task_ids is None:
@@ -212,14 +212,14 @@ class PeftPrompt(PromptSource):
         prepared: Prompt | None = kwargs.pop("peftkern_prompt", None)
         if prepared is not None or continues:
             if continues and isinstance(kwargs.get("inputs_embeds"), PromptedEmbeddings):
-                self._take_out(kwargs, kwargs["inputs_embeds"].prompt, kwargs["inputs_embeds"].tokens)
+                self._remove_prompt(kwargs, kwargs["inputs_embeds"].prompt, kwargs["inputs_embeds"].tokens)
             return None if continues else prepared
         prompt, tokens = self._in_embeddings(kwargs)
         if prompt is None or (call is not None and call.peft_way):
             kwargs["inputs_embeds"] = plain(kwargs.get("inputs_embeds"))
             return None
         given = {**kwargs, "inputs_embeds": plain(kwargs["inputs_embeds"])}
-        self._take_out(kwargs, prompt, tokens)
+        self._remove_prompt(kwargs, prompt, tokens)
         if call is not None and call.position_ids is not None:
             kwargs["position_ids"] = call.position_ids
         labels = kwargs.get("labels")
@@ -240,7 +240,7 @@ class PeftPrompt(PromptSource):
                 return prompt, embeddings[:, prompt.rows.shape[1] :]
         return None, embeddings  # type: ignore[return-value]
 
-    def _take_out(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
+    def _remove_prompt(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
         """Remove the prompt from the arguments."""
         prompt_len, length = prompt.rows.shape[1], tokens.shape[1]
         kwargs["inputs_embeds"] = tokens
@@ -278,11 +278,10 @@ class PeftPrompt(PromptSource):
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
-    def notice_differences(self, kwargs: dict[str, Any], numbers: HostNumbers) -> None:
+    def notice_differences(self, numbers: HostNumbers) -> None:
         """Warn where PEFT's results differ."""
-        if (
-            numbers.get("left padding") and not self.patch.packer.count_mask
-        ):  # otherwise positions do not depend on padding
+        # Where positions count the tokens of the mask, padding does not change them.
+        if numbers.get("left padding") and not self.patch.packer.count_mask:
             self.patch.notice(
                 "left padding",
                 "the sequence begins right behind the prompt; PEFT puts the padding between them, which moves it",

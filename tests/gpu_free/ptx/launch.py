@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets Triton's own launcher run ``kernel[grid](...)`` on CPU tensors, through the PTX that it compiles for a GPU.
+"""Runs ``kernel[grid](...)`` on CPU tensors with Triton's own launcher, by emulating the PTX compiled for a GPU.
 
 A stand-in driver tells Triton which architecture to compile for. Triton then does what it does for a real GPU:
 specialises on the arguments, compiles, and asks the driver to load and launch; here loading parses the PTX and
@@ -41,7 +41,7 @@ __all__ = ["Launch", "Violation", "Watch", "emulated"]
 
 @dataclass
 class Launch:
-    """One launch with what it was given, to be run again, perhaps with other PTX. ``arguments`` are (name, value)."""
+    """One launch and its arguments, (name, value), so that it can run again, perhaps with other PTX."""
 
     kernel: str
     ptx: str
@@ -52,7 +52,7 @@ class Launch:
     counts: Counts = field(default_factory=Counts)
 
     def run(self, seed: int = 0) -> Counts:
-        """Raises :class:`Violation`."""
+        """Run the launch; raises :class:`Violation`."""
         program = machine.load(self.ptx)
         maps = [value.map for _, value in self.arguments if isinstance(value, _Tiles)]
         values = [maps.index(x.map) if isinstance(x, _Tiles) else _bits(x) for _, x in self.arguments]
@@ -83,7 +83,7 @@ class Watch:
     launches: list[Launch] = field(default_factory=list)
 
     def of(self, kernel: str) -> list[Launch]:
-        """Those of kernels whose name holds ``kernel``."""
+        """The launches of kernels whose name contains ``kernel``."""
         return [launch for launch in self.launches if kernel in launch.kernel]
 
 
@@ -101,7 +101,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 def _gaps(x: Tensor) -> np.ndarray | None:
-    """The bytes of a tensor's extent that belong to elements; None where all do."""
+    """Which bytes of a tensor's extent belong to elements; None if all do."""
     begin, end = _extent(x)
     if end - begin == x.numel() * x.element_size():
         return None
@@ -111,7 +111,7 @@ def _gaps(x: Tensor) -> np.ndarray | None:
 
 
 class _Driver(DriverBase):
-    """What Triton asks of a driver, for a GPU that is not there."""
+    """Triton's driver interface for a GPU that does not exist."""
 
     def __init__(
         self, arch: str, watch: Watch, seed: int, rewrite: Callable[[str, str], str], read_only: list[Tensor]
@@ -183,7 +183,7 @@ def _flatten(name: str, kind: object, value: object, described: Iterator[dict]) 
 
 
 def _ptx_is_the_binary(*arguments):
-    """In place of a cubin the PTX; called without arguments, what tells such entries of Triton's cache apart."""
+    """Make the PTX the binary instead of a cubin. Without arguments: the key of such entries in Triton's cache."""
     if not arguments:
         return "emulated", "emulated"
     _, stages, *_ = arguments

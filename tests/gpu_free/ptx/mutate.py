@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plants faults in a launch's PTX, its arguments, or Triton's source, and sees whether the emulator tells."""
+"""Plants faults in a launch's PTX, its arguments, or Triton's source, and checks that the emulator reports them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def line_of(ptx: str, span: tuple[int, int]) -> int:
 
 
 class Replay:
-    """A launch that has run, run again with a fault: what it stores is poisoned before and compared after."""
+    """Runs a launch again with a fault. Its outputs are poisoned before and compared after."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -57,7 +57,7 @@ class Replay:
     def finding(
         self, ptx: str | None = None, arguments: list[tuple[str, object]] | None = None, seeds: Iterable[int] = (0,)
     ) -> str | None:
-        """What tells that the launch is not the original, None if nothing does."""
+        """The difference from the original launch, or None if there is none."""
         changed = dataclasses.replace(
             self.launch, ptx=ptx or self.launch.ptx, arguments=arguments or self.launch.arguments
         )
@@ -107,7 +107,7 @@ def planted(fault: Fault) -> Iterator[None]:
 
 
 def _replace_source(function: JITFunction, source: str) -> None:
-    """And forget what was compiled, of the function and of all who may call it."""
+    """Replace the source, and forget the compiled code of the function and of all its possible callers."""
     function._unsafe_update_src(source)
     for name, module in list(sys.modules.items()):
         if name.startswith("peftkern.backends"):

@@ -66,7 +66,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_dropped_synchronisation_is_told(what):
+def test_dropped_synchronisation_is_reported(what):
     """All of a kind, in one of a few orders."""
     pattern, message = FAULTS[what]
 
@@ -100,6 +100,6 @@ def test_each_barrier_of_the_pipeline_is_told_or_orders_nothing():
     for site in spare:
         if findings([*together, site]) is None:
             together.append(site)
-    print(f"{len(sites) - len(spare)} of {len(sites)} barriers told, {len(together)} order nothing together")
+    print(f"{len(sites) - len(spare)} of {len(sites)} barriers reported, {len(together)} order nothing together")
     assert len(sites) > len(spare)
     assert re.search(r"bar\.sync", without(ptx, together)), "no barrier is needed at all?"

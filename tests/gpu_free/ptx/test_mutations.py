@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults planted in the emitted PTX, in a launch's arguments and in Triton's source: the emulator tells them all.
+"""Faults planted in the emitted PTX, in a launch's arguments and in Triton's source: the emulator reports them all.
 
-A dropped barrier or wait is told by a check or by a wrong result, or it orders nothing: then it can be dropped
-together with all others of its kind that order nothing, and no order of the warps has a race.
+A dropped barrier or wait is reported by a check, or shows as a wrong result, or it orders nothing. Then it can be
+dropped together with all others of its kind that order nothing, and no order of the warps has a race.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def test_dropped_barriers_and_waits(kernel, replays):
         told = [s for s in sites if any(r.finding(without(ptx, [s])) for r in both)]
         spare = [s for s in sites if s not in told]
         lines = [line_of(ptx, s) for s in spare]
-        print(f"{kernel}: {len(told)} of {len(sites)} {what} told, lines {lines} order nothing")
-        assert superfluous(both, spare) == spare, f"one of the {what} at lines {lines} is needed, and was not told"
+        print(f"{kernel}: {len(told)} of {len(sites)} {what} reported, lines {lines} order nothing")
+        assert superfluous(both, spare) == spare, f"one of the {what} at lines {lines} is needed, but not reported"
 
 
-def test_waits_of_the_pipelines_are_told(replays):
-    """Of the forward, whose loops copy blocks ahead: that nothing is told would be a fault of the emulator."""
+def test_waits_of_the_pipelines_are_reported(replays):
+    """The forward's loops copy blocks ahead, so the emulator must report missing waits and barriers."""
     replay = replays["fwd"][1]
     ptx = replay.launch.ptx
     findings = [replay.finding(without(ptx, [site])) for site in spans_of(ptx, mutate.WAIT)]
@@ -69,8 +69,8 @@ def test_waits_of_the_pipelines_are_told(replays):
 @pytest.mark.parametrize(
     "kernel", [pytest.param(k, marks=pytest.mark.slow if k in ("fwd", "dq") else ()) for k in KERNELS]
 )
-def test_every_missing_mask_is_told(kernel, replays):
-    """Of each load, copy and store; what only keeps other threads from storing the same again is no mask."""
+def test_every_missing_mask_is_reported(kernel, replays):
+    """The mask of each load, copy and store. A guard that only avoids storing the same value twice is not a mask."""
     ptx, both = _same_ptx(replays[kernel])
     sites = spans_of(ptx, mutate.GUARD) + spans_of(ptx, mutate.COPY_SIZE)
     assert sites
@@ -101,8 +101,8 @@ IDLE = {"sizes.num_sequences", "sizes.search_steps"}
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_wrong_stride_and_size_is_told(sign):
-    """Each integer that a launch is given and its kernel reads, off by one, or by 16 where 16 must divide it."""
+def test_every_wrong_stride_and_size_is_reported(sign):
+    """Each integer argument that its kernel reads, off by one, or by 16 if it must stay divisible by 16."""
     shape = Shape(B=3, Hq=4, Hkv=2, S=34, P=19, D=40, A=2)
     inputs = tensors(shape, torch.bfloat16)
     with emulated("sm_80", read_only=list(inputs.values()), processors=8) as watch:
@@ -128,7 +128,7 @@ FAST = {"key-range-end", "prefix-window", "merge-decay"}
 @pytest.mark.parametrize(
     "fault", [pytest.param(f, id=f.id, marks=() if f.id in FAST else pytest.mark.slow) for f in FAULTS]
 )
-def test_a_slip_in_the_source_is_told(fault):
+def test_a_slip_in_the_source_is_reported(fault):
     """The faults that the interpreter's guard must catch, in compiled code."""
     shape, options = feature(fault.case, Shape(B=2, Hq=2, Hkv=1, S=65, P=65, D=20))
     with planted(fault), emulated("sm_80"), pytest.raises((AssertionError, Violation)):

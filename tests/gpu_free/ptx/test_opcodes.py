@@ -350,8 +350,8 @@ def test_mma_tf32_m16n8k8():
     a, b = RNG.standard_normal((16, 8)).astype(np.float32), RNG.standard_normal((8, 8)).astype(np.float32)
     a_rows = [lambda lane, i=i: (lane // 4 + 8 * (i in (1, 3)), lane % 4 + 4 * (i >= 2)) for i in range(4)]
     b_rows = [lambda lane, i=i: (lane % 4 + 4 * i, lane // 4) for i in range(2)]
-    registers = [np.array([a[place(lane)] for lane in range(32)]) for place in a_rows]
-    registers += [np.array([b[place(lane)] for lane in range(32)]) for place in b_rows]
+    registers = [np.array([a[row_of(lane)] for lane in range(32)]) for row_of in a_rows]
+    registers += [np.array([b[row_of(lane)] for lane in range(32)]) for row_of in b_rows]
     got = evaluate(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%d0, %d1, %d2, %d3}, {%s0, %s1, %s2, %s3}, {%s4, %s5}, "
         "{0f3F800000, 0f3F800000, 0f3F800000, 0f3F800000};", *registers, results=4,

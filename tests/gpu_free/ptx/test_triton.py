@@ -30,7 +30,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def check(shape, options, dtype, prefix_dtype=None, *, arch="sm_80", seed=0, **kwargs):
-    """Within the bound, with the inputs read-only; returns what was launched."""
+    """Check that results are within the bound and inputs are only read; returns the launches."""
     inputs = tensors(shape, dtype, prefix_dtype)
     given = [x for x in (*inputs.values(), *options.values()) if isinstance(x, torch.Tensor)]
     with emulated(arch, seed=seed, read_only=given) as watch:
@@ -55,7 +55,7 @@ def test_every_feature_in_bf16(name):
 
 @pytest.mark.usefixtures("poisoned")
 def test_a_bias_beside_a_softcap():
-    """The slope of the one meets the loops of the other in one kernel."""
+    """One kernel has the slope of the softcap and the loops of the bias."""
     shape, options = feature("bias", SHAPE)
     check(shape, {**options, "softcap": 1.5}, BF16, FP32)
 
@@ -80,7 +80,7 @@ def test_every_feature_on_sm_90(name):
 
 
 def test_no_parameter_is_named_as_the_launchers_own():
-    """Triton binds a kernel's arguments by a function that it writes, with ``**options`` behind them."""
+    """Triton generates a function with a kernel's parameters, followed by ``**options``: names must not clash."""
     for module in pkgutil.iter_modules(kernels.__path__):
         for name, function in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
             if isinstance(function, JITFunction) and name.endswith("_kernel"):
@@ -137,7 +137,7 @@ def test_the_other_dtypes(dtype):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_hopper_executes_wgmma(head_dim, seed):
-    """The order of the warps, drawn by seed, makes no difference."""
+    """The order of the warps, drawn by a seed, does not matter."""
     shape = Shape(B=1, Hq=2, Hkv=1, S=150, P=70, D=head_dim)
     watch = check(shape, {}, BF16, arch="sm_90", seed=seed)
     for kernel in ("fwd", "dq", "dkv"):

@@ -21,8 +21,8 @@ SWIZZLES = {"none": (0, 16), "128": (1, 128), "64": (2, 64), "32": (3, 32)}  # n
 def _image(matrix: np.ndarray, swizzle: str, k_contiguous: bool) -> tuple[np.ndarray, int]:
     """(bytes of a [rows, 16] fp16 matrix, its descriptor without the start address).
 
-    Pieces of 8 numbers form rows of ``width`` bytes, 8 rows per atom. The index of a piece within its row, its column,
-    is xored with the number of the 128 bytes that the row lies in.
+    Pieces of 8 numbers form rows of ``width`` bytes, 8 rows per atom. The index of a piece within its row, its
+    column, is xored with the number of the 128 bytes that the row lies in.
     """
     code, width = SWIZZLES[swizzle]
     columns = width // 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that launches moved through global memory, counted, over the least that could do."""
+"""The bytes that launches moved through global memory, and the minimum."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .launch import Launch
 
 
 def moved(launches: Iterable[Launch]) -> int:
-    """Bytes loaded and stored, every time anew."""
+    """The bytes loaded and stored, each access counted."""
     return sum(launch.counts.global_bytes for launch in launches)
 
 
 def minimum(launches: Iterable[Launch]) -> int:
-    """Each tensor that a launch loads from read once, each that it stores to written once."""
+    """The bytes if each launch reads each tensor that it loads from once, and writes each that it stores to once."""
     total = 0
     for launch in launches:
         for name, value in launch.arguments:
@@ -27,7 +27,7 @@ def minimum(launches: Iterable[Launch]) -> int:
 
 
 def ratio(launches: Iterable[Launch]) -> float:
-    """:func:`moved` over :func:`minimum`; below 1 where a tensor is needed in part only.
+    """:func:`moved` over :func:`minimum`; below 1 if only a part of a tensor is needed.
 
     >>> ratio([]) != ratio([])  # nothing moved: not a number
     True

@@ -322,11 +322,14 @@ def merge_state(state, lse, values):
     decay, weight = tl.exp2(m - finite(m_new)), tl.exp2(lse - finite(m_new))
     denom = denom * decay + weight  # FAULT: merge-decay, merge-weight
     WIDER: tl.constexpr = len(m.shape) == 1 and len(acc.shape) == 2
-    acc = acc * (decay[:, None] if WIDER else decay)
-    if values is not None:
+    factor = decay[:, None] if WIDER else decay
+    if values is None:
+        acc = acc * factor
+    else:
         # a row that sees no key may hold anything, NaN included
         visible = weight[:, None] > 0.0  # FAULT: merge-hidden-row
-        acc += tl.where(visible, values * weight[:, None], 0.0)  # FAULT: merge-values
+        weighted = values.to(tl.float32) * weight[:, None]  # FAULT: merge-values
+        acc = acc * factor + tl.where(visible, weighted, 0.0)
     return m_new, denom, acc
 
 

@@ -78,7 +78,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
         gated = acc * (tanh(tl.load(opts.gate + block.head)) / tl.where(denom == 0.0, 1.0, denom))[:, None]
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     if part_out is not None:
-        values = load_query_tile(part_out, block).to(tl.float32)
+        values = load_query_tile(part_out, block)
         lse = load_row_values(part_lse, rows, inside, -float("inf"), block) * LOG2E  # FAULT: merge-base
         state = merge_state(state, lse, values)
     if opts.sinks is not None:
