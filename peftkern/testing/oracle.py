@@ -22,19 +22,24 @@ class Oracle:
     """The results of a causal :func:`peftkern.prefix_attention` call in fp64, and errors against them.
 
     :func:`peftkern.testing.check_backend` holds every score in memory. The oracle computes a block of queries at a
-    time, and of a large call only the heads that belong to the first and the last kv head. Results are cached.
+    time, and of a large call only the heads that belong to the first and the last kv head. It runs on the device of
+    its inputs, and keeps its results.
 
     Args:
-        q: [B, Hq, S, D].
+        q: [B, Hq, S, D], any float dtype.
         k: [B, Hkv, T, D]; the last S keys belong to the queries, as in decoding.
         v: [B, Hkv, T, D].
         prefix_k: [Hkv, P, D].
         prefix_v: [Hkv, P, D].
         dout: gradient of out, [B, Hq, S, D].
-        options: ``window`` and ``softcap`` of :func:`peftkern.prefix_attention`.
+        options: ``window`` and ``softcap`` of :func:`peftkern.prefix_attention`, or ``scale``.
 
+    >>> import peftkern
     >>> q, prefix = torch.randn(1, 2, 3, 8), torch.randn(2, 4, 8)
     >>> oracle = Oracle(q, q, q, prefix, prefix, dout=torch.ones_like(q))
+    >>> out = peftkern.prefix_attention(q, q, q, prefix, prefix)
+    >>> max(oracle.errors(out, oracle.out())) < 1e-6
+    True
     >>> oracle.gradients()[3].shape  # of prefix_k
     torch.Size([2, 4, 8])
     """
@@ -53,19 +58,23 @@ class Oracle:
         self._gradients: list[Tensor] | None = None
 
     def out(self) -> Tensor:
-        """out of the compared heads, fp64."""
+        """out of the compared heads, fp64 [B, compared query heads, S, D]."""
         if self._out is None:
             self._out, _ = self._compute(backward=False)
         return self._out
 
     def gradients(self) -> list[Tensor]:
-        """Gradients of q, k, v, prefix_k and prefix_v in the compared heads, fp64."""
+        """Gradients of q, k, v, prefix_k and prefix_v in the compared heads, fp64, else in the inputs' shapes."""
         if self._gradients is None:
             self._out, self._gradients = self._compute(backward=True)
         return self._gradients
 
     def errors(self, got: Tensor, true: Tensor) -> tuple[float, float]:
-        """Relative errors of a whole output ``got`` in the compared heads, against ``true``.
+        """Relative errors of a result in the compared heads.
+
+        Args:
+            got: out or a gradient, with all heads.
+            true: the same of :meth:`out` or :meth:`gradients`.
 
         Returns:
             ``||got - true|| / ||true||`` (Frobenius norms), and the largest absolute difference relative to the
@@ -78,7 +87,7 @@ class Oracle:
         return difference.norm().item() / (norm or 1.0), difference.abs().max().item() / (largest or 1.0)
 
     def compared(self, x: Tensor) -> Tensor:
-        """The compared heads of [B, H, N, D], for H = Hq or Hkv, or of a prefix [Hkv, P, D]."""
+        """Select the compared heads of x [B, H, N, D], where H is Hq or Hkv, or of a prefix [Hkv, P, D]."""
         if x.dim() == 3:
             return x[self.kv_heads]
         groups: Tensor = x.unflatten(1, (self.inputs[1].shape[1], -1))

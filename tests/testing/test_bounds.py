@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error bound: right results have room within it, in whatever order they add up; planted faults do not pass."""
+"""The error bound leaves room for correct results in any order of summation, and finds planted faults."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from peftkern.testing.rounding import DEFAULT_ROUNDINGS
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 LARGE = {"S": 100, "P": 70, "D": 20, "Hq": 6, "Hkv": 2}
-ROOM = 2 / 3  # of the bound is what right results may take; they take half
-#: Of all backends, but for the prefix's gradients of ``slot``, which are sums of rounded ones.
+ROOM = 2 / 3  # the part of the bound that correct results may take; they take half
+#: The loosest of all backends, except for the prefix's gradients of ``concat``, which are sums of rounded ones.
 LOOSEST = ROUNDINGS["merge"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ["reference", *native.cpu.available_isas()])
 def test_right_results_have_room(isa, dtype, monkeypatch):
-    """Of every feature, on the reference and on every instruction set of the CPU backend."""
+    """Every feature, on the reference and on every instruction set of the CPU backend."""
     if isa != "reference":
         for name in ("prefix_attention", "prefix_attention_backward"):
             monkeypatch.setattr(native.cpu, name, functools.partial(getattr(native.cpu, name), isa=isa))
@@ -54,7 +54,7 @@ def _sequential(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fused(a: Tensor, b: Tensor) -> Tensor:
-    """One after the other, but no product is rounded: fp64 holds it."""
+    """One term after the other, without rounding the products, which fp64 holds exactly."""
     total = a.new_zeros(())
     for i in range(a.shape[-1]):
         total = (total.double() + a[..., i : i + 1].double() * b[..., i : i + 1, :].double()).float()
@@ -78,7 +78,7 @@ ORDERS = {
 
 
 class _Product(torch.autograd.Function):
-    """A product of matrices whose sums, forward and backward, run in a given order."""
+    """A matrix product with a given order of its sums, forward and backward."""
 
     @staticmethod
     def forward(ctx, a, b, order):
@@ -93,7 +93,7 @@ class _Product(torch.autograd.Function):
 
 
 def _plain_attention(order, q, k, v, prefix_k, prefix_v, *, scale=None, constant_lse=False):
-    """Causal attention of [B, Hq, S, D] behind a prefix, in q's dtype but for its scores; (out, lse)."""
+    """(out, lse) of causal attention [B, Hq, S, D] with a prefix; scores are fp32, out is in q's dtype."""
     group, (batch, _, q_len, head_dim) = q.shape[1] // k.shape[1], q.shape
     keys, values = (
         torch.cat([prefix.expand(batch, -1, -1, -1), x], 2).repeat_interleave(group, 1).float()
@@ -113,7 +113,7 @@ def _plain_attention(order, q, k, v, prefix_k, prefix_v, *, scale=None, constant
 @pytest.mark.parametrize("scale", [None, -0.5, 3.0])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_right_sums_pass_in_any_order(order, scale):
-    """The bound is the same for all: it is made of the tensors and not of one library's sums."""
+    """The bound is the same for all orders: it depends on the tensors and not on one library's sums."""
     options = {} if scale is None else {"scale": scale}
     attention = functools.partial(_plain_attention, order)
     _, errors = ratios(
@@ -127,10 +127,10 @@ def test_right_sums_pass_in_any_order(order, scale):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", FEATURES)
 def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, roundings):
-    """Twice forward, three times backward. Where the prefix's gradients are fp32 throughout, they are better."""
+    """At most twice as large forward, three times backward, and no larger for prefix gradients that stay in fp32."""
     shape, options = feature(name, Shape(S=40, P=20, D=16))
     given = tensors(shape, dtype)
-    # a prefix in fp64 gives sums over rows that are exact, as sums in fp32 nearly are
+    # with a prefix in fp64, sums over rows are exact; sums in fp32 nearly are
     exact_sums = {n: x.double() if n.startswith("prefix") else x for n, x in given.items()}
     doubles = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
     dout = torch.randn(given["q"].shape).to(dtype)
@@ -152,7 +152,7 @@ def _in_bf16(x: Tensor) -> Tensor:
 
 
 def _by_sample(combine):
-    """The reference, whose gradients of the prefix are ``combine`` of the samples' [B, Hkv, P, D]."""
+    """The reference, with ``combine`` in place of the sum of the samples' prefix gradients [B, Hkv, P, D]."""
 
     class Copies(torch.autograd.Function):
         @staticmethod
@@ -180,7 +180,7 @@ def _accumulated_in_bf16(grad: Tensor) -> Tensor:
 
 
 def _with(**changes):
-    """The reference with other options: numbers, or functions of the inputs."""
+    """The reference with other options, each a function of the inputs."""
 
     def attention(**inputs):
         return specification.prefix_attention(**inputs | {n: change(inputs) for n, change in changes.items()})
@@ -189,7 +189,7 @@ def _with(**changes):
 
 
 def _rounded(name: str):
-    """The reference, one of whose results is rounded to bf16."""
+    """The reference with one result rounded to bf16."""
 
     def attention(**inputs):
         results = dict(zip(("out", "lse"), specification.prefix_attention(**inputs), strict=True))
@@ -214,7 +214,7 @@ def _lost_prefix_key(**inputs):
 
 SINKS = torch.tensor([0.5, 1.0, -0.5, 0.0])
 ROW_SUMS = Shape(B=32, S=8)
-#: attention, options, what must be found, dtypes, shape
+#: attention with the fault, options, result that must exceed the bound, dtypes, shape
 PLANTED = {
     "a lost key": (_with(key_mask=_hiding(3)), {}, "out", DTYPES, None),
     "a lost key of the prefix": (_lost_prefix_key, {}, "out", DTYPES, None),
@@ -242,7 +242,7 @@ CASES = [pytest.param(n, d, id=f"{n}-{str(d)[6:]}") for n, (_, _, _, dtypes, _) 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_a_planted_fault_is_found(name, dtype):
-    """By the loosest bound that any backend has; without the fault, the same inputs pass."""
+    """Even by the loosest bound of a backend. The same inputs pass without the fault."""
     attention, options, quantity, _, shape = PLANTED[name]
     given = tensors(shape or Shape(S=30, P=6, D=16), dtype, torch.float32)
     _, right = ratios(exact_attention, given, options, roundings=LOOSEST)
@@ -303,7 +303,7 @@ def test_a_wrong_output_is_caught(dtype, monkeypatch):
 
 @pytest.mark.parametrize(("roundings", "caught"), [(1.0, False), (20.0, True)])
 def test_where_gradients_cancel_a_rounding_of_delta_passes_and_twenty_do_not(roundings, caught, monkeypatch):
-    """Every query sees one key: dq is 0, and a backward that is wrong in delta = rowsum(out * dout) shows it."""
+    """Every query sees one key, so the exact dq is 0, and dq shows an error of delta = rowsum(out * dout)."""
     reference = plan_named("reference")
     backward = reference.prefix_attention_backward
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle computes the reference in blocks and for some of the heads; what peftkern.testing exports works."""
+"""The oracle equals the reference in blocks and for some heads; the examples of peftkern.testing run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CASES = [
     (testing.Shape(B=2, Hq=4, Hkv=2, S=5, T=17, P=7, D=16), {}),
     (testing.Shape(B=2, Hq=4, Hkv=2, S=33, P=9, D=16), {"window": 12}),
     (testing.Shape(B=1, Hq=4, Hkv=2, S=33, P=9, D=16), {"window": 12, "softcap": 5.0}),
+    (testing.Shape(B=1, Hq=2, Hkv=2, S=9, P=5, D=8), {"scale": 0.3}),
 ]
 
 
@@ -51,7 +52,7 @@ def test_large_calls_compare_the_outer_heads(monkeypatch):
     assert largest == pytest.approx(0.5)
 
 
-def test_what_is_exported_is_documented():
+def test_exports_are_documented_and_examples_run():
     for name in testing.__all__:
         assert getattr(testing, name).__doc__ or name == "FEATURES", name
     for module in (testing, bounds, cases, error_analysis, oracle):
