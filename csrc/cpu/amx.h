@@ -100,6 +100,22 @@ PEFTKERN_INLINE void finish_rows(const float* c, int64_t i, int64_t j, const Fin
   }
 }
 
+// Hands the `rows` rows of a step in c to `finish`, as many at a time as there are.
+template <typename Finish>
+PEFTKERN_INLINE void finish_step(const float* c, int64_t i, int64_t j, int64_t rows, const Finish& finish) {
+  int64_t n = 0;
+  for (; n + 8 <= rows; n += 8) finish_rows<8>(c + n * kTileStep, i + n, j, finish);
+  if (rows - n >= 4) {
+    finish_rows<4>(c + n * kTileStep, i + n, j, finish);
+    n += 4;
+  }
+  if (rows - n >= 2) {
+    finish_rows<2>(c + n * kTileStep, i + n, j, finish);
+    n += 2;
+  }
+  if (rows > n) finish_rows<1>(c + n * kTileStep, i + n, j, finish);
+}
+
 // Rows i, i + 1, ... and kTileStep columns j, j + 1, ... of C; A is the sum of kTerms, `term` words apart.
 template <int kRowTiles, int kTerms, typename Finish>
 PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, int64_t term, const uint32_t* B,
@@ -156,19 +172,7 @@ PEFTKERN_INLINE void tile_kernel(Range sum, const uint32_t* A, int64_t lda, int6
     store_tile<2>(at + kTileRows * ldc, 4 * ldc);
     store_tile<3>(at + kTileRows * ldc + kTileWords, 4 * ldc);
   }
-  if constexpr (!in_tiles) {
-    int64_t n = 0;
-    for (; n + 8 <= rows; n += 8) finish_rows<8>(c + n * kTileStep, i + n, j, finish);
-    if (rows - n >= 4) {
-      finish_rows<4>(c + n * kTileStep, i + n, j, finish);
-      n += 4;
-    }
-    if (rows - n >= 2) {
-      finish_rows<2>(c + n * kTileStep, i + n, j, finish);
-      n += 2;
-    }
-    if (rows > n) finish_rows<1>(c + n * kTileStep, i + n, j, finish);
-  }
+  if constexpr (!in_tiles) finish_step(c, i, j, rows, finish);
 }
 
 // C [M, N] = A [M, K] B [K, N]; `sums(i, j)` is the range of k that the step of C at row i and column j sums, and

@@ -166,15 +166,19 @@ static void bias_tasks(const Problem& p, const peftkern_attention_backward& b, B
   }
 }
 
+Needs needs_of(const peftkern_attention_backward& b) {
+  return {b.dq != nullptr,        b.dk != nullptr,           b.dv != nullptr,
+          b.dprefix_k != nullptr, b.dprefix_v != nullptr,    b.dsinks != nullptr,
+          b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
+}
+
 int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   const peftkern_attention& args = b.forward;
   Problem problem = make_problem(args, plan, true);
 #if PEFTKERN_HAS_PAIRS
   use_pairs(problem);
 #endif
-  const Needs needs{b.dq != nullptr,        b.dk != nullptr,           b.dv != nullptr,
-                    b.dprefix_k != nullptr, b.dprefix_v != nullptr,    b.dsinks != nullptr,
-                    b.dbias != nullptr,     b.dprefix_bias != nullptr, b.dgate != nullptr};
+  const Needs needs = needs_of(b);
   Needs main = needs;
   main.dbias = false;
   const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;

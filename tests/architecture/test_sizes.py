@@ -19,7 +19,9 @@ SOURCES = sorted(
     if path.suffix in suffixes.split()
 )
 #: What may be longer, and why.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {
+    "csrc/cuda/kernels/prefix_forward.cuh:prefix_forward": "split into functions, its registers spill at head dim 96",
+}
 
 
 def _name(path: Path, function: str = "") -> str:
@@ -42,15 +44,20 @@ def _cpp_functions(text: str) -> Iterator[tuple[str, int]]:
     """Blocks in braces whose head has a parameter list, outside of other functions."""
     blank = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n\\]|\\.|\\\n)*', re.S | re.M)
     text = blank.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
-    head, blocks = 0, []  # where the current statement began; (is a function, name, line) of open braces
-    for match in re.finditer(r"[{};]", text):
-        before = text[head : match.start()]
+    head, parentheses, blocks = 0, 0, []  # the current statement's start; (is a function, name, line) of open braces
+    for match in re.finditer(r"[{};()]", text):
+        parentheses += {"(": 1, ")": -1}.get(match[0], 0)
+        if match[0] in "()" or (match[0] == ";" and parentheses):
+            continue
+        before = re.sub(r"\btemplate\s*<[^{;]*?>\s*(?=[\w\[])", "", text[head : match.start()])
         if match[0] == "{":
             inside = any(is_function for is_function, _, _ in blocks)
-            named = re.search(r"([\w~]+)\s*\(", before)
-            is_function = not inside and named is not None and not _NO_FUNCTION.search(before.partition("(")[0])
-            start = text.count("\n", 0, head + len(before) - len(before.lstrip()))
-            blocks.append((is_function, named[1] if named else "", start))
+            signature = re.sub(r"^\s*\w+_KERNEL\(.*?\)\s*(?=\w+\()", "", before, flags=re.S)
+            named = re.findall(r"([\w~]+)\s*\(", signature)
+            is_function = not inside and bool(named) and not _NO_FUNCTION.search(before.partition("(")[0])
+            name = named[0] if named else ""
+            start = text.count("\n", 0, head + text[head : match.start()].find(f"{name}("))  # not a template's line
+            blocks.append((is_function, name, start))
         elif match[0] == "}" and blocks:
             is_function, name, start = blocks.pop()
             if is_function:
@@ -84,8 +91,10 @@ def test_every_exception_is_needed():
     ("text", "expected"),
     [
         ("namespace a {\ntemplate <typename T>\nint f(int x) {\n  if (x) {\n    return 1;\n  }\n  return 0;\n}\n}\n",
-         [("f", 7)]),
+         [("f", 6)]),
         ("struct A {\n  A() : x(0) {}\n  int x = 3;  // {\n};\nenum { B, C };\nint table[] = {1, 2};\n", [("A", 1)]),
+        ("template <class T>\nKERNEL(1, 2)\nvoid h(T x) {\n  for (int i = 0; i < 3; i++) {\n  }\n}\n",
+         [("KERNEL", 5)]),
         ("#define M(x) \\\n  { x }\nvoid g() {\n  auto f = [&](int i) { return i; };\n}\n", [("g", 3)]),
     ],
 )  # fmt: skip
