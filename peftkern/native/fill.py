@@ -58,13 +58,16 @@ def attention(
     Returns:
         The struct, and an object that must stay alive until the call returns: it owns contiguous copies of arguments.
     """
-    q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask, *_ = args
+    (
+        q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
+        dropout_seed, scale, causal, window, prefix_in_window, softcap, dropout_p,
+    ) = args  # fmt: skip
     copies = sinks, gate, cu_seqlens, prefix_ids, prefix_lens = (
-        contiguous(args.sinks),
-        contiguous(args.gate),
-        contiguous(args.cu_seqlens),
-        contiguous(args.prefix_ids),
-        contiguous(args.prefix_lens),
+        None if sinks is None else contiguous(sinks),
+        None if gate is None else contiguous(gate),
+        None if cu_seqlens is None else contiguous(cu_seqlens),
+        None if prefix_ids is None else contiguous(prefix_ids),
+        None if prefix_lens is None else contiguous(prefix_lens),
     )
     prefix_k_stride, prefix_v_stride = prefix_k.stride(), prefix_v.stride()
     is_bank = len(prefix_k_stride) == 4
@@ -116,15 +119,15 @@ def attention(
         cu_seqlens_dtype=0 if cu_seqlens is None else DTYPES[cu_seqlens.dtype],
         prefix_ids_dtype=0 if prefix_ids is None else DTYPES[prefix_ids.dtype],
         prefix_lens_dtype=0 if prefix_lens is None else DTYPES[prefix_lens.dtype],
-        causal=args.causal,
-        window=args.window or 0,
-        prefix_in_window=args.prefix_in_window,
-        dropout_seed=0 if args.dropout_seed is None else int(args.dropout_seed),
+        causal=causal,
+        window=window or 0,
+        prefix_in_window=prefix_in_window,
+        dropout_seed=0 if dropout_seed is None else int(dropout_seed),
         num_threads=torch.get_num_threads(),
         isa=ISAS[isa],
-        scale=args.scale,
-        softcap=args.softcap,
-        dropout_p=args.dropout_p,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
     )
     return abi.ATTENTION.pack(tensors=tensors, sizes=sizes, strides=strides, options=options), copies
 
