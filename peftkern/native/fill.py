@@ -59,13 +59,16 @@ def attention(
     Returns:
         The struct, and an object that must stay alive until the call returns: it owns contiguous copies of arguments.
     """
-    q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask, *_ = args
+    (
+        q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
+        dropout_seed, scale, causal, window, prefix_in_window, softcap, dropout_p,
+    ) = args  # fmt: skip
     copies = sinks, gate, cu_seqlens, prefix_ids, prefix_lens = (
-        contiguous(args.sinks),
-        contiguous(args.gate),
-        contiguous(args.cu_seqlens),
-        contiguous(args.prefix_ids),
-        contiguous(args.prefix_lens),
+        None if sinks is None else contiguous(sinks),
+        None if gate is None else contiguous(gate),
+        None if cu_seqlens is None else contiguous(cu_seqlens),
+        None if prefix_ids is None else contiguous(prefix_ids),
+        None if prefix_lens is None else contiguous(prefix_lens),
     )
     tensors = abi.ATTENTION_TENSORS.pack(
         q=q.data_ptr(),
@@ -96,8 +99,8 @@ def attention(
         cu_seqlens if cu_seqlens is None else cu_seqlens.dtype,
         prefix_ids if prefix_ids is None else prefix_ids.dtype,
         prefix_lens if prefix_lens is None else prefix_lens.dtype,
-        args.causal, args.window, args.prefix_in_window, torch.get_num_threads(), isa, args.scale, args.softcap,
-        args.dropout_p, 0 if args.dropout_seed is None else int(args.dropout_seed),
+        causal, window, prefix_in_window, torch.get_num_threads(), isa, scale, softcap, dropout_p,
+        0 if dropout_seed is None else int(dropout_seed),
     )  # fmt: skip
     return abi.ATTENTION.pack(tensors=tensors, layout=layout, options=options), copies
 
