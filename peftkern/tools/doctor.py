@@ -166,7 +166,7 @@ def _standing(name: str, explanations: dict[str, Any]) -> str:
     """``float32, bfloat16 (chosen by 'auto')``, or what is missing."""
     runs = [dtype for dtype, found in explanations.items() if not found.reasons[name]]
     auto = [dtype for dtype, found in explanations.items() if found.chosen == name]
-    taken = " (chosen by 'auto')" if auto == runs else f" ('auto' takes it for {', '.join(auto)})"
+    taken = " (chosen by 'auto')" if auto == runs else f" ('auto' chooses it for {', '.join(auto)})"
     lacks: dict[str, list[str]] = {}
     for dtype, found in explanations.items():
         if found.reasons[name]:

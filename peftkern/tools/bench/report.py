@@ -85,7 +85,7 @@ def _group(c: Comparison) -> Section:
         numbers = [row.get(name) for name in ("p20_ms", "p50_ms", "p80_ms", "tflops", "gb_s")]
         numbers.append(None if c.peft is None else c.peft["p50_ms"] / row["p50_ms"])
         numbers += [row.get(name) for name in ("peak_mb", "saved_mb", "error_ratio")]
-        note = "taken by auto" if row["auto"] else "the floor" if row["provider"] == "no-prefix" else ""
+        note = "chosen by auto" if row["auto"] else "the floor" if row["provider"] == "no-prefix" else ""
         style = "ours" if is_ours(row["provider"]) else ""
         lines.append((style, [row["provider"], *map(_number, numbers), note]))
     return title(c.rows[0]), columns, lines, f"{c}."

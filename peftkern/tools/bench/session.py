@@ -130,7 +130,7 @@ def table(measured: list[Row]) -> Table:
     for row in sorted(ok, key=lambda row: float(row["p50_ms"])):
         ratio = "" if compared.peft is None else f"{compared.peft['p50_ms'] / row['p50_ms']:.2f}"
         note = (
-            "taken by auto" if row["auto"] else "computes less: the floor" if row["provider"] == "no-prefix" else ""
+            "chosen by auto" if row["auto"] else "computes less: the floor" if row["provider"] == "no-prefix" else ""
         )
         note = row["reason"] or note
         shown.add_row(
