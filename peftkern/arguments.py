@@ -132,6 +132,11 @@ class Call:
     needs_grad: bool = False
     _hash: int | None = field(default=None, init=False, repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[type[Call], tuple[object, ...]]:
+        """Without the hash: that of strings differs between processes."""
+        fields = (self.q_shape, self.kv_shape, self.prefix_shape, self.features, self.needs_grad)
+        return Call, (self.op, self.device, self.dtype, self.prefix_dtype, *fields)
+
     def __hash__(self) -> int:
         """Computed once: a call is looked up each time an op runs."""
         if self._hash is None:

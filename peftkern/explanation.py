@@ -13,7 +13,7 @@ from . import functional
 from .arguments import AttentionArgs, Call, attention_call
 from .backends import registry
 from .backends.registry import Explanation
-from .validation import validate_attention
+from .validation import autocast_attention, check_attention, check_tensors
 
 __all__ = ["explain"]
 
@@ -45,16 +45,25 @@ def explain(*tensors: Any, **options: Any) -> Explanation | str:
     if len(tensors) == 1 and isinstance(tensors[0], torch.nn.Module):
         from .huggingface.patch import explain as explain_patch
 
-        return explain_patch(tensors[0])  # type: ignore[no-any-return]
+        _check_options(options, "a model")
+        return explain_patch(tensors[0])
     if len(tensors) == 1 and isinstance(tensors[0], Call):
-        return registry.explain(tensors[0])
+        _check_options(options, "a Call", "backend")
+        return registry.explain(tensors[0], options.get("backend", "auto"))
     try:
         given = inspect.signature(functional.prefix_attention).bind(*tensors, **options)
     except TypeError as error:
         raise ValueError(f"explain: expected the arguments of prefix_attention, {error}") from None
     given.apply_defaults()
-    backend, seed = given.arguments["backend"], given.arguments["dropout_seed"]
     inputs = AttentionArgs(**{name: given.arguments[name] for name in AttentionArgs._fields} | {"dropout_seed": None})
-    args = validate_attention(inputs, seed)
-    needs_grad = any(x is not None and x.requires_grad for x in args.differentiable)
-    return registry.explain(attention_call(args, needs_grad), backend)
+    check_tensors(inputs)
+    inputs = autocast_attention(inputs)
+    check_attention(inputs)
+    call = attention_call(inputs, functional.needs_backward(inputs))
+    return registry.explain(call, given.arguments["backend"])
+
+
+def _check_options(options: dict[str, Any], what: str, *allowed: str) -> None:
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"explain: expected {' or '.join(allowed) or 'no options'} with {what}, got {unknown}")

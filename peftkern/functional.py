@@ -154,7 +154,7 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
         return _prepare_uncached(inputs, dropout_seed, backend)
     try:
         inputs = autocast_attention(inputs)
-        needs_grad = torch.is_grad_enabled() and _requires_grad(inputs)
+        needs_grad = needs_backward(inputs)
         plan = _cached_plan(_signature(inputs), needs_grad, *registry.choice(backend, inputs.q.device))
     except (AttributeError, TypeError):  # an argument is not a tensor, or sizes are symbolic and have no hash
         return _prepare_uncached(inputs, dropout_seed, backend)
@@ -163,7 +163,7 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
 
 def _prepare_uncached(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:
     args = validate_attention(inputs, dropout_seed)
-    needs_grad = torch.is_grad_enabled() and _requires_grad(args)
+    needs_grad = needs_backward(args)
     return args, registry.resolve(attention_call(args, needs_grad), backend), needs_grad
 
 
@@ -177,14 +177,14 @@ def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
         (prefix_k.shape, prefix_k.dtype, prefix_k.device), (prefix_v.shape, prefix_v.dtype, prefix_v.device),
         *[x if x is None else (x.shape, x.dtype, x.device) for x in optional],
         causal, window, prefix_in_window, softcap, dropout_p,
-        type(causal), type(window),  # 1 == 1.0 == True as keys, but not as arguments
+        type(causal), type(window), type(prefix_in_window),  # 1 == 1.0 == True as keys, but not as arguments
     )  # fmt: skip
 
 
 @registry.forgettable
 @functools.lru_cache(maxsize=4096)
 def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *state: Any) -> str:
-    *tensors, causal, window, prefix_in_window, softcap, dropout_p, _, _ = signature
+    *tensors, causal, window, prefix_in_window, softcap, dropout_p, _, _, _ = signature
     infos: list[Any] = [None if x is None else TensorInfo(*x) for x in tensors]
     numbers: Any = (None, None, causal, window, prefix_in_window, softcap, dropout_p)
     args = AttentionArgs(*infos, *numbers)
@@ -192,8 +192,9 @@ def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *
     return registry.resolve(attention_call(args, needs_grad), requested)
 
 
-def _requires_grad(args: AttentionArgs) -> bool:
-    return any(x is not None and x.requires_grad for x in args.differentiable)
+def needs_backward(args: AttentionArgs) -> bool:
+    """Whether a backward pass can follow: gradients are enabled, and an argument requires one."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args.differentiable)
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -7,6 +7,7 @@ The checks read shapes, dtypes and devices only. :func:`check_attention` therefo
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -132,12 +133,15 @@ def _check_indices(args: AttentionArgs) -> None:
 
 
 def _check_numbers(args: AttentionArgs) -> None:
-    if args.window is not None and (not isinstance(args.window, int | torch.SymInt) or args.window < 1):
-        raise argument_error("window", "None or an int of at least 1", args.window)
-    if args.softcap is not None and not 0 < args.softcap < float("inf"):
-        raise argument_error("softcap", "None or a positive number", args.softcap)
-    if not 0.0 <= args.dropout_p < 1.0:
-        raise argument_error("dropout_p", "a probability in [0, 1)", args.dropout_p)
+    window, softcap, dropout_p = args.window, args.softcap, args.dropout_p
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1):
+        raise argument_error("window", "None or an int of at least 1", repr(window))
+    if not isinstance(args.prefix_in_window, bool):
+        raise argument_error("prefix_in_window", "True or False", repr(args.prefix_in_window))
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < float("inf")):
+        raise argument_error("softcap", "None or a positive number", repr(softcap))
+    if not (_is_number(dropout_p) and 0.0 <= dropout_p < 1.0):
+        raise argument_error("dropout_p", "a probability in [0, 1)", repr(dropout_p))
 
 
 def _check_biases(args: AttentionArgs) -> None:
@@ -166,6 +170,9 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         fp = lse_dtype(q.dtype)
         sinks, prefix_bias, gate = (None if x is None else x.to(fp) for x in (sinks, prefix_bias, gate))
         bias = bias if bias is None or bias.dtype == q.dtype else bias.to(fp)
+    scale = args.scale
+    if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
+        raise argument_error("scale", "None or a finite number", repr(scale))
     return AttentionArgs(
         q if q.stride(-1) == 1 else _unit_stride(q), k if k.stride(-1) == 1 else _unit_stride(k),
         v if v.stride(-1) == 1 else _unit_stride(v),
@@ -173,7 +180,7 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         prefix_v if prefix_v.stride(-1) == 1 else _unit_stride(prefix_v),
         sinks, bias, prefix_bias, gate, *args[9:13],
         _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
-        float(q.shape[3] ** -0.5 if args.scale is None else args.scale), args.causal, args.window,
+        float(q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window,
         args.prefix_in_window, float(args.softcap or 0.0), float(args.dropout_p),
     )  # fmt: skip
 
@@ -186,19 +193,30 @@ def _dropout_seed(seed: Any, device: torch.device) -> Tensor:
         return seed.to(device)
     if seed is None:
         return torch.randint(torch.iinfo(torch.int64).max, (), device=device)
-    if not -(2**63) <= seed < 2**63:
-        raise argument_error("dropout_seed", "a 64-bit int", seed)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise argument_error("dropout_seed", "a 64-bit int", repr(seed))
     return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float | torch.SymInt | torch.SymFloat | numbers.Real)
 
 
 def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
     """Raise ValueError if the arguments of :func:`peftkern.soft_prompt_embedding` are inconsistent."""
+    for name, x in (("input_ids", input_ids), ("weight", weight), ("prompt", prompt)):
+        if not isinstance(x, Tensor):
+            raise argument_error(name, "a tensor", type(x).__name__)
+    if prompt_ids is not None and not isinstance(prompt_ids, Tensor):
+        raise argument_error("prompt_ids", "a tensor or None", type(prompt_ids).__name__)
     _check_dtype("input_ids", input_ids, torch.int32, torch.int64)
     _check_shape("input_ids", input_ids, "B", "S")
     _check_dtype("weight", weight, *FLOATS)
     _check_shape("weight", weight, "V", "E")
     _check_dtype("prompt", prompt, weight.dtype, torch.float32)
     if prompt_ids is None:
+        if len(prompt.shape) == 3:
+            raise argument_error("prompt_ids", "the prompt of each sample, since prompt is a bank", None)
         _check_shape("prompt", prompt, "P", weight.shape[1])
     else:
         _check_shape("prompt", prompt, "A", "P", weight.shape[1])

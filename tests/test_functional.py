@@ -23,6 +23,14 @@ def _call(**changes):
 X = torch.zeros
 # what is wrong, and all words that the message must have
 BAD_ATTENTION = [
+    ({"softcap": "a"}, "softcap: expected None or a positive number, got 'a'"),
+    ({"softcap": torch.tensor(30.0)}, "softcap: expected None or a positive number, got tensor(30.)"),
+    ({"dropout_p": None}, "dropout_p: expected a probability in [0, 1), got None"),
+    ({"dropout_p": 0.5, "dropout_seed": "a"}, "dropout_seed: expected a 64-bit int, got 'a'"),
+    ({"scale": "a"}, "scale: expected None or a finite number, got 'a'"),
+    ({"scale": float("nan")}, "scale: expected None or a finite number, got nan"),
+    ({"prefix_in_window": 1}, "prefix_in_window: expected True or False, got 1"),
+    ({"window": True}, "window: expected None or an int of at least 1, got True"),
     ({"q": X(2, 4, 7)}, "q: expected shape [B, Hq, S, D], got [2, 4, 7]"),
     ({"q": [[1.0]]}, "q: expected a tensor, got list"),
     ({"q": X(2, 4, 7, 8, dtype=torch.int64)}, "q: expected fp32, fp16, bf16 or fp64, got torch.int64"),
@@ -95,11 +103,12 @@ def test_offsets_that_do_not_cover_the_pack_are_named(offsets):
 
 
 BAD_EMBEDDING = [
+    ({"input_ids": [[1, 2]]}, "input_ids: expected a tensor, got list"),
+    ({"prompt": X(3, 2, 4)}, "prompt_ids: expected the prompt of each sample, since prompt is a bank, got None"),
     ({"input_ids": X(2, 3)}, "input_ids: expected torch.int32 or torch.int64, got torch.float32"),
     ({"input_ids": X(3, dtype=torch.int64)}, "input_ids: expected shape [B, S], got [3]"),
     ({"input_ids": torch.tensor([[9]])}, "input_ids: expected values from 0 to 5, got values from 9 to 9"),
     ({"prompt": X(2, 5)}, "prompt: expected shape [P, 4], got [2, 5]"),
-    ({"prompt": X(3, 2, 4)}, "prompt: expected shape [P, 4], got [3, 2, 4]"),
     ({"prompt": X(3, 2, 4), "prompt_ids": torch.tensor([0])}, "prompt_ids: expected shape [2], got [1]"),
     ({"prompt": X(3, 2, 4), "prompt_ids": torch.tensor([0, 3])}, "prompt_ids: expected values from 0 to 2"),
 ]

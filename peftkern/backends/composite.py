@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call
@@ -81,7 +82,8 @@ class CompositeBackend(Backend):
     def limits(self, call: Call) -> list[str]:
         reasons = self.unsupported(call)
         if not reasons and call.op == "prefix_attention":
-            kernel = self._select_kernel(call)
+            on_gpu = replace(call, device=torch.device("cuda"))
+            kernel = self._select_kernel(on_gpu, [replace(x, usable=True) for x in torch_attention.KERNELS])
             reasons = list(kernel.reasons) if isinstance(kernel, Refusal) else []
         return reasons
 
@@ -97,19 +99,24 @@ class CompositeBackend(Backend):
         return reasons
 
     def plan(self, call: Call) -> Plan | Refusal:
+        kernels = prefix_kernels.select(call)
+        if isinstance(kernels, Refusal) and kernels.other_device:
+            return Refusal(("requires a CUDA or ROCm device",), other_device=True)
         reasons = self.unsupported(call)
         if reasons:
             return Refusal(tuple(reasons))
         kernel = self._select_kernel(call) if call.op == "prefix_attention" else None
         if isinstance(kernel, Refusal):
             return kernel
-        kernels = prefix_kernels.select(call)
         return kernels if isinstance(kernels, Refusal) else self.plan_type(kernel, kernels)
 
-    def _select_kernel(self, call: Call) -> TorchKernel | Refusal:
-        return torch_attention.select(call, self.kernel_features(call.features), self.num_keys(call))
+    def _select_kernel(self, call: Call, kernels: list[TorchKernel] | None = None) -> TorchKernel | Refusal:
+        return torch_attention.select(call, self.kernel_features(call.features), self.num_keys(call), kernels)
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
+        if len(choices) != 2:
+            got = "/".join((self.name, *choices))
+            raise ValueError(f"plan: expected {self.name}/KERNEL/PREFIX_KERNELS, got {got}")
         kernel, kernels = choices
         return self.plan_type(
             torch_attention.kernel_named(kernel) if kernel else None, prefix_kernels.kernels_named(kernels)
@@ -122,7 +129,7 @@ class CompositeBackend(Backend):
             return embedding_passes(call, self.name)
         kernels = [replace(x, usable=True) for x in torch_attention.KERNELS if x.name in machine.torch_kernels]
         features, num_keys = self.kernel_features(call.features), self.num_keys(call)
-        found = torch_attention.select(call, features, num_keys, kernels)
+        found = self._select_kernel(call, kernels)
         if isinstance(found, Refusal) or not _UNSUPPORTED.keys().isdisjoint(features):
             return None
         sizes = sizes_of(call)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One kernel of ours lays [prefix | keys] and [prefix | values] into the buffers that torch's attention kernel reads.
+"""A kernel writes [prefix | keys] and [prefix | values] into the buffers that torch's attention kernel reads.
 
 Torch's kernel sees P + T keys, aligned bottom-right; the prefix needs no special handling. Its dk and dv are split
 again, and the prefix's gradients are summed over the batch in fp32 in a fixed order; each sample's term has been
-rounded to the kernel's dtype. The buffers are laid again in backward instead of being kept. Sinks are merged
+rounded to the kernel's dtype. The buffers are rebuilt in the backward instead of being kept. Sinks are merged
 afterwards. Gradients of lse, sinks and biases are computed as in ``merge``.
 """
 
@@ -28,7 +28,7 @@ _MASKED_FEATURES = {
 
 
 class ConcatPlan(CompositePlan):
-    """Runs torch's kernel on the prefix and the sequence laid side by side."""
+    """Runs torch's kernel on the concatenation of prefix and sequence."""
 
     backend = "concat"
 
@@ -90,7 +90,7 @@ class ConcatBackend(CompositeBackend):
         if "gate" in call.features:
             reasons.append("a gated prefix has a softmax of its own: use backend='merge' or 'triton'")
         if {"cu_seqlens", "bank"} <= set(call.features):
-            reasons.append("lays one prefix per batch entry, not per packed sequence: use backend='merge'")
+            reasons.append("supports one prefix per batch entry, not per packed sequence: use backend='merge'")
         return reasons
 
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ class CpuBackend(Backend):
         reasons = self.limits(call)
         other_device = call.device.type != "cpu"
         if other_device:
-            reasons.append(f"runs on cpu tensors, not on {call.device.type}")
+            reasons.append("supports CPU tensors only")
         if native.cpu.MISSING:
             reasons.append(native.cpu.MISSING)
         return Refusal(tuple(reasons), other_device) if reasons else self._plan

@@ -18,7 +18,8 @@ from .cost.model import Machine, Pass, attention_passes, embedding_passes, sizes
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
 _UNSUPPORTED = ("bias", "dropout")
-#: Rows of a key head (half a tile) up to which the prefix is merged apart, so that the samples' rows share its tiles.
+#: Rows of a key head (half a tile) up to which the prefix is merged separately, so that the samples' rows share
+#: its tiles.
 _FEW_ROWS = 32
 #: The number of keys from which splitting them among programs pays for two extra launches.
 _SPLIT_KEYS = 1024
@@ -126,8 +127,10 @@ class CudaBackend(Backend):
         if call.op == "soft_prompt_embedding":
             return embedding_passes(call, self.name)
         x = sizes_of(call)
-        merged_apart = x.batch > 1 and x.queries * x.group <= _FEW_ROWS and x.prefix
-        return attention_passes(call, self.name, 2 if merged_apart else 1, backward_kernels=6, backward_products=3.5)
+        merged_separately = x.batch > 1 and x.queries * x.group <= _FEW_ROWS and x.prefix
+        return attention_passes(
+            call, self.name, 2 if merged_separately else 1, backward_kernels=6, backward_products=3.5
+        )
 
 
 class CudaPrefixKernels(PrefixKernels):
@@ -183,7 +186,7 @@ class CudaPrefixKernels(PrefixKernels):
 def _missing(device: torch.device) -> tuple[list[str], bool]:
     """What this machine or ``device`` lacks, and whether it is the kind of device."""
     if device.type != native.cuda.DEVICE_TYPE:
-        return [f"runs on {native.cuda.DEVICE_TYPE} tensors, not on {device.type}"], True
+        return [f"supports {native.cuda.DEVICE_TYPE} tensors only"], True
     if native.cuda.MISSING:
         return [native.cuda.MISSING], False
     if device.type != "cuda":
@@ -191,7 +194,7 @@ def _missing(device: torch.device) -> tuple[list[str], bool]:
     if torch.version.hip is not None:
         return ["needs an NVIDIA GPU: use backend='triton'"], False
     if not torch.cuda.is_available():
-        return ["torch sees no GPU"], False
+        return ["torch.cuda.is_available() is False"], False
     reason = native.cuda.unsupported(*torch.cuda.get_device_capability(device))
     return [reason] if reason else [], False
 

@@ -40,5 +40,12 @@ def select(call: Call) -> PrefixKernels | Refusal:
 
 
 def kernels_named(name: str) -> PrefixKernels:
-    """The prefix kernels with this name."""
-    return next(kernels for kernels, _ in PREFIX_KERNELS if kernels.name == name)
+    """The prefix kernels with this name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    for kernels, _ in PREFIX_KERNELS:
+        if kernels.name == name:
+            return kernels
+    raise ValueError(f"plan: expected prefix kernels {[kernels.name for kernels, _ in PREFIX_KERNELS]}, got {name!r}")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -50,22 +51,29 @@ class BackendUnavailable(RuntimeError):
     """No backend, or not the requested one, can run a call. The message lists the reasons of each."""
 
 
-def get_backend(name: str) -> Backend:
+def get_backend(name: str, by: str = "backend") -> Backend:
     """The backend called ``name``.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: if there is no such backend. The message names what requested it, ``by``.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {list(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{by}: expected 'auto' or one of {list(BACKENDS)}, got {name!r}")
     return BACKENDS[name]
 
 
 @functools.lru_cache(maxsize=64)
 def plan_named(name: str) -> Plan:
-    """The plan with a :attr:`~peftkern.backends.base.Plan.name` that :func:`resolve` has returned, in any process."""
+    """The plan with a :attr:`~peftkern.backends.base.Plan.name` that :func:`resolve` has returned, in any process.
+
+    Raises:
+        ValueError: if it is not the name of a plan.
+    """
     backend, *choices = name.split("/")
-    return get_backend(backend).restore(tuple(choices))
+    plan = get_backend(backend, "plan").restore(tuple(choices))
+    if plan.name != name:
+        raise ValueError(f"plan: expected {plan.name!r}, got {name!r}")
+    return plan
 
 
 def resolve(call: Call, backend: str = "auto") -> str:
@@ -87,15 +95,18 @@ def resolve(call: Call, backend: str = "auto") -> str:
             plan = _resolved(requested, call, *_state(call.device))
         except TypeError:  # symbolic sizes outside of torch.compile have no hash
             plan = _resolved(requested, _with_plain_sizes(call), *_state(call.device))
-    if not plan:
-        what = "no backend can run" if requested == "auto" else f"backend={requested!r} cannot run"
-        raise BackendUnavailable(f"{what} {explain(call, backend)}")
+    if plan.startswith(_UNAVAILABLE):
+        raise BackendUnavailable(plan.removeprefix(_UNAVAILABLE))
     return plan
+
+
+#: Starts the message that takes the place of a plan's name. torch.compile can store a string, but no exception.
+_UNAVAILABLE = "unavailable: "
 
 
 @functools.lru_cache(maxsize=4096)
 def _resolved(requested: str, call: Call, flash: str | None, threads: int) -> str:
-    """The plan's name, empty if there is none."""
+    """The plan's name, or :data:`_UNAVAILABLE` and the reasons of each backend."""
     names = _ranked(call, flash, threads) if requested == "auto" else [requested]
     for name in names:
         plan = get_backend(name).plan(call)
@@ -103,7 +114,8 @@ def _resolved(requested: str, call: Call, flash: str | None, threads: int) -> st
             if requested == "auto" and name == "reference" and call.device.type != "cpu":
                 _warn_slow(call.device.type)
             return plan.name
-    return ""
+    what = "no backend can run" if requested == "auto" else f"backend={requested!r} cannot run"
+    return f"{_UNAVAILABLE}{what} {explain(call, requested)}"
 
 
 def _state(device: torch.device) -> tuple[str | None, int]:
@@ -146,7 +158,7 @@ def estimates(call: Call) -> dict[str, Estimate | None]:
 
 
 def choice(backend: str, device: torch.device) -> tuple[str, str | None, int]:
-    """What a plan for ``device`` depends on beside the call: the requested backend and the state of torch."""
+    """What a plan for ``device`` depends on besides the call: the requested backend and the state of torch."""
     return (_request(backend)[0], *_state(device))
 
 
@@ -229,7 +241,7 @@ class Explanation:
         return next((name for name in names if isinstance(self.plans[name], Plan)), None)
 
     def __str__(self) -> str:
-        lines, others = [f"{self.call.op}: {self.call}"], [f"for other devices than {self.call.device.type}:"]
+        lines, others = [f"{self.call.op}: {self.call}"], [f"for devices other than {self.call.device.type}:"]
         for name, plan in self.plans.items():
             group = others if isinstance(plan, Refusal) and plan.other_device else lines
             group.append(f"  {name}: {self._line(name, plan)}")
@@ -259,9 +271,10 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = 
     return tuple(name for name, plan in explain(call).plans.items() if isinstance(plan, Plan))
 
 
-# One default for the whole process rather than one per thread: autograd recomputes checkpointed layers in its own
+# The overrides hold for the whole process rather than for a thread: autograd recomputes checkpointed layers in other
 # threads, and they must resolve to the backend of the first pass.
-_default = "auto"
+# Blocks of several threads may overlap: the last one that was entered and has not ended counts.
+_overrides: list[list[str]] = []
 
 
 @contextlib.contextmanager
@@ -275,26 +288,25 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with peftkern.use_backend("reference"):
     ...     out = peftkern.prefix_attention(q, q, q, prefix, prefix)
     """
-    global _default
     if name != "auto":
-        get_backend(name)
-    previous, _default = _default, name
+        get_backend(name, "use_backend")
+    override = [name]
+    _overrides.append(override)
     try:
         yield
     finally:
-        _default = previous
+        _overrides[:] = [other for other in _overrides if other is not override]
 
 
 def _request(backend: str) -> tuple[str, str]:
     """The requested backend, or ``"auto"``, and what requested it."""
+    by = "backend"
+    if backend == "auto" and _overrides:
+        backend, by = _overrides[-1][0], "use_backend"
     if backend == "auto":
-        backend, by = _default, "use_backend"
-        if backend == "auto":
-            backend, by = os.environ.get("PEFTKERN_BACKEND", "auto"), "PEFTKERN_BACKEND"
-    else:
-        by = "backend="
+        backend, by = os.environ.get("PEFTKERN_BACKEND", "auto"), "PEFTKERN_BACKEND"
     if backend != "auto":
-        get_backend(backend)
+        get_backend(backend, by)
     return backend, by
 
 
@@ -307,5 +319,13 @@ def _warn_slow(device_type: str) -> None:
         warnings.warn(
             f"peftkern runs its eager reference on {device_type}, which is correct but slow. `peftkern doctor` lists "
             "what the other backends need.",
-            stacklevel=5,
+            stacklevel=_caller_level(),
         )
+
+
+def _caller_level() -> int:
+    """The ``stacklevel`` of the first frame outside of this package, for a warning in the calling function."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("peftkern"):
+        level, frame = level + 1, frame.f_back
+    return level

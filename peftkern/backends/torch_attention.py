@@ -94,7 +94,7 @@ class TorchKernel:
         if call.q_shape[2] < self.min_queries:
             reasons.append(f"fewer than {self.min_queries} queries")
         if self.top_left and not self.masks and "non-causal" not in features and call.q_shape[2] not in (1, kv_len):
-            reasons.append("not causal with more keys than queries")
+            reasons.append("no causal attention with more keys than queries")
         if not self.masks:
             reasons += [f"no {name}" for name in features if name not in self.native]
         if not self.usable:
@@ -132,8 +132,15 @@ def select(
 
 
 def kernel_named(name: str) -> TorchKernel:
-    """The kernel of this build of torch with this name."""
-    return next(kernel for kernel in KERNELS if kernel.name == name)
+    """The kernel of this build of torch with this name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for kernel in KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise ValueError(f"plan: expected one of torch's kernels {[kernel.name for kernel in KERNELS]}, got {name!r}")
 
 
 def attention(kernel: TorchKernel, inputs: KernelInputs) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,10 @@ __all__ = [
 ABI_VERSION = abi.CPU_VERSION
 
 _PATH = Path(__file__).parents[1] / "libpeftkern_cpu.so"
-_BUILD = "with a C++ compiler, run `pip install .` or `cmake -S . -B build && cmake --build build` in a checkout"
+_BUILD = (
+    "If a C++ compiler is installed, run `pip install .` in a checkout, "
+    "or `cmake -S . -B build && cmake --build build`"
+)
 
 
 class NativeError(RuntimeError):
@@ -51,7 +54,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     The library uses torch's OpenMP runtime, whose symbols are global in the process once torch is imported.
     """
     if not _PATH.exists():
-        return None, f"the native CPU library is not built; {_BUILD}"
+        return None, f"the native CPU library is not built. {_BUILD}"
     try:
         library = ctypes.CDLL(str(_PATH))
         version = library.peftkern_abi_version()

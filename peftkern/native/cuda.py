@@ -42,7 +42,7 @@ __all__ = [
 ABI_VERSION = abi.CUDA_VERSION
 
 _PATH = Path(__file__).parents[1] / "libpeftkern_cuda.so"
-_BUILD = "with nvcc, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
+_BUILD = "If nvcc is installed, run `PEFTKERN_BUILD=all pip install .` in a checkout, or use backend='triton'"
 
 #: The device type of the tensors. Tests load a library that runs the kernels on a CPU, and set this to "cpu".
 DEVICE_TYPE = "cuda"
@@ -51,7 +51,7 @@ DEVICE_TYPE = "cuda"
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library and an empty string, or None and the reason."""
     if not _PATH.exists():
-        return None, f"the native CUDA library is not built; {_BUILD}"
+        return None, f"the native CUDA library is not built. {_BUILD}"
     try:
         library = ctypes.CDLL(str(_PATH))
         version = library.peftkern_cuda_abi_version()

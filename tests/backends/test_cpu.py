@@ -283,7 +283,7 @@ def test_why_not_names_the_reason():
 
     assert reasons() == []
     assert "fp32, fp16 or bf16" in reasons(dtype=torch.float64)[0]
-    assert "not on cuda" in reasons(device=torch.device("cuda"))[0]
+    assert "CPU tensors only" in reasons(device=torch.device("cuda"))[0]
     assert "above 256" in reasons(q_shape=(1, 2, 3, 512))[0]
 
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -62,7 +65,7 @@ def test_the_argument_beats_the_context_beats_the_variable(monkeypatch):
 def test_use_backend_restores_after_an_exception():
     with pytest.raises(KeyError), peftkern.use_backend("reference"):
         raise KeyError
-    assert backends.registry._default == "auto"
+    assert backends.registry._overrides == []
     with pytest.raises(ValueError, match="nonsense"), peftkern.use_backend("nonsense"):
         pass
 
@@ -99,7 +102,7 @@ def test_explain_reads_like_a_table():
 
 def test_explain_names_the_backend_that_runs(monkeypatch):
     assert "cpu: ok, chosen by 'auto'" in str(peftkern.explain(**FP32))
-    assert "cpu: ok, requested by backend=" in str(peftkern.explain(**FP32, backend="cpu"))
+    assert "cpu: ok, requested by backend" in str(peftkern.explain(**FP32, backend="cpu"))
     with peftkern.use_backend("reference"):
         assert "reference: ok, requested by use_backend" in str(peftkern.explain(**FP32))
     monkeypatch.setenv("PEFTKERN_BACKEND", "reference")
@@ -122,3 +125,55 @@ def test_auto_announces_the_slow_path_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backends.resolve(call)
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind():
+    """A enters, B enters, A leaves, B leaves: the override of B ends with B."""
+    first, second = peftkern.use_backend("reference"), peftkern.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert peftkern.explain(**FP32).requested == "cpu"
+    second.__exit__(None, None, None)
+    assert peftkern.explain(**FP32).requested == "auto"
+
+
+def test_a_call_keeps_its_hash_in_another_process():
+    call = peftkern.explain(**FP32).call
+    hash(call)
+    script = "import pickle, sys; c = pickle.load(sys.stdin.buffer); assert c in {eval(sys.argv[1]): 1}"
+    fields = "__import__('dataclasses').replace(c)"
+    done = subprocess.run([sys.executable, "-c", script, fields], input=pickle.dumps(call), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["merge", "merge/none/triton", "merge/flash/none", "cpu/flash", "nonsense"])
+def test_a_name_that_is_no_plans_is_refused(name):
+    with pytest.raises(ValueError, match="plan: expected "):
+        backends.plan_named(name)
+
+
+def test_the_environments_mistake_is_named(monkeypatch):
+    monkeypatch.setenv("PEFTKERN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="PEFTKERN_BACKEND: expected 'auto' or one of"):
+        peftkern.prefix_attention(**FP32)
+
+
+def test_the_compiler_shows_why_a_backend_is_unavailable():
+    torch._dynamo.reset()
+    compiled = torch.compile(peftkern.prefix_attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="supports cuda tensors only"):
+        compiled(**FP32, backend="cuda")
+
+
+def test_explain_describes_the_call_that_would_run():
+    inputs = {name: x.clone().requires_grad_() for name, x in FP32.items()}
+    assert peftkern.explain(**inputs).call.needs_grad
+    with torch.no_grad():
+        assert not peftkern.explain(**inputs).call.needs_grad
+    state = torch.get_rng_state()
+    call = peftkern.explain(**inputs, dropout_p=0.5).call
+    assert torch.equal(torch.get_rng_state(), state), "explain has drawn a seed"
+    assert peftkern.explain(call, backend="reference").requested == "reference"
+    with pytest.raises(ValueError, match="explain: expected backend with a Call, got"):
+        peftkern.explain(call, window=3)

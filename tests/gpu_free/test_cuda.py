@@ -368,7 +368,7 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
     assert "float32" in peftkern.explain(**tensors(Shape(D=64), torch.float32)).reasons["cuda"][0]
     for head_dim in (20, 264):
         reasons = peftkern.explain(**tensors(Shape(D=head_dim), torch.float16)).reasons["cuda"]
-        assert reasons == [f"head dim {head_dim} is no multiple of 8 up to 256: use backend='triton'"]
+        assert reasons == [f"head dim {head_dim} is not a multiple of 8 up to 256: use backend='triton'"]
 
 
 def test_a_status_becomes_an_exception(shim):
@@ -406,6 +406,6 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(native.cuda, "_PATH", tmp_path / "libpeftkern_cuda.so")
     library, reason = native.cuda._load()
     assert library is None
-    assert "is not built; with nvcc, run" in reason
+    assert "is not built. If nvcc is installed, run" in reason
     (tmp_path / "libpeftkern_cuda.so").write_bytes(b"not a library")
     assert "does not load" in native.cuda._load()[1]

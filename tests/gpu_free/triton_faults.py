@@ -48,7 +48,7 @@ FAULTS = [
     Fault("softmax-decay", "acc * decay[:, None]", "acc", "plain"),
     Fault("softmax-unit", "scores * unit", "scores", "plain"),
     Fault("merge-decay", "denom * decay + ", "denom + ", "sinks"),
-    Fault("dkv-delta", "-delta[None, :]", "0.0 * delta[None, :]", "plain"),
+    Fault("dkv-delta", "neg_delta[None, :]", "0.0 * neg_delta[None, :]", "plain"),
     Fault("partials-first-split", "range(num_splits)", "range(1, num_splits)", "plain"),
     Fault("prefix-last-row-block", "minimum(num_row_blocks,", "minimum(num_row_blocks - 1,", "plain"),
 ]
@@ -70,7 +70,7 @@ FAULTS_BESIDE_OTHERS = [
     Fault("merge-hidden-row", "> 0.0", "> -1.0", "nothing_visible", "merge"),
     Fault("merge-bwd-last-tile", "tl.minimum(tiles,", "tl.minimum(tiles - 1,", "plain", "merge"),
     Fault("merge-bwd-first-tile", "split * tiles_per_split", "split * tiles_per_split + 1", "plain", "merge"),
-    Fault("merge-bwd-delta", "dp + -delta[:, None]", "dp", "plain", "merge"),
+    Fault("merge-bwd-delta", "dp + neg_delta[:, None]", "dp", "plain", "merge"),
     Fault("merge-bwd-part-dq", "total += ", "", "plain", "merge"),
     Fault("merge-bwd-scale", "dk * scale", "dk", "plain", "merge"),
     Fault("query-tile-stride", "x.stride_n", "x.stride_h", "plain", "merge"),

@@ -112,7 +112,7 @@ def test_a_missing_library_is_a_reason_and_no_import_error(monkeypatch, tmp_path
     monkeypatch.setattr(native.cpu, "_PATH", tmp_path / "libpeftkern_cpu.so")
     library, reason = native.cpu._load()
     assert library is None
-    assert "is not built; with a C++ compiler, run `pip install .`" in reason
+    assert "is not built. If a C++ compiler is installed, run `pip install .`" in reason
 
 
 def test_a_foreign_library_is_a_reason(monkeypatch, tmp_path):

@@ -49,5 +49,5 @@ def load(device: torch.device, identity: str) -> tuple[tuple[str, tuple[float, f
 def _factors(scale: Any) -> tuple[float, float]:
     launches, work = (float(x) for x in scale)
     if not (0 <= launches < math.inf and 0 <= work < math.inf and launches + work > 0):
-        raise ValueError(f"{scale} are invalid scale factors")
+        raise ValueError(f"expected two finite, non-negative factors, got {scale}")
     return launches, work

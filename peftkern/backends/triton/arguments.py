@@ -119,14 +119,14 @@ class Options(NamedTuple):
 class Stats(NamedTuple):
     """Statistics of each row for the backward, [B, Hq, S] fp32.
 
-    ``lse`` is in log2, and +inf if the row sees no key. ``delta`` is rowsum(out * dout) - dlse. A gated prefix has a
-    softmax of its own, and therefore its own ``prefix_lse`` and ``prefix_delta``; otherwise these are None.
+    ``lse`` is in log2, and +inf if the row sees no key. ``neg_delta`` is dlse - rowsum(out * dout). A gated prefix
+    has a softmax of its own, and therefore its own ``prefix_lse`` and ``prefix_neg_delta``; otherwise these are None.
     """
 
     lse: Tensor
-    delta: Tensor
+    neg_delta: Tensor
     prefix_lse: Tensor | None
-    prefix_delta: Tensor | None
+    prefix_neg_delta: Tensor | None
 
 
 class Flags(NamedTuple):

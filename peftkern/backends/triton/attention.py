@@ -173,11 +173,11 @@ def bias_gradient(context: LaunchContext, dout: Matrices, stats: Stats, dbias: T
 def sink_gradient(sinks: Tensor, stats: Stats, dsinks: Tensor) -> None:
     """Fill in dsinks [Hq]. A sink is a key without a value: its dp is 0, so its ds is -p * delta."""
     weights = torch.exp2(sinks[:, None] * LOG2E - stats.lse)
-    torch.sum(weights * -stats.delta, (0, 2), out=dsinks)
+    torch.sum(weights * stats.neg_delta, (0, 2), out=dsinks)
 
 
 def gate_gradient(gate: Tensor, stats: Stats, dgate: Tensor) -> None:
-    """Fill in dgate [Hq]: the sum of the rows' ``prefix_delta``, times the derivative of tanh."""
-    assert stats.prefix_delta is not None
+    """Fill in dgate [Hq]: the sum of the rows' ``prefix_neg_delta``, times minus the derivative of tanh."""
+    assert stats.prefix_neg_delta is not None
     factor = torch.tanh(gate)
-    torch.mul(stats.prefix_delta.sum((0, 2)), 1 - factor * factor, out=dgate)
+    torch.mul(stats.prefix_neg_delta.sum((0, 2)), factor * factor - 1, out=dgate)

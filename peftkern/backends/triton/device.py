@@ -44,7 +44,7 @@ def lacks(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return [f"has no kernels for device type {device.type!r}"]
     if not torch.cuda.is_available():
-        return ["torch sees no GPU"]
+        return ["torch.cuda.is_available() is False"]
     if (arch := architecture(device)) not in ARCHITECTURES:
         if arch.startswith("sm_"):
             return [f"{arch} is older than sm_80, the oldest that Triton supports: use backend='reference'"]

@@ -12,8 +12,9 @@ multiplied by tanh(gate). If a bias, sinks or a gate need a gradient, the softma
 is rounded, the error is the same for all keys of a row, and so it would not average out in these sums. There are no
 atomic additions: one program owns each sum, and its order is fixed. (Dao et al., FlashAttention, 2022, appendix B.4.)
 
-dp - delta is written dp + -delta, because Triton folds an addition into the dot product: its sums start at -delta. A
-subtraction costs up to 31 registers more, and dk and dv spill at D = 128 on sm_90.
+The statistics hold -delta, because Triton folds an addition into the dot product: its sums start at -delta. A
+subtraction costs up to 31 registers more, and dk and dv spill at D = 128 on sm_90. A negation in these kernels is
+scheduled between wgmma's fence and wgmma, which the hardware does not allow.
 """
 
 import triton
@@ -58,21 +59,21 @@ def _row_statistics(q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, s
         prefix_state, state = attend(q_tile, dout_tile, k, v, prefix_k, prefix_v, block)
         m, denom, acc = state
         lse = m + tl.log2(denom)
-        delta = acc * inverse(denom, opts)
+        neg_delta = -acc * inverse(denom, opts)
         if opts.gate is not None:
             prefix_m, prefix_denom, prefix_acc = prefix_state
             prefix_lse = prefix_m + tl.log2(prefix_denom)
             prefix_lse = tl.where(prefix_lse == -float("inf"), float("inf"), prefix_lse)
             tl.store(stats.prefix_lse + offset + rows, prefix_lse, mask=inside)
-            tl.store(stats.prefix_delta + offset + rows, prefix_acc * inverse(prefix_denom, opts), mask=inside)
+            tl.store(stats.prefix_neg_delta + offset + rows, -prefix_acc * inverse(prefix_denom, opts), mask=inside)
     else:
         out_tile = load_query_tile(out, block)
         lse = tl.load(lse_ptr + offset + rows, mask=inside, other=0.0) * LOG2E
-        delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+        neg_delta = -tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + offset + rows, mask=inside, other=0.0)
+        neg_delta += tl.load(dlse_ptr + offset + rows, mask=inside, other=0.0)
     tl.store(stats.lse + offset + rows, tl.where(lse == -float("inf"), float("inf"), lse), mask=inside)
-    tl.store(stats.delta + offset + rows, delta, mask=inside)
+    tl.store(stats.neg_delta + offset + rows, neg_delta, mask=inside)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _prefix_attention_bwd_prepare_kernel(
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of each row, [B, Hq, S] each: delta, and lse in log2 (+inf if no key is visible, so that p = 0).
+    """The statistics of each row, [B, Hq, S] each: -delta, and lse in log2 (+inf if no key is visible, so p = 0).
 
     They follow from ``out`` and ``lse`` or, if ``out`` is None, from a softmax that is computed once more.
     """
@@ -97,7 +98,7 @@ def _prefix_attention_bwd_prepare_kernel(
 
 @triton.jit
 def _load_stats(stats, block, OF_PREFIX: tl.constexpr):
-    """(lse, delta, gate): [BLOCK_M] statistics of the softmax that the keys belong to, and the factor of its output.
+    """(lse, -delta, gate): [BLOCK_M] statistics of the softmax that the keys belong to, and the factor of its output.
 
     OF_PREFIX is 1 for tokens of the prefix, 0 for keys of the sequence. The factor is tanh(gate) for a gated prefix,
     else 1. lse is inf beyond the last row, so that p = 0.
@@ -105,14 +106,14 @@ def _load_stats(stats, block, OF_PREFIX: tl.constexpr):
     rows = block.first_row + tl.arange(0, block.BLOCK_M)
     offset = row_offset(block.batch, block.head, block.sizes)
     if OF_PREFIX == 1 and block.opts.gate is not None:
-        lse_ptr, delta_ptr = stats.prefix_lse + offset, stats.prefix_delta + offset
+        lse_ptr, neg_delta_ptr = stats.prefix_lse + offset, stats.prefix_neg_delta + offset
         gate = tanh(tl.load(block.opts.gate + block.head))
     else:
-        lse_ptr, delta_ptr = stats.lse + offset, stats.delta + offset
+        lse_ptr, neg_delta_ptr = stats.lse + offset, stats.neg_delta + offset
         gate = 1.0
     lse = tl.load(lse_ptr + rows, mask=rows < block.sizes.q_len, other=float("inf"))
-    delta = tl.load(delta_ptr + rows, mask=rows < block.sizes.q_len, other=0.0)
-    return lse, delta, gate
+    neg_delta = tl.load(neg_delta_ptr + rows, mask=rows < block.sizes.q_len, other=0.0)
+    return lse, neg_delta, gate
 
 
 @triton.jit
@@ -125,11 +126,11 @@ def _dropped(x, keep, opts):
 
 @triton.jit
 def _dq_step(dq, operands, scores, unit, slope, k, v, keep, opts):
-    """Add one block of keys to dq [M, D], which lacks the factor scale. ``operands``: dout, lse, delta, gate."""
-    dout, lse, delta, gate = operands
+    """Add one block of keys to dq [M, D], which lacks the factor scale. ``operands``: dout, lse, -delta, gate."""
+    dout, lse, neg_delta, gate = operands
     p = tl.exp2(scores * unit - lse[:, None]) * gate
     dp = _dropped(tl.dot(dout, tl.trans(v), input_precision="ieee"), keep, opts)
-    ds = p * (dp + -delta[:, None]) * slope
+    ds = p * (dp + neg_delta[:, None]) * slope
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -137,14 +138,14 @@ def _dq_step(dq, operands, scores, unit, slope, k, v, keep, opts):
 def _dq_rows(q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, block):
     """Store one block of rows of dq."""
     q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
-    lse, delta, gate = _load_stats(stats, block, 1)
+    lse, neg_delta, gate = _load_stats(stats, block, 1)
     acc = tl.zeros([block.BLOCK_M, block.BLOCK_D], tl.float32)
-    acc = visit_prefixes(_dq_step, acc, (dout_tile, lse, delta, gate), q_tile, prefix_k, prefix_v, block)
+    acc = visit_prefixes(_dq_step, acc, (dout_tile, lse, neg_delta, gate), q_tile, prefix_k, prefix_v, block)
     if k is not None:
         if block.opts.gate is not None:
-            lse, delta, gate = _load_stats(stats, block, 0)
+            lse, neg_delta, gate = _load_stats(stats, block, 0)
         acc = visit_sequence(
-            _dq_step, acc, (dout_tile, lse, delta, 1.0), q_tile, k, v,
+            _dq_step, acc, (dout_tile, lse, neg_delta, 1.0), q_tile, k, v,
             key_range(block.first_row, block.opts, block.sizes, block.IS_CAUSAL, block.BLOCK_M, block.BLOCK_N),
             block.first_row + tl.arange(0, block.BLOCK_M)[:, None], block,
         )  # fmt: skip
@@ -184,7 +185,7 @@ def _dkv_step(
     (positions, sees, length) for tokens of a prefix.
     """
     q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
-    lse, delta, gate = _load_stats(stats, block, OF_PREFIX)
+    lse, neg_delta, gate = _load_stats(stats, block, OF_PREFIX)
     keys = first_key + tl.arange(0, block.BLOCK_N)[:, None]
     products = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
     if OF_PREFIX == 0:
@@ -201,7 +202,7 @@ def _dkv_step(
         keep = tl.trans(dropout_keep(first_key, block, OF_PREFIX))
     w, dp = _dropped(p, keep, block.opts), _dropped(dp, keep, block.opts)
     dv = tl.dot(w.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-    ds = p * (dp + -delta[None, :])  # FAULT: dkv-delta
+    ds = p * (dp + neg_delta[None, :])  # FAULT: dkv-delta
     dk = tl.dot((ds * slope).to(q_tile.dtype), q_tile, dk, input_precision="ieee")
     return dk, dv, ds
 
@@ -333,7 +334,7 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     """total [M, N] + ds of one block of rows and of the blocks of sequence keys from start to end."""
     sizes = block.sizes
     q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
-    lse, delta, _ = _load_stats(stats, block, 0)
+    lse, neg_delta, _gate = _load_stats(stats, block, 0)
     rows = block.first_row + tl.arange(0, block.BLOCK_M)[:, None]
     lower, upper = keys_seen(rows, block.opts, sizes, block.IS_CAUSAL)
     k_ptr, v_ptr = matrix(k, block.batch, block.kv_head), matrix(v, block.batch, block.kv_head)
@@ -346,7 +347,7 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         if block.DROPOUT_THRESHOLD > 0:
             dp = _dropped(dp, dropout_keep(first_key, block, 0), block.opts)
-        total += tl.exp2(scores * unit - lse[:, None]) * (dp + -delta[:, None])
+        total += tl.exp2(scores * unit - lse[:, None]) * (dp + neg_delta[:, None])
     return total
 
 

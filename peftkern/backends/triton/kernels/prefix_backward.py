@@ -28,7 +28,7 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
     rows = block.first_row + tl.arange(0, block.BLOCK_M)
     inside = rows < sizes.q_len
     q_tile, dout_tile, out_tile = load_query_tile(q, block), load_query_tile(dout, block), load_query_tile(out, block)
-    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    neg_delta = -tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     lse_row = lse_ptr + row_offset(block.batch, block.head, sizes)
     lse = tl.load(lse_row + rows, mask=inside, other=float("inf")) * LOG2E
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
@@ -41,7 +41,7 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
     p = tl.exp2(scores * unit - lse[:, None])
     dv = tl.dot(tl.trans(p.to(q_tile.dtype)), dout_tile, dv, input_precision="ieee")
     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-    ds = (p * (dp + -delta[:, None]) * slope).to(q_tile.dtype)  # FAULT: merge-bwd-delta
+    ds = (p * (dp + neg_delta[:, None]) * slope).to(q_tile.dtype)  # FAULT: merge-bwd-delta
     dk = tl.dot(tl.trans(ds), q_tile, dk, input_precision="ieee")
     if dq is not None:
         total = tl.dot(ds, k_tile, input_precision="ieee") * block.scale
