@@ -115,13 +115,13 @@ def prefix_attention(  # type: ignore[misc]
         needed are computed. They are bitwise repeatable. Double backward is unsupported.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what was passed.
         BackendUnavailable: listing each backend's reasons.
 
     >>> import torch, peftkern
     >>> q, kv = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
-    >>> prefix_k, prefix_v = torch.randn(2, 2, 5, 16, requires_grad=True)
-    >>> out = peftkern.prefix_attention(q, kv, kv, prefix_k, prefix_v)
+    >>> prefix = torch.nn.Parameter(torch.randn(2, 2, 5, 16))  # keys and values [Hkv, P, D]
+    >>> out = peftkern.prefix_attention(q, kv, kv, *prefix)
     >>> out.shape
     torch.Size([2, 4, 7, 16])
     """
@@ -147,7 +147,7 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
         The arguments as backends receive them, the name of the plan, and whether a backward pass follows.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what was passed.
         BackendUnavailable: listing each backend's reasons.
     """
     if torch.compiler.is_compiling():
@@ -246,7 +246,7 @@ def soft_prompt_embedding(
         [B, P+S, E] of the weight's dtype.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what was passed.
         BackendUnavailable: listing each backend's reasons.
 
     >>> import torch, peftkern

@@ -30,7 +30,7 @@ def validate_attention(inputs: AttentionArgs, dropout_seed: Any) -> AttentionArg
     """Arguments of :func:`peftkern.prefix_attention` as backends receive them; all steps of this module.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what was passed.
     """
     check_tensors(inputs)
     inputs = autocast_attention(inputs)

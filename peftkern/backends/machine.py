@@ -36,9 +36,8 @@ def machine_of(device: torch.device, dtype: torch.dtype, flash: str | None, thre
 
 
 def registered_flash() -> str | None:
-    """The FlashAttention registered in place of torch's own (torch >= 2.10), or None."""
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
-    return current() if current is not None else None
+    """The FlashAttention that ``torch.nn.attention.activate_flash_attention_impl`` has activated, or None."""
+    return torch.nn.attention.current_flash_attention_impl()
 
 
 def identity(device: torch.device) -> str:
