@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,10 +45,8 @@ def nvcc() -> str | None:
 
 def cuda_toolkit() -> list[str]:
     """Requirements in the extra ``build-cuda``."""
-    project = (ROOT / "pyproject.toml").read_text()
-    extra = re.search(r"^build-cuda = \[(.*?)\]", project, re.M | re.S)
-    assert extra is not None
-    return re.findall(r'"(.*?)"', extra[1])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return list(project["optional-dependencies"]["build-cuda"])
 
 
 def missing_tools(libraries: list[str]) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skipped tests by reason, and those that were skipped for want of a tool that this machine has."""
+"""Tests that need a tool, and a check that none of them was skipped on a machine that has it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ import importlib.util
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-#: What a reason may ask for, and whether this machine has it.
-TOOLS: dict[str, Callable[[], bool]] = {
-    r"\bnvcc\b": lambda: any(shutil.which(path) for path in ("nvcc", "/usr/local/cuda/bin/nvcc")),
-    r"\bgcc\b|C compiler|\bc\+\+": lambda: any(shutil.which(name) for name in ("cc", "gcc", "g++", "c++")),
-    r"aarch64-linux-gnu-g\+\+": lambda: shutil.which("aarch64-linux-gnu-g++") is not None,
-    r"Triton|interpreter": lambda: importlib.util.find_spec("triton") is not None,
-    r"PTX emulator": lambda: shutil.which("g++") is not None,
+import pytest
+
+#: The commands that serve as each tool, the preferred one first.
+TOOLS = {
+    "nvcc": ("nvcc",),
+    "cc": ("cc", "gcc", "clang"),
+    "c++": ("c++", "g++", "clang++"),
+    "g++": ("g++",),
+    "cmake": ("cmake",),
+    "ninja": ("ninja",),
+    "aarch64-linux-gnu-g++": ("aarch64-linux-gnu-g++",),
+    "qemu-aarch64": ("qemu-aarch64", "qemu-aarch64-static"),
 }
+#: Where a tool may lie outside of PATH. A test cannot run it there, but the machine has it.
+ELSEWHERE = {"nvcc": ("/usr/local/cuda/bin/nvcc",)}
+
+
+def command(tool: str) -> str | None:
+    """Path of the tool, or None if PATH does not have it."""
+    return next(filter(None, map(shutil.which, TOOLS[tool])), None)
+
+
+def needs(*tools: str) -> pytest.MarkDecorator:
+    """Skips a test unless PATH has all of ``tools``, which are keys of :data:`TOOLS`."""
+    missing = [tool for tool in tools if command(tool) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(tools)}")
 
 
 def reasons(reports: Iterable) -> Counter[str]:
@@ -26,5 +44,14 @@ def reasons(reports: Iterable) -> Counter[str]:
 
 
 def unjustified(reasons: Iterable[str]) -> list[str]:
-    """The reasons that name a tool which this machine has."""
-    return [text for text in reasons if any(re.search(tool, text) and there() for tool, there in TOOLS.items())]
+    """The reasons of :func:`needs` whose tools this machine has, and those of ``importorskip("triton")`` likewise."""
+    return [text for text in reasons if _is_unjustified(text)]
+
+
+def _is_unjustified(reason: str) -> bool:
+    if re.match(r"could not import 'triton\b", reason):
+        return importlib.util.find_spec("triton") is not None
+    tools = reason.removeprefix("needs ").split(", ")
+    if not reason.startswith("needs ") or not TOOLS.keys() >= set(tools):
+        return False
+    return all(command(tool) or any(map(shutil.which, ELSEWHERE.get(tool, ()))) for tool in tools)

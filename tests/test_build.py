@@ -19,8 +19,9 @@ import pytest
 import peftkern
 from peftkern.tools import cli
 
+from . import skips
+
 ROOT = Path(__file__).parent.parent
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc names its version")
 
 
 def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ def _setup(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
-@needs_nvcc
+@skips.needs("nvcc")
 @pytest.mark.parametrize(
     ("choice", "architectures", "local"),
     [
@@ -62,12 +63,11 @@ def test_a_missing_compiler_is_named(tmp_path):
     )
 
 
+@skips.needs("c++", "cmake", "ninja")
 def test_a_second_build_ignores_the_cache_of_the_first(tmp_path):
     """As with pip, the ninja of the first build is gone, and the second build has other options."""
     pytest.importorskip("setuptools")
     ninja = shutil.which("ninja")
-    if not (ninja and shutil.which("cmake") and shutil.which("c++")):
-        pytest.skip("needs cmake, ninja and c++ to build the portable CPU library")
 
     def build(name: str, *options: str) -> str:
         folder = tmp_path / name
@@ -90,7 +90,7 @@ def test_a_second_build_ignores_the_cache_of_the_first(tmp_path):
     assert (tmp_path / "lib" / "peftkern" / "libpeftkern_cpu.so").exists()
 
 
-@needs_nvcc
+@skips.needs("nvcc", "cmake")
 @pytest.mark.parametrize("architectures", ["7.5", "ampere", "8.0 sm_90"])
 def test_other_architectures_are_refused_by_name(tmp_path, architectures):
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DPEFTKERN_CPU=OFF", "-DPEFTKERN_CUDA=ON",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backends.registry import get_backend
 from .cache import PrefixOptions
 from .concatenation_patch import ConcatenationPatch
 from .fallback_patch import FallbackPatch
@@ -104,8 +105,9 @@ def patch(
         ``model``.
 
     Raises:
-        ValueError: for a model that is already patched, a prefix of the wrong shape, or an adapter of an unsupported
-            type; for a ``PrefixKV``, or with ``strict``, for a model that fails the trial.
+        ValueError: for a model that is already patched, a prefix of the wrong shape, an adapter of an unsupported
+            type, or a backend that does not exist; for a ``PrefixKV``, or with ``strict``, for a model that fails the
+            trial.
 
     >>> import torch, peftkern
     >>> from peft import PrefixTuningConfig, get_peft_model
@@ -121,6 +123,8 @@ def patch(
         raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
+    if backend != "auto":
+        get_backend(backend)  # raises here and not in the first forward
     # A window can hide the prefix only if the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
     is_prompt = _adapts_prompt(model) if prefix is None else is_embedding_prompt(prefix)
@@ -191,12 +195,16 @@ def explain(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def patched(model: Model, prefix: nn.Module | None = None, **options: Any) -> Iterator[Model]:
-    """Within the block, ``model`` is patched. Arguments as for :func:`patch`."""
+    """Within the block, ``model`` is patched. Arguments as for :func:`patch`.
+
+    The block may call :func:`unpatch` itself.
+    """
     patch(model, prefix, **options)
     try:
         yield model
     finally:
-        unpatch(model)
+        if PATCH in model.__dict__:
+            unpatch(model)
 
 
 def _adapts_prompt(model: nn.Module) -> bool:

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
 from peftkern import native
 from peftkern.testing.cases import Shape
 
+from .. import skips
 from ..faults import check_markers
 from .calls import Recorder, write_calls
 from .program import FAULTS, attempt, build, cpu_sources, mutated, run
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("g++") and shutil.which("cmake") and shutil.which("ninja")), reason="needs g++, cmake and ninja"
-)
+pytestmark = skips.needs("g++", "cmake", "ninja")
 
 
 def test_every_fault_has_a_marker_and_every_marker_a_fault():

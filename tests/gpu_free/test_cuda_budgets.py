@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from .. import skips
 from . import aot
 from .shim import FAMILIES, HEAD_DIMS, ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles them")
+pytestmark = skips.needs("nvcc")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 #: Bytes of shared memory of a multiprocessor, and what a block reserves for the system.
 SHARED_MEMORY = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}

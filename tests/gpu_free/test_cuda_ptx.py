@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -21,12 +20,13 @@ from peftkern.backends.cuda import CudaPrefixKernels
 from peftkern.testing import bounds
 from peftkern.testing.cases import Shape, tensors
 
+from .. import skips
 from . import merging
 from .merging import args_of, sizes_of
+from .ptx import machine
 from .shim import FAMILIES, ROOT, Shim, sources
 
-machine = pytest.importorskip("tests.gpu_free.ptx.machine", reason="the PTX emulator is not there")
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the kernels")
+pytestmark = skips.needs("nvcc")
 _LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
     ctypes.c_int64,

@@ -92,6 +92,18 @@ def test_the_block_of_patched_ends_on_an_error():
     assert state_of(model) == before
 
 
+def test_the_block_of_patched_may_unpatch():
+    model = models.base_model(LLAMA)
+    before = state_of(model)
+    with peftkern.patched(model, llama_prefix()):
+        peftkern.unpatch(model)
+    assert state_of(model) == before
+    block = peftkern.patched(model, llama_prefix())
+    peftkern.unpatch(block.__enter__())
+    assert not block.__exit__(KeyError, KeyError("of the block"), None), "another error hides that of the block"
+    assert state_of(model) == before
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.generates])
 def test_disabled_adapters_leave_the_base_model_to_the_bit(name):
     """Layers without a prefix run the previous implementation with its own kind of mask."""
@@ -326,6 +338,16 @@ REFUSED = {
         lambda: models.peft_model(LLAMA, patched=False),
         {"logits": "some"},
         "logits: expected 'all' or 'labelled', got 'some'",
+    ),
+    "unknown backend": (
+        lambda: models.base_model(LLAMA),
+        {"prefix": llama_prefix(), "backend": "two_part"},
+        r"backend: expected 'auto' or one of \[.*'reference'.*\], got 'two_part'",
+    ),
+    "unknown backend of a PEFT model": (
+        lambda: models.peft_model(LLAMA, patched=False),
+        {"backend": "two_part"},
+        r"backend: expected 'auto' or one of \[.*'reference'.*\], got 'two_part'",
     ),
     "two prefixes": (
         lambda: models.peft_model(LLAMA, patched=False),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -15,9 +14,10 @@ import pytest
 from peftkern import native
 from peftkern.native import abi
 
+from .. import skips
+
 HEADER = Path(__file__).parents[2] / "csrc" / "peftkern.h"
 STRUCTS = {x.name: x for x in vars(abi).values() if isinstance(x, abi.Struct) and x.name}
-_COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _code() -> str:
@@ -65,7 +65,7 @@ def test_every_struct_has_the_fields_of_the_header():
         assert _fields(declared) == header[name], name
 
 
-@pytest.mark.skipif(_COMPILER is None, reason="needs a C compiler")
+@skips.needs("cc")
 def test_every_field_lies_where_the_compiler_puts_it(tmp_path):
     """sizeof of each struct, and offsetof and sizeof of each of its fields."""
     expected, lines = [], []
@@ -85,7 +85,7 @@ def test_every_field_lies_where_the_compiler_puts_it(tmp_path):
         'static void show(size_t x) { printf("%zu\\n", x); }\n'
         "int main(void) {\n" + "\n".join(lines) + "\n}\n"
     )
-    subprocess.run([_COMPILER, "-o", str(tmp_path / "layout"), str(source)], check=True)
+    subprocess.run([skips.command("cc"), "-o", str(tmp_path / "layout"), str(source)], check=True)
     shown = subprocess.run([str(tmp_path / "layout")], capture_output=True, text=True, check=True).stdout
     assert list(map(int, shown.split())) == expected
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,12 @@ def test_doctor_reads_the_build_and_groups_backends_by_device():
         assert not any("cuda" in words for words in here.values()), "a GPU's backend is listed for the CPU"
 
 
+def test_doctor_says_that_the_commit_is_that_of_the_configuration(monkeypatch, tmp_path):
+    (tmp_path / "_build_info.json").write_text(json.dumps({"git_sha": "abc", "libraries": ["cpu"], "cuda": None}))
+    monkeypatch.setattr(doctor, "_PACKAGE", str(tmp_path))
+    assert doctor._build() == {"configured at commit": "abc", "libraries": ["cpu"]}
+
+
 def test_metadata_follow_the_tested_versions():
     with open(Path(__file__).parents[2] / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)
@@ -103,6 +110,63 @@ def test_a_wrong_self_test_is_reported(monkeypatch):
     report = doctor._self_test()
     assert report["passed"] is False
     assert "WRONG" in report["reference on cpu"]
+
+
+def test_a_backend_that_raises_does_not_end_the_self_test(monkeypatch):
+    from peftkern import backends
+
+    reference = backends.plan_named("reference")
+    right = reference.prefix_attention
+
+    def raises_in_fp32(args):
+        if args.q.dtype == torch.float32:
+            raise RuntimeError("no more registers")
+        return right(args)
+
+    monkeypatch.setattr(reference, "prefix_attention", raises_in_fp32)
+    monkeypatch.setattr(backends, "available_backends", lambda *_: ("reference", "reference again"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = doctor._self_test()
+    assert report["passed"] is False
+    assert report["reference on cpu"] == "RAISED RuntimeError: no more registers"
+    assert report["reference again on cpu"].startswith("RAISED ValueError: backend: expected"), "it was not reached"
+
+
+def test_a_self_test_with_a_nan_is_wrong(monkeypatch):
+    from peftkern import backends
+
+    reference = backends.plan_named("reference")
+    right = reference.prefix_attention_backward
+
+    def nan_in_the_last(*args):
+        gradients = right(*args)
+        if gradients.dprefix_v.dtype == torch.float32:
+            gradients.dprefix_v.fill_(float("nan"))
+        return gradients
+
+    monkeypatch.setattr(reference, "prefix_attention_backward", nan_in_the_last)
+    report = doctor._self_test()
+    assert report["passed"] is False
+    assert report["reference on cpu"] == "WRONG, relative error nan"
+
+
+@pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_94"), ("7.0", "gfx942:sramecc+:xnack-")])
+def test_doctor_names_the_architecture_as_its_maker_does(monkeypatch, hip, architecture):
+    device = types.SimpleNamespace(
+        name="a GPU", major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-", total_memory=1 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert doctor._gpu()["cuda:0"] == f"a GPU, {architecture}, 1024 MiB"
+
+
+def test_doctor_reports_the_variables_that_change_results(monkeypatch):
+    for name in ("PEFTKERN_AUTOTUNE", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    report = doctor.collect()["variables"]
+    assert report["PEFTKERN_AUTOTUNE"] == report["TRITON_INTERPRET"] == "1"
 
 
 def test_importing_the_package_imports_nothing_heavy_and_changes_nothing():
