@@ -217,12 +217,12 @@ bool request_amx() {
   return (eax & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   static const bool granted = request_amx();
   return granted;
 }
 #else
-bool has_amx() { return false; }
+[[maybe_unused]] bool has_amx() { return false; }
 #endif
 
 bool has_isa(int isa) {
