@@ -2,7 +2,7 @@
 """Compare training steps of this checkout's package with those of another commit's, in one run.
 
     python -m benchmarks.against HEAD~10
-    python -m benchmarks.against v0.3 --only 0 3 --threads 1 --output against.csv
+    python -m benchmarks.against main --only 0 3 --threads 1 --output against.csv
 
 The cases are those of `benchmarks.end_to_end packing` and `no-prefix`. Each version has a worker process. Both
 workers build the same model and batch with this checkout's benchmark code and take turns, one step at a time. Seconds

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the backend that ``auto`` chooses with the fastest one: every backend that can run a call takes turns.
+"""Compare the backend that `auto` chooses with the fastest one: every backend that can run a call takes turns.
 
     python -m benchmarks.backend_choice                   shapes and features on the CPU
     python -m benchmarks.backend_choice --device cuda
 
-A row per call: the time of each backend, the choice of ``auto``, and its time relative to the fastest backend. Writes
+A row per call: the time of each backend, the choice of `auto`, and its time relative to the fastest backend. Writes
 results/backend_choice_DEVICE.csv.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare results with the project's own bars: ``python -m benchmarks.bars``.
+"""Compare results with the project's own bars: `python -m benchmarks.bars`.
 
 Reads the rows of `peftkern bench --shapes training` and results/training_step.csv; prints the geometric mean and the
 worst row of each figure.
@@ -79,7 +79,7 @@ def attention_ratios(path: Path) -> pd.DataFrame:
     compared = [Comparison.of(group) for group in groups(read(path))]
     keys = ("dtype", "threads", "direction", "S", "P")
     return pd.DataFrame(
-        {name: c.rows[0][name] for name in keys} | {PEFT: c.over(c.peft), BARE: c.over(c.floor)}
+        {name: c.rows[0][name] for name in keys} | {PEFT: c.over(c.peft), BARE: c.over(c.no_prefix)}
         for c in compared if not c.rows[0]["cached"]
     )  # fmt: skip
 

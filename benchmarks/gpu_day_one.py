@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check and measure peftkern on a new GPU, in one command under nine minutes, from a plain checkout.
+"""Check and measure peftkern on a new GPU, in one command that stops after nine minutes, from a plain checkout.
 
     python benchmarks/gpu_day_one.py                 into the folder gpu-day-one
     python benchmarks/gpu_day_one.py --dry-run       on a CPU with tiny sizes, to see that everything runs
 
 Each stage runs in a process of its own with a time limit. If one fails, crashes or hangs, that is reported and the
 others continue. A stage writes its result when it ends, so the same command continues an interrupted run;
-``--again STAGE`` runs one again. Only torch, triton, transformers and peft must be installed; native libraries are
+`--again STAGE` runs one again. Only torch, triton, transformers and peft must be installed; native libraries are
 built if their tools are there. The folder receives report.md, a JSON file and a log per stage, and tables as CSV.
 
 Exit status: 0 if no stage failed, else 1.

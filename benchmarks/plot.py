@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw results: ``python -m benchmarks.plot`` writes a plot beside each CSV file of benchmarks/results.
+"""Draw results: `python -m benchmarks.plot` writes a plot beside each CSV file of benchmarks/results.
 
 Rows of `peftkern bench` give times per provider, over a swept size or per problem, and peak memory. scaling_*.csv
 gives times with their fitted lines. training_step.csv gives the speed-ups over PEFT and over the model without a

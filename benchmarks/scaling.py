@@ -10,8 +10,8 @@ take turns, forward and backward separately. Each line is a least-squares fit of
     B, P, A   ms = fixed + slope x         turns at x = fixed / slope, where the growing part is half of the cost
     S         ms = fixed S + slope S^2     turns at S = fixed / slope, where attention becomes quadratic
 
-``prefix_mb`` is what forward saves for backward with the prefix minus without it. It does not grow with B in peftkern
-and does in PEFT's way. At ``wall`` it alone fills 80 GB over 32 layers (empty: never).
+`prefix_mb` is what forward saves for backward with the prefix minus without it. It does not grow with B in peftkern
+and does in PEFT's way. At `wall` it alone fills 80 GB over 32 layers (empty: never).
 """
 
 from __future__ import annotations

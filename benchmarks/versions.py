@@ -2,7 +2,7 @@
 """Compare the speed of this checkout's package with another commit's, through the public names alone.
 
     python -m benchmarks.versions HEAD~10
-    python -m benchmarks.versions v0.3 --only host --seconds 5
+    python -m benchmarks.versions main --only host --seconds 5
 
 Unlike `benchmarks.against`, the versions may differ in everything behind the public names; the other commit's CPU
 library is built in its worktree, which takes about a minute. A worker process per version takes turns with the other.
@@ -176,16 +176,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 worker.close()
             if rows:
                 columns = ("group", "case", "before", "after", "after / before")
-                lines = [
-                    [
-                        r["group"],
-                        r["case"],
-                        *(f"{r[s]:.4g} ±{r[f'spread_{s}']:.0%}" for s in workers),
-                        f"{r['ratio']:.3f}",
-                    ]
-                    for r in rows
-                ]
-                show(f"{options.commit} and this checkout, {options.threads} threads", columns, lines)
+                title = f"{options.commit} and this checkout, {options.threads} threads"
+                show(title, columns, [_line(row) for row in rows])
     return rows
 
 

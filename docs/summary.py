@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plot and the summary of the README, and the regressions in docs/benchmarks.md, from ``benchmarks/results``.
+"""The plot and the summary of the README, and the regressions in docs/benchmarks.md, from `benchmarks/results`.
 
-``python docs/summary.py`` exits with status 1 if they are out of date. With ``--write`` it rewrites them.
+`python docs/summary.py` exits with status 1 if they are out of date. With `--write` it rewrites them.
 """
 
 from __future__ import annotations

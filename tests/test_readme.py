@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,16 @@ def test_python_blocks_run(name, block, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     exec(compile(block, name, "exec"), namespace())
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])
+def test_the_example_of_the_operation_trains_its_prefix(name):
+    (block,) = (x for x in re.findall(r"```python\n(.*?)```", TEXTS[name], re.S) if "peftkern.prefix_attention(" in x)
+    variables: dict[str, Any] = {}
+    exec(compile(block, name, "exec"), variables)
+    if ".backward()" not in block:
+        variables["out"].sum().backward()
+    assert variables["prefix"].grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(("path", "name"), list(readme_tables.placed()), ids=lambda x: getattr(x, "name", x))

@@ -3,7 +3,7 @@
 
     python -m benchmarks.end_to_end patch                      training steps, longest sequence, generation
     python -m benchmarks.end_to_end patch --part generate --models llama-3-8b --layers 1
-    python -m benchmarks.end_to_end no-prefix                  training steps beside the model without a prefix
+    python -m benchmarks.end_to_end no-prefix                  training steps compared with the model without a prefix
     python -m benchmarks.end_to_end packing                    training steps with prompts run once, without padding
 
 Providers take turns in one process and are checked in fp32 before they are timed. Times are medians; a spread is

@@ -48,8 +48,8 @@ ELEMENT_LIMIT, RMS_LIMIT = 8.0, 1.5
 ROUNDINGS = {
     "reference": Roundings(softmax=False, prefix_terms=False),
     "cpu": Roundings(softmax=False, prefix_terms=False),
-    "merge": Roundings(vendor=True),
-    "concat": Roundings(vendor=True, prefix_samples=True),
+    "merge": Roundings(torch_kernel=True),
+    "concat": Roundings(torch_kernel=True, prefix_samples=True),
 }
 
 

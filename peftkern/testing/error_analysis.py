@@ -71,8 +71,8 @@ def deviations(
     if exact["prefix_k"].dim() == 3:
         exact |= {n: x[None] for n, x in exact.items() if n.startswith("prefix")}
     options = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
-    half_vendor = roundings.vendor and dtype != torch.float32
-    x = scores_of(exact, options, dtype if half_vendor else torch.float32)
+    half_torch_kernel = roundings.torch_kernel and dtype != torch.float32
+    x = scores_of(exact, options, dtype if half_torch_kernel else torch.float32)
     bank, num_kv_heads, prefix_len, _ = exact["prefix_k"].shape
     num_prefix_keys, gate = bank * prefix_len, options.get("gate")
     gains: list[Tensor | float]
@@ -84,7 +84,7 @@ def deviations(
         gains = [torch.tanh(gate)[:, None, None], 1.0]
     rounding, fp32_rounding, spread = _out_variances(x, parts, gains, num_prefix_keys, dtype)
     lse = parts[-1].lse_variance.squeeze(-1)
-    result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if half_vendor else lse}
+    result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if half_torch_kernel else lse}
     if dout is not None:
         dout = dout.double()
         lse_grad = 0.0 if dlse is None else dlse.double()[..., None]

@@ -78,8 +78,8 @@ class Roundings:
     prefix_terms: bool = True
     #: The prefix's gradients are fp32 sums of a gradient in q's dtype per sample and query head.
     prefix_samples: bool = False
-    #: Another library's kernel runs. In half precision it reads biases in q's dtype, and its exp may err by 2^-14.
-    vendor: bool = False
+    #: torch's attention kernel runs. In half precision it reads biases in q's dtype, and its exp may err by 2^-14.
+    torch_kernel: bool = False
 
 
 DEFAULT_ROUNDINGS = Roundings()

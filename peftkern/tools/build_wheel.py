@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a wheel with CUDA kernels for chosen GPUs, in a checkout.
 
-``peftkern build-wheel --arch 8.0 --arch 9.0+PTX`` runs ``pip wheel . --no-deps`` with PEFTKERN_BUILD=all and
+`peftkern build-wheel --arch 8.0 --arch 9.0+PTX` runs `pip wheel . --no-deps` with PEFTKERN_BUILD=all and
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX". It needs neither torch nor a GPU. Without --arch it builds for the GPUs of this
 machine.
 """

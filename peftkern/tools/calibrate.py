@@ -2,7 +2,7 @@
 """Measure the backends on this machine, so that ``"auto"`` chooses by measured times: :func:`calibrate`.
 
 The result is a pair of scale factors per backend, dtype and kind of call. It is written to a file in the user's cache
-folder, one for the CPU and one for the GPU, and replaces the rates that come with the package. A file that is
+folder, one for the CPU and one for the GPU, and scales the rates that come with the package. A file that is
 malformed, has another format or comes from another machine is ignored with a warning.
 """
 

@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "peftkern"
 
-#: The rooms, and into which others each may look. A room is the longest of these prefixes of a module's name.
+#: The layers, and the other layers that each may import. A module's layer is the longest of these prefixes of its
+#: name.
 ALLOWED = {
     "arguments": set(),
     "reference": set(),
@@ -37,8 +38,12 @@ ALLOWED = {
         "checkpoint", "huggingface", "model_info", "processor", "explanation", "testing", "",
     },
 }  # fmt: skip
-#: Faces that import the rooms behind them: the package itself, and `python -m peftkern`.
-FACES = {"": set(ALLOWED), "__main__": {"tools"}, "backends.__init__": {"arguments", "backends", "backends.registry"}}
+#: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.
+ENTRY_POINTS = {
+    "": set(ALLOWED),
+    "__main__": {"tools"},
+    "backends.__init__": {"arguments", "backends", "backends.registry"},
+}
 
 
 class Import(NamedTuple):
@@ -93,8 +98,8 @@ def _imports(module: str) -> list[Import]:
 IMPORTS = [found for module in MODULES for found in _imports(module)]
 
 
-def _room(module: str) -> str:
-    return max((room for room in ALLOWED if f"{module}.".startswith(f"{room}.")), key=len, default=module)
+def _layer(module: str) -> str:
+    return max((layer for layer in ALLOWED if f"{module}.".startswith(f"{layer}.")), key=len, default=module)
 
 
 def test_the_imports_are_found():
@@ -105,15 +110,16 @@ def test_the_imports_are_found():
     assert len(edges) > 150
 
 
-def test_every_module_has_a_room():
-    strangers = [module for module in MODULES if _room(module) not in ALLOWED and module not in FACES]
-    assert not strangers, f"give these a room in {Path(__file__).name}: {strangers}"
+def test_every_module_has_a_layer():
+    unassigned = [module for module in MODULES if _layer(module) not in ALLOWED and module not in ENTRY_POINTS]
+    assert not unassigned, f"modules without a layer in {Path(__file__).name}: {unassigned}"
 
 
 def test_no_import_runs_upward():
     def is_allowed(found: Import) -> bool:
-        source, target = _room(found.module), _room(found.target)
-        allowed = FACES.get(found.module, FACES.get(f"{found.module}.__init__", ALLOWED.get(source, set())))
+        source, target = _layer(found.module), _layer(found.target)
+        entry_point = ENTRY_POINTS.get(found.module, ENTRY_POINTS.get(f"{found.module}.__init__"))
+        allowed = ALLOWED.get(source, set()) if entry_point is None else entry_point
         return target == source or target in allowed
 
     upward = [str(found) for found in IMPORTS if not is_allowed(found)]

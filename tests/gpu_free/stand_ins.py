@@ -2,7 +2,8 @@
 """CPU stand-ins for the ops of torch that only a GPU has, with the conventions that set them apart.
 
 Each has the signature of the op whose name it bears, refuses what the op refuses, and computes in fp64, so that what
-is left of the error is the rounding of its outputs. ``ROWS`` are the vendor table's rows on top of them.
+is left of the error is the rounding of its outputs. ``ROWS`` are the rows of ``torch_attention.KERNELS`` on top of
+them.
 """
 
 from __future__ import annotations

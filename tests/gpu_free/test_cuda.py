@@ -209,10 +209,10 @@ def test_concat(shim, name, prefix_dtype):
     args = args_of(tensors(shape, torch.float16, prefix_dtype), **options)
     laid = KERNELS.concat_prefix(args)
     ids = options.get("prefix_ids", torch.zeros(shape.B, dtype=torch.int64))
-    for slot, prefix, seq in zip(laid, args[3:5], args[1:3], strict=True):
+    for joined, prefix, seq in zip(laid, args[3:5], args[1:3], strict=True):
         rows = (prefix if name == "bank" else prefix[None])[ids].half()
         rows[ids == -1] = 0
-        assert torch.equal(slot, torch.cat([rows, seq], 2))
+        assert torch.equal(joined, torch.cat([rows, seq], 2))
     total = torch.empty_like(args.prefix_k, dtype=torch.float32, memory_format=torch.contiguous_format)
     shim.writable(total)
     KERNELS.sum_prefix_gradient(args, laid[0], total)

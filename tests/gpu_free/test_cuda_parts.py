@@ -28,7 +28,7 @@ REFUSED = {
 
 @pytest.fixture
 def shim(monkeypatch):
-    """Kernels may write what a vendor's op has returned."""
+    """Kernels may write what torch's op has returned."""
     shim = Shim(monkeypatch)
 
     def marked(function):
@@ -63,7 +63,7 @@ def _run(shim, monkeypatch, row: str, backend: str, shape: Shape, options: dict,
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("backend", ["merge", "concat"])
 def test_every_feature(shim, monkeypatch, backend, name):
-    """With the fp32 prefix that PEFT keeps beside half-precision activations, and an exact vendor."""
+    """With the fp32 prefix that PEFT keeps beside half-precision activations, and an exact stand-in."""
     shape, options = _feature(name)
     if name in REFUSED[backend]:
         with pytest.raises(peftkern.BackendUnavailable, match=f"{backend}: .*: use backend='"):
@@ -74,7 +74,7 @@ def test_every_feature(shim, monkeypatch, backend, name):
 
 @pytest.mark.parametrize("row", ["flash", "cudnn", "cpu flash"])
 @pytest.mark.parametrize("backend", ["merge", "concat"])
-def test_every_vendor(shim, monkeypatch, backend, row):
+def test_every_torch_kernel(shim, monkeypatch, backend, row):
     """Their lse in its own layout, their results in their own memory order."""
     for name in ("plain", "kv_cache"):
         _run(shim, monkeypatch, row, backend, *_feature(name), torch.bfloat16)
@@ -98,7 +98,7 @@ def test_the_gradient_of_lse_is_the_fused_kernels(shim, monkeypatch, backend):
     _run(shim, monkeypatch, "efficient", backend, *_feature("plain"), torch.float16, dlse=True)
 
 
-def test_rows_that_see_nothing_are_zero_whatever_the_vendor_leaves(shim, monkeypatch):
+def test_rows_that_see_nothing_are_zero_whatever_torchs_kernel_leaves(shim, monkeypatch):
     stand_ins.install(monkeypatch, "efficient")
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=0, D=64), torch.float16).items()}
     mask = torch.tensor([[False] * 5, [True] * 5])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``merge`` and ``concat``: the Triton part in the guarded interpreter, the vendor's part by torch's CPU op.
+"""``merge`` and ``concat``: the Triton part in the guarded interpreter, torch's part by its CPU op.
 
-The vendor table's other rows run their own code too, on stand-ins for the ops that only a GPU has (stand_ins.py), and
-call the real ops on tensors without data, which checks arguments and shapes.
+The other rows of ``torch_attention.KERNELS`` run their own code too, on stand-ins for the ops that only a GPU has
+(stand_ins.py), and call the real ops on tensors without data, which checks arguments and shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.interpreter
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=33, P=19, D=20)  # two blocks of rows, of which the second is ragged
 BOTH = ["merge", "concat"]
 
-#: What each backend refuses: features, by the vendor's row where a mask cannot be had.
+#: What each backend refuses: features, by torch's kernel where a mask cannot be had.
 REFUSED = {"merge": {"softcap", "dropout"}, "concat": {"softcap", "dropout", "gate", "packed_bank"}}
 UNMASKED = {
     "merge": {"key_mask", "bias", "bias_row"},
@@ -113,7 +113,7 @@ ODD = [
 @pytest.mark.parametrize("shape", ODD, ids=str)
 @pytest.mark.parametrize("backend", BOTH)
 def test_odd_shapes(backend, shape, monkeypatch):
-    """In fp32 on an exact vendor: torch's CPU kernel, with its fast exp, is less exact than eager."""
+    """In fp32 on an exact stand-in: torch's CPU kernel, with its fast exp, is less exact than eager."""
     stand_ins.install(monkeypatch, "efficient")
     _check(backend, shape, {"causal": shape.kv_len >= shape.S}, torch.float32)
 
@@ -174,7 +174,7 @@ def test_the_real_ops_take_what_their_rows_pass(row, sizes):
         assert [x.shape for x in gradients] == [x.shape for x in problem[:3]]
 
 
-def test_rows_that_see_nothing_are_zero_whatever_the_vendor_leaves(monkeypatch):
+def test_rows_that_see_nothing_are_zero_whatever_torchs_kernel_leaves(monkeypatch):
     """The stand-in leaves NaN in them."""
     stand_ins.install(monkeypatch, "efficient")
     shape = Shape(S=5, P=0)
@@ -204,7 +204,7 @@ def test_gradients_nobody_needs_are_not_computed(monkeypatch):
     row = stand_ins.install(monkeypatch, "cpu flash")
 
     def fail(*_):
-        raise AssertionError("the vendor's backward ran")
+        raise AssertionError("torch's backward ran")
 
     monkeypatch.setattr(torch_attention, "KERNELS", [dataclasses.replace(row, backward=fail)])
     inputs = tensors(Shape(S=3, P=2), torch.float32)
@@ -292,7 +292,7 @@ def test_bytes_of_the_backward(monkeypatch):
 )
 @pytest.mark.parametrize("backend", BOTH)
 def test_the_op_returns_what_the_compiler_expects(backend, name):
-    """Whatever layout the vendor has: opcheck compares strides, compilation relies on them."""
+    """Whatever layout torch's kernel has: opcheck compares strides, compilation relies on them."""
     shape, options = feature(name, Shape())
     inputs = {n: x.requires_grad_() for n, x in tensors(shape, torch.float32).items()}
 

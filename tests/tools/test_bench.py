@@ -321,7 +321,7 @@ def test_a_comparison_says_where_we_lose():
     assert not second.loses
     assert first.over(first.peft) == 2.0
     assert first.over(first.best) == 0.5
-    assert first.over(first.floor) == 0.4
+    assert first.over(first.no_prefix) == 0.4
     assert "0.50 times as fast as the best alternative (two-calls)" in str(first)
     assert str(first).endswith("it loses here")
 

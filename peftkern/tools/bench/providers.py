@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Providers of prefix attention: peftkern, its alternatives, and attention without a prefix as the floor.
+"""Providers of prefix attention: peftkern, its alternatives, and torch's SDPA without a prefix.
 
 A provider is a function of a :class:`Problem`. It returns the attention, a function of q, k, v, prefix_k and
 prefix_v, or a sentence that says why the provider cannot run here. :func:`prepare` makes forward and backward calls.
@@ -87,7 +87,7 @@ class Provider:
     Attributes:
         title: description for tables.
         make: returns the attention, or the reason why there is none for the problem.
-        uses_prefix: false for the floor, which computes less and is only a yardstick.
+        uses_prefix: false for torch's SDPA on the sequence alone, a baseline and not a lower bound.
         by_default: empty if the provider is timed when the user names none, else the reason why not.
         why_no_backward: empty, or the reason why there are no gradients on the problem's device.
     """
@@ -356,7 +356,7 @@ def _two_calls(problem: Problem) -> Attention | str:
     return functools.partial(_TwoCalls.apply, kernel, shape.D**-0.5)
 
 
-# the floor, and this package
+# no prefix, and this package
 
 
 def _no_prefix(problem: Problem) -> Attention | str:
@@ -423,7 +423,7 @@ PROVIDERS: dict[str, Provider] = {
         why_no_backward=_flex_no_backward,
     ),
     "two-calls": Provider("torch's kernel twice, merged by log-sum-exp", _two_calls),
-    "no-prefix": Provider("no prefix: torch's SDPA of the sequence alone", _no_prefix, uses_prefix=False),
+    "no-prefix": Provider("no prefix, torch SDPA: attention to the sequence alone", _no_prefix, uses_prefix=False),
     "peftkern": Provider("peftkern, backend chosen by auto", _ours),
     **{
         f"peftkern-{name}": Provider(

@@ -107,13 +107,13 @@ def title(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """peftkern beside its alternatives on one problem. Each is None if it was not timed."""
+    """peftkern compared with its alternatives on one problem. Each is None if it was not timed."""
 
     rows: list[Row]
     ours: Row | None
     peft: Row | None
     best: Row | None  # the fastest alternative with a prefix
-    floor: Row | None
+    no_prefix: Row | None  # torch's SDPA on the sequence alone
 
     @classmethod
     def of(cls, rows: list[Row]) -> Comparison:
@@ -140,11 +140,15 @@ class Comparison:
         if self.ours is None:
             return "peftkern was not timed"
         said = []
-        for name, row in (("PEFT's way", self.peft), ("the best alternative", self.best), ("no prefix", self.floor)):
+        for name, row in (
+            ("PEFT's way", self.peft),
+            ("the best alternative", self.best),
+            ("no prefix", self.no_prefix),
+        ):
             ratio = self.over(row)
             if ratio is not None and row is not None:
-                which = "" if row is self.floor else f" ({row['provider']})"
-                said.append(f"{ratio:.2f} times as fast as {name}{which}")
+                which = "torch SDPA" if row is self.no_prefix else row["provider"]
+                said.append(f"{ratio:.2f} times as fast as {name} ({which})")
         if not said:
             return "peftkern: nothing to compare it with"
         return f"peftkern is {', '.join(said)}" + (": it loses here" if self.loses else "")

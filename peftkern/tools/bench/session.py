@@ -129,9 +129,7 @@ def table(measured: list[Row]) -> Table:
     ok = [row for row in measured if row["status"] == "ok"]
     for row in sorted(ok, key=lambda row: float(row["p50_ms"])):
         ratio = "" if compared.peft is None else f"{compared.peft['p50_ms'] / row['p50_ms']:.2f}"
-        note = (
-            "chosen by auto" if row["auto"] else "computes less: the floor" if row["provider"] == "no-prefix" else ""
-        )
+        note = "chosen by auto" if row["auto"] else "no prefix, torch SDPA" if row["provider"] == "no-prefix" else ""
         note = row["reason"] or note
         shown.add_row(
             row["provider"], f"{row['p50_ms']:.3g}", f"{_number(row['p20_ms'])} to {_number(row['p80_ms'])}",

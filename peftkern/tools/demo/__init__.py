@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a prefix or prompt on a real model and real reviews, stock PEFT beside PEFT + peftkern.
+"""Train a prefix or prompt on a real model and real reviews, with stock PEFT and with PEFT + peftkern.
 
 Both start from the same prefix (keys and values, or embeddings, of two labelled
 examples), see the same batches and take turns step by step, so that losses and

@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
         console.print(f"Continuing from {folder}: {progress.done} of {options.steps} steps are done.")
     batch = task.batch(training_rows(train, 0, options.batch_size, options.seed))
     backend = _backend(base, options, batch)
-    console.print(f"[bold]{source.title}[/], stock PEFT beside PEFT + peftkern")
+    console.print(f"[bold]{source.title}[/], stock PEFT and PEFT + peftkern")
     console.print(f"[dim]{setting(options, threads, backend)}[/]")
     _warn_if_busy(console)
 

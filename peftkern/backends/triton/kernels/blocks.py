@@ -21,8 +21,8 @@ class RowBlock(NamedTuple):
     """BLOCK_M rows (queries) of one head, and the call that they belong to.
 
     ``head`` may be a tensor [BLOCK_M, 1] if the rows have no dropout. ``opts``, ``sizes`` and the names in capitals
-    are those of :mod:`..arguments` and :mod:`..tiles`. It is always built within a call's arguments: an assignment
-    would make tensors of its constants.
+    are those of :mod:`peftkern.backends.triton.arguments` and :mod:`peftkern.backends.triton.tiles`. It is always
+    built within a call's arguments: an assignment would make tensors of its constants.
     """
 
     first_row: Any
