@@ -45,7 +45,10 @@ class Worker:
 
     def __init__(self, tree: Path, threads: int) -> None:
         script = ROOT / "benchmarks" / "version_worker.py"
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {
+            "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "passive",  # threads that spin would disturb the other version
+        }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(tree), str(threads)], cwd=tree, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
