@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 OpName = Literal["prefix_attention", "soft_prompt_embedding"]
+
+
+#: Arguments that repeat on the host what ``cu_seqlens`` and ``prefix_ids`` say on the device. Backends may ignore
+#: them.
+HINTS = ("max_seqlen", "prefix_start")
 
 
 class AttentionArgs(NamedTuple):
@@ -45,6 +50,12 @@ class AttentionArgs(NamedTuple):
     prefix_in_window: bool
     softcap: float
     dropout_p: float
+    max_seqlen: int | None = None
+    prefix_start: int | None = None
+
+    def without_hints(self) -> dict[str, Any]:
+        """The arguments that define the result, by name: all but the :data:`HINTS`."""
+        return {name: x for name, x in self._asdict().items() if name not in HINTS}
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:

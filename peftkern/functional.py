@@ -59,6 +59,8 @@ def prefix_attention(  # type: ignore[misc]
     gate: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    max_seqlen: int | None = None,
+    prefix_start: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -105,6 +107,11 @@ def prefix_attention(  # type: ignore[misc]
         dropout_p: probability of dropping an attention weight.
         dropout_seed: int or 0-dim int64 tensor; default drawn from torch's generator. Equal seeds drop equal weights
             on every backend (:func:`peftkern.reference.dropout_keep`).
+        max_seqlen: an upper bound of the lengths that ``cu_seqlens`` contains, known on the host. It spares
+            variable-length kernels the blocks of rows that no sequence has. Checked for CPU tensors only: a bound
+            that is too small leaves rows uncomputed.
+        prefix_start: a row at which a packed sequence starts, known on the host: the sequences before it have no
+            prefix (``prefix_ids`` -1) and all others the only prefix of the bank (0). Checked for CPU tensors only.
         return_lse: also return lse [B, Hq, S] fp32, the natural logarithm of the denominator; differentiable.
         backend: ``"auto"``, or the name of a backend (:func:`peftkern.available_backends`), which runs the call or
             raises.
@@ -128,6 +135,7 @@ def prefix_attention(  # type: ignore[misc]
     inputs = AttentionArgs(
         q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
         None, scale, causal, window, prefix_in_window, softcap, dropout_p,  # type: ignore[arg-type]
+        max_seqlen, prefix_start,
     )  # fmt: skip
     args, plan, needs_grad = prepare(inputs, dropout_seed, backend)
     if needs_grad:
@@ -171,23 +179,23 @@ def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
     """What validation and the choice of a plan depend on, as a hashable key."""
     tensors: Any = inputs[: _NUM_TENSORS - 1]
     q, k, v, prefix_k, prefix_v, *optional = tensors
-    _, causal, window, prefix_in_window, softcap, dropout_p = inputs[_NUM_TENSORS:]
+    _, causal, window, prefix_in_window, softcap, dropout_p, max_seqlen, prefix_start = inputs[_NUM_TENSORS:]
     return (
         (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device),
         (prefix_k.shape, prefix_k.dtype, prefix_k.device), (prefix_v.shape, prefix_v.dtype, prefix_v.device),
         *[x if x is None else (x.shape, x.dtype, x.device) for x in optional],
-        causal, window, prefix_in_window, softcap, dropout_p,
-        type(causal), type(window), type(prefix_in_window),  # 1 == 1.0 == True as keys, but not as arguments
+        causal, window, prefix_in_window, softcap, dropout_p, max_seqlen, prefix_start,
+        # 1 == 1.0 == True as keys, but not as arguments
+        type(causal), type(window), type(prefix_in_window), type(max_seqlen), type(prefix_start),
     )  # fmt: skip
 
 
 @registry.forgettable
 @functools.lru_cache(maxsize=4096)
 def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *state: Any) -> str:
-    *tensors, causal, window, prefix_in_window, softcap, dropout_p, _, _, _ = signature
+    tensors, numbers = signature[: _NUM_TENSORS - 1], signature[_NUM_TENSORS - 1 : len(AttentionArgs._fields) - 2]
     infos: list[Any] = [None if x is None else TensorInfo(*x) for x in tensors]
-    numbers: Any = (None, None, causal, window, prefix_in_window, softcap, dropout_p)
-    args = AttentionArgs(*infos, *numbers)
+    args = AttentionArgs(*infos, None, None, *numbers)  # type: ignore[arg-type]
     check_attention(args)
     return registry.resolve(attention_call(args, needs_grad), requested)
 

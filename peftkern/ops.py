@@ -57,6 +57,23 @@ def _check_values(args: AttentionArgs) -> None:
             raise ValueError(
                 f"cu_seqlens: expected non-decreasing offsets from 0 to S = {total}, got {cu_seqlens.tolist()}"
             )
+        _check_hints(args, cu_seqlens)
+
+
+def _check_hints(args: AttentionArgs, cu_seqlens: Tensor) -> None:
+    """Raise if ``max_seqlen`` or ``prefix_start`` contradicts the tensors, which lie on the CPU."""
+    if args.max_seqlen is not None and cu_seqlens.numel() > 1:
+        longest = int(cu_seqlens.diff().max())
+        if args.max_seqlen < longest:
+            raise ValueError(f"max_seqlen: expected at least the longest sequence, {longest}, got {args.max_seqlen}")
+    if args.prefix_start is not None and args.prefix_ids is not None and cu_seqlens.numel() > 1:
+        lengths, behind = cu_seqlens.diff(), cu_seqlens[:-1] >= args.prefix_start
+        right = args.prefix_ids == torch.where(behind, 0, -1)
+        if not bool(right[lengths > 0].all()) or args.prefix_start not in cu_seqlens:
+            raise ValueError(
+                f"prefix_start: expected the first row of the sequences with prefix_ids 0, got {args.prefix_start} "
+                f"with prefix_ids {args.prefix_ids.tolist()} and cu_seqlens {cu_seqlens.tolist()}"
+            )
 
 
 def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]

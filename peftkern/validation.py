@@ -126,10 +126,26 @@ def _check_indices(args: AttentionArgs) -> None:
         _check_index_tensor("prefix_ids", args.prefix_ids, sequences)
     if args.prefix_lens is not None:
         _check_index_tensor("prefix_lens", args.prefix_lens, args.prefix_k.shape[0])
+    _check_hints(args)
     if args.key_mask is not None:
         if args.key_mask.dtype != torch.bool:
             raise argument_error("key_mask", "bool, true for visible keys", args.key_mask.dtype)
         _check_shape("key_mask", args.key_mask, batch, kv_len)
+
+
+def _check_hints(args: AttentionArgs) -> None:
+    for name, value in (("max_seqlen", args.max_seqlen), ("prefix_start", args.prefix_start)):
+        if value is None:
+            continue
+        if args.cu_seqlens is None:
+            raise argument_error(name, "None, since the input is not packed (cu_seqlens)", value)
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
+            raise argument_error(name, "None or a non-negative int", repr(value))
+    if args.prefix_start is not None:
+        if args.prefix_ids is None or args.prefix_k.shape[0] != 1:
+            raise argument_error("prefix_start", "None, since there is no bank of one prefix", args.prefix_start)
+        if args.prefix_start > args.q.shape[2]:
+            raise argument_error("prefix_start", f"at most S = {args.q.shape[2]}", args.prefix_start)
 
 
 def _check_numbers(args: AttentionArgs) -> None:
@@ -181,7 +197,7 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         sinks, bias, prefix_bias, gate, *args[9:13],
         _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
         float(q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window,
-        args.prefix_in_window, float(args.softcap or 0.0), float(args.dropout_p),
+        args.prefix_in_window, float(args.softcap or 0.0), float(args.dropout_p), args.max_seqlen, args.prefix_start,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 
 import pytest
 import torch
@@ -289,3 +290,21 @@ def test_examples_run(module):
     failed, attempted = doctest.testmod(module)
     assert failed == 0
     assert attempted > 0
+
+
+@pytest.mark.parametrize(
+    ("hints", "message"),
+    [
+        ({"max_seqlen": 2}, "max_seqlen: expected at least the longest sequence, 4, got 2"),
+        ({"prefix_start": 0}, "prefix_start: expected the first row of the sequences with prefix_ids 0, got 0"),
+        ({"max_seqlen": -1}, "max_seqlen: expected None or a non-negative int, got -1"),
+        ({"prefix_start": 7}, "prefix_start: expected at most S = 6, got 7"),
+        ({"prefix_start": 2, "prefix_ids": None}, "prefix_ids: expected the prefix of each sequence"),
+        ({"max_seqlen": 4, "cu_seqlens": None, "prefix_ids": torch.tensor([0])}, "max_seqlen: expected None"),
+    ],
+)
+def test_a_hint_that_contradicts_the_tensors_raises(hints, message):
+    q, prefix = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 3, 8)
+    options = {"cu_seqlens": torch.tensor([0, 2, 6]), "prefix_ids": torch.tensor([-1, 0])} | hints
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prefix_attention(q, q, q, prefix, prefix, **options)

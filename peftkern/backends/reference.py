@@ -22,7 +22,7 @@ class ReferencePlan(Plan):
     @torch.no_grad()
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         out, lse = allocate_outputs(args)
-        values = reference.prefix_attention(**args._asdict())
+        values = reference.prefix_attention(**args.without_hints())
         out.copy_(values[0])
         lse.copy_(values[1])
         return out, lse

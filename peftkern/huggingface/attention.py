@@ -167,6 +167,8 @@ def _attend(
         "cu_seqlens": None if packed is None else _on(query.device, packed.cu_seqlens),
         "prefix_ids": _on(query.device, cache.ids),
     }
+    if packed is not None:
+        sequence |= {"max_seqlen": packed.max_seqlen, "prefix_start": packed.prefix_start}
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     if prefix_bias is None:
         prefix_k, prefix_v = prefix

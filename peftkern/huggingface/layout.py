@@ -118,6 +118,7 @@ class LayoutBuilder:
                 self._keep = None
             elif self._keep is not None:
                 numbers.request("kept", self._keep.sum())
+                numbers.request("longest", self._keep.sum(1).max() if rows else self._keep.sum())
                 numbers.request("hidden", (self._keep & ~self._real).any())  # type: ignore[operator]
         if labels is not None and not is_tracing(labels):
             labels = labels.to(device)
@@ -136,6 +137,8 @@ class LayoutBuilder:
         self._begins = torch.ones(self.shape, dtype=torch.bool, device=position_ids.device)
         self._begins[:, 1:] = position_ids.diff(dim=1) != 1
         self.numbers.request("sequences", self._begins.sum())
+        starts = torch.where(self._begins, self._steps, 0).cummax(1).values
+        self.numbers.request("longest", (self._steps - starts + 1).max() if starts.numel() else starts.sum())
 
     def _read_mask(
         self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool, keep_gaps: bool
@@ -179,10 +182,11 @@ class LayoutBuilder:
             firsts = indices_of(self._begins.flatten(), numbers.get("sequences"))
             ends = torch.nn.functional.pad(firsts, (0, 1), value=rows * length).to(torch.int32)
             owners = firsts // max(length, 1)
-            return Layout(self.shape, None, every, self._position.flatten(), ends, owners, firsts, None)
+            longest = numbers.get("longest")
+            return Layout(self.shape, None, every, self._position.flatten(), ends, longest, owners, firsts, None)
         starts = torch.arange(rows + 1, device=every.device, dtype=torch.int32) * length
         if self._real is None:
-            return Layout(self.shape, None, every, steps.repeat(rows), starts, None, begin.flatten(), None)
+            return Layout(self.shape, None, every, steps.repeat(rows), starts, length, None, begin.flatten(), None)
         assert self._position is not None
         firsts = begin.flatten() + self._first
         if self._keep is None:
@@ -193,7 +197,8 @@ class LayoutBuilder:
             if self._pool_last and length:
                 last = torch.where(self._real, shown, begin).amax(1, keepdim=True)
                 shown = torch.where(self._real, shown, last)
-            return Layout(self.shape, turned, shown, self._position.flatten()[turned], starts, None, firsts, real)
+            position = self._position.flatten()[turned]
+            return Layout(self.shape, turned, shown, position, starts, length, None, firsts, real)
         return self._compact(every, firsts, starts)
 
     def _compact(self, every: Tensor, firsts: Tensor, starts: Tensor) -> Layout:
@@ -206,12 +211,12 @@ class LayoutBuilder:
         last_row = (cu_seqlens[1:, None].long() - 1).clamp(min=0)
         ranks = (keep.long().cumsum(1) - 1).clamp(min=0)
         shown = torch.minimum(cu_seqlens[:-1, None].long() + ranks, last_row)
-        key_mask = real.flatten() if numbers.get("hidden") else None
+        key_mask, longest = real.flatten() if numbers.get("hidden") else None, numbers.get("longest")
         if numbers.get("kept") == keep.numel():
-            return Layout(self.shape, None, every, position.flatten(), starts, None, firsts, key_mask)
+            return Layout(self.shape, None, every, position.flatten(), starts, longest, None, firsts, key_mask)
         kept = indices_of(keep.flatten(), numbers.get("kept"))
         key_mask = None if key_mask is None else key_mask[kept]
-        return Layout(self.shape, kept, shown, position.flatten()[kept], cu_seqlens, None, firsts, key_mask)
+        return Layout(self.shape, kept, shown, position.flatten()[kept], cu_seqlens, longest, None, firsts, key_mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +230,7 @@ class Layout:
             the first one.
         positions: [T] of each row within its sequence, from 0.
         cu_seqlens: int32 [n + 1], the first rows of the n sequences, and T.
+        longest: the number of rows of the longest sequence.
         owners: [n], the sample of each sequence; None if there is one sequence per sample, in order.
         firsts: [n] flat index of each sequence's first token in the batch.
         key_mask: bool [T], false for rows of padding that are kept for their loss; None if there are none.
@@ -235,6 +241,7 @@ class Layout:
     rows: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    longest: int
     owners: Tensor | None
     firsts: Tensor
     key_mask: Tensor | None

@@ -36,8 +36,8 @@ class PackedBatch:
         show_prompts: whether unpacked outputs are [B, P + S], as if each sample had contained its prompt.
 
     Attributes:
-        cu_seqlens, prefix_ids, key_mask: arguments of :func:`peftkern.prefix_attention` for the packed batch; prompts
-            are sequences without a prefix.
+        cu_seqlens, prefix_ids, key_mask, max_seqlen, prefix_start: arguments of :func:`peftkern.prefix_attention` for
+            the packed batch; prompts are sequences without a prefix.
         used: whether the model has run on it.
         logit_rows: the rows that the output layer runs on; None if it sees the unpacked batch.
     """
@@ -60,6 +60,8 @@ class PackedBatch:
         self.key_mask = None if layout.key_mask is None else layout.key_mask[None]
         self.num_prompts, self.prompt_len = (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
         self.prompt_rows = self.num_prompts * self.prompt_len
+        self.max_seqlen = max(layout.longest, self.prompt_len)
+        self.prefix_start = self.prompt_len if self.num_prompts == 1 else None
         if prompts is None:
             return
         device = layout.cu_seqlens.device

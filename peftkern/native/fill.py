@@ -61,7 +61,7 @@ def attention(
     """
     (
         q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
-        dropout_seed, scale, causal, window, prefix_in_window, softcap, dropout_p,
+        dropout_seed, scale, causal, window, prefix_in_window, softcap, dropout_p, _, _,
     ) = args  # fmt: skip
     copies = sinks, gate, cu_seqlens, prefix_ids, prefix_lens = (
         None if sinks is None else contiguous(sinks),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference
-from ..arguments import AttentionGradients
+from ..arguments import HINTS, AttentionGradients
 from .error_analysis import deviations
 from .rounding import DEFAULT_ROUNDINGS, Roundings
 
@@ -91,8 +91,9 @@ def run(
 
 
 def exact_attention(**inputs: Any) -> tuple[Tensor, Tensor]:
-    """:func:`peftkern.reference.prefix_attention`, also with an int as ``dropout_seed``."""
+    """:func:`peftkern.reference.prefix_attention`, also with an int as ``dropout_seed``, and with hints."""
     seed = inputs.pop("dropout_seed", None)
+    inputs = {name: x for name, x in inputs.items() if name not in HINTS}
     return reference.prefix_attention(**inputs, dropout_seed=None if seed is None else torch.as_tensor(seed))
 
 

@@ -164,6 +164,13 @@ FEATURES: dict[str, Feature] = {
         lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
         lambda s: {"B": 1, "A": 2},
     ),
+    "packed_prompt": Feature(
+        lambda s, g: {
+            "cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([-1, 0, 0]), "max_seqlen": s.S,
+            "prefix_start": s.S // 3,
+        },
+        lambda s: {"B": 1, "A": 1},
+    ),
 }  # fmt: skip
 
 

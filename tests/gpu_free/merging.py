@@ -63,7 +63,7 @@ class MergingPlan(Plan):
         self.shim, self.in_place = shim, in_place
 
     def _options(self, args: AttentionArgs) -> dict:
-        return {**args._asdict(), "softcap": args.softcap or None}
+        return {**args.without_hints(), "softcap": args.softcap or None}
 
     def prefix_attention(self, args: AttentionArgs):
         q, k, v, prefix_k, prefix_v = (x.double() for x in args[:5])
