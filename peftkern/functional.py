@@ -195,7 +195,7 @@ def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
 def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *state: Any) -> str:
     tensors, numbers = signature[: _NUM_TENSORS - 1], signature[_NUM_TENSORS - 1 : len(AttentionArgs._fields) - 2]
     infos: list[Any] = [None if x is None else TensorInfo(*x) for x in tensors]
-    args = AttentionArgs(*infos, None, None, *numbers)  # type: ignore[arg-type]
+    args = AttentionArgs(*infos, None, None, *numbers)  # type: ignore[arg-type, call-arg]
     check_attention(args)
     return registry.resolve(attention_call(args, needs_grad), requested)
 

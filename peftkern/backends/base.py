@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a backend: it turns a call into a plan, which runs it, and it prices a call."""
+"""The contract of a backend: it turns a call into plans, each of which runs it, and it prices them."""
 
 from __future__ import annotations
 
@@ -86,6 +86,10 @@ class PrefixKernels(ABC):
         """The whole attention of the same backend, for gradients that the other library's op does not return."""
 
     @abstractmethod
+    def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
+        """The passes of :meth:`merge_prefix` and :meth:`merge_prefix_backward`."""
+
+    @abstractmethod
     def merge_prefix(
         self, args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -132,13 +136,38 @@ class Backend(ABC):
         """Reasons why no machine can run a call on this backend. Empty if some machine can."""
 
     @abstractmethod
-    def plan(self, call: Call) -> Plan | Refusal:
-        """The plan for a call on this machine, or the reasons why there is none, the limits among them."""
+    def plans(self, call: Call) -> dict[str, Plan | Refusal]:
+        """The plans for a call on this machine by their names, those that are preferred at equal cost first.
+
+        A plan that cannot run the call is replaced by the reasons, the limits among them.
+        """
 
     @abstractmethod
     def restore(self, choices: tuple[str, ...]) -> Plan:
         """The plan with these choices, the parts of its name behind the backend's."""
 
     @abstractmethod
+    def costs(self, call: Call, machine: Machine) -> dict[str, list[Pass]]:
+        """The passes over memory of each plan by its name, backward included if ``call.needs_grad``.
+
+        Plans whose passes are unknown are absent.
+        """
+
+
+class OnePlanBackend(Backend):
+    """A backend with one plan, which bears its name."""
+
+    @abstractmethod
+    def plan(self, call: Call) -> Plan | Refusal:
+        """The plan for a call on this machine, or the reasons why there is none."""
+
+    def plans(self, call: Call) -> dict[str, Plan | Refusal]:
+        return {self.name: self.plan(call)}
+
+    @abstractmethod
     def cost(self, call: Call, machine: Machine) -> list[Pass] | None:
-        """The passes of a call over memory, backward included if ``call.needs_grad``; None if no rate is known."""
+        """The passes of the plan; None if they are unknown."""
+
+    def costs(self, call: Call, machine: Machine) -> dict[str, list[Pass]]:
+        passes = self.cost(call, machine)
+        return {} if passes is None else {self.name: passes}

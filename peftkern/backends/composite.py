@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``merge`` and ``concat`` share: a plan made of an attention kernel of torch and prefix kernels beside it."""
+"""What ``merge`` and ``concat`` share: plans made of an attention kernel of torch and prefix kernels beside it."""
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..arguments import AttentionArgs, AttentionGradients, Call
+from ..arguments import AttentionArgs, AttentionGradients, Call, attention_call
 from . import prefix_kernels, torch_attention
 from .base import Backend, Plan, PrefixKernels, Refusal
 from .cost.model import (
@@ -25,6 +27,8 @@ from .cost.model import (
 )
 from .torch_attention import TorchKernel
 from .triton import TritonBackend
+
+_Result = TypeVar("_Result")
 
 #: Features that no attention kernel of torch has, and what they are called in messages.
 _UNSUPPORTED = {"softcap": "softcap", "dropout": "peftkern's reproducible dropout"}
@@ -48,6 +52,41 @@ class CompositePlan(Plan):
         beside = f" beside torch's {self.kernel.name}" if self.kernel else ""
         return self.prefix_kernels.title + beside
 
+    def on_kernel(self, args: AttentionArgs, compute: Callable[[TorchKernel], _Result]) -> _Result:
+        """``compute`` on the plan's kernel of torch or, if that refuses sizes at run time, on the next that can.
+
+        cuDNN builds a plan for each set of sizes and raises if it finds none. A warning names both kernels, once.
+        """
+        assert self.kernel is not None
+        sizes = (tuple(args.q.shape), tuple(args.k.shape), tuple(args.prefix_k.shape), args.q.dtype, args.causal)
+        if (self.name, sizes) not in _refused:
+            try:
+                return compute(self.kernel)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except RuntimeError as error:
+                reason = error
+            _refused.add((self.name, sizes))
+        else:
+            reason = RuntimeError(f"{self.kernel.name} has refused these sizes before")
+        for kernel in self._successors(args):
+            if (self.name, "") not in _refused:
+                _refused.add((self.name, ""))
+                warnings.warn(
+                    f"torch's {self.kernel.name} attention refuses a call that it was expected to run, so "
+                    f"{kernel.name} runs it: {reason}",
+                    stacklevel=2,
+                )
+            return compute(kernel)
+        raise reason
+
+    def _successors(self, args: AttentionArgs) -> Iterator[TorchKernel]:
+        """The kernels that can run the call besides the plan's own, in order of preference."""
+        found = BACKENDS[self.backend].attention_kernels(attention_call(args, needs_grad=True))
+        for kernel in found.values():
+            if isinstance(kernel, TorchKernel) and kernel is not self.kernel:
+                yield kernel
+
     def soft_prompt_embedding(
         self, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None
     ) -> Tensor:
@@ -66,10 +105,19 @@ class CompositePlan(Plan):
         return plan.soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
 
 
+#: The plans and sizes that a kernel of torch has refused at run time; with "" in place of sizes, that it was said.
+_refused: set[tuple[str, object]] = set()
+#: The composite backends by name.
+BACKENDS: dict[str, CompositeBackend] = {}
+
+
 class CompositeBackend(Backend):
-    """Chooses an attention kernel of torch and prefix kernels that together can run a call."""
+    """Pairs the attention kernels of torch with the prefix kernels that can run a call."""
 
     plan_type: ClassVar[type[CompositePlan]]
+
+    def __init__(self) -> None:
+        BACKENDS[self.name] = self
 
     @abstractmethod
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,8 +131,9 @@ class CompositeBackend(Backend):
         reasons = self.unsupported(call)
         if not reasons and call.op == "prefix_attention":
             on_gpu = replace(call, device=torch.device("cuda"))
-            kernel = self._select_kernel(on_gpu, [replace(x, usable=True) for x in torch_attention.KERNELS])
-            reasons = list(kernel.reasons) if isinstance(kernel, Refusal) else []
+            found = self.attention_kernels(on_gpu, [x.on_any_machine() for x in torch_attention.KERNELS])
+            refusal = torch_attention.refusal(on_gpu, found)
+            reasons = list(refusal.reasons) if refusal else []
         return reasons
 
     def unsupported(self, call: Call) -> list[str]:
@@ -98,20 +147,38 @@ class CompositeBackend(Backend):
             ]
         return reasons
 
-    def plan(self, call: Call) -> Plan | Refusal:
-        kernels = prefix_kernels.select(call)
-        if isinstance(kernels, Refusal) and kernels.other_device:
-            return Refusal(("requires a CUDA or ROCm device",), other_device=True)
-        reasons = self.unsupported(call)
-        if reasons:
-            return Refusal(tuple(reasons))
-        kernel = self._select_kernel(call) if call.op == "prefix_attention" else None
-        if isinstance(kernel, Refusal):
-            return kernel
-        return kernels if isinstance(kernels, Refusal) else self.plan_type(kernel, kernels)
+    def plans(self, call: Call) -> dict[str, Plan | Refusal]:
+        beside = prefix_kernels.candidates(call)
+        refusal = prefix_kernels.refusal(beside)
+        if refusal and refusal.other_device:
+            return {self.name: Refusal(("requires a CUDA or ROCm device",), other_device=True)}
+        if reasons := self.unsupported(call):
+            return {self.name: Refusal(tuple(reasons))}
+        kernels: dict[str, TorchKernel | Refusal | None] = {"": None}
+        if call.op == "prefix_attention":
+            found = self.attention_kernels(call)
+            refusal = torch_attention.refusal(call, found) or refusal
+            kernels = {**found}
+        if refusal:
+            return {self.name: refusal}
+        return {
+            f"{self.name}/{kernel_name}/{beside_name}": self._pair(kernel, prefix)
+            for kernel_name, kernel in kernels.items()
+            for beside_name, prefix in beside.items()
+        }
 
-    def _select_kernel(self, call: Call, kernels: list[TorchKernel] | None = None) -> TorchKernel | Refusal:
-        return torch_attention.select(call, self.kernel_features(call.features), self.num_keys(call), kernels)
+    def _pair(self, kernel: TorchKernel | Refusal | None, prefix: PrefixKernels | Refusal) -> Plan | Refusal:
+        refusals = [x for x in (kernel, prefix) if isinstance(x, Refusal)]
+        if refusals:
+            return Refusal(tuple(reason for refused in refusals for reason in refused.reasons))
+        return self.plan_type(kernel, prefix)  # type: ignore[arg-type]
+
+    def attention_kernels(
+        self, call: Call, kernels: list[TorchKernel] | None = None
+    ) -> dict[str, TorchKernel | Refusal]:
+        """The kernels of torch for a call, by name, or why they cannot run it. ``kernels`` replaces the table."""
+        features = self.kernel_features(call.features)
+        return torch_attention.candidates(call, features, self.num_keys(call), kernels)
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
         if len(choices) != 2:
@@ -122,30 +189,36 @@ class CompositeBackend(Backend):
             torch_attention.kernel_named(kernel) if kernel else None, prefix_kernels.kernels_named(kernels)
         )
 
-    def cost(self, call: Call, machine: Machine) -> list[Pass] | None:
-        if call.device.type == "cpu":
-            return None
+    def costs(self, call: Call, machine: Machine) -> dict[str, list[Pass]]:
+        if call.device.type == "cpu" or self.unsupported(call):
+            return {}
+        beside = prefix_kernels.supported(call)
         if call.op == "soft_prompt_embedding":
-            return embedding_passes(call, self.name)
-        kernels = [replace(x, usable=True) for x in torch_attention.KERNELS if x.name in machine.torch_kernels]
-        features, num_keys = self.kernel_features(call.features), self.num_keys(call)
-        found = self._select_kernel(call, kernels)
-        if isinstance(found, Refusal) or not _UNSUPPORTED.keys().isdisjoint(features):
-            return None
-        sizes = sizes_of(call)
-        forward, backward = self.passes(call, sizes, *_kernel_passes(call, sizes, machine, found, features, num_keys))
+            return {f"{self.name}//{prefix.name}": embedding_passes(call, prefix.name) for prefix in beside}
+        usable = [x.on_any_machine() for x in torch_attention.KERNELS if x.name in machine.torch_kernels]
+        return {
+            f"{self.name}/{name}/{prefix.name}": self._passes(call, machine, kernel, prefix)
+            for name, kernel in self.attention_kernels(call, usable).items()
+            if isinstance(kernel, TorchKernel)
+            for prefix in beside
+        }
+
+    def _passes(self, call: Call, machine: Machine, kernel: TorchKernel, prefix: PrefixKernels) -> list[Pass]:
+        sizes, features, num_keys = sizes_of(call), self.kernel_features(call.features), self.num_keys(call)
+        own = _kernel_passes(call, sizes, machine, kernel, features, num_keys)
+        forward, backward = self.passes(call, sizes, prefix, *own)
         if not call.needs_grad:
             return forward
         if recomputes_softmax(call):
-            _, fused = attention_passes(call, "triton", 1, backward_kernels=6, backward_products=3.5)
-            return [*forward, fused, softmax_sums_pass(call, "triton")]
+            _, fused = attention_passes(call, prefix.name, 1, backward_kernels=6, backward_products=3.5)
+            return [*forward, fused, softmax_sums_pass(call, prefix.name)]
         return forward + backward
 
     @abstractmethod
     def passes(
-        self, call: Call, sizes: Sizes, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
-        """The passes forward and backward, given those of torch's kernel."""
+        """The passes forward and backward with these prefix kernels, given those of torch's kernel."""
 
 
 def _kernel_passes(
@@ -166,8 +239,10 @@ def _kernel_passes(
     engine = machine.flash if kernel.name == "flash" and machine.flash else kernel.name
     prepare = [Pass(engine, 6 * masked + 2 * (repeated > 0), 0.0, 4 * mask + repeated)]
     read = 0.0 if kernel.grouped else (x.group - 1) * kv
-    forward = [Pass(engine, 1, flops, 2 * x.q + x.lse + kv + read + mask), *prepare]
-    backward = [Pass(engine, 3, 2.5 * flops, 4 * x.q + 2 * (kv + read) + mask, True), *prepare]
+    # sizes that are no multiple of 64 rarely come again
+    setup = kernel.setup if queries % 64 or x.keys % 64 else 0.0
+    forward = [Pass(engine, 1, flops, 2 * x.q + x.lse + kv + read + mask, setup=setup), *prepare]
+    backward = [Pass(engine, 3, 2.5 * flops, 4 * x.q + 2 * (kv + read) + mask, True, setup), *prepare]
     return forward, backward
 
 

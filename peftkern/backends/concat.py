@@ -9,14 +9,14 @@ afterwards. Gradients of lse, sinks and biases are computed as in ``merge``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
+from .base import PrefixKernels
 from .composite import CompositeBackend, CompositePlan, as_bshd, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
-from .dense_mask import additive_mask, visibility
-from .torch_attention import KernelInputs, attention, attention_backward
+from .dense_mask import joined_mask
+from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
 
 #: Features that need a mask here even if torch's op has an argument of that name, as messages call them.
 _MASKED_FEATURES = {
@@ -35,10 +35,9 @@ class ConcatPlan(CompositePlan):
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
             return self.prefix_kernels.merge_prefix(_only_sinks(args), None, None)
-        assert self.kernel is not None
-        inputs = self._joined(args)
-        out, lse = attention(self.kernel, inputs)
-        if args.sinks is not None or inputs.empty is not None:
+        joined = self.prefix_kernels.concat_prefix(args)
+        out, lse, has_empty_rows = self.on_kernel(args, lambda kernel: _attention(kernel, args, *joined))
+        if args.sinks is not None or has_empty_rows:
             return self.prefix_kernels.merge_prefix(_only_sinks(args), out, lse)
         return as_bshd(out, args.q), lse.contiguous()
 
@@ -52,8 +51,10 @@ class ConcatPlan(CompositePlan):
             for x in gradients:
                 x.zero_()
             return gradients
-        assert self.kernel is not None
-        dq, dk, dv = attention_backward(self.kernel, dout, out, lse, self._joined(args))
+        joined = self.prefix_kernels.concat_prefix(args)
+        dq, dk, dv = self.on_kernel(
+            args, lambda kernel: attention_backward(kernel, dout, out, lse, _joined(kernel, args, *joined))
+        )
         gradients = allocate_gradients(args, [False, False, False, *needs[3:]])
         for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
             if total.numel():
@@ -61,22 +62,26 @@ class ConcatPlan(CompositePlan):
         prefix_len = args.prefix_k.shape[-2]
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
-    def _joined(self, args: AttentionArgs) -> KernelInputs:
-        """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
-        joined_k, joined_v = self.prefix_kernels.concat_prefix(args)
-        inputs = KernelInputs(
-            args.q, joined_k, joined_v, args.scale, args.causal, args.window, None, mask=None, empty=None
-        )
-        masked = (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias)
-        window_skips_prefix = args.window is not None and not args.prefix_in_window
-        assert self.kernel is not None
-        if all(x is None for x in masked) and not window_skips_prefix and not self.kernel.needs_mask(inputs):
-            return inputs
-        visible = visibility(args)
-        mask, empty = additive_mask(
-            _side_by_side(visible.prefix, visible.sequence), _bias(args), args.q, joined_k.shape[2]
-        )
-        return inputs._replace(causal=False, window=None, mask=mask, empty=empty)
+
+def _attention(kernel: TorchKernel, args: AttentionArgs, *joined: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """(out, lse, whether a row may see no key, so that its out is undefined)."""
+    inputs = _joined(kernel, args, *joined)
+    return *attention(kernel, inputs), inputs.empty is not None
+
+
+def _joined(kernel: TorchKernel, args: AttentionArgs, joined_k: Tensor, joined_v: Tensor) -> KernelInputs:
+    """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
+    inputs = KernelInputs(args.q, joined_k, joined_v, args.scale, args.causal, args.window, None)
+    window_skips_prefix = args.window is not None and not args.prefix_in_window
+    if not _is_masked(args) and not window_skips_prefix and not kernel.needs_mask(inputs):
+        return inputs
+    mask, empty = joined_mask(args)
+    return inputs._replace(causal=False, window=None, mask=mask, empty=empty)
+
+
+def _is_masked(args: AttentionArgs) -> bool:
+    """Whether an argument needs a mask, whatever the kernel."""
+    return any(x is not None for x in (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias))
 
 
 class ConcatBackend(CompositeBackend):
@@ -100,12 +105,12 @@ class ConcatBackend(CompositeBackend):
         return call.kv_shape[2] + call.prefix_shape[-2]
 
     def passes(
-        self, call: Call, sizes: Sizes, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
-        x = sizes
-        concat = Pass("triton", 1, 0.0, 2 * x.kv + x.prefix_each + x.prefix_once)
-        sinks = [Pass("triton", 1, 0.0, 2 * x.q + 2 * x.lse)] if "sinks" in call.features else []
-        split = Pass("triton", 4, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)  # dk, dv; the prefix's sums
+        x, engine = sizes, prefix.name
+        concat = Pass(engine, 1, 0.0, 2 * x.kv + x.prefix_each + x.prefix_once)
+        sinks = [Pass(engine, 1, 0.0, 2 * x.q + 2 * x.lse)] if "sinks" in call.features else []
+        split = Pass(engine, 4, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)  # dk, dv; the prefix's sums
         return [*forward, concat, *sinks], [concat, *backward, split]
 
 
@@ -120,22 +125,3 @@ def _only_sinks(args: AttentionArgs) -> AttentionArgs:
     return args._replace(
         prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, window=None
     )
-
-
-def _bias(args: AttentionArgs) -> Tensor | None:
-    """The biases of prefix and sequence, broadcastable to [B, Hq, S, P + T]."""
-    if args.bias is None and args.prefix_bias is None:
-        return None
-    kv_len, prefix_len = args.k.shape[2], args.prefix_k.shape[-2]
-    seq = args.q.new_zeros(1, 1, 1, kv_len) if args.bias is None else args.bias.expand(-1, -1, -1, kv_len)
-    if args.prefix_bias is None:
-        prefix = args.q.new_zeros(1, 1, 1, prefix_len)
-    else:
-        prefix = args.prefix_bias.expand(-1, prefix_len)[None, :, None]
-    return _side_by_side(prefix, seq)
-
-
-def _side_by_side(prefix: Tensor, seq: Tensor) -> Tensor:
-    """[..., P + T] from two tensors that are broadcastable to each other except along the keys."""
-    shape = torch.broadcast_shapes(prefix.shape[:-1], seq.shape[:-1])
-    return torch.cat([x.expand(*shape, x.shape[-1]) for x in (prefix, seq)], -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
-from .base import Backend, Plan, Refusal
+from .base import OnePlanBackend, Plan, Refusal
 from .cost.model import Machine, Pass, attention_passes, embedding_passes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,7 +60,7 @@ class CpuPlan(Plan):
         return dweight, dprompt
 
 
-class CpuBackend(Backend):
+class CpuBackend(OnePlanBackend):
     """The native CPU library: fp32, fp16 and bf16, head dims up to 256, every feature."""
 
     name = "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
-from .base import Backend, Plan, PrefixKernels, Refusal
+from .base import OnePlanBackend, Plan, PrefixKernels, Refusal
 from .cost.model import Machine, Pass, attention_passes, embedding_passes, sizes_of
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -88,7 +88,7 @@ class CudaPlan(Plan):
         return dweight, dprompt
 
 
-class CudaBackend(Backend):
+class CudaBackend(OnePlanBackend):
     """The native CUDA library: fp16 and bf16, head dims that are multiples of 8 up to 256, no bias, no dropout."""
 
     name = "cuda"
@@ -139,6 +139,13 @@ class CudaPrefixKernels(PrefixKernels):
     name = "cuda"
     title = "CUDA C++"
     attention = CudaPlan()
+
+    def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
+        x = sizes_of(call)
+        forward = Pass(self.name, 1, x.prefix_flops, 3 * x.q + 2 * x.lse + x.prefix_once)
+        walks = -(-x.prefix // 64)  # one over all rows for each 64 tokens of the prefix
+        moved = walks * (5 * x.q + x.lse)
+        return forward, Pass(self.name, 2, 2.5 * x.prefix_flops, moved, True)
 
     def merge_prefix(
         self, args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None

@@ -3,6 +3,9 @@
 
 Written independently of :mod:`peftkern.reference`, so that one mistake cannot hide in both; the tests compare it with
 a loop over elements.
+
+The masks of a call depend on its sizes and its index tensors alone. All layers of a forward pass them, and its
+backward as well, so the masks are built once and remembered for as long as the index tensors live and stay unchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import AttentionArgs
+from .derived import derived
 
 
 class Visibility(NamedTuple):
@@ -30,11 +34,6 @@ def visibility(args: AttentionArgs) -> Visibility:
     """The visibility that causality, window, padding, packing and the bank's indices define."""
     starts = _starts(args)
     return Visibility(_sequence_visibility(args, starts), _prefix_visibility(args, starts))
-
-
-def sequence_visibility(args: AttentionArgs) -> Tensor:
-    """The visibility of the sequence's keys: bool, broadcastable to [B, Hq, S, T]."""
-    return _sequence_visibility(args, _starts(args))
 
 
 def _starts(args: AttentionArgs) -> Tensor | None:
@@ -84,6 +83,30 @@ def _prefix_visibility(args: AttentionArgs, starts: Tensor | None) -> Tensor:
     return visible[:, None]
 
 
+def sequence_mask(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """The :func:`additive_mask` of the sequence's keys, with its empty rows."""
+    return derived("sequence mask", (args.key_mask, args.cu_seqlens, args.bias), _sizes(args), lambda: additive_mask(
+        _sequence_visibility(args, _starts(args)), args.bias, args.q, args.k.shape[2]
+    ))  # fmt: skip
+
+
+def joined_mask(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """The :func:`additive_mask` of [prefix | sequence], with its empty rows."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        visible = visibility(args)
+        keys = args.prefix_k.shape[-2] + args.k.shape[2]
+        return additive_mask(_side_by_side(visible.prefix, visible.sequence), _joined_bias(args), args.q, keys)
+
+    tensors = (args.key_mask, args.cu_seqlens, args.prefix_ids, args.prefix_lens, args.bias, args.prefix_bias)
+    return derived("joined mask", tensors, (*_sizes(args), args.prefix_k.shape[-2], args.prefix_in_window), build)
+
+
+def _sizes(args: AttentionArgs) -> tuple[object, ...]:
+    """What a mask of the sequence depends on besides tensors."""
+    return args.q.shape[2], args.k.shape[2], args.causal, args.window, args.q.dtype, args.q.device
+
+
 def additive_mask(visible: Tensor, bias: Tensor | None, q: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:
     """An additive mask and its empty rows, from ``visible`` and ``bias``, both broadcastable to [B, Hq, S, T].
 
@@ -98,3 +121,22 @@ def additive_mask(visible: Tensor, bias: Tensor | None, q: Tensor, kv_len: int) 
         mask += bias
     mask.masked_fill_(~visible, -torch.inf)
     return mask, (mask == -torch.inf).all(-1)
+
+
+def _joined_bias(args: AttentionArgs) -> Tensor | None:
+    """The biases of prefix and sequence, broadcastable to [B, Hq, S, P + T]."""
+    if args.bias is None and args.prefix_bias is None:
+        return None
+    kv_len, prefix_len = args.k.shape[2], args.prefix_k.shape[-2]
+    seq = args.q.new_zeros(1, 1, 1, kv_len) if args.bias is None else args.bias.expand(-1, -1, -1, kv_len)
+    if args.prefix_bias is None:
+        prefix = args.q.new_zeros(1, 1, 1, prefix_len)
+    else:
+        prefix = args.prefix_bias.expand(-1, prefix_len)[None, :, None]
+    return _side_by_side(prefix, seq)
+
+
+def _side_by_side(prefix: Tensor, seq: Tensor) -> Tensor:
+    """[..., P + T] from two tensors that are broadcastable to each other except along the keys."""
+    shape = torch.broadcast_shapes(prefix.shape[:-1], seq.shape[:-1])
+    return torch.cat([x.expand(*shape, x.shape[-1]) for x in (prefix, seq)], -1)

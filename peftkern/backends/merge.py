@@ -16,10 +16,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
+from .base import PrefixKernels
 from .composite import CompositeBackend, CompositePlan, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
-from .dense_mask import additive_mask, sequence_visibility
-from .torch_attention import KernelInputs, attention, attention_backward
+from .dense_mask import sequence_mask
+from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
 
 #: Features of the prefix alone: the prefix kernels have them, so torch's kernel need not.
 _PREFIX_FEATURES = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks", "prefix outside window"})
@@ -33,8 +34,8 @@ class MergePlan(CompositePlan):
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
             return self.prefix_kernels.merge_prefix(args, None, None)
-        assert self.kernel is not None
-        return self.prefix_kernels.merge_prefix(args, *attention(self.kernel, self._sequence(args)))
+        out, lse = self.on_kernel(args, lambda kernel: attention(kernel, _sequence(kernel, args)))
+        return self.prefix_kernels.merge_prefix(args, out, lse)
 
     def prefix_attention_backward(
         self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
@@ -48,22 +49,23 @@ class MergePlan(CompositePlan):
             gradients.dv.zero_()
             kernels.merge_prefix_backward(dout, out, lse, args, None, gradients)
             return gradients
-        assert self.kernel is not None
-        sequence = attention_backward(self.kernel, dout, out, lse, self._sequence(args))
+        sequence = self.on_kernel(
+            args, lambda kernel: attention_backward(kernel, dout, out, lse, _sequence(kernel, args))
+        )
         gradients = with_sequence(allocate_gradients(args, [False, False, False, *needs[3:]]), sequence, needs)
         kernels.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
         return gradients
 
-    def _sequence(self, args: AttentionArgs) -> KernelInputs:
-        """The attention over the sequence's keys, with a dense mask if the kernel needs one."""
-        inputs = KernelInputs(
-            args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, mask=None, empty=None
-        )
-        assert self.kernel is not None
-        if args.key_mask is None and args.bias is None and not self.kernel.needs_mask(inputs):
-            return inputs
-        mask, empty = additive_mask(sequence_visibility(args), args.bias, args.q, args.k.shape[2])
-        return inputs._replace(causal=False, window=None, cu_seqlens=None, mask=mask, empty=empty)
+
+def _sequence(kernel: TorchKernel, args: AttentionArgs) -> KernelInputs:
+    """The attention over the sequence's keys, with a dense mask if the kernel needs one."""
+    inputs = KernelInputs(
+        args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, max_seqlen=args.max_seqlen
+    )
+    if args.key_mask is None and args.bias is None and not kernel.needs_mask(inputs):
+        return inputs
+    mask, empty = sequence_mask(args)
+    return inputs._replace(causal=False, window=None, cu_seqlens=None, mask=mask, empty=empty)
 
 
 class MergeBackend(CompositeBackend):
@@ -79,13 +81,9 @@ class MergeBackend(CompositeBackend):
         return call.kv_shape[2]
 
     def passes(
-        self, call: Call, sizes: Sizes, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
-        x = sizes
-        merge = Pass("triton", 1, x.prefix_flops, 3 * x.q + 2 * x.lse + x.prefix_once)
-        on_chip = x.prefix * x.head_dim <= 8192  # the prefix fits one tile
-        kernels, products, moved = (4, 2.5, 5) if on_chip else (5, 3.5, 7)
-        merge_backward = Pass("triton", kernels, products * x.prefix_flops, moved * x.q + 2 * x.lse, True)
+        merge, merge_backward = prefix.merge_costs(call)
         return [*forward, merge], [*backward, merge_backward]
 
 

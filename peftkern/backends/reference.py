@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs, lse_dtype
-from .base import Backend, Plan, Refusal
+from .base import OnePlanBackend, Plan, Refusal
 from .cost.model import Machine, Pass, embedding_passes, sizes_of
 
 
@@ -69,7 +69,7 @@ class ReferencePlan(Plan):
         return dweight, dprompt
 
 
-class ReferenceBackend(Backend):
+class ReferenceBackend(OnePlanBackend):
     """Supports every call."""
 
     name = "reference"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a backend: an explicit name runs or raises, ``"auto"`` takes the cheapest that can run the call."""
+"""The choice of a plan: an explicit name runs or raises, ``"auto"`` takes the cheapest that can run the call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from ..arguments import Call
 from .base import Backend, Plan, Refusal
 from .concat import ConcatBackend
-from .cost.model import RATES, Estimate, Machine, estimate
+from .cost.model import Estimate, Machine, Pass, estimate
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .machine import machine_of, registered_flash
@@ -30,7 +30,7 @@ _Cached = TypeVar("_Cached", bound=Callable[..., Any])
 
 __all__ = [
     "BACKENDS", "BackendUnavailable", "Explanation", "available_backends", "explain", "forget", "get_backend",
-    "plan_named", "rank", "resolve", "use_backend",
+    "plan_named", "rank", "resolve", "runnable_plans", "use_backend",
 ]  # fmt: skip
 
 #: Every backend. The order breaks ties between backends that are equally fast, or whose time is unknown.
@@ -79,12 +79,13 @@ def plan_named(name: str) -> Plan:
 def resolve(call: Call, backend: str = "auto") -> str:
     """The name of the plan that runs ``call``.
 
-    A backend other than ``"auto"`` comes from the argument, else from :func:`use_backend`, else from the environment
-    variable ``PEFTKERN_BACKEND``. The first one given must be able to run the call.
+    A name other than ``"auto"`` comes from the argument, else from :func:`use_backend`, else from the environment
+    variable ``PEFTKERN_BACKEND``. The first one given must be able to run the call. It is the name of a backend, of
+    whose plans the cheapest is taken, or that of a plan.
 
     Raises:
         BackendUnavailable: listing every backend with its reasons.
-        ValueError: if the name is not that of a backend.
+        ValueError: if it is not the name of a backend or a plan.
     """
     requested, _ = _request(backend)
     if torch.compiler.is_compiling():
@@ -105,50 +106,60 @@ _UNAVAILABLE = "unavailable: "
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolved(requested: str, call: Call, flash: str | None, threads: int) -> str:
+def _resolved(requested: str, call: Call, *state: Any) -> str:
     """The plan's name, or :data:`_UNAVAILABLE` and the reasons of each backend."""
-    names = _ranked(call, flash, threads) if requested == "auto" else [requested]
-    for name in names:
-        plan = get_backend(name).plan(call)
-        if isinstance(plan, Plan):
-            if requested == "auto" and name == "reference" and call.device.type != "cpu":
-                _warn_slow(call.device.type)
-            return plan.name
+    name = next((name for name in _ordered(call, *state) if _matches(name, requested)), None)
+    if name is not None:
+        if requested == "auto" and name == "reference" and call.device.type != "cpu":
+            _warn_slow(call.device.type)
+        return name
     what = "no backend can run" if requested == "auto" else f"backend={requested!r} cannot run"
     return f"{_UNAVAILABLE}{what} {explain(call, requested)}"
 
 
-def _state(device: torch.device) -> tuple[str | None, int]:
-    """The state of torch that a choice depends on: the registered FlashAttention and the number of CPU threads."""
-    return (None, torch.get_num_threads()) if device.type == "cpu" else (registered_flash(), 1)
+def _matches(plan: str, requested: str) -> bool:
+    """Whether the plan of this name is what was requested: anything, a backend, or this plan."""
+    return requested in ("auto", plan, plan.partition("/")[0])
+
+
+def _state(device: torch.device) -> tuple[str | None, int, bool]:
+    """The state of torch that a choice depends on.
+
+    It is the registered FlashAttention, the number of CPU threads, and whether only deterministic algorithms may run.
+    """
+    if device.type == "cpu":
+        return None, torch.get_num_threads(), False
+    return registered_flash(), 1, torch.are_deterministic_algorithms_enabled()
 
 
 def rank(call: Call, machine: Machine) -> dict[str, Estimate | None]:
-    """The backends, fastest first; those whose time is unknown come last. Whether they can run the call is not asked.
+    """The time of each plan by its name, fastest first. Whether the plans can run the call is not asked.
+
+    Those whose time is unknown come last. A backend whose plans have no known cost stands there with its own name.
 
     >>> shape = (4, 32, 2048, 128)
     >>> call = Call("prefix_attention", torch.device("cuda"), torch.half, torch.half, shape, shape, (32, 64, 128))
     >>> list(rank(call, Machine("sm_90")))  # without the attention kernels of other libraries
     ['triton', 'cuda', 'reference', 'merge', 'concat', 'cpu']
     """
-    estimates = {name: estimate_of(call, name, machine) for name in BACKENDS}
-    if call.device.type != "cpu" and machine.arch not in RATES["gpu"]:
-        return estimates  # no rates: keep the order of the table
-
-    def seconds(name: str) -> float:
-        found = estimates[name]
-        return math.inf if found is None else found.seconds
-
-    return {name: estimates[name] for name in sorted(BACKENDS, key=seconds)}
+    times = {plan: estimate(passes, call, plan, machine) for plan, passes in costs(call, machine).items()}
+    return {plan: times[plan] for plan in sorted(times, key=lambda plan: _seconds(times[plan]))}
 
 
-def estimate_of(call: Call, backend: str, machine: Machine) -> Estimate | None:
-    """The time that a backend takes for ``call`` on ``machine``, or None if it is unknown."""
-    return estimate(BACKENDS[backend].cost(call, machine), call, backend, machine)
+def costs(call: Call, machine: Machine) -> dict[str, list[Pass] | None]:
+    """The passes of each plan by its name. A backend without any stands there with its own name, and None."""
+    found: dict[str, list[Pass] | None] = {}
+    for name, backend in BACKENDS.items():
+        found |= backend.costs(call, machine) or {name: None}
+    return found
+
+
+def _seconds(time: Estimate | None) -> float:
+    return math.inf if time is None else time.seconds
 
 
 @functools.lru_cache(maxsize=4096)
-def _ranked(call: Call, flash: str | None, threads: int) -> dict[str, Estimate | None]:
+def _ranked(call: Call, flash: str | None, threads: int, deterministic: bool) -> dict[str, Estimate | None]:
     return rank(call, machine_of(call.device, call.dtype, flash, threads))
 
 
@@ -157,12 +168,30 @@ def estimates(call: Call) -> dict[str, Estimate | None]:
     return _ranked(call, *_state(call.device))
 
 
-def choice(backend: str, device: torch.device) -> tuple[str, str | None, int]:
+@functools.lru_cache(maxsize=1024)
+def _ordered(call: Call, *state: Any) -> dict[str, Estimate | None]:
+    """The plans that can run ``call`` on this machine with their times, fastest first."""
+    times = _ranked(call, *state)
+    names = [
+        name for backend in BACKENDS.values() for name, plan in backend.plans(call).items() if isinstance(plan, Plan)
+    ]
+    return {name: times.get(name) for name in sorted(names, key=lambda name: _seconds(times.get(name)))}
+
+
+def runnable_plans(call: Call) -> dict[str, Estimate | None]:
+    """The plans that can run ``call`` on this machine by name with their times, fastest first.
+
+    Each name may be passed as ``backend``.
+    """
+    return _ordered(call, *_state(call.device))
+
+
+def choice(backend: str, device: torch.device) -> tuple[str, str | None, int, bool]:
     """What a plan for ``device`` depends on besides the call: the requested backend and the state of torch."""
     return (_request(backend)[0], *_state(device))
 
 
-_caches: list[Any] = [_ranked, _resolved, plan_named]
+_caches: list[Any] = [_ranked, _ordered, _resolved, plan_named]
 
 
 def forgettable(cached: _Cached) -> _Cached:
@@ -221,13 +250,15 @@ class Explanation:
     """Which backend runs a call, and why the others cannot or do not. Printing it gives a table."""
 
     call: Call
-    #: Per backend, fastest first, its plan or its reasons.
+    #: Per backend, fastest first, its fastest plan or its reasons.
     plans: dict[str, Plan | Refusal]
-    #: The requested backend, or "auto", and what requested it.
+    #: The requested backend or plan, or "auto", and what requested it.
     requested: str = "auto"
     by: str = ""
-    #: The time of each backend, if known.
-    estimates: dict[str, Estimate | None] = field(default_factory=dict)
+    #: The plans that can run the call by name, fastest first, each with its time if that is known.
+    times: dict[str, Estimate | None] = field(default_factory=dict)
+    #: Why the requested plan cannot run the call.
+    refused: Refusal | None = None
 
     @property
     def reasons(self) -> dict[str, list[str]]:
@@ -237,31 +268,59 @@ class Explanation:
     @property
     def chosen(self) -> str | None:
         """The backend that runs the call, or None."""
-        names = self.plans if self.requested == "auto" else [self.requested]
-        return next((name for name in names if isinstance(self.plans[name], Plan)), None)
+        return None if self.chosen_plan is None else self.chosen_plan.partition("/")[0]
+
+    @property
+    def chosen_plan(self) -> str | None:
+        """The name of the plan that runs the call, or None."""
+        return next((name for name in self.times if _matches(name, self.requested)), None)
 
     def __str__(self) -> str:
         lines, others = [f"{self.call.op}: {self.call}"], [f"for devices other than {self.call.device.type}:"]
         for name, plan in self.plans.items():
             group = others if isinstance(plan, Refusal) and plan.other_device else lines
             group.append(f"  {name}: {self._line(name, plan)}")
+            shown = plan.name if isinstance(plan, Plan) else ""
+            group += [
+                f"    {other}{self._mark(other)}{_suffix(time)}"
+                for other, time in self.times.items()
+                if other.partition("/")[0] == name and other != shown
+            ]
+        if self.refused:
+            lines.append(f"  {self.requested}: {'; '.join(self.refused.reasons)}")
         return "\n".join(lines + (others if len(others) > 1 else []))
 
     def _line(self, name: str, plan: Plan | Refusal) -> str:
         if isinstance(plan, Refusal):
             return "; ".join(plan.reasons)
         kernels = f" ({plan.kernels})" if plan.kernels else ""
-        chosen = ""
-        if name == self.chosen:
-            chosen = ", chosen by 'auto'" if self.requested == "auto" else f", requested by {self.by}"
-        time = self.estimates.get(name)
-        return f"ok{kernels}{chosen}{f', {time}' if time else ''}"
+        return f"ok{kernels}{self._mark(plan.name)}{_suffix(self.times.get(plan.name))}"
+
+    def _mark(self, plan: str) -> str:
+        if plan != self.chosen_plan:
+            return ""
+        return ", chosen by 'auto'" if self.requested == "auto" else f", requested by {self.by}"
+
+
+def _suffix(time: Estimate | None) -> str:
+    return f", {time}" if time else ""
 
 
 def explain(call: Call, backend: str = "auto") -> Explanation:
     """Why each backend can or cannot run ``call``, and which one does. The arguments are those of :func:`resolve`."""
-    times = estimates(call)
-    return Explanation(call, {name: get_backend(name).plan(call) for name in times}, *_request(backend), times)
+    requested, by = _request(backend)
+    every = {name: backend.plans(call) for name, backend in BACKENDS.items()}
+    times = runnable_plans(call)
+    plans: dict[str, Plan | Refusal] = {}
+    for plan in times:
+        name = plan.partition("/")[0]
+        plans.setdefault(name, every[name][plan])
+    plans |= {name: next(iter(found.values())) for name, found in every.items() if name not in plans}
+    refused = None
+    if "/" in requested and requested not in times:
+        found = every[requested.partition("/")[0]].get(requested)
+        refused = found if isinstance(found, Refusal) else Refusal(("this plan is not for such a call",))
+    return Explanation(call, plans, requested, by, times, refused)
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -281,6 +340,8 @@ _overrides: list[list[str]] = []
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, calls with ``backend="auto"`` run on ``name``, or raise :class:`BackendUnavailable`.
 
+    ``name`` is that of a backend, or of a plan (:func:`runnable_plans`).
+
     The setting holds for all threads of the process. A backward pass runs on the backend of its forward.
 
     >>> import torch, peftkern
@@ -288,8 +349,7 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with peftkern.use_backend("reference"):
     ...     out = peftkern.prefix_attention(q, q, q, prefix, prefix)
     """
-    if name != "auto":
-        get_backend(name, "use_backend")
+    _check_name(name, "use_backend")
     override = [name]
     _overrides.append(override)
     try:
@@ -305,9 +365,16 @@ def _request(backend: str) -> tuple[str, str]:
         backend, by = _overrides[-1][0], "use_backend"
     if backend == "auto":
         backend, by = os.environ.get("PEFTKERN_BACKEND", "auto"), "PEFTKERN_BACKEND"
-    if backend != "auto":
-        get_backend(backend, by)
+    _check_name(backend, by)
     return backend, by
+
+
+def _check_name(name: str, by: str) -> None:
+    """Raise ValueError if ``name`` is neither ``"auto"`` nor that of a backend or a plan."""
+    if name != "auto":
+        get_backend(name.partition("/")[0], by)
+        if "/" in name:
+            plan_named(name)
 
 
 _warned: set[str] = set()

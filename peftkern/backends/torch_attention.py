@@ -11,6 +11,9 @@ grouped             reads [B, Hkv, T, D]; otherwise keys are repeated and their 
 top_left            ``is_causal`` with T > S lets query i see keys up to i instead of up to i + T - S
 native              the features for which the op has arguments
 masks               accepts an additive mask, which expresses every other feature
+repeatable          its gradients are the same from run to run under ``torch.use_deterministic_algorithms(True)``
+setup               seconds that the op spends on a plan for sizes that it has not seen before
+limits              reasons of the op's library against a call, for example because of its version
 lse_layout          converts lse to the layout that the backward reads: rounded up in length, with a trailing dim
 ==================  =====================================================================================
 
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +45,9 @@ class KernelInputs(NamedTuple):
 
     ``mask`` is additive, [B or 1, Hq or 1, S, T]. If it is given, it alone defines visibility: causal is false,
     window and cu_seqlens are None, and ``empty`` [B or 1, Hq or 1, S] marks the rows that see no key.
+
+    ``max_seqlen`` bounds the lengths of packed sequences. ``cu_keys``, int32 [n + 1], are the offsets of their keys
+    if they differ from those of the queries, and ``max_keys`` bounds the numbers of keys.
     """
 
     q: Tensor
@@ -51,8 +57,11 @@ class KernelInputs(NamedTuple):
     causal: bool
     window: int | None
     cu_seqlens: Tensor | None
-    mask: Tensor | None
-    empty: Tensor | None
+    mask: Tensor | None = None
+    empty: Tensor | None = None
+    max_seqlen: int | None = None
+    cu_keys: Tensor | None = None
+    max_keys: int | None = None
 
     @property
     def window_sizes(self) -> tuple[int | None, int | None]:
@@ -63,6 +72,10 @@ class KernelInputs(NamedTuple):
 
 Forward = Callable[[KernelInputs], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, KernelInputs], tuple[Tensor, Tensor, Tensor]]
+
+
+def _no_limits(call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,15 @@ class TorchKernel:
     top_left: bool = False
     native: frozenset[str] = frozenset()
     masks: bool = False
+    repeatable: bool = True
+    setup: float = 0.0
+    limits: Callable[[Call, tuple[str, ...], int], list[str]] = _no_limits
     lse_layout: Callable[[Tensor], Tensor] = Tensor.contiguous
     usable: bool = True
+
+    def on_any_machine(self) -> TorchKernel:
+        """The kernel without what this build of torch and its libraries lack."""
+        return replace(self, usable=True, limits=_no_limits)
 
     def why_not(self, call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
         """Reasons why the op cannot run attention over ``kv_len`` keys with these ``features`` of ``call``."""
@@ -97,6 +117,9 @@ class TorchKernel:
             reasons.append("no causal attention with more keys than queries")
         if not self.masks:
             reasons += [f"no {name}" for name in features if name not in self.native]
+        if call.needs_grad and not self.repeatable and torch.are_deterministic_algorithms_enabled():
+            reasons.append("its gradients are not deterministic, as torch.use_deterministic_algorithms requires")
+        reasons += self.limits(call, features, kv_len)
         if not self.usable:
             reasons.append("not in this build of torch")
         return reasons
@@ -111,24 +134,32 @@ class TorchKernel:
         )
 
 
-def select(
+def candidates(
     call: Call, features: tuple[str, ...], num_keys: int, kernels: Sequence[TorchKernel] | None = None
-) -> TorchKernel | Refusal:
-    """The first kernel that can run attention over ``num_keys`` keys with these ``features``, or the reasons.
+) -> dict[str, TorchKernel | Refusal]:
+    """The kernels for the call's device by name, or why they cannot attend to ``num_keys`` keys with ``features``.
 
     ``kernels`` replaces the kernels of this build of torch.
     """
-    reasons = []
+    found: dict[str, TorchKernel | Refusal] = {}
     for kernel in KERNELS if kernels is None else kernels:
         if kernel.device == call.device.type:
-            refused = kernel.why_not(call, features, num_keys)
-            if not refused:
-                return kernel
-            reasons.append(f"{kernel.name}: {', '.join(refused)}")
-    if not reasons:
+            reasons = kernel.why_not(call, features, num_keys)
+            found[kernel.name] = Refusal((f"{kernel.name}: {', '.join(reasons)}",)) if reasons else kernel
+    return found
+
+
+def refusal(call: Call, found: dict[str, TorchKernel | Refusal]) -> Refusal | None:
+    """Why none of the :func:`candidates` can run a call; None if one can."""
+    if not found:
         device = call.device.type
         return Refusal((f"torch has no attention kernel for device type {device!r}: use backend='reference'",), True)
-    return Refusal((f"no attention kernel of torch supports this call ({'; '.join(reasons)}): use backend='triton'",))
+    if any(isinstance(kernel, TorchKernel) for kernel in found.values()):
+        return None
+    reasons = "; ".join(
+        reason for kernel in found.values() if isinstance(kernel, Refusal) for reason in kernel.reasons
+    )
+    return Refusal((f"no attention kernel of torch supports this call ({reasons}): use backend='triton'",))
 
 
 def kernel_named(name: str) -> TorchKernel:
@@ -165,8 +196,8 @@ def attention_backward(
     these keys.
     """
     adapted = _adapted(kernel, inputs)
-    # p = exp(score - inf) = 0 in every op; -inf would give NaN
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    if inputs.empty is not None:  # p = exp(score - inf) = 0 in every op; -inf would give NaN
+        lse = torch.nan_to_num(lse, nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     dout, out = (_padded(x, kernel.head_dim_multiple) for x in (dout, out))
     gradients = kernel.backward(dout, out, kernel.lse_layout(lse), adapted)
     dq, dk, dv = (x[..., : inputs.q.shape[3]] for x in gradients)
@@ -205,8 +236,15 @@ def _flash_sequences(inputs: KernelInputs) -> tuple[tuple[Tensor, ...], Callable
         x = x.transpose(1, 2)
         return x if inputs.cu_seqlens is None else x[0]
 
-    cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens.to(torch.int32)
-    lengths = (cu_seqlens, cu_seqlens, inputs.q.shape[2], inputs.k.shape[2])
+    if inputs.cu_seqlens is None:
+        lengths: tuple[Any, ...] = (None, None, inputs.q.shape[2], inputs.k.shape[2])
+    else:
+        cu_seqlens = inputs.cu_seqlens.to(torch.int32)
+        longest = inputs.q.shape[2] if inputs.max_seqlen is None else min(inputs.max_seqlen, inputs.q.shape[2])
+        if inputs.cu_keys is None:
+            lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        else:
+            lengths = (cu_seqlens, inputs.cu_keys, longest, inputs.max_keys)
     return tuple(lay(x) for x in (inputs.q, inputs.k, inputs.v)), lay, lengths
 
 
@@ -235,11 +273,18 @@ def _flash_backward(dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs
     return dq, dk, dv
 
 
+@functools.cache
 def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seed and offset of a call without dropout, in the dtypes that the op returns."""
+    """Seed and offset of a call without dropout, which reads neither, in the dtypes that the op returns."""
     if _HIP:
-        return torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
+        return torch.empty((), dtype=torch.int64, device=device), torch.empty((), dtype=torch.int64, device=device)
+    return torch.empty(2, dtype=torch.uint64, device=device), torch.empty((), dtype=torch.uint64, device=device)
+
+
+@functools.cache
+def _no_seed_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
+    """As :func:`_no_random_state`, for the ops of ``scaled_dot_product_attention``."""
+    return torch.empty((), dtype=torch.int64, device=device), torch.empty((), dtype=torch.int64, device=device)
 
 
 def _cudnn_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
@@ -252,24 +297,24 @@ def _cudnn_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
 
 def _cudnn_backward(dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs.q, inputs.k, inputs.v
-    seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
     dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse, seed, offset, inputs.mask, None, None, q.shape[2], k.shape[2], 0.0, inputs.causal,
-        scale=inputs.scale,
+        dout, q, k, v, out, lse, *_no_seed_and_offset(lse.device), inputs.mask, None, None, q.shape[2],
+        k.shape[2], 0.0, inputs.causal, scale=inputs.scale,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _cudnn_lse(lse: Tensor) -> Tensor:
-    """[B, Hq, S], with a trailing dim if torch's forward returns one (since 2.9)."""
-    lse = lse.contiguous()
-    return lse[..., None] if _cudnn_lse_dims() == 4 else lse
+    """[B, Hq, S] -> [B, Hq, S, 1]."""
+    return lse.contiguous()[..., None]
 
 
-@functools.cache
-def _cudnn_lse_dims() -> int:
-    x = torch.empty(1, 1, 8, 8, dtype=torch.float16, device="meta")
-    return int(torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim())
+def _cudnn_limits(call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
+    """cuDNN before 9.15.1 is wrong for causal attention over lengths that are no multiple of 128."""
+    ragged = call.q_shape[2] % 128 or kv_len % 128
+    if ragged and "non-causal" not in features and (torch.backends.cudnn.version() or 0) < 91501:
+        return ["cuDNN before 9.15.1 has no causal attention over lengths that are no multiple of 128"]
+    return []
 
 
 def _efficient_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
@@ -284,10 +329,9 @@ def _efficient_backward(
     dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs.q, inputs.k, inputs.v
-    seed, offset = (torch.zeros((), dtype=torch.int64, device=lse.device) for _ in range(2))
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, _full_mask(inputs), out, lse, seed, offset, 0.0, [True, True, True, False], inputs.causal,
-        scale=inputs.scale,
+        dout, q, k, v, _full_mask(inputs), out, lse, *_no_seed_and_offset(lse.device), 0.0,
+        [True, True, True, False], inputs.causal, scale=inputs.scale,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -302,7 +346,8 @@ def _efficient_lse(lse: Tensor) -> Tensor:
     """Rows rounded up to 32 on NVIDIA, whose kernel loads whole vectors; the added rows hold +inf."""
     if _HIP:
         return lse.contiguous()
-    return functional.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)
+    missing = -lse.shape[2] % 32
+    return functional.pad(lse, (0, missing), value=torch.inf) if missing else lse.contiguous()
 
 
 def _cpu_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
@@ -330,8 +375,8 @@ KERNELS = [
     ),
     TorchKernel(
         "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
-        top_left=True, native=frozenset({"non-causal"}), masks=True, lse_layout=_cudnn_lse,
-        usable=torch.backends.cudnn.is_available() and not _HIP,
+        top_left=True, native=frozenset({"non-causal"}), masks=True, repeatable=False, setup=0.03,
+        limits=_cudnn_limits, lse_layout=_cudnn_lse, usable=torch.backends.cudnn.is_available() and not _HIP,
     ),
     TorchKernel(
         "efficient", "cuda", (torch.float32, *_HALF), 256, _efficient_forward, _efficient_backward,

@@ -134,11 +134,10 @@ def measure(
                     note("out of time")
                     return
                 call = call_of_shape(shape, device, dtype, training)
-                names = [name for name, reasons in registry.explain(call).reasons.items() if not reasons]
-                modelled = {
-                    name: model.price(registry.BACKENDS[name].cost(call, machine), call, machine) for name in names
-                }
-                names = [name for name in names if modelled[name] is not None]
+                costs = registry.costs(call, machine)
+                plans = registry.runnable_plans(call)
+                modelled = {name: model.price(costs.get(name), call, machine) for name in plans}
+                names = [name for name, times in modelled.items() if times is not None]
                 for name, taken in time_backends(call, names, share).items():
                     times = modelled[name]
                     assert times is not None

@@ -38,7 +38,8 @@ def _call(batch=4, heads=32, kv_heads=8, queries=2048, dim=128, prefix=64, keys=
 
 
 def _first(call, arch="sm_90", kernels=ALL_KERNELS, **machine):
-    return next(iter(registry.rank(call, Machine(arch, kernels, **machine))))
+    """The backend of the cheapest plan."""
+    return next(iter(registry.rank(call, Machine(arch, kernels, **machine)))).partition("/")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,10 @@ def test_features_without_a_torch_kernel_are_not_ranked():
 
 
 def test_amd_gpus_have_no_cuda_kernels():
-    assert registry.rank(_call(), Machine("gfx942", ALL_KERNELS))["cuda"] is None
+    ranked = registry.rank(_call(), Machine("gfx942", ALL_KERNELS))
+    assert ranked["cuda"] is None
+    assert ranked["merge/flash/cuda"] is None
+    assert ranked["merge/flash/triton"] is not None
 
 
 def test_decoding_copies_no_keys():
@@ -92,15 +96,23 @@ def test_an_unknown_gpu_keeps_the_order_of_the_table():
     assert tuple(registry.rank(_call(), Machine("gfx90a"))) == tuple(backends.BACKENDS)
 
 
+def _times(call, machine, backend):
+    """The times of the backend's plans that have rates."""
+    ranked = registry.rank(call, machine)
+    return {plan: time for plan, time in ranked.items() if plan.partition("/")[0] == backend and time is not None}
+
+
 @pytest.mark.parametrize("arch", RATES["gpu"])
 def test_estimates_are_finite_and_grow(arch):
     machine = Machine(arch, ALL_KERNELS)
     for dtype in (torch.bfloat16, torch.float32):
         for backend in ("triton", "merge", "concat", "reference"):
             for grows in ({"queries": 8192}, {"batch": 64}, {"prefix": 8192}):
-                small, large = (registry.estimate_of(_call(dtype=dtype, **k), backend, machine) for k in ({}, grows))
-                assert 0 < small.seconds < large.seconds < 1e3, (backend, grows)
-                assert not small.measured
+                small, large = (_times(_call(dtype=dtype, **k), machine, backend) for k in ({}, grows))
+                assert small.keys() == large.keys() != set()
+                for plan in small:
+                    assert 0 < small[plan].seconds < large[plan].seconds < 1e3, (plan, grows)
+                    assert not small[plan].measured
     for shape in ((0, 2, 5, 8), (1, 2, 0, 8)):  # nothing to do takes no negative time
         call = replace(_call(), q_shape=shape, kv_shape=(shape[0], 2, shape[2], 8), prefix_shape=(2, 0, 8))
         assert all(e is None or e.seconds >= 0 for e in registry.rank(call, machine).values())
@@ -110,7 +122,7 @@ def test_the_model_keeps_the_scale_of_published_times():
     """FlashAttention 3's paper, 16 K tokens, S = 2048, D = 128, causal forward: FA2 298, FA3 521 TFLOP/s."""
     call = _call(batch=8, heads=16, kv_heads=16, prefix=1, needs_grad=False)
     for flash, tflops in ((None, 298), ("FA3", 521)):
-        passes = registry.BACKENDS["merge"].cost(call, Machine("sm_90", FLASH_ONLY, flash=flash))
+        passes = registry.costs(call, Machine("sm_90", FLASH_ONLY, flash=flash))["merge/flash/cuda"]
         rate = model._flops(passes[0], call, "sm_90") / 1e12
         assert abs(rate / tflops - 1) < 0.1, (flash, rate)
 

@@ -11,7 +11,7 @@ import torch
 
 import peftkern
 from peftkern import backends, native
-from peftkern.backends import Refusal, composite, concat, merge, prefix_kernels
+from peftkern.backends import composite, concat, merge, prefix_kernels
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
@@ -132,10 +132,9 @@ def test_what_the_library_lacks_is_left_to_triton(shim, monkeypatch):
     (cuda, cuda_backend), (triton, _) = prefix_kernels.PREFIX_KERNELS
     for call, reason, lacks in ((fp32, "has no float32 kernels", ""), (fp16, missing, missing)):
         monkeypatch.setattr(native.cuda, "MISSING", lacks)
-        refusal = prefix_kernels.select(call)
-        assert isinstance(refusal, Refusal)
+        refusal = prefix_kernels.refusal(prefix_kernels.candidates(call))
         assert reason in refusal.reasons[0]
         with monkeypatch.context() as patch:
             able = SimpleNamespace(plan=lambda call: backends.plan_named("triton"))
             patch.setattr(prefix_kernels, "PREFIX_KERNELS", [(cuda, cuda_backend), (triton, able)])
-            assert prefix_kernels.select(call) is triton
+            assert prefix_kernels.candidates(call)["triton"] is triton

@@ -52,13 +52,17 @@ class Estimate(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Kernels that run one after another. ``engine`` and ``backward`` name the rate that applies to them."""
+    """Kernels that run one after another. ``engine`` and ``backward`` name the rate that applies to them.
+
+    ``setup`` are seconds beside the kernels' own time.
+    """
 
     engine: str
     kernels: float
     flops: float
     bytes: float
     backward: bool = False
+    setup: float = 0.0
 
 
 class Sizes(NamedTuple):
@@ -142,8 +146,8 @@ def recomputes_softmax(call: Call) -> bool:
     return not {"gate", "sinks", "bias", "prefix_bias"}.isdisjoint(call.features)
 
 
-def kind(call: Call, backend: str) -> str:
-    """The kind of a call: calls of one kind share a measured factor.
+def kind(call: Call, plan: str) -> str:
+    """The kind of a call on the plan of this name: calls of one kind share a measured factor.
 
     >>> shape = (1, 2, 1, 64)
     >>> kind(Call("prefix_attention", torch.device("cpu"), torch.half, torch.half, shape, shape, shape[1:]), "cpu")
@@ -153,7 +157,7 @@ def kind(call: Call, backend: str) -> str:
         what = "training"
     else:
         what = "decode" if call.op == "prefix_attention" and call.q_shape[2] <= 16 else "forward"
-    return f"{backend} {call.op} {str(call.dtype).removeprefix('torch.')} {what}"
+    return f"{plan} {call.op} {str(call.dtype).removeprefix('torch.')} {what}"
 
 
 def price(passes: list[Pass] | None, call: Call, machine: Machine) -> tuple[float, float] | None:
@@ -169,12 +173,12 @@ def price(passes: list[Pass] | None, call: Call, machine: Machine) -> tuple[floa
     return launches, work
 
 
-def estimate(passes: list[Pass] | None, call: Call, backend: str, machine: Machine) -> Estimate | None:
-    """The time of a backend's ``passes``, corrected by the factors measured for this backend and kind of call."""
+def estimate(passes: list[Pass] | None, call: Call, plan: str, machine: Machine) -> Estimate | None:
+    """The time of a plan's ``passes``, corrected by the factors measured for this plan and kind of call."""
     times = price(passes, call, machine)
     if times is None:
         return None
-    scale = dict(machine.scales).get(kind(call, backend))
+    scale = dict(machine.scales).get(kind(call, plan))
     if scale is None:
         return Estimate(sum(times), False)
     return Estimate(scale[0] * times[0] + scale[1] * times[1], True)
@@ -194,7 +198,7 @@ def _time(part: Pass, call: Call, machine: Machine) -> tuple[float, float] | Non
         launch, bandwidth, flops = rates["launch"], rates["bandwidth"], _flops(part, call, machine.arch)
         if part.engine == "reference":
             launch *= 60
-    return part.kernels * launch, max(part.bytes / bandwidth, part.flops / flops)
+    return part.kernels * launch + part.setup, max(part.bytes / bandwidth, part.flops / flops)
 
 
 def _flops(part: Pass, call: Call, arch: str) -> float:

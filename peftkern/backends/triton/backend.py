@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
-from ..base import Backend, Plan, Refusal
+from ..base import OnePlanBackend, Plan, Refusal
 from ..cost.model import (
     Machine,
     Pass,
@@ -134,7 +134,7 @@ class TritonPlan(Plan):
 _PLAN = TritonPlan()
 
 
-class TritonBackend(Backend):
+class TritonBackend(OnePlanBackend):
     """Triton kernels for CUDA and ROCm GPUs; with TRITON_INTERPRET=1, for CPU tensors too, by name only."""
 
     name = "triton"

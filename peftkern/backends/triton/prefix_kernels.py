@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...arguments import AttentionArgs, AttentionGradients, allocate_outputs, lse_dtype
+from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_outputs, lse_dtype
 from ..base import PrefixKernels
+from ..cost.model import Pass, sizes_of
 from . import attention
 from .arguments import Matrices, RowValues
 from .backend import TritonPlan
@@ -23,6 +24,13 @@ class TritonPrefixKernels(PrefixKernels):
     name = "triton"
     title = "Triton"
     attention = TritonPlan()
+
+    def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
+        x = sizes_of(call)
+        forward = Pass(self.name, 1, x.prefix_flops, 3 * x.q + 2 * x.lse + x.prefix_once)
+        on_chip = x.prefix * x.head_dim <= 8192  # the prefix fits one tile
+        kernels, products, moved = (3, 2.5, 5) if on_chip else (5, 3.5, 8)
+        return forward, Pass(self.name, kernels, products * x.prefix_flops, moved * x.q + 2 * x.lse, True)
 
     def merge_prefix(
         self, args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None

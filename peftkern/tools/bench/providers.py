@@ -348,9 +348,10 @@ def _two_calls(problem: Problem) -> Attention | str:
     call = backends.Call(
         "prefix_attention", q.device, q.dtype, prefix_k.dtype, tuple(q.shape), tuple(k.shape), tuple(prefix_k.shape)
     )
-    kernel = torch_attention.select(call, (), shape.T)
-    if isinstance(kernel, backends.Refusal):
-        return kernel.reasons[0]
+    found = torch_attention.candidates(call, (), shape.T)
+    if refusal := torch_attention.refusal(call, found):
+        return refusal.reasons[0]
+    kernel = next(kernel for kernel in found.values() if isinstance(kernel, torch_attention.TorchKernel))
     if kernel.top_left and shape.S not in (1, shape.T):
         return "torch's kernel here is causal from the top left: no queries behind a cache"
     return functools.partial(_TwoCalls.apply, kernel, shape.D**-0.5)
