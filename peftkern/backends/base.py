@@ -116,13 +116,47 @@ class PrefixKernels(ABC):
         """Write dq = ``part_dq`` + the prefix's share, dprefix_k and dprefix_v, except those without elements."""
 
     @abstractmethod
-    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """Compute [prefix | k] and [prefix | v]: [B, Hkv, P + T, D], which lie in memory as [B, P + T, Hkv, D]."""
+    def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute [prefix | k] and [prefix | v] in k's dtype.
+
+        Args:
+            cu_keys: int32 [n + 1] on the device, for n packed sequences: the keys of sequence i, its prefix tokens
+                first, are rows cu_keys[i] to cu_keys[i + 1] - 1 of the result.
+
+        Returns:
+            [B, Hkv, P + T, D], which lie in memory as [B, P + T, Hkv, D]. With ``cu_keys``, [1, Hkv, T + n * P, D];
+            rows from cu_keys[n] on are uninitialised.
+        """
 
     @abstractmethod
-    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
-        """Write to ``total``, shaped like a prefix, the sum over the batch of djoined [B, Hkv, P + T, D] before the
-        sequence, in fp32 and in a fixed order.
+    def sum_prefix_gradient(
+        self, args: AttentionArgs, djoined: Tensor, total: Tensor, cu_keys: Tensor | None = None
+    ) -> None:
+        """Write to ``total``, shaped like a prefix, the sum of its rows in ``djoined`` over samples or sequences.
+
+        The sum is in fp32 and in a fixed order. ``djoined`` has the shape that :meth:`concat_prefix` returns.
+        """
+
+    @abstractmethod
+    def split_gradient(
+        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        """Write to dk and dv [1, Hkv, T, D], except those without elements, the sequences' rows of the gradients.
+
+        ``djoined_k`` and ``djoined_v`` are shaped like the result of :meth:`concat_prefix`. All have unit stride
+        along D.
+        """
+
+    @abstractmethod
+    def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+        """Merge attention over further keys into ``out`` and ``lse``, in place.
+
+        Args:
+            out: [B, Hq, S, D], with unit stride along D.
+            lse: [B, Hq, S] fp32, the natural log-sum-exp of each row; -inf or inf where a row sees no key, and there
+                out may be anything. Where both parts see no key, out becomes 0 and lse -inf.
+            part_out: like ``out``, over keys that ``out`` does not cover.
+            part_lse: like ``lse``.
         """
 
 

@@ -176,7 +176,9 @@ class CudaPrefixKernels(PrefixKernels):
         aligned = _aligned_args(args)
         native.cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, aligned, gradients)
 
-    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if cu_keys is not None:
+            raise NotImplementedError("packed sequences: use the Triton kernels")
         batch, kv_heads, kv_len, head_dim = args.k.shape
         length = args.prefix_k.shape[-2] + kv_len
         joined_k, joined_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
@@ -185,9 +187,21 @@ class CudaPrefixKernels(PrefixKernels):
         native.cuda.concat(aligned, joined_k, joined_v)
         return joined_k, joined_v
 
-    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
+    def sum_prefix_gradient(
+        self, args: AttentionArgs, djoined: Tensor, total: Tensor, cu_keys: Tensor | None = None
+    ) -> None:
+        if cu_keys is not None:
+            raise NotImplementedError("packed sequences: use the Triton kernels")
         if total.numel():
             native.cuda.concat_backward(_aligned(djoined), args.prefix_ids, total)
+
+    def split_gradient(
+        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        raise NotImplementedError("packed sequences: use the Triton kernels")
+
+    def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+        raise NotImplementedError("merge of two results: use the Triton kernels")
 
 
 def _missing(device: torch.device) -> tuple[list[str], bool]:

@@ -30,7 +30,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from peftkern import functional
-from peftkern.backends.triton import backend, launch, tiles
+from peftkern.arguments import AttentionArgs
+from peftkern.backends.triton import backend, launch, prefix_kernels, tiles
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
@@ -127,6 +128,24 @@ def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=N
             *(torch.empty(*bank, 2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton",
             **options,
         )  # fmt: skip
+    return launches
+
+
+def packed_prefix_launches(arch: str, head_dim: int, dtype: torch.dtype):
+    """The launches of the prefix kernels for packed sequences, and of the merge of two results."""
+    kernels = prefix_kernels.TritonPrefixKernels()
+    out, key, prefix = (torch.empty(1, n, 64, head_dim, dtype=dtype) for n in (4, 2, 2))
+    starts, lse = torch.zeros(3, dtype=torch.int32), torch.empty(1, 4, 64)
+    args = AttentionArgs(
+        out, key, key, prefix.float(), prefix.float(), None, None, None, None, None, cu_seqlens=starts,
+        prefix_ids=starts[1:], prefix_lens=None, dropout_seed=None, scale=1.0, causal=True, window=None,
+        prefix_in_window=True, softcap=0.0, dropout_p=0.0,
+    )  # fmt: skip
+    with recorded_launches(arch) as launches:
+        joined = kernels.concat_prefix(args, starts)
+        kernels.split_gradient(args, *joined, starts, key, key)
+        kernels.sum_prefix_gradient(args, joined[0], prefix.float(), starts)
+        kernels.merge_states(out, lse, out, lse)
     return launches
 
 

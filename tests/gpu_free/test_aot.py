@@ -16,6 +16,7 @@ from .aot import (
     compile_launch,
     decode_launches,
     embedding_launches,
+    packed_prefix_launches,
     table_launches,
 )
 
@@ -129,6 +130,16 @@ def test_kernels_of_concat_compile(arch):
     assert {"concat_fwd", "concat_bwd"} <= {c.kernel for c in compiled}
     for c in compiled:
         _check_budgets(c)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"), _table((64, 128, 256), {("sm_80", 64), ("sm_90", 128)}, torch.bfloat16), ids=str
+)
+def test_kernels_of_packed_concatenation_fit(arch, head_dim, dtype):
+    compiled = [compile_launch(arch, x) for x in packed_prefix_launches(arch, head_dim, dtype)]
+    assert [c.kernel for c in compiled] == ["concat_packed_fwd", "split_packed", "concat_bwd", "merge_states"]
+    for c in compiled:
+        _check_budgets(c, head_dim, dtype)
 
 
 OPTIONS = {

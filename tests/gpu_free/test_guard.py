@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 
 import pytest
@@ -20,10 +19,12 @@ from .guard import guard
 from .triton_faults import (
     FAULTS,
     FAULTS_BESIDE_OTHERS,
+    FAULTS_OF_PACKED,
     Fault,
     function_of,
     functions,
     marked_lines,
+    plant,
     planted_in,
 )
 
@@ -74,7 +75,7 @@ def test_bf16_is_computed_as_a_gpu_does():
 def test_every_marked_line_has_a_fault():
     marked = [name for _, source in functions() for name in marked_lines(source)]
     assert len(marked) == len(set(marked)), "an id marks several lines"
-    assert set(marked) == {fault.id for fault in (*FAULTS, *FAULTS_BESIDE_OTHERS)}
+    assert set(marked) == {fault.id for fault in (*FAULTS, *FAULTS_BESIDE_OTHERS, *FAULTS_OF_PACKED)}
 
 
 def test_a_fault_without_its_line_is_named():
@@ -92,7 +93,7 @@ def test_a_fault_without_its_line_is_named():
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_slip_in_a_kernel_is_caught(fault, monkeypatch):
     """A value out of bounds, an address out of bounds, or a double store: any of them will do."""
-    _plant(monkeypatch, fault)
+    plant(monkeypatch, fault)
     shape, options = feature(fault.case, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20))
     with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows")):
         check_backend("triton", tensors(shape, torch.float32), options)
@@ -113,17 +114,6 @@ def test_a_slip_beside_another_librarys_kernel_is_caught(fault, monkeypatch):
     # torch's CPU kernel has an lse whose rows lie apart
     stand_ins.install(monkeypatch, "cpu flash" if fault.case == "lse_by_strides" else "efficient")
     shape, options = _case("plain" if fault.case == "lse_by_strides" else fault.case)
-    _plant(monkeypatch, fault)
+    plant(monkeypatch, fault)
     with guard(), pytest.raises((AssertionError, InterpreterError), match=re.compile("error|bounds|store|rows|nan")):
         check_backend(fault.backend, tensors(shape, torch.float32), options)
-
-
-def _plant(monkeypatch, fault: Fault) -> None:
-    """Have the interpreter run the kernels with a fault."""
-    function = function_of(fault)
-    rewriter = function.rewriter
-    lines = inspect.getsourcelines(function.fn)[0]
-    rewriter.def_lineno = rewriter._find_def(lines)
-    source = planted_in(rewriter._prepare_source(lines), fault)
-    monkeypatch.setattr(rewriter, "_prepare_source", lambda lines: source)
-    monkeypatch.setattr(function, "rewritten_fn", {})

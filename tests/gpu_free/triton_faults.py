@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pytest
+
 from peftkern.backends.triton import kernels
 
 _MARKER = re.compile(r"# FAULT: ([\w, -]+)$")
@@ -57,14 +59,14 @@ FAULTS = [
 FAULTS_BESIDE_OTHERS = [
     Fault("tile-head", "% sizes.group", "% (sizes.group + 1)", "plain", "merge"),
     Fault("tile-row-block", "index % row_blocks", "index % (row_blocks + 1)", "plain", "merge"),
-    Fault("row-value-stride", "rows * x.stride_m", "rows", "lse_by_strides", "merge"),
+    Fault("row-value-stride", " * x.stride_m", "", "lse_by_strides", "merge"),
     Fault("row-value-head-stride", "x.stride_h", "x.stride_b", "plain", "merge"),
     Fault("merge-last-tile", "tiles, workers", "tiles - 1, workers", "plain", "merge"),
     Fault("merge-first-tile", "range(worker,", "range(0,", "plain", "merge"),
     Fault("merge-mask", "True", "False", "plain", "merge"),
     Fault("merge-decay", "denom * decay + ", "denom + ", "plain", "merge"),
     Fault("merge-values", " * weight[:, None]", "", "plain", "merge"),
-    Fault("merge-base", "* LOG2E", "* LN2", "plain", "merge"),
+    Fault("merge-base", "LOG2E", "LN2", "plain", "merge"),
     Fault("merge-weight", " + weight", "", "sinks", "merge"),
     Fault("merge-store-mask", "mask=inside)", "mask=inside & (rows > 0))", "plain", "merge"),
     Fault("merge-hidden-row", "> 0.0", "> -1.0", "nothing_visible", "merge"),
@@ -79,10 +81,17 @@ FAULTS_BESIDE_OTHERS = [
     Fault("concat-last-row", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "concat"),
     Fault("concat-prefix-length", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain",
           "concat"),
-    Fault("concat-bwd-first-sample", "range(sizes.batch)", "range(1, sizes.batch)", "plain", "concat"),
+    Fault("concat-bwd-first-sample", "range(entries)", "range(1, entries)", "plain", "concat"),
     Fault("concat-bwd-prefix", "== prefix:", "<= prefix:", "bank", "concat"),
     Fault("concat-bwd-head", " * num_kv_heads + kv_head", " * num_kv_heads", "heads", "concat"),
 ]  # fmt: skip
+
+#: Faults that direct calls of the kernels for packed concatenation show.
+FAULTS_OF_PACKED = [
+    Fault("packed-first-key", "keys >= tl", "keys > tl", "ragged bank", "concat"),
+    Fault("packed-prefix-rows", "- keys", "", "ragged bank", "concat"),
+    Fault("packed-split-row", "keys + (", "keys + 1 + (", "ragged bank", "concat"),
+]
 
 
 def marked_lines(source: str) -> dict[str, int]:
@@ -123,3 +132,14 @@ def planted_in(source: str, fault: Fault) -> str:
     assert count == 1, f"the line marked '# FAULT: {fault.id}' holds {fault.text!r} {count} times, not once: {code}"
     lines[number] = code.replace(fault.text, fault.slip) + hash_sign + comment
     return "".join(lines)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """Have the interpreter run the kernels with a fault, until the end of the test."""
+    function = function_of(fault)
+    rewriter = function.rewriter
+    lines = inspect.getsourcelines(function.fn)[0]
+    rewriter.def_lineno = rewriter._find_def(lines)
+    source = planted_in(rewriter._prepare_source(lines), fault)
+    monkeypatch.setattr(rewriter, "_prepare_source", lambda lines: source)
+    monkeypatch.setattr(function, "rewritten_fn", {})

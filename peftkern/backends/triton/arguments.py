@@ -182,8 +182,13 @@ def flags_of(args: AttentionArgs) -> Flags:
         IS_CAUSAL=args.causal,
         DROPOUT_THRESHOLD=int(args.dropout_p * 2**32),
         HEAD_DIM=head_dim,
-        BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+        BLOCK_D=block_d(head_dim),
     )
+
+
+def block_d(head_dim: int) -> int:
+    """The power of two, at least 16, that holds ``head_dim``."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_outputs, lse_dtype
 from ..base import PrefixKernels
 from ..cost.model import Pass, sizes_of
 from . import attention
-from .arguments import Matrices, RowValues
+from .arguments import Matrices, RowValues, block_d, dense
 from .backend import TritonPlan
-from .launch import LaunchContext, num_blocks
+from .launch import LaunchContext, launch_kernel, num_blocks
 from .tiles import Direction
 
 #: Keys per program of the kernels that copy.
 _COPY_BLOCK = 64
+#: Tokens per program of the kernel that sums over the batch: few, because there are few programs.
+_SUM_BLOCK = 16
+#: Rows per program of the kernel that merges two results.
+_MERGE_BLOCK = 32
 
 
 class TritonPrefixKernels(PrefixKernels):
@@ -89,34 +95,61 @@ class TritonPrefixKernels(PrefixKernels):
         if needs_prefix:
             attention.prefix_gradients(context, douts, stats, gradients)
 
-    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """Compute [prefix | k] and [prefix | v], [B, Hkv, P + T, D] with the memory order [B, P + T, Hkv, D]."""
-        from .kernels.concat import _concat_fwd_kernel
+    def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        from .kernels import concat as kernels
 
         context = LaunchContext(args)
         batch, kv_heads, kv_len, head_dim = args.k.shape
-        length = context.sizes.prefix_len + kv_len
+        prefixes = 1 if cu_keys is None else context.sizes.num_sequences
+        length = prefixes * context.sizes.prefix_len + kv_len
         joined_k, joined_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
+        kernel: Any = kernels._concat_fwd_kernel
+        packed: tuple[Any, ...] = ()
+        if cu_keys is not None:
+            kernel, packed = kernels._concat_packed_fwd_kernel, (dense(cu_keys), length)
         context.launch_untiled(
-            _concat_fwd_kernel, num_blocks(length, _COPY_BLOCK) * kv_heads * batch,
+            kernel, num_blocks(length, _COPY_BLOCK) * kv_heads * batch,
             context.k, context.v, *context.prefix, Matrices.of(joined_k), Matrices.of(joined_v), context.options,
-            context.sizes, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            context.sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
         )  # fmt: skip
         return joined_k, joined_v
 
-    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
-        """Fill in total, shaped like the prefix: its part of djoined [B, Hkv, P + T, D], summed over the batch.
-
-        The sum is in fp32 and in a fixed order.
-        """
+    def sum_prefix_gradient(
+        self, args: AttentionArgs, djoined: Tensor, total: Tensor, cu_keys: Tensor | None = None
+    ) -> None:
         from .kernels.concat import _concat_bwd_kernel
 
         context = LaunchContext(args)
-        blocks = num_blocks(context.sizes.prefix_len, _COPY_BLOCK)
+        blocks = num_blocks(context.sizes.prefix_len, _SUM_BLOCK)
         context.launch_untiled(
             _concat_bwd_kernel, blocks * context.kv_heads * context.bank,
-            Matrices.of(djoined), total, context.options, context.sizes,
-            HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            Matrices.of(djoined), total, dense(cu_keys), context.options, context.sizes,
+            HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_SUM_BLOCK,
+        )  # fmt: skip
+
+    def split_gradient(
+        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        from .kernels.concat import _split_packed_kernel
+
+        context = LaunchContext(args)
+        targets = [Matrices.of(x) if x.numel() else None for x in (dk, dv)]
+        if any(targets):
+            context.launch_untiled(
+                _split_packed_kernel, num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads,
+                Matrices.of(djoined_k), Matrices.of(djoined_v), *targets, dense(cu_keys), context.options,
+                context.sizes,
+                HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            )  # fmt: skip
+
+    def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+        from .kernels.prefix_forward import _merge_states_kernel
+
+        batch, heads, q_len, head_dim = out.shape
+        launch_kernel(
+            _merge_states_kernel, (num_blocks(q_len, _MERGE_BLOCK) * heads * batch,), out.device,
+            Matrices.of(out), RowValues.of(lse), Matrices.of(part_out), RowValues.of(part_lse), heads, q_len,
+            HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=_MERGE_BLOCK,
         )  # fmt: skip
 
 

@@ -251,7 +251,7 @@ def _rows_that_see_prefix(prefix, block):
     positions = rows + (sizes.kv_len - sizes.q_len)
     sequence = rows * 0 + block.batch
     if opts.cu_seqlens is not None:
-        sequence = find_sequence(tl.minimum(rows, sizes.q_len - 1), opts, sizes)
+        sequence = find_sequence(tl.minimum(rows, sizes.q_len - 1), opts.cu_seqlens, sizes)
         positions -= tl.load(opts.cu_seqlens + sequence).to(tl.int32)
     return positions, (rows < sizes.q_len) & (prefix_of(sequence, opts) == prefix)
 

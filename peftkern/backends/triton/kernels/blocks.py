@@ -55,6 +55,12 @@ def matrix(x, batch, head):
 
 
 @triton.jit
+def row_pointers(ptr, stride_n, rows, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D]: pointers to ``rows`` [BLOCK] of a matrix. Offsets are 64-bit."""
+    return ptr + rows.to(tl.int64)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
 def tile_pointers(ptr, stride_n, first, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D]: pointers to the rows from ``first`` on. Offsets are 64-bit to the tile, 32-bit within it."""
     within = tl.arange(0, BLOCK)[:, None] * stride_n + tl.arange(0, BLOCK_D)[None, :]
@@ -157,13 +163,16 @@ def softcapped(products, scale, opts, ADDS: tl.constexpr):
 
 
 @triton.jit
-def find_sequence(index, opts, sizes):
-    """The packed sequence that holds each token of ``index``: the last one that starts at or before the token."""
+def find_sequence(index, starts, sizes):
+    """The packed sequence that holds each token of ``index``: the last one that starts at or before the token.
+
+    ``starts`` points to the first token of each sequence.
+    """
     low = index * 0
     high = low + sizes.num_sequences
     for _ in range(sizes.search_steps):
         middle = (low + high) // 2
-        starts_before = tl.load(opts.cu_seqlens + middle) <= index  # FAULT: sequence-search
+        starts_before = tl.load(starts + middle) <= index  # FAULT: sequence-search
         narrow = high - low > 1
         high = tl.where(starts_before | (narrow == 0), high, middle)
         low = tl.where(starts_before & narrow, middle, low)
@@ -177,7 +186,7 @@ def segment(index, opts, sizes):
         first = index * 0
         end = first + sizes.kv_len
     else:
-        start = opts.cu_seqlens + find_sequence(index, opts, sizes)
+        start = opts.cu_seqlens + find_sequence(index, opts.cu_seqlens, sizes)
         first, end = tl.load(start).to(tl.int32), tl.load(start + 1).to(tl.int32)
     return first, end
 

@@ -87,7 +87,7 @@ def visit_prefixes(STEP: tl.constexpr, state, operands, q, prefix_k, prefix_v, b
         start, _ = segment(packed, opts, sizes)
         positions = positions - start[:, None]
     if opts.cu_seqlens is not None and opts.prefix_ids is not None:
-        sequence = find_sequence(packed, opts, sizes)
+        sequence = find_sequence(packed, opts.cu_seqlens, sizes)
         for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
             prefix = tl.load(opts.prefix_ids + s).to(tl.int32)
             state = visit_prefix(

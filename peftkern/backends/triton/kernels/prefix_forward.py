@@ -21,10 +21,14 @@ from .blocks import (
     RowBlock,
     load_prefix_tile,
     load_query_tile,
+    load_tile,
+    locate,
+    matrix,
     merge_state,
     prefix_scores,
     row_offset,
     store_query_tile,
+    store_tile,
     tanh,
 )
 from .forward import empty_softmax, softmax_step, visit_prefixes
@@ -39,11 +43,22 @@ def locate_tile(index, row_blocks, kv_head, sizes):
 
 
 @triton.jit
-def load_row_values(x, rows, inside, other, block):
-    """[BLOCK_M] values of a [B, H, S] tensor with any strides."""
-    ptrs = x.ptr + tl.cast(block.batch, tl.int64) * x.stride_b
-    ptrs += tl.cast(block.head, tl.int64) * x.stride_h  # FAULT: row-value-head-stride
-    return tl.load(ptrs + rows * x.stride_m, mask=inside, other=other)  # FAULT: row-value-stride
+def row_value_pointers(x, batch, head, rows):
+    """[BLOCK_M] pointers to values of a [B, H, S] tensor with any strides."""
+    ptrs = x.ptr + tl.cast(batch, tl.int64) * x.stride_b
+    ptrs += tl.cast(head, tl.int64) * x.stride_h  # FAULT: row-value-head-stride
+    return ptrs + rows.to(tl.int64) * x.stride_m  # FAULT: row-value-stride
+
+
+@triton.jit
+def load_lse(x, batch, head, rows, inside):
+    """[BLOCK_M] log2-sum-exp of rows from another library's, in natural logarithm.
+
+    -inf means that a row sees no key. Some libraries write +inf instead.
+    """
+    lse = tl.load(row_value_pointers(x, batch, head, rows), mask=inside, other=-float("inf"))
+    lse *= LOG2E  # FAULT: merge-base
+    return tl.where(lse == float("inf"), -float("inf"), lse)
 
 
 @triton.jit
@@ -79,7 +94,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     if part_out is not None:
         values = load_query_tile(part_out, block)
-        lse = load_row_values(part_lse, rows, inside, -float("inf"), block) * LOG2E  # FAULT: merge-base
+        lse = load_lse(part_lse, block.batch, block.head, rows, inside)
         state = merge_state(state, lse, values)
     if opts.sinks is not None:
         state = merge_state(state, tl.load(opts.sinks + block.head) * LOG2E, None)
@@ -126,3 +141,24 @@ def _prefix_merge_fwd_kernel(
                 False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
+
+
+@triton.jit
+def _merge_states_kernel(
+    out, lse, part_out, part_lse, num_heads, q_len,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Merge attention over further keys, part_out and part_lse, into out [B, Hq, S, D] and lse [B, Hq, S]."""
+    block, head, batch = locate(tl.cdiv(q_len, BLOCK_M), num_heads)
+    first = block * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < q_len
+    out_ptr = matrix(out, batch, head)
+    values = load_tile(out_ptr, out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse, batch, head, rows, inside), values)
+    values = load_tile(matrix(part_out, batch, head), part_out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    state = merge_state(state, load_lse(part_lse, batch, head, rows, inside), values)
+    m, denom, acc = state
+    result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
+    store_tile(out_ptr, out.stride_n, first, q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
+    tl.store(row_value_pointers(lse, batch, head, rows), (m + tl.log2(denom)) * LN2, mask=inside)
