@@ -76,9 +76,18 @@ class Plan(ABC):
 class PrefixKernels(ABC):
     """Kernels that add a prefix to another library's attention, and the attention of the same backend."""
 
-    name: ClassVar[str]
-    #: For messages.
-    title: ClassVar[str]
+    #: Whether there are kernels to concatenate packed sequences, to split their gradients and to merge two results.
+    joins_parts: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A part of a plan's name."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """For messages."""
 
     @property
     @abstractmethod

@@ -148,7 +148,7 @@ class CompositeBackend(Backend):
         return reasons
 
     def plans(self, call: Call) -> dict[str, Plan | Refusal]:
-        beside = prefix_kernels.candidates(call)
+        beside = self.beside(call)
         refusal = prefix_kernels.refusal(beside)
         if refusal and refusal.other_device:
             return {self.name: Refusal(("requires a CUDA or ROCm device",), other_device=True)}
@@ -162,16 +162,31 @@ class CompositeBackend(Backend):
         if refusal:
             return {self.name: refusal}
         return {
-            f"{self.name}/{kernel_name}/{beside_name}": self._pair(kernel, prefix)
+            f"{self.name}/{kernel_name}/{beside_name}": self._pair(call, kernel, prefix)
             for kernel_name, kernel in kernels.items()
             for beside_name, prefix in beside.items()
         }
 
-    def _pair(self, kernel: TorchKernel | Refusal | None, prefix: PrefixKernels | Refusal) -> Plan | Refusal:
-        refusals = [x for x in (kernel, prefix) if isinstance(x, Refusal)]
-        if refusals:
+    def beside(self, call: Call) -> dict[str, PrefixKernels | Refusal]:
+        """The prefix kernels by name, or why they cannot run a call on this machine."""
+        return prefix_kernels.candidates(call)
+
+    def beside_anywhere(self, call: Call) -> dict[str, PrefixKernels]:
+        """The prefix kernels by name that can run a call on some machine."""
+        return prefix_kernels.supported(call)
+
+    def _pair(
+        self, call: Call, kernel: TorchKernel | Refusal | None, prefix: PrefixKernels | Refusal
+    ) -> Plan | Refusal:
+        if isinstance(kernel, Refusal) or isinstance(prefix, Refusal):
+            refusals = [x for x in (kernel, prefix) if isinstance(x, Refusal)]
             return Refusal(tuple(reason for refused in refusals for reason in refused.reasons))
-        return self.plan_type(kernel, prefix)  # type: ignore[arg-type]
+        reasons = [] if kernel is None else self.why_not_together(call, kernel, prefix)
+        return Refusal(tuple(reasons)) if reasons else self.plan_type(kernel, prefix)
+
+    def why_not_together(self, call: Call, kernel: TorchKernel, prefix: PrefixKernels) -> list[str]:
+        """Reasons why a kernel and prefix kernels that can each run a call cannot do so together."""
+        return []
 
     def attention_kernels(
         self, call: Call, kernels: list[TorchKernel] | None = None
@@ -185,22 +200,25 @@ class CompositeBackend(Backend):
             got = "/".join((self.name, *choices))
             raise ValueError(f"plan: expected {self.name}/KERNEL/PREFIX_KERNELS, got {got}")
         kernel, kernels = choices
-        return self.plan_type(
-            torch_attention.kernel_named(kernel) if kernel else None, prefix_kernels.kernels_named(kernels)
-        )
+        return self.plan_type(torch_attention.kernel_named(kernel) if kernel else None, self.beside_named(kernels))
+
+    def beside_named(self, name: str) -> PrefixKernels:
+        """The prefix kernels with this name. Raises ValueError if there are none."""
+        return prefix_kernels.kernels_named(name)
 
     def costs(self, call: Call, machine: Machine) -> dict[str, list[Pass]]:
         if call.device.type == "cpu" or self.unsupported(call):
             return {}
-        beside = prefix_kernels.supported(call)
+        beside = self.beside_anywhere(call)
         if call.op == "soft_prompt_embedding":
-            return {f"{self.name}//{prefix.name}": embedding_passes(call, prefix.name) for prefix in beside}
+            return {f"{self.name}//{prefix.name}": embedding_passes(call, prefix.name) for prefix in beside.values()}
         usable = [x.on_any_machine() for x in torch_attention.KERNELS if x.name in machine.torch_kernels]
         return {
             f"{self.name}/{name}/{prefix.name}": self._passes(call, machine, kernel, prefix)
             for name, kernel in self.attention_kernels(call, usable).items()
             if isinstance(kernel, TorchKernel)
-            for prefix in beside
+            for prefix in beside.values()
+            if not self.why_not_together(call, kernel, prefix)
         }
 
     def _passes(self, call: Call, machine: Machine, kernel: TorchKernel, prefix: PrefixKernels) -> list[Pass]:
@@ -210,8 +228,9 @@ class CompositeBackend(Backend):
         if not call.needs_grad:
             return forward
         if recomputes_softmax(call):
-            _, fused = attention_passes(call, prefix.name, 1, backward_kernels=6, backward_products=3.5)
-            return [*forward, fused, softmax_sums_pass(call, prefix.name)]
+            engine = prefix.attention.name
+            _, fused = attention_passes(call, engine, 1, backward_kernels=6, backward_products=3.5)
+            return [*forward, fused, softmax_sums_pass(call, engine)]
         return forward + backward
 
     @abstractmethod

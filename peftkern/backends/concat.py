@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A kernel writes [prefix | keys] and [prefix | values] into the buffers that torch's attention kernel reads.
 
-Torch's kernel sees P + T keys, aligned bottom-right; the prefix needs no special handling. Its dk and dv are split
-again, and the prefix's gradients are summed over the batch in fp32 in a fixed order; each sample's term has been
-rounded to the kernel's dtype. The buffers are rebuilt in the backward instead of being kept. Sinks are merged
-afterwards. Gradients of lse, sinks and biases are computed as in ``merge``.
+Torch's kernel sees P + T keys, aligned bottom-right; the prefix needs no special handling. If torch's kernel takes
+the offsets of packed sequences, each has its prefix laid before it, [P | K_0 | P | K_1 | ...]. No mask is needed
+then, and each sequence may have another prefix, or none.
+
+The kernel's dk and dv are split again, and the prefix's gradients are summed over the batch in fp32 in a fixed order;
+each sample's term has been rounded to the kernel's dtype. The buffers are rebuilt in the backward instead of being
+kept. Sinks are merged afterwards. Gradients of lse, sinks and biases are computed as in ``merge``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
-from .base import PrefixKernels
+from .base import PrefixKernels, Refusal
 from .composite import CompositeBackend, CompositePlan, as_bshd, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import joined_mask
+from .derived import derived
 from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
 
+#: Features with which the keys of packed sequences cannot be laid out without a mask.
+_NOT_LAID_OUT = frozenset({"key_mask", "bias", "prefix_bias", "prefix outside window"})
 #: Features that need a mask here even if torch's op has an argument of that name, as messages call them.
 _MASKED_FEATURES = {
     "cu_seqlens": "packed sequences behind one prefix",
@@ -35,8 +43,7 @@ class ConcatPlan(CompositePlan):
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
             return self.prefix_kernels.merge_prefix(_only_sinks(args), None, None)
-        joined = self.prefix_kernels.concat_prefix(args)
-        out, lse, has_empty_rows = self.on_kernel(args, lambda kernel: _attention(kernel, args, *joined))
+        out, lse, has_empty_rows = self.on_kernel(args, lambda kernel: self._attention(kernel, args))
         if args.sinks is not None or has_empty_rows:
             return self.prefix_kernels.merge_prefix(_only_sinks(args), out, lse)
         return as_bshd(out, args.q), lse.contiguous()
@@ -51,37 +58,69 @@ class ConcatPlan(CompositePlan):
             for x in gradients:
                 x.zero_()
             return gradients
-        joined = self.prefix_kernels.concat_prefix(args)
-        dq, dk, dv = self.on_kernel(
-            args, lambda kernel: attention_backward(kernel, dout, out, lse, _joined(kernel, args, *joined))
+        cu_keys, dq, dk, dv = self.on_kernel(
+            args, lambda kernel: self._attention_backward(kernel, dout, out, lse, args)
         )
-        gradients = allocate_gradients(args, [False, False, False, *needs[3:]])
+        gradients = allocate_gradients(args, [False, *needs[1:]] if cu_keys is not None else [False] * 3 + needs[3:])
         for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
             if total.numel():
-                self.prefix_kernels.sum_prefix_gradient(args, djoined, total)
+                self.prefix_kernels.sum_prefix_gradient(args, djoined, total, cu_keys)
+        if cu_keys is not None:
+            self.prefix_kernels.split_gradient(args, dk, dv, cu_keys, gradients.dk, gradients.dv)
+            return with_sequence(gradients, (dq, gradients.dk, gradients.dv), needs)
         prefix_len = args.prefix_k.shape[-2]
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
+    def _attention(self, kernel: TorchKernel, args: AttentionArgs) -> tuple[Tensor, Tensor, bool]:
+        """(out, lse, whether a row may see no key, so that its out is undefined)."""
+        inputs = self._joined(kernel, args)
+        return *attention(kernel, inputs), inputs.empty is not None
 
-def _attention(kernel: TorchKernel, args: AttentionArgs, *joined: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """(out, lse, whether a row may see no key, so that its out is undefined)."""
-    inputs = _joined(kernel, args, *joined)
-    return *attention(kernel, inputs), inputs.empty is not None
+    def _attention_backward(
+        self, kernel: TorchKernel, dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """(the offsets of the joined keys of packed sequences, dq, and dk and dv of the joined keys)."""
+        inputs = self._joined(kernel, args)
+        return inputs.cu_keys, *attention_backward(kernel, dout, out, lse, inputs)
+
+    def _joined(self, kernel: TorchKernel, args: AttentionArgs) -> KernelInputs:
+        """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
+        prefix_len = args.prefix_k.shape[-2]
+        window_skips_prefix = args.window is not None and not args.prefix_in_window
+        masked = window_skips_prefix or any(x is not None for x in (args.key_mask, args.bias, args.prefix_bias))
+        if args.cu_seqlens is not None and "cu_seqlens" in kernel.native and not masked:
+            cu_keys = _cu_keys(args, args.cu_seqlens)
+            joined_k, joined_v = self.prefix_kernels.concat_prefix(args, cu_keys)
+            longest = args.q.shape[2] if args.max_seqlen is None else args.max_seqlen
+            return KernelInputs(
+                args.q, joined_k, joined_v, args.scale, args.causal, args.window, args.cu_seqlens,
+                max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len,
+            )  # fmt: skip
+        joined_k, joined_v = self.prefix_kernels.concat_prefix(args)
+        inputs = KernelInputs(args.q, joined_k, joined_v, args.scale, args.causal, args.window, None)
+        masked = masked or args.cu_seqlens is not None or args.prefix_ids is not None
+        if not masked and not kernel.needs_mask(inputs):
+            return inputs
+        mask, empty = joined_mask(args)
+        return inputs._replace(causal=False, window=None, mask=mask, empty=empty)
 
 
-def _joined(kernel: TorchKernel, args: AttentionArgs, joined_k: Tensor, joined_v: Tensor) -> KernelInputs:
-    """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
-    inputs = KernelInputs(args.q, joined_k, joined_v, args.scale, args.causal, args.window, None)
-    window_skips_prefix = args.window is not None and not args.prefix_in_window
-    if not _is_masked(args) and not window_skips_prefix and not kernel.needs_mask(inputs):
-        return inputs
-    mask, empty = joined_mask(args)
-    return inputs._replace(causal=False, window=None, mask=mask, empty=empty)
+def _cu_keys(args: AttentionArgs, cu_seqlens: Tensor) -> Tensor:
+    """int32 [n + 1]: the offsets of the packed sequences' keys, with each one's prefix before them."""
+    prefix_len, ids = args.prefix_k.shape[-2], args.prefix_ids
 
+    def offsets() -> Tensor:
+        num_sequences = cu_seqlens.shape[0] - 1
+        if ids is None:
+            added = torch.arange(num_sequences + 1, device=cu_seqlens.device) * prefix_len
+        else:
+            lengths: Tensor | int = prefix_len
+            if args.prefix_lens is not None:
+                lengths = args.prefix_lens[ids.clamp(min=0)]
+            added = functional.pad(torch.where(ids >= 0, lengths, 0).cumsum(0), (1, 0))
+        return (cu_seqlens + added).to(torch.int32)
 
-def _is_masked(args: AttentionArgs) -> bool:
-    """Whether an argument needs a mask, whatever the kernel."""
-    return any(x is not None for x in (args.cu_seqlens, args.prefix_ids, args.key_mask, args.bias, args.prefix_bias))
+    return derived("offsets of joined keys", (cu_seqlens, ids, args.prefix_lens), (prefix_len,), offsets)
 
 
 class ConcatBackend(CompositeBackend):
@@ -94,11 +133,32 @@ class ConcatBackend(CompositeBackend):
         reasons = super().unsupported(call)
         if "gate" in call.features:
             reasons.append("a gated prefix has a softmax of its own: use backend='merge' or 'triton'")
-        if {"cu_seqlens", "bank"} <= set(call.features):
-            reasons.append("supports one prefix per batch entry, not per packed sequence: use backend='merge'")
         return reasons
 
+    def attention_kernels(
+        self, call: Call, kernels: list[TorchKernel] | None = None
+    ) -> dict[str, TorchKernel | Refusal]:
+        found = super().attention_kernels(call, kernels)
+        if not {"cu_seqlens", "bank"} <= set(call.features):
+            return found
+        # a mask of [S, P + T] has the keys of one prefix only
+        reason = "no prefixes of their own for packed sequences"
+        packs = _NOT_LAID_OUT.isdisjoint(call.features)
+        return {
+            name: kernel
+            if isinstance(kernel, Refusal) or (packs and "cu_seqlens" in kernel.native)
+            else Refusal((f"{name}: {reason}",))
+            for name, kernel in found.items()
+        }
+
+    def why_not_together(self, call: Call, kernel: TorchKernel, prefix: PrefixKernels) -> list[str]:
+        if prefix.joins_parts or "cu_seqlens" not in kernel.native.intersection(call.features):
+            return []
+        return [f"{prefix.title}: no concatenation of packed sequences"]
+
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
+        if "cu_seqlens" in features and _NOT_LAID_OUT.isdisjoint(features):
+            return tuple(name for name in features if name not in ("sinks", "bank", "prefix_lens"))
         return tuple(_MASKED_FEATURES.get(name, name) for name in features if name != "sinks")
 
     def num_keys(self, call: Call) -> int:

@@ -139,6 +139,7 @@ class CudaPrefixKernels(PrefixKernels):
     name = "cuda"
     title = "CUDA C++"
     attention = CudaPlan()
+    joins_parts = False
 
     def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
         x = sizes_of(call)

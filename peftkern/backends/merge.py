@@ -16,10 +16,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
-from .base import PrefixKernels
+from . import torch_attention
+from .base import PrefixKernels, Refusal
 from .composite import CompositeBackend, CompositePlan, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import sequence_mask
+from .long_prefix import LongPrefixKernels, with_long_prefixes
 from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
 
 #: Features of the prefix alone: the prefix kernels have them, so torch's kernel need not.
@@ -73,6 +75,19 @@ class MergeBackend(CompositeBackend):
 
     name = "merge"
     plan_type = MergePlan
+
+    def beside(self, call: Call) -> dict[str, PrefixKernels | Refusal]:
+        return with_long_prefixes(call, super().beside(call))
+
+    def beside_anywhere(self, call: Call) -> dict[str, PrefixKernels]:
+        anywhere = [kernel.on_any_machine() for kernel in torch_attention.KERNELS]
+        found = with_long_prefixes(call, {**super().beside_anywhere(call)}, anywhere)
+        return {name: kernels for name, kernels in found.items() if isinstance(kernels, PrefixKernels)}
+
+    def beside_named(self, name: str) -> PrefixKernels:
+        kernel, plus, beside = name.rpartition("+")
+        kernels = super().beside_named(beside)
+        return LongPrefixKernels(torch_attention.kernel_named(kernel), kernels) if plus else kernels
 
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in features if name not in _PREFIX_FEATURES)

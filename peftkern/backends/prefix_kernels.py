@@ -42,10 +42,10 @@ def refusal(found: dict[str, PrefixKernels | Refusal]) -> Refusal | None:
     return Refusal((f"no prefix kernels can run this call ({reasons})",), all(r.other_device for r in refusals))
 
 
-def supported(call: Call) -> list[PrefixKernels]:
-    """The prefix kernels that can run ``call`` on some machine."""
+def supported(call: Call) -> dict[str, PrefixKernels]:
+    """The prefix kernels by name that can run ``call`` on some machine."""
     seen = _as_prefix_kernels_see(call)
-    return [kernels for kernels, backend in PREFIX_KERNELS if not backend.limits(seen)]
+    return {kernels.name: kernels for kernels, backend in PREFIX_KERNELS if not backend.limits(seen)}
 
 
 def _as_prefix_kernels_see(call: Call) -> Call:

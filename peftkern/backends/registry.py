@@ -150,7 +150,8 @@ def costs(call: Call, machine: Machine) -> dict[str, list[Pass] | None]:
     """The passes of each plan by its name. A backend without any stands there with its own name, and None."""
     found: dict[str, list[Pass] | None] = {}
     for name, backend in BACKENDS.items():
-        found |= backend.costs(call, machine) or {name: None}
+        passes: dict[str, Any] = {**backend.costs(call, machine)}
+        found |= passes or {name: None}
     return found
 
 

@@ -13,6 +13,7 @@ native              the features for which the op has arguments
 masks               accepts an additive mask, which expresses every other feature
 repeatable          its gradients are the same from run to run under ``torch.use_deterministic_algorithms(True)``
 setup               seconds that the op spends on a plan for sizes that it has not seen before
+ordered_sums        dk and dv are the same from run to run in any case
 limits              reasons of the op's library against a call, for example because of its version
 lse_layout          converts lse to the layout that the backward reads: rounded up in length, with a trailing dim
 ==================  =====================================================================================
@@ -96,6 +97,7 @@ class TorchKernel:
     masks: bool = False
     repeatable: bool = True
     setup: float = 0.0
+    ordered_sums: bool = False
     limits: Callable[[Call, tuple[str, ...], int], list[str]] = _no_limits
     lse_layout: Callable[[Tensor], Tensor] = Tensor.contiguous
     usable: bool = True
@@ -371,7 +373,7 @@ KERNELS = [
     TorchKernel(
         "flash", "cuda", _HALF, 256, _flash_forward, _flash_backward, head_dim_multiple=8,
         top_left=_HIP, native=frozenset({"non-causal", "window"} | (set() if _HIP else {"cu_seqlens"})),
-        usable=torch.backends.cuda.is_flash_attention_available(),
+        ordered_sums=True, usable=torch.backends.cuda.is_flash_attention_available(),
     ),
     TorchKernel(
         "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
@@ -385,6 +387,6 @@ KERNELS = [
     ),
     TorchKernel(
         "cpu flash", "cpu", (torch.float32, *_HALF), 256, _cpu_forward, _cpu_backward, grouped=False, top_left=True,
-        native=frozenset({"non-causal"}), masks=True,
+        native=frozenset({"non-causal"}), masks=True, ordered_sums=True,
     ),
 ]  # fmt: skip

@@ -25,7 +25,7 @@ sums in blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,14 @@ ROUNDINGS = {
     "merge": Roundings(torch_kernel=True),
     "concat": Roundings(torch_kernel=True, prefix_samples=True),
 }
+
+
+def roundings_of(plan: str) -> Roundings:
+    """The roundings of a backend or a plan, by its name."""
+    backend, *kernels = plan.split("/")
+    found = ROUNDINGS.get(backend, DEFAULT_ROUNDINGS)
+    # a kernel of torch on the prefix returns its gradients in q's dtype
+    return replace(found, prefix_samples=True) if kernels and "+" in kernels[-1] else found
 
 
 @dataclass
@@ -251,7 +259,7 @@ def check_backend(
         out, lse = functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
         return out.cpu(), lse.cpu()
 
-    roundings = ROUNDINGS.get(backend, DEFAULT_ROUNDINGS)
+    roundings = roundings_of(backend)
     got, result = ratios(kernel, tensors, options, backward=backward, dlse=dlse, roundings=roundings)
     for one in result.values():
         _assert_within(one)

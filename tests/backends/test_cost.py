@@ -62,9 +62,36 @@ def test_the_same_kernel_for_both_alignments_means_concat():
     assert _first(_call(), "sm_90", FLASH_ONLY, flash="FA3") == "concat"
 
 
+def _plan(call, **machine):
+    return next(iter(registry.rank(call, Machine("sm_90", ALL_KERNELS, **machine))))
+
+
+def test_hopper_takes_cudnn_for_square_causal_attention():
+    """What torch's own dispatch takes for PEFT. Concatenated keys are not square, so cuDNN would need a mask there."""
+    for batch, queries, prefix in ((4, 2048, 128), (8, 4096, 128), (4, 2048, 16)):
+        assert _plan(_call(batch=batch, queries=queries, prefix=prefix)).startswith("merge/cudnn/")
+
+
+def test_lengths_that_rarely_come_again_do_not_go_to_cudnn():
+    """It would build a plan for each, which takes some 30 ms."""
+    assert "cudnn" not in _plan(_call(queries=2047))
+    assert "cudnn" not in _plan(_call(batch=1, features=("cu_seqlens",)))
+
+
+def test_prefix_kernels_are_chosen_by_the_length_of_the_prefix():
+    """CUDA C++ walks over all rows once for every 64 tokens."""
+    ranked = registry.rank(_call(prefix=512), Machine("sm_90", ALL_KERNELS))
+    assert ranked["merge/cudnn/triton"].seconds < ranked["merge/cudnn/cuda"].seconds
+    assert _plan(_call(prefix=2048)).startswith("merge/cudnn/flash+"), "torch's kernel on a long prefix"
+
+
 def test_what_needs_a_mask_when_concatenated_is_merged():
-    for features in (("prefix_lens", "bank"), ("cu_seqlens",)):
-        assert _first(_call(batch=1 if "cu_seqlens" in features else 4, features=features)) == "merge", features
+    assert _first(_call(features=("prefix_lens", "bank"))) == "merge"
+
+
+def test_packed_sequences_need_no_mask_when_concatenated():
+    """FlashAttention takes the offsets of queries and keys."""
+    assert _plan(_call(batch=1, queries=8192, prefix=20, features=("cu_seqlens", "bank"))) == "concat/flash/triton"
 
 
 def test_a_short_call_is_one_launch():

@@ -286,3 +286,13 @@ def test_readme_tables_are_made_from_results(monkeypatch, tmp_path):
     assert "| 9 | PEFT | 0 |" in text
     assert "| 9 | patch | 512 or more |" in text
     assert "| SmolLM2-135M, bf16 | 4 | 32 | 100 | out of memory | - |" in text
+
+
+def test_the_table_of_plans_marks_what_auto_takes(script, capsys):
+    script("plan_table").main(["--shapes", "4x2048x128", "1x8192x20:prompt"])
+    text = capsys.readouterr().out
+    assert "modelled us on sm_90" in text
+    assert text.count("*") == 3, "one per shape, and the heading"
+    with pytest.raises(SystemExit):
+        script("plan_table").main(["--shapes", "4x2048"])
+    assert "expected BxSxP" in capsys.readouterr().err

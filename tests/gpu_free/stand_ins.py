@@ -9,7 +9,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -69,13 +68,24 @@ def _check_dense(*xs: Tensor, dtypes: tuple[torch.dtype, ...], multiple: int) ->
         assert x.numel(), "an empty tensor"
 
 
-def _sequences(q: Tensor, k: Tensor, cum_q: Tensor | None) -> list[tuple[slice, slice, slice]]:
+#: The blocks of 128 rows that variable-length kernels have launched per head, and those that hold rows.
+blocks = {"launched": 0, "needed": 0}
+
+
+def _sequences(
+    cum_q: Tensor | None, cum_k: Tensor | None, max_q: int, max_k: int
+) -> list[tuple[slice, slice, slice]]:
     """(batch entries, rows, keys) that one dense attention covers, of q [B, S, H, D], or of packed q [S, H, D]."""
     if cum_q is None:
         return [(slice(None), slice(None), slice(None))]
-    assert cum_q.dtype == torch.int32
-    ends = cum_q.tolist()
-    return [(slice(None), slice(a, b), slice(a, b)) for a, b in itertools.pairwise(ends) if a < b]
+    assert cum_q.dtype == cum_k.dtype == torch.int32
+    (starts, ends), (first_keys, last_keys) = ((x[:-1].tolist(), x[1:].tolist()) for x in (cum_q, cum_k))
+    blocks["launched"] += len(starts) * math.ceil(max_q / 128)
+    blocks["needed"] += sum(math.ceil((b - a) / 128) for a, b in zip(starts, ends, strict=True))
+    assert all(b - a <= max_q for a, b in zip(starts, ends, strict=True)), "a sequence is longer than max_q"
+    assert all(b - a <= max_k for a, b in zip(first_keys, last_keys, strict=True)), "keys beyond max_k"
+    ranges = zip(starts, ends, first_keys, last_keys, strict=True)
+    return [(slice(None), slice(a, b), slice(c, d)) for a, b, c, d in ranges if a < b]
 
 
 def flash_attention_forward(
@@ -88,7 +98,7 @@ def flash_attention_forward(
     out = torch.empty_like(query)
     q, k, v, o = (x if cum_seq_q is None else x[None] for x in (query, key, value, out))
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.inf)
-    for entries, rows, keys in _sequences(q, k, cum_seq_q):
+    for entries, rows, keys in _sequences(cum_seq_q, cum_seq_k, max_q, max_k):
         qs, ks, vs = (x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys)))
         visible = _visible(qs.shape[2], ks.shape[2], is_causal, False, window_size_left, window_size_right)
         result, statistics = _forward(qs, ks, vs, scale, visible)
@@ -108,7 +118,7 @@ def flash_attention_backward(
     lse = logsumexp[None] if packed else logsumexp
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for entries, rows, keys in _sequences(q, k, cum_seq_q):
+    for entries, rows, keys in _sequences(cum_seq_q, cum_seq_k, max_q, max_k):
         parts = [x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys), (o, rows), (do, rows))]
         visible = _visible(
             parts[0].shape[2], parts[1].shape[2], is_causal, False, window_size_left, window_size_right
@@ -199,7 +209,7 @@ OPS = SimpleNamespace(
 _TABLE = {row.name: row for row in torch_attention.KERNELS}
 
 ROWS = {
-    **{name: dataclasses.replace(row, device="cpu", usable=True) for name, row in _TABLE.items()},
+    **{name: dataclasses.replace(row.on_any_machine(), device="cpu") for name, row in _TABLE.items()},
 }
 
 

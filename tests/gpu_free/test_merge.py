@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 import peftkern
 from peftkern import ops
 from peftkern.arguments import allocate_gradients, allocate_outputs
-from peftkern.backends import dense_mask, torch_attention
+from peftkern.backends import dense_mask, registry, torch_attention
 from peftkern.backends.triton import TritonPrefixKernels, launch
 from peftkern.testing.bounds import ROUNDINGS, check_backend, ratios
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
@@ -29,11 +30,13 @@ SHAPE = Shape(B=2, Hq=4, Hkv=2, S=33, P=19, D=20)  # two blocks of rows, of whic
 BOTH = ["merge", "concat"]
 
 #: What each backend refuses: features, by torch's kernel where a mask cannot be had.
-REFUSED = {"merge": {"softcap", "dropout"}, "concat": {"softcap", "dropout", "gate", "packed_bank"}}
+REFUSED = {"merge": {"softcap", "dropout"}, "concat": {"softcap", "dropout", "gate", "packed_bank", "packed_prompt"}}
 UNMASKED = {
     "merge": {"key_mask", "bias", "bias_row"},
-    "concat": {"key_mask", "bias", "bias_row", "prefix_bias", "bank", "ragged_bank", "packed", "window_after_prefix"},
+    "concat": {"key_mask", "bias", "bias_row", "prefix_bias", "bank", "ragged_bank", "window_after_prefix"},
 }
+#: What torch's flash attention has in addition, since it takes offsets of queries and keys.
+PACKED = {"packed_bank", "packed_prompt"}
 
 
 def _feature(name: str, shape: Shape = SHAPE):
@@ -70,7 +73,8 @@ def test_every_feature_on_torchs_cpu_kernel(backend, dtype, name):
 
 #: Features in which the rows' own code differs.
 OF_A_ROW = {
-    "plain", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix", "packed", "bank", "ragged_bank",
+    "plain", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix", "packed", "packed_bank",
+    "packed_prompt", "bank", "ragged_bank",
 }  # fmt: skip
 
 
@@ -82,7 +86,8 @@ def test_every_feature_on_every_row(backend, row, name, monkeypatch):
     stand_ins.install(monkeypatch, row)
     shape, options = _feature(name, dataclasses.replace(SHAPE, Hq=2, Hkv=1, S=35))
     dtype = {"efficient": torch.float32, "cudnn": torch.bfloat16}.get(row, torch.float16)
-    if name in REFUSED[backend] or (row == "flash" and name in UNMASKED[backend]):
+    refused = REFUSED[backend] - PACKED | UNMASKED[backend] if row == "flash" else REFUSED[backend]
+    if name in refused:
         with pytest.raises(peftkern.BackendUnavailable, match=f"{backend}: .*: use backend='"):
             _check(backend, shape, options, dtype)
     else:
@@ -326,3 +331,77 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     assert "concat: torch has no attention kernel with softcap: use backend='triton'" in text
     monkeypatch.setattr(torch_attention, "KERNELS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))
+
+
+#: A prefix of two blocks of keys, over which torch's kernel runs as well.
+LONG = "merge/{0}/{0}+triton"
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["plain", "packed", "window_after_prefix", "kv_cache", "non_causal"])
+@pytest.mark.parametrize("row", ["flash", "cpu flash"])
+def test_torchs_kernel_on_a_long_prefix(row, name, monkeypatch):
+    stand_ins.install(monkeypatch, row)
+    shape, options = _feature(name, dataclasses.replace(SHAPE, Hq=4, Hkv=2, S=21, P=40))
+    if row == "cpu flash" and name == "kv_cache":
+        options = {"causal": False}
+    for dtype in (torch.float16, torch.bfloat16):
+        _check(LONG.format(row), shape, options, dtype, torch.float32)
+
+
+def test_what_a_long_prefix_cannot_have_is_refused(monkeypatch):
+    stand_ins.install(monkeypatch, "flash")
+    shape, options = _feature("bank")
+    with pytest.raises(
+        peftkern.BackendUnavailable, match=r"merge/flash/flash\+triton: this plan is not for such a call"
+    ):
+        peftkern.prefix_attention(**tensors(shape, torch.float16), **options, backend=LONG.format("flash"))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_kernel_that_refuses_at_run_time_hands_over_once_and_says_so(backend, monkeypatch):
+    """cuDNN raises where it finds no plan for some sizes. The next kernel of the table runs forward and backward."""
+    stand_ins.install(monkeypatch, "cudnn")
+    calls = []
+
+    def refuse(*_):
+        calls.append("cudnn")
+        raise RuntimeError("No valid execution plans built.")
+
+    refusing = dataclasses.replace(stand_ins.ROWS["cudnn"], forward=refuse, backward=refuse)
+    monkeypatch.setattr(torch_attention, "KERNELS", [refusing, stand_ins.ROWS["efficient"]])
+    registry.forget()
+    plan, shape = f"{backend}/cudnn/triton", dataclasses.replace(SHAPE, S=9)
+    with pytest.warns(UserWarning, match=r"cudnn attention refuses .* efficient runs it: No valid execution plans"):
+        _check(plan, shape, {}, torch.float16)
+    assert calls == ["cudnn"], "the kernel is asked again for sizes that it has refused"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _check(plan, dataclasses.replace(shape, S=10), {}, torch.float16)
+    monkeypatch.setattr(torch_attention, "KERNELS", [refusing])
+    registry.forget()
+    with pytest.raises(RuntimeError, match="No valid execution plans built"):
+        _check(plan, dataclasses.replace(shape, S=11), {}, torch.float16)
+    registry.forget()
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("prompt", [0, 20], ids=["packed", "prompt"])
+def test_variable_length_kernels_launch_few_blocks_that_have_no_rows(backend, prompt, monkeypatch):
+    """17 sequences. Without ``max_seqlen`` each of them costs as many blocks as the whole stream has."""
+    stand_ins.install(monkeypatch, "flash")
+    lengths = [prompt, *[256] * 16] if prompt else [256] * 17
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    inputs = tensors(
+        Shape(B=1, Hq=1, Hkv=1, S=int(ends[-1]), P=prompt or 4, D=8, A=1 if prompt else None), torch.half
+    )
+    options = (
+        {"prefix_ids": torch.tensor([-1, *[0] * 16], dtype=torch.int32), "prefix_start": prompt} if prompt else {}
+    )
+    launched = []
+    for hint in ({}, {"max_seqlen": 256}):
+        stand_ins.blocks.update(launched=0, needed=0)
+        peftkern.prefix_attention(**inputs, cu_seqlens=ends, **options, **hint, backend=backend)
+        launched.append(stand_ins.blocks["launched"] / stand_ins.blocks["needed"])
+    assert launched[0] > 15
+    assert launched[1] <= 1.1

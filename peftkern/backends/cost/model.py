@@ -54,7 +54,8 @@ class Estimate(NamedTuple):
 class Pass(NamedTuple):
     """Kernels that run one after another. ``engine`` and ``backward`` name the rate that applies to them.
 
-    ``setup`` are seconds beside the kernels' own time.
+    ``setup`` are seconds beside the kernels' own time. ``blocks`` is the number of thread blocks if it is not that of
+    blocks of 128 queries.
     """
 
     engine: str
@@ -63,6 +64,7 @@ class Pass(NamedTuple):
     bytes: float
     backward: bool = False
     setup: float = 0.0
+    blocks: int | None = None
 
 
 class Sizes(NamedTuple):
@@ -96,16 +98,17 @@ def sizes_of(call: Call) -> Sizes:
     kv_heads, keys, prefix = call.kv_shape[1], call.kv_shape[2], call.prefix_shape[-2]
     bank = call.prefix_shape[0] if len(call.prefix_shape) == 4 else 1
     element, per_pair = call.dtype.itemsize, 4.0 * batch * heads * head_dim
-    full = queries * keys
+    full, sequences = queries * keys, batch
     if "cu_seqlens" in call.features:
         pairs = queries * min(keys, _PACKED) * (1 if "non-causal" in call.features else 0.5)
+        sequences = max(1, queries // _PACKED)
     else:
         pairs = full if "non-causal" in call.features else full - queries * (queries - 1) / 2
     return Sizes(
         batch, heads, queries, keys, prefix, head_dim, heads // max(1, kv_heads),
         q=float(batch * heads * queries * head_dim * element), kv=2.0 * batch * kv_heads * keys * head_dim * element,
         prefix_once=2.0 * bank * kv_heads * prefix * head_dim * element,
-        prefix_each=2.0 * batch * kv_heads * prefix * head_dim * element, lse=4.0 * batch * heads * queries,
+        prefix_each=2.0 * sequences * kv_heads * prefix * head_dim * element, lse=4.0 * batch * heads * queries,
         element=element, seq_flops=per_pair * pairs, full_flops=per_pair * full,
         prefix_flops=per_pair * queries * prefix,
     )  # fmt: skip
@@ -204,7 +207,7 @@ def _time(part: Pass, call: Call, machine: Machine) -> tuple[float, float] | Non
 def _flops(part: Pass, call: Call, arch: str) -> float:
     rates = RATES["gpu"][arch]
     queries = call.q_shape[2] if call.op == "prefix_attention" else 1
-    blocks = call.q_shape[0] * call.q_shape[1] * -(-queries // 128)
+    blocks = part.blocks or call.q_shape[0] * call.q_shape[1] * -(-queries // 128)
     busy = min(1.0, max(blocks, 1) / rates["processors"])
     if call.dtype.itemsize > 2 or part.engine == "reference":
         fp32 = rates["fp32"]
