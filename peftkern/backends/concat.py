@@ -16,7 +16,7 @@ from .base import PrefixKernels
 from .composite import CompositeBackend, CompositePlan, as_bshd, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import joined_mask
-from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
+from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features that need a mask here even if torch's op has an argument of that name, as messages call them.
 _MASKED_FEATURES = {
@@ -63,15 +63,17 @@ class ConcatPlan(CompositePlan):
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
 
-def _attention(kernel: TorchKernel, args: AttentionArgs, *joined: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _attention(kernel: AttentionKernel, args: AttentionArgs, *joined: Tensor) -> tuple[Tensor, Tensor, bool]:
     """(out, lse, whether a row may see no key, so that its out is undefined)."""
     inputs = _joined(kernel, args, *joined)
     return *attention(kernel, inputs), inputs.empty is not None
 
 
-def _joined(kernel: TorchKernel, args: AttentionArgs, joined_k: Tensor, joined_v: Tensor) -> KernelInputs:
+def _joined(kernel: AttentionKernel, args: AttentionArgs, joined_k: Tensor, joined_v: Tensor) -> KernelInputs:
     """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
-    inputs = KernelInputs(args.q, joined_k, joined_v, args.scale, args.causal, args.window, None)
+    inputs = KernelInputs(
+        args.q, joined_k, joined_v, args.scale, args.causal, args.window, None, softcap=args.softcap
+    )
     window_skips_prefix = args.window is not None and not args.prefix_in_window
     if not _is_masked(args) and not window_skips_prefix and not kernel.needs_mask(inputs):
         return inputs
