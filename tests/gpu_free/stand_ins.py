@@ -216,7 +216,7 @@ OPS = SimpleNamespace(
 _TABLE = {row.name: row for row in torch_attention.KERNELS}
 
 ROWS = {
-    **{name: dataclasses.replace(row, device="cpu", missing=lambda: None) for name, row in _TABLE.items()},
+    **{name: dataclasses.replace(row.on_any_machine(), device="cpu") for name, row in _TABLE.items()},
 }
 
 
