@@ -19,21 +19,22 @@ from . import torch_attention
 from .base import Plan, PrefixKernels, Refusal
 from .composite import as_bshd
 from .cost.model import Pass, sizes_of
-from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
+from .kernel_table import attention_kernels
+from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features with which a row does not see the whole prefix, or not by the joint softmax alone.
-_UNSUPPORTED = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks"})
+_UNSUPPORTED = frozenset({"softcap", "bank", "prefix_lens", "prefix_bias", "gate", "sinks"})
 
 
 def with_long_prefixes(
-    call: Call, beside: dict[str, PrefixKernels | Refusal], kernels: Sequence[TorchKernel] | None = None
+    call: Call, beside: dict[str, PrefixKernels | Refusal], kernels: Sequence[AttentionKernel] | None = None
 ) -> dict[str, PrefixKernels | Refusal]:
     """``beside`` and, if they can run ``call``, the same prefix kernels with torch's kernels on the prefix.
 
     Args:
         call: the call.
         beside: prefix kernels by name.
-        kernels: replaces the kernels of this build of torch.
+        kernels: replaces the table.
     """
     windowed = "window" in call.features and "prefix outside window" not in call.features
     if call.op != "prefix_attention" or windowed or not _UNSUPPORTED.isdisjoint(call.features):
@@ -42,11 +43,12 @@ def with_long_prefixes(
     rows = replace(call, q_shape=(1, heads, batch * q_len, head_dim), features=("non-causal",))
     if 0 in rows.q_shape or call.prefix_shape[-2] == 0:
         return beside
-    found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], kernels)
+    table = attention_kernels() if kernels is None else kernels
+    found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], table)
     long = [
         LongPrefixKernels(kernel, kernels)
         for kernel in found.values()
-        if isinstance(kernel, TorchKernel) and kernel.ordered_sums
+        if isinstance(kernel, AttentionKernel) and kernel.ordered_sums
         for kernels in beside.values()
         if isinstance(kernels, PrefixKernels) and kernels.joins_parts
     ]
@@ -57,7 +59,7 @@ def with_long_prefixes(
 class LongPrefixKernels(PrefixKernels):
     """A kernel of torch on the prefix, and other prefix kernels for all else."""
 
-    kernel: TorchKernel
+    kernel: AttentionKernel
     beside: PrefixKernels
 
     @property
