@@ -4,8 +4,8 @@
     python -m benchmarks.plan_table
     python -m benchmarks.plan_table --arch sm_80 --shapes 4x2048x128 --forward
 
-A plan is a backend or a pair of an attention kernel of torch and prefix kernels. A shape is BxSxP; the heads are those
-of a layer of Llama-8B (32 query heads, 8 key heads, head dim 128), in bf16. All times are modelled
+A plan is a backend or a pair of an attention kernel of torch and prefix kernels. A shape is BxSxP; the heads are
+those of a layer of Llama-8B (32 query heads, 8 key heads, head dim 128), in bf16. All times are modelled
 (peftkern/backends/cost/model.py), not measured.
 """
 

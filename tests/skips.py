@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,16 @@ def needs(*tools: str) -> pytest.MarkDecorator:
     """Skips a test unless PATH has all of ``tools``, which are keys of :data:`TOOLS`."""
     missing = [tool for tool in tools if command(tool) is None]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(tools)}")
+
+
+def source(file: str) -> Path | None:
+    """A source file of an installed package, which may not import here."""
+    return next((path for path in (Path(folder, file) for folder in sys.path) if path.is_file()), None)
+
+
+def needs_source(distribution: str, file: str) -> pytest.MarkDecorator:
+    """Skips a test unless :func:`source` finds ``file``, which ``distribution`` installs."""
+    return pytest.mark.skipif(source(file) is None, reason=f"needs the package {distribution}")
 
 
 def reasons(reports: Iterable) -> Counter[str]:

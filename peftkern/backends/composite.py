@@ -25,20 +25,21 @@ from .cost.model import (
     sizes_of,
     softmax_sums_pass,
 )
-from .torch_attention import TorchKernel
+from .kernel_table import attention_kernels, kernel_named, known_kernels
+from .torch_attention import AttentionKernel
 from .triton import TritonBackend
 
 _Result = TypeVar("_Result")
 
-#: Features that no attention kernel of torch has, and what they are called in messages.
-_UNSUPPORTED = {"softcap": "softcap", "dropout": "peftkern's reproducible dropout"}
+#: Features that no attention kernel beside ours has, and what they are called in messages.
+_UNSUPPORTED = {"dropout": "peftkern's reproducible dropout"}
 
 
 @dataclass(frozen=True)
 class CompositePlan(Plan):
     """An attention kernel of torch and the prefix kernels beside it. An embedding needs no attention kernel."""
 
-    kernel: TorchKernel | None
+    kernel: AttentionKernel | None
     prefix_kernels: PrefixKernels
     backend: ClassVar[str]
 
@@ -49,10 +50,10 @@ class CompositePlan(Plan):
 
     @property
     def kernels(self) -> str:
-        beside = f" beside torch's {self.kernel.name}" if self.kernel else ""
+        beside = f" beside {self.kernel.title}" if self.kernel else ""
         return self.prefix_kernels.title + beside
 
-    def on_kernel(self, args: AttentionArgs, compute: Callable[[TorchKernel], _Result]) -> _Result:
+    def on_kernel(self, args: AttentionArgs, compute: Callable[[AttentionKernel], _Result]) -> _Result:
         """``compute`` on the plan's kernel of torch or, if that refuses sizes at run time, on the next that can.
 
         cuDNN builds a plan for each set of sizes and raises if it finds none. A warning names both kernels, once.
@@ -73,18 +74,18 @@ class CompositePlan(Plan):
             if (self.name, "") not in _refused:
                 _refused.add((self.name, ""))
                 warnings.warn(
-                    f"torch's {self.kernel.name} attention refuses a call that it was expected to run, so "
+                    f"{self.kernel.title} attention refuses a call that it was expected to run, so "
                     f"{kernel.name} runs it: {reason}",
                     stacklevel=2,
                 )
             return compute(kernel)
         raise reason
 
-    def _successors(self, args: AttentionArgs) -> Iterator[TorchKernel]:
+    def _successors(self, args: AttentionArgs) -> Iterator[AttentionKernel]:
         """The kernels that can run the call besides the plan's own, in order of preference."""
         found = BACKENDS[self.backend].attention_kernels(attention_call(args, needs_grad=True))
         for kernel in found.values():
-            if isinstance(kernel, TorchKernel) and kernel is not self.kernel:
+            if isinstance(kernel, AttentionKernel) and kernel is not self.kernel:
                 yield kernel
 
     def soft_prompt_embedding(
@@ -128,6 +129,7 @@ class CompositeBackend(Backend):
         """The number of keys that torch's kernel reads."""
 
     def limits(self, call: Call) -> list[str]:
+        """Those of torch's kernels: packages are optional."""
         reasons = self.unsupported(call)
         if not reasons and call.op == "prefix_attention":
             on_gpu = replace(call, device=torch.device("cuda"))
@@ -154,7 +156,7 @@ class CompositeBackend(Backend):
             return {self.name: Refusal(("requires a CUDA or ROCm device",), other_device=True)}
         if reasons := self.unsupported(call):
             return {self.name: Refusal(tuple(reasons))}
-        kernels: dict[str, TorchKernel | Refusal | None] = {"": None}
+        kernels: dict[str, AttentionKernel | Refusal | None] = {"": None}
         if call.op == "prefix_attention":
             found = self.attention_kernels(call)
             refusal = torch_attention.refusal(call, found) or refusal
@@ -176,7 +178,7 @@ class CompositeBackend(Backend):
         return prefix_kernels.supported(call)
 
     def _pair(
-        self, call: Call, kernel: TorchKernel | Refusal | None, prefix: PrefixKernels | Refusal
+        self, call: Call, kernel: AttentionKernel | Refusal | None, prefix: PrefixKernels | Refusal
     ) -> Plan | Refusal:
         if isinstance(kernel, Refusal) or isinstance(prefix, Refusal):
             refusals = [x for x in (kernel, prefix) if isinstance(x, Refusal)]
@@ -184,15 +186,16 @@ class CompositeBackend(Backend):
         reasons = [] if kernel is None else self.why_not_together(call, kernel, prefix)
         return Refusal(tuple(reasons)) if reasons else self.plan_type(kernel, prefix)
 
-    def why_not_together(self, call: Call, kernel: TorchKernel, prefix: PrefixKernels) -> list[str]:
+    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: PrefixKernels) -> list[str]:
         """Reasons why a kernel and prefix kernels that can each run a call cannot do so together."""
         return []
 
     def attention_kernels(
-        self, call: Call, kernels: list[TorchKernel] | None = None
-    ) -> dict[str, TorchKernel | Refusal]:
-        """The kernels of torch for a call, by name, or why they cannot run it. ``kernels`` replaces the table."""
+        self, call: Call, kernels: list[AttentionKernel] | None = None
+    ) -> dict[str, AttentionKernel | Refusal]:
+        """The kernels for a call, by name, or why they cannot run it. ``kernels`` replaces the table."""
         features = self.kernel_features(call.features)
+        kernels = attention_kernels() if kernels is None else kernels
         return torch_attention.candidates(call, features, self.num_keys(call), kernels)
 
     def restore(self, choices: tuple[str, ...]) -> Plan:
@@ -200,7 +203,7 @@ class CompositeBackend(Backend):
             got = "/".join((self.name, *choices))
             raise ValueError(f"plan: expected {self.name}/KERNEL/PREFIX_KERNELS, got {got}")
         kernel, kernels = choices
-        return self.plan_type(torch_attention.kernel_named(kernel) if kernel else None, self.beside_named(kernels))
+        return self.plan_type(kernel_named(kernel) if kernel else None, self.beside_named(kernels))
 
     def beside_named(self, name: str) -> PrefixKernels:
         """The prefix kernels with this name. Raises ValueError if there are none."""
@@ -212,16 +215,16 @@ class CompositeBackend(Backend):
         beside = self.beside_anywhere(call)
         if call.op == "soft_prompt_embedding":
             return {f"{self.name}//{prefix.name}": embedding_passes(call, prefix.name) for prefix in beside.values()}
-        usable = [x.on_any_machine() for x in torch_attention.KERNELS if x.name in machine.torch_kernels]
+        usable = [x.on_any_machine() for x in known_kernels() if x.name in machine.attention_kernels]
         return {
             f"{self.name}/{name}/{prefix.name}": self._passes(call, machine, kernel, prefix)
             for name, kernel in self.attention_kernels(call, usable).items()
-            if isinstance(kernel, TorchKernel)
+            if isinstance(kernel, AttentionKernel)
             for prefix in beside.values()
             if not self.why_not_together(call, kernel, prefix)
         }
 
-    def _passes(self, call: Call, machine: Machine, kernel: TorchKernel, prefix: PrefixKernels) -> list[Pass]:
+    def _passes(self, call: Call, machine: Machine, kernel: AttentionKernel, prefix: PrefixKernels) -> list[Pass]:
         sizes, features, num_keys = sizes_of(call), self.kernel_features(call.features), self.num_keys(call)
         own = _kernel_passes(call, sizes, machine, kernel, features, num_keys)
         forward, backward = self.passes(call, sizes, prefix, *own)
@@ -241,7 +244,7 @@ class CompositeBackend(Backend):
 
 
 def _kernel_passes(
-    call: Call, x: Sizes, machine: Machine, kernel: TorchKernel, features: tuple[str, ...], num_keys: int
+    call: Call, x: Sizes, machine: Machine, kernel: AttentionKernel, features: tuple[str, ...], num_keys: int
 ) -> tuple[list[Pass], list[Pass]]:
     """The passes of torch's kernel over ``num_keys`` keys, forward and backward."""
     with_prefix = num_keys != x.keys

@@ -22,7 +22,7 @@ from .composite import CompositeBackend, CompositePlan, as_bshd, needs_exact_sof
 from .cost.model import Pass, Sizes
 from .dense_mask import joined_mask
 from .derived import derived
-from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
+from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features with which the keys of packed sequences cannot be laid out without a mask.
 _NOT_LAID_OUT = frozenset({"key_mask", "bias", "prefix_bias", "prefix outside window"})
@@ -71,19 +71,19 @@ class ConcatPlan(CompositePlan):
         prefix_len = args.prefix_k.shape[-2]
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
-    def _attention(self, kernel: TorchKernel, args: AttentionArgs) -> tuple[Tensor, Tensor, bool]:
+    def _attention(self, kernel: AttentionKernel, args: AttentionArgs) -> tuple[Tensor, Tensor, bool]:
         """(out, lse, whether a row may see no key, so that its out is undefined)."""
         inputs = self._joined(kernel, args)
         return *attention(kernel, inputs), inputs.empty is not None
 
     def _attention_backward(
-        self, kernel: TorchKernel, dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs
+        self, kernel: AttentionKernel, dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """(the offsets of the joined keys of packed sequences, dq, and dk and dv of the joined keys)."""
         inputs = self._joined(kernel, args)
         return inputs.cu_keys, *attention_backward(kernel, dout, out, lse, inputs)
 
-    def _joined(self, kernel: TorchKernel, args: AttentionArgs) -> KernelInputs:
+    def _joined(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
         """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
         prefix_len = args.prefix_k.shape[-2]
         window_skips_prefix = args.window is not None and not args.prefix_in_window
@@ -94,10 +94,12 @@ class ConcatPlan(CompositePlan):
             longest = args.q.shape[2] if args.max_seqlen is None else args.max_seqlen
             return KernelInputs(
                 args.q, joined_k, joined_v, args.scale, args.causal, args.window, args.cu_seqlens,
-                max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len,
+                max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len, softcap=args.softcap,
             )  # fmt: skip
         joined_k, joined_v = self.prefix_kernels.concat_prefix(args)
-        inputs = KernelInputs(args.q, joined_k, joined_v, args.scale, args.causal, args.window, None)
+        inputs = KernelInputs(
+            args.q, joined_k, joined_v, args.scale, args.causal, args.window, None, softcap=args.softcap
+        )
         masked = masked or args.cu_seqlens is not None or args.prefix_ids is not None
         if not masked and not kernel.needs_mask(inputs):
             return inputs
@@ -136,8 +138,8 @@ class ConcatBackend(CompositeBackend):
         return reasons
 
     def attention_kernels(
-        self, call: Call, kernels: list[TorchKernel] | None = None
-    ) -> dict[str, TorchKernel | Refusal]:
+        self, call: Call, kernels: list[AttentionKernel] | None = None
+    ) -> dict[str, AttentionKernel | Refusal]:
         found = super().attention_kernels(call, kernels)
         if not {"cu_seqlens", "bank"} <= set(call.features):
             return found
@@ -151,7 +153,7 @@ class ConcatBackend(CompositeBackend):
             for name, kernel in found.items()
         }
 
-    def why_not_together(self, call: Call, kernel: TorchKernel, prefix: PrefixKernels) -> list[str]:
+    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: PrefixKernels) -> list[str]:
         if prefix.joins_parts or "cu_seqlens" not in kernel.native.intersection(call.features):
             return []
         return [f"{prefix.title}: no concatenation of packed sequences"]

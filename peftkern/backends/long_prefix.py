@@ -19,14 +19,15 @@ from . import torch_attention
 from .base import Plan, PrefixKernels, Refusal
 from .composite import as_bshd
 from .cost.model import Pass, sizes_of
-from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
+from .flash_registration import as_registered
+from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features with which a row does not see the whole prefix, or not by the joint softmax alone.
 _UNSUPPORTED = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks"})
 
 
 def with_long_prefixes(
-    call: Call, beside: dict[str, PrefixKernels | Refusal], kernels: Sequence[TorchKernel] | None = None
+    call: Call, beside: dict[str, PrefixKernels | Refusal], kernels: Sequence[AttentionKernel] | None = None
 ) -> dict[str, PrefixKernels | Refusal]:
     """``beside`` and, if they can run ``call``, the same prefix kernels with torch's kernels on the prefix.
 
@@ -39,14 +40,16 @@ def with_long_prefixes(
     if call.op != "prefix_attention" or windowed or not _UNSUPPORTED.isdisjoint(call.features):
         return beside
     batch, heads, q_len, head_dim = call.q_shape
-    rows = replace(call, q_shape=(1, heads, batch * q_len, head_dim), features=("non-causal",))
+    features = tuple(name for name in ("non-causal", "softcap") if name == "non-causal" or name in call.features)
+    rows = replace(call, q_shape=(1, heads, batch * q_len, head_dim), features=features)
     if 0 in rows.q_shape or call.prefix_shape[-2] == 0:
         return beside
+    kernels = as_registered(torch_attention.KERNELS) if kernels is None else kernels
     found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], kernels)
     long = [
         LongPrefixKernels(kernel, kernels)
         for kernel in found.values()
-        if isinstance(kernel, TorchKernel) and kernel.ordered_sums
+        if isinstance(kernel, AttentionKernel) and kernel.ordered_sums
         for kernels in beside.values()
         if isinstance(kernels, PrefixKernels) and kernels.joins_parts
     ]
@@ -57,7 +60,7 @@ def with_long_prefixes(
 class LongPrefixKernels(PrefixKernels):
     """A kernel of torch on the prefix, and other prefix kernels for all else."""
 
-    kernel: TorchKernel
+    kernel: AttentionKernel
     beside: PrefixKernels
 
     @property
@@ -66,7 +69,7 @@ class LongPrefixKernels(PrefixKernels):
 
     @property
     def title(self) -> str:
-        return f"torch's {self.kernel.name} on the prefix, {self.beside.title}"
+        return f"{self.kernel.title} on the prefix, {self.beside.title}"
 
     @property
     def attention(self) -> Plan:
@@ -133,7 +136,7 @@ class LongPrefixKernels(PrefixKernels):
 def _prefix_inputs(args: AttentionArgs) -> KernelInputs:
     """The attention of all rows to the prefix, rounded to q's dtype."""
     prefix_k, prefix_v = (x[None].to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
-    return KernelInputs(_rows(args.q), prefix_k, prefix_v, args.scale, False, None, None)
+    return KernelInputs(_rows(args.q), prefix_k, prefix_v, args.scale, False, None, None, softcap=args.softcap)
 
 
 def _rows(x: Tensor) -> Tensor:

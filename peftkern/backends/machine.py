@@ -10,9 +10,13 @@ import torch
 
 from .. import native
 from ..processor import processor_name
-from . import torch_attention, triton
+from . import triton
 from .cost import measured
 from .cost.model import Machine
+from .flash_registration import registered_flash
+from .kernel_table import attention_kernels
+
+__all__ = ["identity", "machine_of", "registered_flash"]
 
 
 @functools.lru_cache(maxsize=16)
@@ -31,13 +35,8 @@ def machine_of(device: torch.device, dtype: torch.dtype, flash: str | None, thre
     elif device.type == "cuda" and torch.cuda.is_available():
         arch = triton.architecture(device)
         scales = measured.load(device, identity(device))
-    kernels = tuple(kernel.name for kernel in torch_attention.KERNELS if kernel.usable)
+    kernels = tuple(x.name for x in attention_kernels() if x.device == device.type and x.why_not_here(device) is None)
     return Machine(arch, kernels, threads, flash, scales)
-
-
-def registered_flash() -> str | None:
-    """The FlashAttention that ``torch.nn.attention.activate_flash_attention_impl`` has activated, or None."""
-    return torch.nn.attention.current_flash_attention_impl()
 
 
 def identity(device: torch.device) -> str:

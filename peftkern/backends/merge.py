@@ -21,8 +21,9 @@ from .base import PrefixKernels, Refusal
 from .composite import CompositeBackend, CompositePlan, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import sequence_mask
+from .kernel_table import kernel_named
 from .long_prefix import LongPrefixKernels, with_long_prefixes
-from .torch_attention import KernelInputs, TorchKernel, attention, attention_backward
+from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features of the prefix alone: the prefix kernels have them, so torch's kernel need not.
 _PREFIX_FEATURES = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks", "prefix outside window"})
@@ -59,11 +60,12 @@ class MergePlan(CompositePlan):
         return gradients
 
 
-def _sequence(kernel: TorchKernel, args: AttentionArgs) -> KernelInputs:
+def _sequence(kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
     """The attention over the sequence's keys, with a dense mask if the kernel needs one."""
     inputs = KernelInputs(
-        args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, max_seqlen=args.max_seqlen
-    )
+        args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, max_seqlen=args.max_seqlen,
+        softcap=args.softcap,
+    )  # fmt: skip
     if args.key_mask is None and args.bias is None and not kernel.needs_mask(inputs):
         return inputs
     mask, empty = sequence_mask(args)
@@ -87,7 +89,7 @@ class MergeBackend(CompositeBackend):
     def beside_named(self, name: str) -> PrefixKernels:
         kernel, plus, beside = name.rpartition("+")
         kernels = super().beside_named(beside)
-        return LongPrefixKernels(torch_attention.kernel_named(kernel), kernels) if plus else kernels
+        return LongPrefixKernels(kernel_named(kernel), kernels) if plus else kernels
 
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in features if name not in _PREFIX_FEATURES)

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernels of torch and the libraries behind it: one :class:`TorchKernel` per op, with its conventions.
+"""The attention kernels of torch and its libraries: one :class:`AttentionKernel` per op, with its conventions.
 
-The kernels differ in these respects, each described by a field:
+Kernels of other packages are in :mod:`.flash_packages`. All differ in these respects, each described by a field:
 
 ==================  =====================================================================================
 device, dtypes      where the op has a kernel
+capabilities        the major compute capabilities that have it, if not all of the build's
+backward            None if there is none that takes out and lse
+max_batch           the largest batch
 min_queries         some versions of torch disable cuDNN's kernels for a single query
 head_dim_multiple   q, k and v are padded with zeros to a multiple of it; the scale does not change
 grouped             reads [B, Hkv, T, D]; otherwise keys are repeated and their gradients summed
 top_left            ``is_causal`` with T > S lets query i see keys up to i instead of up to i + T - S
 native              the features for which the op has arguments
-masks               accepts an additive mask, which expresses every other feature
+masks               accepts an additive mask, which expresses every other feature but a softcap
 repeatable          its gradients are the same from run to run under ``torch.use_deterministic_algorithms(True)``
 setup               seconds that the op spends on a plan for sizes that it has not seen before
 ordered_sums        dk and dv are the same from run to run in any case
@@ -35,10 +38,11 @@ from torch.nn import functional
 
 from ..arguments import Call
 from .base import Refusal
+from .packages import Package
 
 _aten = torch.ops.aten
-_HALF = (torch.float16, torch.bfloat16)
-_HIP = torch.version.hip is not None  # its flash attention aligns and packs differently, depending on the build
+HALF = (torch.float16, torch.bfloat16)
+HIP = torch.version.hip is not None  # its flash attention aligns and packs differently, depending on the build
 
 
 class KernelInputs(NamedTuple):
@@ -48,7 +52,7 @@ class KernelInputs(NamedTuple):
     window and cu_seqlens are None, and ``empty`` [B or 1, Hq or 1, S] marks the rows that see no key.
 
     ``max_seqlen`` bounds the lengths of packed sequences. ``cu_keys``, int32 [n + 1], are the offsets of their keys
-    if they differ from those of the queries, and ``max_keys`` bounds the numbers of keys.
+    if they differ from those of the queries, and ``max_keys`` bounds the numbers of keys. ``softcap=0.0`` means none.
     """
 
     q: Tensor
@@ -63,16 +67,25 @@ class KernelInputs(NamedTuple):
     max_seqlen: int | None = None
     cu_keys: Tensor | None = None
     max_keys: int | None = None
+    softcap: float = 0.0
 
     @property
     def window_sizes(self) -> tuple[int | None, int | None]:
-        """Keys that a query sees before and after itself, as FlashAttention counts them."""
-        left = None if self.window is None else self.window - 1
-        return left, 0 if self.causal else None
+        """Keys that a query sees before and after itself, as FlashAttention counts them; None where none is hidden.
+
+        Without a window, causality alone hides keys: torch 2.11's registration of FA4 refuses any window.
+        """
+        if self.window is None:
+            return None, None
+        return self.window - 1, 0 if self.causal else None
 
 
 Forward = Callable[[KernelInputs], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, KernelInputs], tuple[Tensor, Tensor, Tensor]]
+
+
+def _present() -> str | None:
+    return None
 
 
 def _no_limits(call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
@@ -80,15 +93,18 @@ def _no_limits(call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class TorchKernel:
-    """One op. ``forward(inputs)`` returns (out, lse), ``backward(dout, out, lse, inputs)`` returns (dq, dk, dv)."""
+class AttentionKernel:
+    """One op. ``forward(inputs)`` returns (out, lse), ``backward(dout, out, lse, inputs)`` returns (dq, dk, dv).
+
+    ``missing()`` says why this machine lacks the op, as its build of torch or a package does, or returns None.
+    """
 
     name: str
     device: str
     dtypes: tuple[torch.dtype, ...]
     max_head_dim: int
     forward: Forward
-    backward: Backward
+    backward: Backward | None
     head_dim_multiple: int = 1
     min_queries: int = 0
     grouped: bool = True
@@ -100,31 +116,50 @@ class TorchKernel:
     ordered_sums: bool = False
     limits: Callable[[Call, tuple[str, ...], int], list[str]] = _no_limits
     lse_layout: Callable[[Tensor], Tensor] = Tensor.contiguous
-    usable: bool = True
+    package: Package | None = None
+    capabilities: frozenset[int] = frozenset()
+    max_batch: int | None = None
+    missing: Callable[[], str | None] = _present
 
-    def on_any_machine(self) -> TorchKernel:
-        """The kernel without what this build of torch and its libraries lack."""
-        return replace(self, usable=True, limits=_no_limits)
+    @property
+    def title(self) -> str:
+        """The kernel and where it comes from, for messages."""
+        return f"{self.name} ({self.package})" if self.package else f"torch's {self.name}"
+
+    def on_any_machine(self) -> AttentionKernel:
+        """The kernel without what this GPU, this build of torch and the packages lack."""
+        return replace(self, capabilities=frozenset(), missing=_present, limits=_no_limits)
 
     def why_not(self, call: Call, features: tuple[str, ...], kv_len: int) -> list[str]:
         """Reasons why the op cannot run attention over ``kv_len`` keys with these ``features`` of ``call``."""
         reasons = []
+        if self.backward is None and call.needs_grad:
+            reasons.append("has no backward that takes the lse")
         if call.dtype not in self.dtypes:
             reasons.append(f"no {str(call.dtype).removeprefix('torch.')}")
         if call.q_shape[-1] > self.max_head_dim:
             reasons.append(f"head dim {call.q_shape[-1]} is above {self.max_head_dim}")
+        if self.max_batch is not None and call.q_shape[0] > self.max_batch:
+            reasons.append(f"a batch of more than {self.max_batch}")
         if call.q_shape[2] < self.min_queries:
             reasons.append(f"fewer than {self.min_queries} queries")
         if self.top_left and not self.masks and "non-causal" not in features and call.q_shape[2] not in (1, kv_len):
             reasons.append("no causal attention with more keys than queries")
-        if not self.masks:
-            reasons += [f"no {name}" for name in features if name not in self.native]
+        expressible = self.native | (set(features) - {"softcap"} if self.masks else set())
+        reasons += [f"no {name}" for name in features if name not in expressible]
         if call.needs_grad and not self.repeatable and torch.are_deterministic_algorithms_enabled():
             reasons.append("its gradients are not deterministic, as torch.use_deterministic_algorithms requires")
         reasons += self.limits(call, features, kv_len)
-        if not self.usable:
-            reasons.append("not in this build of torch")
-        return reasons
+        missing = None if reasons else self.why_not_here(call.device)
+        return [*reasons, missing] if missing else reasons
+
+    def why_not_here(self, device: torch.device) -> str | None:
+        """Why ``device`` or this installation lacks the op, or None if it has it."""
+        if self.capabilities and device.type == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability(device)
+            if major not in self.capabilities:
+                return f"not for compute capability {major}.{minor}"
+        return self.missing()
 
     def needs_mask(self, inputs: KernelInputs) -> bool:
         """Whether the op's own arguments cannot express the causality, window or packed sequences."""
@@ -137,13 +172,13 @@ class TorchKernel:
 
 
 def candidates(
-    call: Call, features: tuple[str, ...], num_keys: int, kernels: Sequence[TorchKernel] | None = None
-) -> dict[str, TorchKernel | Refusal]:
+    call: Call, features: tuple[str, ...], num_keys: int, kernels: Sequence[AttentionKernel] | None = None
+) -> dict[str, AttentionKernel | Refusal]:
     """The kernels for the call's device by name, or why they cannot attend to ``num_keys`` keys with ``features``.
 
-    ``kernels`` replaces the kernels of this build of torch.
+    ``kernels`` replaces the kernels of this build of torch. A package is imported if nothing else speaks against it.
     """
-    found: dict[str, TorchKernel | Refusal] = {}
+    found: dict[str, AttentionKernel | Refusal] = {}
     for kernel in KERNELS if kernels is None else kernels:
         if kernel.device == call.device.type:
             reasons = kernel.why_not(call, features, num_keys)
@@ -151,32 +186,20 @@ def candidates(
     return found
 
 
-def refusal(call: Call, found: dict[str, TorchKernel | Refusal]) -> Refusal | None:
+def refusal(call: Call, found: dict[str, AttentionKernel | Refusal]) -> Refusal | None:
     """Why none of the :func:`candidates` can run a call; None if one can."""
     if not found:
         device = call.device.type
         return Refusal((f"torch has no attention kernel for device type {device!r}: use backend='reference'",), True)
-    if any(isinstance(kernel, TorchKernel) for kernel in found.values()):
+    if any(isinstance(kernel, AttentionKernel) for kernel in found.values()):
         return None
     reasons = "; ".join(
         reason for kernel in found.values() if isinstance(kernel, Refusal) for reason in kernel.reasons
     )
-    return Refusal((f"no attention kernel of torch supports this call ({reasons}): use backend='triton'",))
+    return Refusal((f"no attention kernel supports this call ({reasons}): use backend='triton'",))
 
 
-def kernel_named(name: str) -> TorchKernel:
-    """The kernel of this build of torch with this name.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    for kernel in KERNELS:
-        if kernel.name == name:
-            return kernel
-    raise ValueError(f"plan: expected one of torch's kernels {[kernel.name for kernel in KERNELS]}, got {name!r}")
-
-
-def attention(kernel: TorchKernel, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
+def attention(kernel: AttentionKernel, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
     """Compute (out [B, Hq, S, D], lse [B, Hq, S]) in the op's memory layout.
 
     A row that sees no key has lse -inf; its out is undefined.
@@ -189,7 +212,7 @@ def attention(kernel: TorchKernel, inputs: KernelInputs) -> tuple[Tensor, Tensor
 
 
 def attention_backward(
-    kernel: TorchKernel, dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs
+    kernel: AttentionKernel, dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (dq, dk, dv) from the softmax's out and lse [B, Hq, S], the natural logarithm.
 
@@ -201,6 +224,7 @@ def attention_backward(
     if inputs.empty is not None:  # p = exp(score - inf) = 0 in every op; -inf would give NaN
         lse = torch.nan_to_num(lse, nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     dout, out = (_padded(x, kernel.head_dim_multiple) for x in (dout, out))
+    assert kernel.backward is not None
     gradients = kernel.backward(dout, out, kernel.lse_layout(lse), adapted)
     dq, dk, dv = (x[..., : inputs.q.shape[3]] for x in gradients)
     if dk.shape[1] != inputs.k.shape[1]:
@@ -208,7 +232,7 @@ def attention_backward(
     return dq, dk, dv
 
 
-def _adapted(kernel: TorchKernel, inputs: KernelInputs) -> KernelInputs:
+def _adapted(kernel: AttentionKernel, inputs: KernelInputs) -> KernelInputs:
     """The inputs with heads repeated and padded as the op requires."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if not kernel.grouped and k.shape[1] != q.shape[1]:
@@ -231,7 +255,7 @@ def _rows(lse: Tensor, q_len: int) -> Tensor:
 # FlashAttention 2, or whichever version torch.nn.attention.activate_flash_attention_impl has registered in its place
 
 
-def _flash_sequences(inputs: KernelInputs) -> tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor], tuple[Any, ...]]:
+def flash_sequences(inputs: KernelInputs) -> tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor], tuple[Any, ...]]:
     """(q, k, v) as [B, S, H, D], or as [S, H, D] with cu_seqlens; the function that does this; the op's lengths."""
 
     def lay(x: Tensor) -> Tensor:
@@ -251,7 +275,7 @@ def _flash_sequences(inputs: KernelInputs) -> tuple[tuple[Tensor, ...], Callable
 
 
 def _flash_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-    qkv, _, lengths = _flash_sequences(inputs)
+    qkv, _, lengths = flash_sequences(inputs)
     left, right = inputs.window_sizes
     out, lse, *_ = _aten._flash_attention_forward(
         *qkv, *lengths, 0.0, inputs.causal, False, scale=inputs.scale, window_size_left=left,
@@ -263,7 +287,7 @@ def _flash_forward(inputs: KernelInputs) -> tuple[Tensor, Tensor]:
 
 
 def _flash_backward(dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs) -> tuple[Tensor, Tensor, Tensor]:
-    qkv, lay, lengths = _flash_sequences(inputs)
+    qkv, lay, lengths = flash_sequences(inputs)
     left, right = inputs.window_sizes
     gradients = _aten._flash_attention_backward(
         lay(dout), *qkv, lay(out), lse if inputs.cu_seqlens is None else lse[0], *lengths, 0.0, inputs.causal,
@@ -278,7 +302,7 @@ def _flash_backward(dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs
 @functools.cache
 def _no_random_state(device: torch.device) -> tuple[Tensor, Tensor]:
     """Seed and offset of a call without dropout, which reads neither, in the dtypes that the op returns."""
-    if _HIP:
+    if HIP:
         return torch.empty((), dtype=torch.int64, device=device), torch.empty((), dtype=torch.int64, device=device)
     return torch.empty(2, dtype=torch.uint64, device=device), torch.empty((), dtype=torch.uint64, device=device)
 
@@ -346,7 +370,7 @@ def _full_mask(inputs: KernelInputs) -> Tensor | None:
 
 def _efficient_lse(lse: Tensor) -> Tensor:
     """Rows rounded up to 32 on NVIDIA, whose kernel loads whole vectors; the added rows hold +inf."""
-    if _HIP:
+    if HIP:
         return lse.contiguous()
     missing = -lse.shape[2] % 32
     return functional.pad(lse, (0, missing), value=torch.inf) if missing else lse.contiguous()
@@ -368,25 +392,30 @@ def _cpu_backward(dout: Tensor, out: Tensor, lse: Tensor, inputs: KernelInputs) 
     return dq, dk, dv
 
 
+def _not_built(built: bool) -> Callable[[], str | None]:
+    return lambda: None if built else "not in this build of torch"
+
+
 #: In order of preference.
 KERNELS = [
-    TorchKernel(
-        "flash", "cuda", _HALF, 256, _flash_forward, _flash_backward, head_dim_multiple=8,
-        top_left=_HIP, native=frozenset({"non-causal", "window"} | (set() if _HIP else {"cu_seqlens"})),
-        ordered_sums=True, usable=torch.backends.cuda.is_flash_attention_available(),
+    AttentionKernel(
+        "flash", "cuda", HALF, 256, _flash_forward, _flash_backward, head_dim_multiple=8,
+        top_left=HIP, native=frozenset({"non-causal", "window"} | (set() if HIP else {"cu_seqlens"})),
+        ordered_sums=True, missing=_not_built(torch.backends.cuda.is_flash_attention_available()),
     ),
-    TorchKernel(
-        "cudnn", "cuda", _HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
+    AttentionKernel(
+        "cudnn", "cuda", HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
         top_left=True, native=frozenset({"non-causal"}), masks=True, repeatable=False, setup=0.03,
-        limits=_cudnn_limits, lse_layout=_cudnn_lse, usable=torch.backends.cudnn.is_available() and not _HIP,
+        limits=_cudnn_limits, lse_layout=_cudnn_lse,
+        missing=_not_built(torch.backends.cudnn.is_available() and not HIP),
     ),
-    TorchKernel(
-        "efficient", "cuda", (torch.float32, *_HALF), 256, _efficient_forward, _efficient_backward,
+    AttentionKernel(
+        "efficient", "cuda", (torch.float32, *HALF), 256, _efficient_forward, _efficient_backward,
         head_dim_multiple=8, grouped=False, top_left=True, native=frozenset({"non-causal"}), masks=True,
         lse_layout=_efficient_lse,
     ),
-    TorchKernel(
-        "cpu flash", "cpu", (torch.float32, *_HALF), 256, _cpu_forward, _cpu_backward, grouped=False, top_left=True,
+    AttentionKernel(
+        "cpu flash", "cpu", (torch.float32, *HALF), 256, _cpu_forward, _cpu_backward, grouped=False, top_left=True,
         native=frozenset({"non-causal"}), masks=True, ordered_sums=True,
     ),
 ]  # fmt: skip

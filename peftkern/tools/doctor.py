@@ -27,7 +27,10 @@ from ..processor import processor_name
 from . import versions
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja")
+_PACKAGES = (
+    "torch", "triton", "transformers", "peft", "accelerate", "safetensors", "cmake", "ninja", "flash-attn",
+    "flash-attn-3", "flash-attn-4", "flashinfer-python",
+)  # fmt: skip
 _VARIABLES = (
     "PEFTKERN_BACKEND", "PEFTKERN_AUTOTUNE", "PEFTKERN_BUILD", "TRITON_INTERPRET", "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST",
@@ -126,7 +129,8 @@ def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"devices": "torch finds no GPU"}
     facts: dict[str, Any] = {
-        "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+        "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}",
+        "torch's flash": torch.nn.attention.current_flash_attention_impl() or "FlashAttention 2",
     }
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

@@ -67,7 +67,7 @@ def _plan(call, **machine):
 
 
 def test_hopper_takes_cudnn_for_square_causal_attention():
-    """What torch's own dispatch takes for PEFT. Concatenated keys are not square, so cuDNN would need a mask there."""
+    """As torch does for PEFT. Concatenated keys are not square, so cuDNN would need a mask there."""
     for batch, queries, prefix in ((4, 2048, 128), (8, 4096, 128), (4, 2048, 16)):
         assert _plan(_call(batch=batch, queries=queries, prefix=prefix)).startswith("merge/cudnn/")
 

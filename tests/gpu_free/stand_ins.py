@@ -30,27 +30,31 @@ def _visible(q_len: int, kv_len: int, causal: bool, top_left: bool, left: int | 
     return visible
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, visible: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, softcap: float) -> Tensor:
     """[B, H, S, T] in fp64 of q, k [B, H, S or T, D]; key heads may be fewer."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.double() @ k.double().transpose(-1, -2) * scale
-    return (scores if bias is None else scores + bias.double()).masked_fill(~visible, -torch.inf)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    return scores if bias is None else scores + bias.double()
 
 
-def _forward(q, k, v, scale, visible, bias=None) -> tuple[Tensor, Tensor]:
+def _forward(q, k, v, scale, visible, bias=None, softcap=0.0) -> tuple[Tensor, Tensor]:
     """(out, lse) in fp64, with NaN and +inf where nothing is visible."""
-    scores = _scores(q, k, scale, bias, visible)
+    scores = _scores(q, k, scale, bias, softcap).masked_fill(~visible, -torch.inf)
     out = torch.softmax(scores, -1) @ v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
     lse = torch.logsumexp(scores, -1)
     return out, lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def _backward(dout, q, k, v, out, lse, scale, visible, bias=None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout, q, k, v, out, lse, scale, visible, bias=None, softcap=0.0) -> tuple[Tensor, Tensor, Tensor]:
     """From the given out and lse alone, as every flash attention does."""
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    p = torch.exp(_scores(q, k, scale, bias, visible) - lse.double()[..., None])
+    scores = _scores(q, k, scale, bias, softcap)
+    p = torch.exp(scores.masked_fill(~visible, -torch.inf) - lse.double()[..., None])
     dp = dout.double() @ v.double().repeat_interleave(group, 1).transpose(-1, -2)
     ds = p * (dp - (dout.double() * out.double()).sum(-1, keepdim=True)) * scale
+    if softcap:
+        ds = ds * (1 - (scores / softcap) ** 2)
     dq = ds @ k.double().repeat_interleave(group, 1)
     dk, dv = ds.transpose(-1, -2) @ q.double(), p.transpose(-1, -2) @ dout.double()
     return dq, *(x.unflatten(1, (heads, group)).sum(2) for x in (dk, dv))
@@ -88,45 +92,63 @@ def _sequences(
     return [(slice(None), slice(a, b), slice(c, d)) for a, b, c, d in ranges if a < b]
 
 
+def flash_forward(q, k, v, lengths, scale, causal, left, right, softcap=0.0) -> tuple[Tensor, Tensor]:
+    """(out, lse) of every FlashAttention: [B, S, H, D] and [B, H, S], or [S, H, D] and [H, S] if packed.
+
+    ``lengths`` are the offsets of queries and of keys, or None, and the largest lengths of both.
+    """
+    _check_dense(q, k, v, dtypes=(torch.float16, torch.bfloat16), multiple=8)
+    packed, out = lengths[0] is not None, torch.empty(q.shape, dtype=q.dtype)
+    q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.inf)
+    for entries, rows, keys in _sequences(*lengths):
+        qs, ks, vs = (x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys)))
+        visible = _visible(qs.shape[2], ks.shape[2], causal, False, left, right)
+        result, statistics = _forward(qs, ks, vs, scale, visible, softcap=softcap)
+        o[entries, rows] = result.transpose(1, 2).to(o.dtype)
+        lse[entries, :, rows] = statistics.float()
+    return out, lse[0] if packed else lse
+
+
+def flash_backward(dout, q, k, v, out, lse, lengths, scale, causal, left, right, softcap=0.0) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) of every FlashAttention, laid out as its inputs are."""
+    assert lse.is_contiguous(), "the kernel reads a raw pointer"
+    assert lse.dtype == torch.float32
+    assert len({x.dtype for x in (dout, q, k, v, out)}) == 1
+    packed = lengths[0] is not None
+    q, k, v, o, do = (x[None] if packed else x for x in (q, k, v, out, dout))
+    lse = lse[None] if packed else lse
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    for entries, rows, keys in _sequences(*lengths):
+        parts = [x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys), (o, rows), (do, rows))]
+        visible = _visible(parts[0].shape[2], parts[1].shape[2], causal, False, left, right)
+        values = _backward(parts[4], *parts[:4], lse[entries, :, rows], scale, visible, softcap=softcap)
+        for target, n, x in zip(gradients, (rows, keys, keys), values, strict=True):
+            target[entries, n] = x.transpose(1, 2).to(target.dtype)
+    return tuple(x[0] if packed else x for x in gradients)
+
+
 def flash_attention_forward(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale,
     window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    _check_dense(query, key, value, dtypes=(torch.float16, torch.bfloat16), multiple=8)
     assert dropout_p == 0.0
     assert not return_debug_mask
-    out = torch.empty_like(query)
-    q, k, v, o = (x if cum_seq_q is None else x[None] for x in (query, key, value, out))
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.inf)
-    for entries, rows, keys in _sequences(cum_seq_q, cum_seq_k, max_q, max_k):
-        qs, ks, vs = (x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys)))
-        visible = _visible(qs.shape[2], ks.shape[2], is_causal, False, window_size_left, window_size_right)
-        result, statistics = _forward(qs, ks, vs, scale, visible)
-        o[entries, rows] = result.transpose(1, 2).to(o.dtype)
-        lse[entries, :, rows] = statistics.float()
-    return out, lse if cum_seq_q is None else lse[0], torch.zeros(2), torch.zeros(()), torch.zeros(0)
+    window = window_size_left, window_size_right
+    lengths = cum_seq_q, cum_seq_k, max_q, max_k
+    out, lse = flash_forward(query, key, value, lengths, scale, is_causal, *window)
+    return out, lse, torch.zeros(2), torch.zeros(()), torch.zeros(0)
 
 
 def flash_attention_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
     unused, *, scale, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    assert logsumexp.is_contiguous(), "the kernel reads a raw pointer"
     assert rng_state.dtype == torch.uint64
-    packed = cum_seq_q is not None
-    q, k, v, o, do = (x[None] if packed else x for x in (query, key, value, out, grad_out))
-    lse = logsumexp[None] if packed else logsumexp
-    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-    gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for entries, rows, keys in _sequences(cum_seq_q, cum_seq_k, max_q, max_k):
-        parts = [x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys), (o, rows), (do, rows))]
-        visible = _visible(
-            parts[0].shape[2], parts[1].shape[2], is_causal, False, window_size_left, window_size_right
-        )
-        values = _backward(parts[4], *parts[:4], lse[entries, :, rows], scale, visible)
-        for target, n, x in zip(gradients, (rows, keys, keys), values, strict=True):
-            target[entries, n] = x.transpose(1, 2).to(target.dtype)
-    return tuple(x[0] if packed else x for x in gradients)
+    window = window_size_left, window_size_right
+    lengths = cum_seq_q, cum_seq_k, max_q, max_k
+    return flash_backward(grad_out, query, key, value, out, logsumexp, lengths, scale, is_causal, *window)
 
 
 def cudnn_attention(
@@ -213,7 +235,7 @@ ROWS = {
 }
 
 
-def install(monkeypatch, name: str) -> torch_attention.TorchKernel:
+def install(monkeypatch, name: str) -> torch_attention.AttentionKernel:
     """Make the row called ``name`` the only one there is."""
     monkeypatch.setattr(torch_attention, "_aten", OPS)
     monkeypatch.setattr(torch_attention, "KERNELS", [ROWS[name]])

@@ -326,9 +326,9 @@ def test_refusals_name_the_ops_and_the_way_out(monkeypatch):
     stand_ins.install(monkeypatch, "flash")
     inputs = tensors(Shape(), torch.float16)
     text = str(peftkern.explain(**inputs, key_mask=torch.ones(2, 7, dtype=torch.bool), backend="merge"))
-    assert "merge: no attention kernel of torch supports this call (flash: no key_mask): use backend='triton'" in text
+    assert "merge: no attention kernel supports this call (flash: no key_mask): use backend='triton'" in text
     text = str(peftkern.explain(**inputs, softcap=1.0))
-    assert "concat: torch has no attention kernel with softcap: use backend='triton'" in text
+    assert "concat: no attention kernel supports this call (flash: no softcap): use backend='triton'" in text
     monkeypatch.setattr(torch_attention, "KERNELS", [])
     assert "torch has no attention kernel for device type 'cpu'" in str(peftkern.explain(**inputs))
 

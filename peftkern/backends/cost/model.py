@@ -30,8 +30,8 @@ class Machine(NamedTuple):
 
     #: A row of the rates: "sm_90", "gfx942", or the instruction set of a CPU.
     arch: str
-    #: Names of the attention kernels that this build of torch has.
-    torch_kernels: tuple[str, ...] = ()
+    #: Names of the attention kernels of torch and of packages that it has.
+    attention_kernels: tuple[str, ...] = ()
     #: Number of CPU threads.
     threads: int = 1
     #: The FlashAttention that replaces torch's own: "FA3", "FA4", or None.
@@ -212,7 +212,8 @@ def _flops(part: Pass, call: Call, arch: str) -> float:
     if call.dtype.itemsize > 2 or part.engine == "reference":
         fp32 = rates["fp32"]
         return float(fp32.get(part.engine, fp32["triton"]) * 1e12 * (1.0 if part.engine == "reference" else busy))
-    engine = part.engine if part.engine in rates["flops"] else "triton"
+    engine = RATES["engines"].get(part.engine, {}).get("rates", part.engine)
+    engine = engine if engine in rates["flops"] else "triton"
     top, half = rates["flops"][engine]["backward" if part.backward else "forward"]
     if queries <= 16:  # the keys are split, so that all processors work
         return float(top * 1e12 / 4)

@@ -309,7 +309,7 @@ class _TwoCalls(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: torch_attention.TorchKernel, scale: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: torch_attention.AttentionKernel, scale: float, *inputs: Tensor) -> Tensor:
         parts = _TwoCalls.parts(scale, *inputs)
         outs, lses = zip(*(torch_attention.attention(kernel, part) for part in parts), strict=True)
         lse = torch.logaddexp(*(x.float() for x in lses))
@@ -351,7 +351,7 @@ def _two_calls(problem: Problem) -> Attention | str:
     found = torch_attention.candidates(call, (), shape.T)
     if refusal := torch_attention.refusal(call, found):
         return refusal.reasons[0]
-    kernel = next(kernel for kernel in found.values() if isinstance(kernel, torch_attention.TorchKernel))
+    kernel = next(kernel for kernel in found.values() if isinstance(kernel, torch_attention.AttentionKernel))
     if kernel.top_left and shape.S not in (1, shape.T):
         return "torch's kernel here is causal from the top left: no queries behind a cache"
     return functools.partial(_TwoCalls.apply, kernel, shape.D**-0.5)
