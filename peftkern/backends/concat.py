@@ -94,7 +94,7 @@ class ConcatPlan(CompositePlan):
             longest = args.q.shape[2] if args.max_seqlen is None else args.max_seqlen
             return KernelInputs(
                 args.q, joined_k, joined_v, args.scale, args.causal, args.window, args.cu_seqlens,
-                softcap=args.softcap, max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len,
+                max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len, softcap=args.softcap,
             )  # fmt: skip
         joined_k, joined_v = self.prefix_kernels.concat_prefix(args)
         inputs = KernelInputs(

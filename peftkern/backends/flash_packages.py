@@ -208,7 +208,7 @@ KERNELS = [
     ),
     AttentionKernel(
         "FA2", "cuda", HALF, 256, _fa2_forward, _fa2_backward, head_dim_multiple=8, native=_PACKED,
-        package=_FA2, capabilities=frozenset({8, 9, 10, 11, 12}), missing=_FA2.missing,
+        ordered_sums=True, package=_FA2, capabilities=frozenset({8, 9, 10, 11, 12}), missing=_FA2.missing,
     ),
     AttentionKernel(
         "flashinfer", "cuda", HALF, 128, _flashinfer_forward, None, head_dim_multiple=64, max_batch=1, native=_NATIVE,

@@ -19,11 +19,11 @@ from . import torch_attention
 from .base import Plan, PrefixKernels, Refusal
 from .composite import as_bshd
 from .cost.model import Pass, sizes_of
-from .kernel_table import attention_kernels
+from .flash_registration import as_registered
 from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features with which a row does not see the whole prefix, or not by the joint softmax alone.
-_UNSUPPORTED = frozenset({"softcap", "bank", "prefix_lens", "prefix_bias", "gate", "sinks"})
+_UNSUPPORTED = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks"})
 
 
 def with_long_prefixes(
@@ -34,17 +34,18 @@ def with_long_prefixes(
     Args:
         call: the call.
         beside: prefix kernels by name.
-        kernels: replaces the table.
+        kernels: replaces the kernels of this build of torch.
     """
     windowed = "window" in call.features and "prefix outside window" not in call.features
     if call.op != "prefix_attention" or windowed or not _UNSUPPORTED.isdisjoint(call.features):
         return beside
     batch, heads, q_len, head_dim = call.q_shape
-    rows = replace(call, q_shape=(1, heads, batch * q_len, head_dim), features=("non-causal",))
+    features = tuple(name for name in ("non-causal", "softcap") if name == "non-causal" or name in call.features)
+    rows = replace(call, q_shape=(1, heads, batch * q_len, head_dim), features=features)
     if 0 in rows.q_shape or call.prefix_shape[-2] == 0:
         return beside
-    table = attention_kernels() if kernels is None else kernels
-    found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], table)
+    kernels = as_registered(torch_attention.KERNELS) if kernels is None else kernels
+    found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], kernels)
     long = [
         LongPrefixKernels(kernel, kernels)
         for kernel in found.values()
@@ -68,7 +69,7 @@ class LongPrefixKernels(PrefixKernels):
 
     @property
     def title(self) -> str:
-        return f"torch's {self.kernel.name} on the prefix, {self.beside.title}"
+        return f"{self.kernel.title} on the prefix, {self.beside.title}"
 
     @property
     def attention(self) -> Plan:
@@ -135,7 +136,7 @@ class LongPrefixKernels(PrefixKernels):
 def _prefix_inputs(args: AttentionArgs) -> KernelInputs:
     """The attention of all rows to the prefix, rounded to q's dtype."""
     prefix_k, prefix_v = (x[None].to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
-    return KernelInputs(_rows(args.q), prefix_k, prefix_v, args.scale, False, None, None)
+    return KernelInputs(_rows(args.q), prefix_k, prefix_v, args.scale, False, None, None, softcap=args.softcap)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class MergeBackend(CompositeBackend):
         return with_long_prefixes(call, super().beside(call))
 
     def beside_anywhere(self, call: Call) -> dict[str, PrefixKernels]:
-        anywhere = [kernel.on_any_machine() for kernel in torch_attention.KERNELS]  # packages sum in any order
+        anywhere = [kernel.on_any_machine() for kernel in torch_attention.KERNELS]
         found = with_long_prefixes(call, {**super().beside_anywhere(call)}, anywhere)
         return {name: kernels for name, kernels in found.items() if isinstance(kernels, PrefixKernels)}
 

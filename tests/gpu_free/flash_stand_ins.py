@@ -45,8 +45,8 @@ class FlashAttention2:
     ):  # fmt: skip
         assert q.dim() == k.dim() == v.dim() == 4
         return FlashAttention2._forward(
-            q, k, v, stand_ins.UNPACKED, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-            softcap, return_softmax,
+            q, k, v, (None, None, q.shape[1], k.shape[1]), dropout_p, softmax_scale, causal,
+            window_size_left, window_size_right, softcap, return_softmax,
         )  # fmt: skip
 
     @staticmethod
@@ -55,10 +55,9 @@ class FlashAttention2:
         window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
     ):  # fmt: skip
         assert q.dim() == k.dim() == v.dim() == 3
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return FlashAttention2._forward(
-            q, k, v, lengths, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-            return_softmax,
+            q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), dropout_p, softmax_scale, causal,
+            window_size_left, window_size_right, softcap, return_softmax,
         )  # fmt: skip
 
     @staticmethod
@@ -75,8 +74,8 @@ class FlashAttention2:
         window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         FlashAttention2._backward(
-            dout, q, k, v, out, softmax_lse, (dq, dk, dv), stand_ins.UNPACKED, softmax_scale, causal,
-            window_size_left, window_size_right, softcap, rng_state,
+            dout, q, k, v, out, softmax_lse, (dq, dk, dv), (None, None, q.shape[1], k.shape[1]), softmax_scale,
+            causal, window_size_left, window_size_right, softcap, rng_state,
         )  # fmt: skip
         return torch.empty(0)
 
@@ -86,9 +85,9 @@ class FlashAttention2:
         dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         FlashAttention2._backward(
-            dout, q, k, v, out, softmax_lse, (dq, dk, dv), lengths, softmax_scale, causal, window_size_left,
+            dout, q, k, v, out, softmax_lse, (dq, dk, dv),
+            (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), softmax_scale, causal, window_size_left,
             window_size_right, softcap, rng_state,
         )  # fmt: skip
         return torch.empty(0)
@@ -127,7 +126,7 @@ class FlashAttention3:
             assert max_seqlen_q is not None
             assert cu_seqlens_q.is_contiguous()
         window = _limits(window_size_left, window_size_right)
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         out, lse = stand_ins.flash_forward(q, k, v, lengths, softmax_scale, is_causal, *window, softcap)
         return out, lse, torch.empty(0), torch.empty(0)
 
@@ -142,7 +141,7 @@ class FlashAttention3:
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert not deterministic or q.shape[-1] <= 192, "Deterministic backward not supported for hdim 256."
         window = _limits(window_size_left, window_size_right)
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         values = stand_ins.flash_backward(
             dout, q, k, v, out, softmax_lse, lengths, softmax_scale, is_causal, *window, softcap
         )
@@ -164,7 +163,7 @@ class FlashAttention4:
         assert return_lse, "without it, lse is None unless an input requires a gradient"
         _check_fa4(q, window_size_left, window_size_right)
         window = window_size_left, window_size_right
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         out, lse = stand_ins.flash_forward(q, k, v, lengths, softmax_scale, causal, *window, softcap or 0.0)
         return out, lse, None, None, None
 
@@ -176,7 +175,8 @@ class FlashAttention4:
     ):  # fmt: skip
         _check_fa4(q, window_size_left, window_size_right)
         window = window_size_left, window_size_right
-        lengths = stand_ins.Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        # torch's registration passes no lengths, which only choose tiles
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q or q.shape[0], max_seqlen_k or k.shape[0]
         return stand_ins.flash_backward(dout, q, k, v, out, lse, lengths, softmax_scale, causal, *window, softcap)
 
 
@@ -210,7 +210,14 @@ class FlashInfer:
         assert q.shape[-1] in (64, 128), "no kernel is instantiated for this head dim"
         window = _limits(window_left, -1)
         out, lse = stand_ins.flash_forward(
-            q[None], k[None], v[None], stand_ins.UNPACKED, sm_scale, causal, *window, logits_soft_cap or 0.0
+            q[None],
+            k[None],
+            v[None],
+            (None, None, *q.shape[:1], *k.shape[:1]),
+            sm_scale,
+            causal,
+            *window,
+            logits_soft_cap or 0.0,
         )
         lse = torch.where(lse == torch.inf, -torch.inf, lse / math.log(2))
         return out[0], lse[0].transpose(0, 1).contiguous()

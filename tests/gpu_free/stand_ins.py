@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,25 +76,10 @@ def _check_dense(*xs: Tensor, dtypes: tuple[torch.dtype, ...], multiple: int) ->
 blocks = {"launched": 0, "needed": 0}
 
 
-class Lengths(NamedTuple):
-    """The offsets and the bounds of a variable-length call; ``cum_q`` is None without packing."""
-
-    cum_q: Tensor | None
-    cum_k: Tensor | None
-    max_q: int | None
-    max_k: int | None
-
-    @property
-    def packed(self) -> bool:
-        return self.cum_q is not None
-
-
-UNPACKED = Lengths(None, None, None, None)
-
-
-def _sequences(lengths: Lengths) -> list[tuple[slice, slice, slice]]:
+def _sequences(
+    cum_q: Tensor | None, cum_k: Tensor | None, max_q: int, max_k: int
+) -> list[tuple[slice, slice, slice]]:
     """(batch entries, rows, keys) that one dense attention covers, of q [B, S, H, D], or of packed q [S, H, D]."""
-    cum_q, cum_k, max_q, max_k = lengths
     if cum_q is None:
         return [(slice(None), slice(None), slice(None))]
     assert cum_q.dtype == cum_k.dtype == torch.int32
@@ -109,12 +93,15 @@ def _sequences(lengths: Lengths) -> list[tuple[slice, slice, slice]]:
 
 
 def flash_forward(q, k, v, lengths, scale, causal, left, right, softcap=0.0) -> tuple[Tensor, Tensor]:
-    """(out, lse) of every FlashAttention: [B, S, H, D] and [B, H, S], or [S, H, D] and [H, S] if packed."""
+    """(out, lse) of every FlashAttention: [B, S, H, D] and [B, H, S], or [S, H, D] and [H, S] if packed.
+
+    ``lengths`` are the offsets of queries and of keys, or None, and the largest lengths of both.
+    """
     _check_dense(q, k, v, dtypes=(torch.float16, torch.bfloat16), multiple=8)
-    packed, out = lengths.packed, torch.empty(q.shape, dtype=q.dtype)
+    packed, out = lengths[0] is not None, torch.empty(q.shape, dtype=q.dtype)
     q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.inf)
-    for entries, rows, keys in _sequences(lengths):
+    for entries, rows, keys in _sequences(*lengths):
         qs, ks, vs = (x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys)))
         visible = _visible(qs.shape[2], ks.shape[2], causal, False, left, right)
         result, statistics = _forward(qs, ks, vs, scale, visible, softcap=softcap)
@@ -128,12 +115,12 @@ def flash_backward(dout, q, k, v, out, lse, lengths, scale, causal, left, right,
     assert lse.is_contiguous(), "the kernel reads a raw pointer"
     assert lse.dtype == torch.float32
     assert len({x.dtype for x in (dout, q, k, v, out)}) == 1
-    packed = lengths.packed
+    packed = lengths[0] is not None
     q, k, v, o, do = (x[None] if packed else x for x in (q, k, v, out, dout))
     lse = lse[None] if packed else lse
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for entries, rows, keys in _sequences(lengths):
+    for entries, rows, keys in _sequences(*lengths):
         parts = [x[entries, n].transpose(1, 2) for x, n in ((q, rows), (k, keys), (v, keys), (o, rows), (do, rows))]
         visible = _visible(parts[0].shape[2], parts[1].shape[2], causal, False, left, right)
         values = _backward(parts[4], *parts[:4], lse[entries, :, rows], scale, visible, softcap=softcap)
@@ -149,7 +136,7 @@ def flash_attention_forward(
     assert dropout_p == 0.0
     assert not return_debug_mask
     window = window_size_left, window_size_right
-    lengths = Lengths(cum_seq_q, cum_seq_k, max_q, max_k)
+    lengths = cum_seq_q, cum_seq_k, max_q, max_k
     out, lse = flash_forward(query, key, value, lengths, scale, is_causal, *window)
     return out, lse, torch.zeros(2), torch.zeros(()), torch.zeros(0)
 
@@ -160,7 +147,7 @@ def flash_attention_backward(
 ):  # fmt: skip
     assert rng_state.dtype == torch.uint64
     window = window_size_left, window_size_right
-    lengths = Lengths(cum_seq_q, cum_seq_k, max_q, max_k)
+    lengths = cum_seq_q, cum_seq_k, max_q, max_k
     return flash_backward(grad_out, query, key, value, out, logsumexp, lengths, scale, is_causal, *window)
 
 

@@ -23,6 +23,8 @@ from peftkern.backends import (
     torch_attention,
 )
 from peftkern.backends.cost.model import RATES, Machine
+from peftkern.backends.long_prefix import with_long_prefixes
+from peftkern.backends.triton import TritonPrefixKernels
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 from peftkern.tools import doctor
@@ -291,3 +293,11 @@ def test_fa3_has_no_deterministic_backward_of_large_heads(deterministic, head_di
     reason = _why_not(_call("cpu", shape=(2, 4, 64, head_dim)))["FA3"]
     assert reason == ("" if runs else "FA3: no deterministic gradients for head dims above 192")
     assert not _why_not(_call("cpu", shape=(2, 4, 64, head_dim), needs_grad=False))["FA3"]
+
+
+@pytest.mark.parametrize(("features", "runs"), [((), True), (("softcap",), False)])
+def test_a_softcap_is_not_lost_on_a_long_prefix(features, runs, monkeypatch):
+    """Torch's kernels, which attend to a long prefix, have none."""
+    monkeypatch.setattr(torch_attention, "KERNELS", [stand_ins.ROWS["flash"]])
+    found = with_long_prefixes(_call("cpu", features=features), {"triton": TritonPrefixKernels()})
+    assert ("flash+triton" in found) == runs
