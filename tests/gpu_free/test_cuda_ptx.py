@@ -24,7 +24,7 @@ from .. import skips
 from . import merging
 from .merging import args_of, sizes_of
 from .ptx import machine
-from .shim import FAMILIES, ROOT, Shim, sources
+from .shim import FAMILIES, ROOT, Shim, sources, symbols
 
 pytestmark = skips.needs("nvcc")
 _LAUNCHER = ctypes.CFUNCTYPE(
@@ -82,8 +82,7 @@ class Emulated(Shim):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
-        listed = subprocess.run(["nm", self.library._name], capture_output=True, text=True, check=True).stdout
-        self._symbols = {int(x[0], 16): x[2] for x in map(str.split, listed.splitlines()) if len(x) == 3}
+        self._symbols = symbols(self.library._name)
         self._callback = _LAUNCHER(self._launch)
         self.library.shim_set_launcher(self._callback)
 

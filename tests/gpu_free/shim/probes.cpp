@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small kernels for tests of the shim itself: single instructions, and each kind of mistake that it must name.
-#include "../../../csrc/cuda/kernels/ptx.cuh"
-#include "../../../csrc/peftkern.h"
-#include "launch_shim.h"
+#include "../../../csrc/cuda/launch/launch.h"
 
 using namespace peftkern;
 
