@@ -93,12 +93,8 @@ inline Call prefix_call_of(const peftkern_attention& a) {
   Call call = call_of(a);
   call.window = 0;
   call.flattened = !a.prefix_ids && !(a.cu_seqlens && call.prefix_window);
+  if (call.flattened) call.cu_seqlens = {};
   return call;
-}
-
-inline Extent extent_of(const Call& call) {
-  const int64_t sequences = call.flattened ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
-  return {(int64_t)call.batch * call.q_len, sequences, call.group};
 }
 
 inline bool empty(const peftkern_attention& a) { return a.batch == 0 || a.q_len == 0; }

@@ -14,7 +14,7 @@ namespace {
 int row_splits(const Launcher& launcher, const peftkern_attention& a) {
   const Call call = prefix_call_of(a);
   if (empty(a)) return 1;
-  return with_kernels(a.head_dim, [&](auto kernels) { return kernels.row_splits(launcher, extent_of(call), call); });
+  return with_kernels(a.head_dim, [&](auto kernels) { return kernels.row_splits(launcher, call); });
 }
 
 void merge_prefix(Launcher& launcher, const peftkern_cuda_attention& args) {
@@ -29,8 +29,7 @@ void merge_prefix(Launcher& launcher, const peftkern_cuda_attention& args) {
   forward.part_lse = matrices(args.part_lse, args.part_lse_stride);
   forward.lse = a.lse;
   forward.sinks = a.sinks;
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.prefix_forward(launcher, a.dtype, extent_of(forward.call), forward); });
+  with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_forward(launcher, a.dtype, forward); });
 }
 
 }  // namespace

@@ -44,7 +44,10 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
   const int first = threadIdx.x / kWarp * 16 + lane / 4;  // this lane's rows of a tile are first and first + 8
   int loaded_prefix = -1, loaded_key = -1;
 
-  for (TileWalk<Shape::kRows> walk(call, -1, blockIdx.x, gridDim.x); walk.more(); walk.advance()) {
+  const int count = row_tiles<Shape::kRows>(call).count();
+  const auto split = [&](int i) { return (int)((int64_t)count * i / gridDim.x); };  // a fixed share of the tiles
+  for (TileWalk<Shape::kRows> walk(call, -1, split(blockIdx.x), split(blockIdx.x + 1), 1); walk.more();
+       walk.advance()) {
     const Sequence sequence = walk.sequence;
     Row row[2];
     float part_lse[2];

@@ -154,3 +154,19 @@ EXPORT int probe_mistake(int kind, const float* in, float* out) {
   launcher.launch(mistake_kernel, kind / 2 == 11 ? 2 : 1, 1, 1, 64, 1024, Mistake{kind, in, out});
   return launcher.status();
 }
+
+// The tiles of 16 rows that a walk visits: writes the first position (its sample, if not packed) and the tile of each to
+// `out`, and returns their number. A negative `step` asks for the upper bound of the numbers of tiles alone.
+EXPORT int probe_walk(const int32_t* cu_seqlens, const int32_t* prefix_ids, int sequences, int q_len, int group, int only,
+                      int first, int end, int step, int* out) {
+  Call call{};
+  call.batch = cu_seqlens ? 1 : sequences, call.num_sequences = sequences, call.q_len = q_len, call.group = group;
+  call.cu_seqlens.pointer = cu_seqlens, call.prefix_ids.pointer = prefix_ids;
+  if (step < 0) return row_tiles<16>(call).count();
+  int count = 0;
+  for (TileWalk<16> walk(call, only, first, end, step); walk.more(); walk.advance()) {
+    out[2 * count] = cu_seqlens ? walk.sequence.first : walk.sequence.batch;
+    out[2 * count++ + 1] = walk.tile;
+  }
+  return count;
+}
