@@ -241,7 +241,10 @@ def _aligned_args(args: AttentionArgs) -> AttentionArgs:
 def _without_prefix(args: AttentionArgs) -> AttentionArgs:
     """The arguments of attention over the sequence and the sinks alone."""
     none = args.prefix_k.new_empty(args.k.shape[1], 0, args.q.shape[3])
-    return args._replace(prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, gate=None)
+    return args._replace(
+        prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, gate=None,
+        prefix_start=None,
+    )  # fmt: skip
 
 
 def _shares_prefix(args: AttentionArgs) -> bool:

@@ -129,6 +129,11 @@ def _attention(args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool 
     return fill.attention(args, out, lse, sequence=sequence)
 
 
+def _prefix_start(args: AttentionArgs) -> int:
+    """The hint as the library takes it: -1 for unknown."""
+    return -1 if args.prefix_start is None else args.prefix_start
+
+
 def merge_prefix(
     args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> None:
@@ -153,6 +158,7 @@ def merge_prefix(
         part_lse_stride=fill.strides(part_lse),
         workspace=0,
         workspace_size=0,
+        prefix_start=_prefix_start(args),
         device=device,
         stream=stream,
     )
@@ -182,6 +188,7 @@ def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool 
             part_lse_stride=(0, 0, 0),
             workspace=workspace,
             workspace_size=size,
+            prefix_start=-1,
             device=device,
             stream=stream,
         )
@@ -256,6 +263,7 @@ def _backward(
             workspace=workspace,
             workspace_size=size,
             delta_is_given=delta_is_given,
+            prefix_start=_prefix_start(args),
             device=device,
             stream=stream,
         )
@@ -325,6 +333,7 @@ def softmax_sums(
         workspace=0,
         workspace_size=0,
         delta_is_given=False,
+        prefix_start=-1,
         device=device,
         stream=stream,
     )

@@ -38,7 +38,7 @@ struct Decoding {
 
   Decoding(const Launcher& launcher, const peftkern_attention& a)
       : prefix(sequence_forward_of(a)), sequence(prefix), rows(a.batch * a.num_heads * a.q_len), width(a.head_dim + 2) {
-    prefix.call = prefix_call_of(a);
+    prefix.call = prefix_call_of(a, -1);
     prefix.k = prefix.v = {};
     sequence.call.prefix_len = 0;
     sequence.call.prefix_ids = sequence.call.prefix_lens = {};

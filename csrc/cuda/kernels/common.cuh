@@ -37,10 +37,10 @@ struct Indices {
   PEFTKERN_DEVICE int operator[](int i) const { return at(i); }
 };
 
-// One attention call. `flattened`: the kernel need not tell sequences apart, so it treats the rows of all samples, from
-// `first_row` on, as one sequence; cu_seqlens and prefix_ids are then null.
+// One attention call. The sequences are those of cu_seqlens or, if that is null, `sequences` times `length` rows: one a
+// sample, or a single one for a kernel that need not tell samples apart. The latter starts at `first_row`.
 struct Call {
-  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, num_sequences, flattened, first_row;
+  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, sequences, length, first_row;
   int causal, window, prefix_window;  // windows: 0 means none
   float scale, softcap;               // softcap: 0 means none
   Indices cu_seqlens, prefix_ids, prefix_lens;
@@ -60,17 +60,8 @@ struct Row {
   bool valid;
 };
 
-PEFTKERN_HOST_DEVICE int count_sequences(const Call& call) {
-  return call.flattened ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
-}
-
-// The length of every sequence, unless they are packed.
-PEFTKERN_HOST_DEVICE int sequence_length(const Call& call) {
-  return call.flattened ? call.batch * call.q_len - call.first_row : call.q_len;
-}
-
 PEFTKERN_DEVICE Sequence sequence_at(const Call& call, int i) {
-  Sequence s{i, call.first_row, sequence_length(call), 0, call.prefix_len};
+  Sequence s{i, call.first_row, call.length, 0, call.prefix_len};
   if (call.cu_seqlens.pointer) {
     s.batch = 0;
     s.first = call.cu_seqlens[i];
@@ -108,8 +99,7 @@ struct TileNumbers {
   PEFTKERN_HOST_DEVICE int tiles(int positions) const { return (positions * each + kSize - 1) / kSize; }
 
   PEFTKERN_HOST_DEVICE int count() const {
-    if (!call.cu_seqlens.pointer) return count_sequences(call) * tiles(length);
-    return tiles(call.q_len) + call.num_sequences - 1;
+    return call.cu_seqlens.pointer ? tiles(call.q_len) + call.sequences - 1 : call.sequences * tiles(length);
   }
 
   // The first number of sequence i.
@@ -118,8 +108,7 @@ struct TileNumbers {
   }
 
   PEFTKERN_DEVICE int sequence_of(int number) const {
-    if (!call.cu_seqlens.pointer) return number / tiles(length);
-    int low = 0, high = call.num_sequences;
+    int low = 0, high = call.sequences;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       (first(middle) <= number ? low : high) = middle;
@@ -131,7 +120,7 @@ struct TileNumbers {
 // The tiles of kRows rows of a key head.
 template <int kRows>
 PEFTKERN_HOST_DEVICE TileNumbers<kRows> row_tiles(const Call& call) {
-  return {call, call.group, sequence_length(call)};
+  return {call, call.group, call.length};
 }
 
 // Walks the tiles of rows with the numbers `first`, `first` + `step`, ... below `end`, those of all sequences or of the
@@ -139,7 +128,7 @@ PEFTKERN_HOST_DEVICE TileNumbers<kRows> row_tiles(const Call& call) {
 template <int kRows>
 struct TileWalk {
   const Call& call;
-  int only, number, end, step, tile, tiles;
+  int only, number, end, step, tile;
   Sequence sequence;
 
   PEFTKERN_DEVICE TileWalk(const Call& c, int only_prefix, int first, int last, int stride)
@@ -155,10 +144,9 @@ struct TileWalk {
       int next = number + 1;
       sequence = sequence_at(call, index);
       tile = number - numbers.first(index);
-      tiles = numbers.tiles(sequence.length);
       if (only >= 0 && sequence.prefix != only)
         next = numbers.first(next_sequence(index));
-      else if (tile < tiles)
+      else if (tile < numbers.tiles(sequence.length))
         return;
       number += (next - number + step - 1) / step * step;
     }
@@ -167,7 +155,7 @@ struct TileWalk {
   // The sequence after i that sees prefix `only`, or the number of sequences.
   PEFTKERN_DEVICE int next_sequence(int i) const {
     do i++;
-    while (i < count_sequences(call) && call.prefix_ids[i] != only);
+    while (i < call.sequences && call.prefix_ids[i] != only);
     return i;
   }
 
@@ -176,7 +164,7 @@ struct TileWalk {
   PEFTKERN_DEVICE void advance() {
     number += step;
     tile += step;
-    if (tile >= tiles) settle();
+    if (tile * kRows >= sequence.length * call.group) settle();
   }
 };
 

@@ -8,6 +8,7 @@ What the package allocates starts as NaN; what it is given may be read within it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,13 @@ _FLAGS = (
     f"-I{HERE}",
 )  # fmt: skip
 CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
+
+
+#: Executes launches in place of the shim: kernel, grid, threads, bytes of shared memory, parameters, their bytes.
+LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
+    ctypes.c_int64,
+)  # fmt: skip
 
 
 def sources() -> dict[str, str]:
@@ -175,10 +184,22 @@ class Shim:
             for kernel, x, y, z, *rest in (fields[i : i + 7] for i in range(0, 7 * count, 7))
         ]
 
+    @contextlib.contextmanager
+    def only_recording(self, succeed: bool = True) -> Iterator[None]:
+        """Within the block launches are listed and not executed; they succeed, or fail."""
+        launcher = LAUNCHER(lambda *_: succeed)
+        self.library.shim_set_launcher(launcher)
+        yield
+        self.library.shim_set_launcher(LAUNCHER())
+
     @property
     def device(self) -> int:
         """The current device of the CUDA runtime, which has two."""
         return self.library.shim_device()
+
+    @device.setter
+    def device(self, device: int) -> None:
+        self.library.shim_set_device(device)
 
     def _patched_allocation(self, allocate, x, *args, **kwargs):
         tensor = allocate(x, *args, **kwargs)

@@ -160,7 +160,7 @@ EXPORT int probe_mistake(int kind, const float* in, float* out) {
 EXPORT int probe_walk(const int32_t* cu_seqlens, const int32_t* prefix_ids, int sequences, int q_len, int group, int only,
                       int first, int end, int step, int* out) {
   Call call{};
-  call.batch = cu_seqlens ? 1 : sequences, call.num_sequences = sequences, call.q_len = q_len, call.group = group;
+  call.batch = cu_seqlens ? 1 : sequences, call.sequences = sequences, call.q_len = call.length = q_len, call.group = group;
   call.cu_seqlens.pointer = cu_seqlens, call.prefix_ids.pointer = prefix_ids;
   if (step < 0) return row_tiles<16>(call).count();
   int count = 0;

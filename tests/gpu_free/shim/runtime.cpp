@@ -440,6 +440,7 @@ SHIM_EXPORT int64_t shim_launches(int64_t* out, int64_t count) {
   return (int64_t)shim::records.size();
 }
 SHIM_EXPORT int shim_device() { return shim::device; }
+SHIM_EXPORT void shim_set_device(int device) { shim::device = device; }
 
 // What -fsanitize=thread calls.
 #define SHIM_HOOK(bytes)                                                                        \
