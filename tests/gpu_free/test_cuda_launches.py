@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkern import native
-from peftkern.arguments import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs
+from peftkern.arguments import (
+    AttentionArgs,
+    AttentionGradients,
+    allocate_gradients,
+    allocate_outputs,
+    attention_call,
+)
 from peftkern.backends import cuda
 from peftkern.backends.cuda import CudaPlan, CudaPrefixKernels
 from peftkern.testing.cases import Shape, tensors
@@ -265,6 +271,42 @@ def test_a_start_without_a_packed_bank_of_one_is_refused(shim):
     args = args_of(tensors(PLAIN, torch.float16), prefix_start=3)
     with pytest.raises(native.cuda.NativeError, match="out of range"):
         _merge(args)
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix_len", "head_dim"),
+    [
+        pytest.param(p, d, marks=() if (p, d) in ((16, 64), (128, 64), (512, 64)) else pytest.mark.slow)
+        for d in (64, 128, 256) for p in (16, 64, 128, 512) if p * d <= 65536
+    ],
+)  # fmt: skip
+def test_the_cost_model_has_the_bytes_that_kernels_move(shim, prefix_len, head_dim):
+    """And the cache those of what several blocks read: the prefix in each, the sums of the splits."""
+    args = args_of(tensors(Shape(B=1, Hq=4, Hkv=2, S=256, P=prefix_len, D=head_dim), torch.bfloat16))
+    costs = [x.bytes for x in KERNELS.merge_costs(attention_call(args))]
+    prefix_bytes, q_bytes = 2 * args.prefix_k.numel() * 2, args.q.numel() * 2
+    part_out, part_lse = _parts(shim, args)
+    shim.reset()
+    out, lse = KERNELS.merge_prefix(args, part_out, part_lse)
+    moved = [shim.counters()]
+    gradients = _gradients(args, sequence=False)
+    gradients.dq.fill_(1.0)
+    shim.writable(*gradients)
+    shim.reset()
+    KERNELS.merge_prefix_backward(torch.ones_like(out), out, lse, args, gradients.dq, gradients)
+    moved.append(shim.counters())
+
+    blocks, tiles, splits = 4, 8, 2  # of a key head
+    reads = blocks if prefix_len * head_dim <= 16384 else tiles * (4 if head_dim > 128 else 1)  # per pass of columns
+    sums = (2 * splits + 1) * 2 * prefix_bytes  # in fp32: each split written and read, their sum written
+    cached = [(reads - 1) * prefix_bytes, (splits - 1) * prefix_bytes + sums]
+    for counted, cost, cache in zip(moved, costs, cached, strict=True):
+        total = counted["loaded"] + counted["stored"]
+        print(f"P={prefix_len} D={head_dim}: {(total - cache) / q_bytes:.2f} q bytes, the model {cost / q_bytes:.2f}")
+        assert 0.98 < total / (cost + cache) < 1.05
 
 
 # -- devices ---------------------------------------------------------------------------------------
