@@ -7,6 +7,8 @@ beside one.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -229,19 +231,23 @@ def _missing(device: torch.device) -> tuple[list[str], bool]:
 
 def _aligned(x: Tensor) -> Tensor:
     """x, or a copy whose rows are aligned to 16 bytes, as the kernels' vector loads require."""
-    if x.data_ptr() % 16 == 0 and all(
-        n == 1 or s % 8 == 0 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ):
+    if x.data_ptr() % 16 == 0 and _is_aligned_layout(x.shape, x.stride()):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_aligned_layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether all rows are multiples of 8 elements apart. Layouts repeat from call to call."""
+    return all(n == 1 or s % 8 == 0 for n, s in zip(shape[:-1], strides[:-1], strict=True))
+
+
 def _aligned_args(args: AttentionArgs) -> AttentionArgs:
     """``args`` with aligned rows and the prefix in q's dtype."""
-    return args._replace(
-        q=_aligned(args.q), k=_aligned(args.k), v=_aligned(args.v),
-        prefix_k=_aligned(args.prefix_k.to(args.q.dtype)), prefix_v=_aligned(args.prefix_v.to(args.q.dtype)),
-    )  # fmt: skip
+    tensors = args[:5]
+    if args.prefix_k.dtype != args.q.dtype:
+        tensors = *args[:3], args.prefix_k.to(args.q.dtype), args.prefix_v.to(args.q.dtype)
+    return AttentionArgs(*map(_aligned, tensors), *args[5:])
 
 
 def _without_prefix(args: AttentionArgs) -> AttentionArgs:

@@ -119,7 +119,7 @@ def _device_and_stream(x: Tensor) -> tuple[int, int]:
     """The index of the device of ``x`` and the handle of torch's current stream on it."""
     if x.device.type != "cuda":
         return 0, 0
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def _attention(args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True) -> tuple[bytes, object]:
