@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define PEFTKERN_ABI_VERSION 1
-#define PEFTKERN_CUDA_ABI_VERSION 3
+#define PEFTKERN_CUDA_ABI_VERSION 4
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -137,6 +137,10 @@ PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t 
 // prefix has q's dtype. Calls queue work on `stream` of `device` and do not wait for it. Pointers, and strides in
 // bytes, are multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls that read the sequence.
 // `gate` holds the gate's tanh. `isa` and `num_threads` are ignored.
+//
+// `prefix_start` says what prefix_ids of a packed call holds, if the caller knows it: -1 for the sequences before that
+// row, 0 for those from it on, of a bank of one prefix. Kernels that read only the prefix then leave earlier rows alone
+// and need not tell sequences apart. -1: unknown.
 typedef struct peftkern_cuda_attention {
   peftkern_attention attention;
   const void* part_out;   // [batch, num_heads, q_len, head_dim]: attention over the sequence alone; may be `out`
@@ -144,6 +148,7 @@ typedef struct peftkern_cuda_attention {
   int64_t part_out_stride[3], part_lse_stride[3];
   void* workspace;  // peftkern_cuda_split_workspace_size bytes, for few rows and many keys; null: one kernel
   int64_t workspace_size;
+  int64_t prefix_start;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention;
@@ -154,6 +159,7 @@ typedef struct peftkern_cuda_attention_backward {
   void* workspace;  // peftkern_cuda_workspace_size bytes
   int64_t workspace_size;
   int64_t delta_is_given;
+  int64_t prefix_start;
   int64_t device;
   void* stream;
 } peftkern_cuda_attention_backward;

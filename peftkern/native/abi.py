@@ -30,7 +30,7 @@ __all__ = [
 
 #: Versions of the structs and functions below. Each library reports its own and must match.
 CPU_VERSION = 1
-CUDA_VERSION = 3
+CUDA_VERSION = 4
 
 #: Instruction sets by name, as ``peftkern_isa`` numbers them.
 ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx_bf16": 5}
@@ -186,14 +186,14 @@ CUDA_ATTENTION = Struct(
     _pointers("part_out part_lse"),
     _int64("part_out_stride[3] part_lse_stride[3]"),
     _pointers("workspace"),
-    _int64("workspace_size device"),
+    _int64("workspace_size prefix_start device"),
     _pointers("stream"),
 )
 CUDA_ATTENTION_BACKWARD = Struct(
     "peftkern_cuda_attention_backward",
     _embedded("backward", ATTENTION_BACKWARD),
     _pointers("delta workspace"),
-    _int64("workspace_size delta_is_given device"),
+    _int64("workspace_size delta_is_given prefix_start device"),
     _pointers("stream"),
 )
 CUDA_CONCAT = Struct(

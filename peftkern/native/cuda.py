@@ -119,7 +119,7 @@ def _device_and_stream(x: Tensor) -> tuple[int, int]:
     """The index of the device of ``x`` and the handle of torch's current stream on it."""
     if x.device.type != "cuda":
         return 0, 0
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    return x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
 def _attention(args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True) -> tuple[bytes, object]:
@@ -127,6 +127,11 @@ def _attention(args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool 
     if args.gate is not None:
         args = args._replace(gate=args.gate.tanh())
     return fill.attention(args, out, lse, sequence=sequence)
+
+
+def _prefix_start(args: AttentionArgs) -> int:
+    """The hint as the library takes it: -1 for unknown."""
+    return -1 if args.prefix_start is None else args.prefix_start
 
 
 def merge_prefix(
@@ -153,6 +158,7 @@ def merge_prefix(
         part_lse_stride=fill.strides(part_lse),
         workspace=0,
         workspace_size=0,
+        prefix_start=_prefix_start(args),
         device=device,
         stream=stream,
     )
@@ -182,6 +188,7 @@ def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, split: bool 
             part_lse_stride=(0, 0, 0),
             workspace=workspace,
             workspace_size=size,
+            prefix_start=-1,
             device=device,
             stream=stream,
         )
@@ -256,6 +263,7 @@ def _backward(
             workspace=workspace,
             workspace_size=size,
             delta_is_given=delta_is_given,
+            prefix_start=_prefix_start(args),
             device=device,
             stream=stream,
         )
@@ -325,6 +333,7 @@ def softmax_sums(
         workspace=0,
         workspace_size=0,
         delta_is_given=False,
+        prefix_start=-1,
         device=device,
         stream=stream,
     )

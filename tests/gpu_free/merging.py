@@ -7,7 +7,8 @@ import torch
 
 from peftkern import backends, reference
 from peftkern.arguments import AttentionArgs, allocate_gradients
-from peftkern.backends import Backend, Plan
+from peftkern.backends import Plan
+from peftkern.backends.base import OnePlanBackend
 from peftkern.backends.cuda import CudaPrefixKernels
 from peftkern.testing.cases import Shape, feature
 
@@ -107,7 +108,7 @@ class MergingPlan(Plan):
         raise NotImplementedError
 
 
-class Merging(Backend):
+class Merging(OnePlanBackend):
     """A backend with one plan, :class:`MergingPlan`; :func:`install` registers it as "merging"."""
 
     name = "merging"

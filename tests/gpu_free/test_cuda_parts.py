@@ -56,7 +56,7 @@ def _run(shim, monkeypatch, row: str, backend: str, shape: Shape, options: dict,
     shim.reset()
     given = tensors(shape, dtype, torch.float32)
     results = check_backend(backend, given, options, **kwargs)
-    assert shim.counters()["launches"] > 0, "Triton ran"
+    assert shim.launches(), "Triton ran"
     return results
 
 
@@ -114,7 +114,7 @@ def test_embeddings_take_the_same_kernels(shim):
     weight, prompt, ids = torch.randn(11, 24).half(), torch.randn(5, 24), torch.randint(11, (4, 7))
     results = [peftkern.soft_prompt_embedding(ids, weight, prompt, backend=b) for b in ("merge", "reference")]
     assert torch.equal(*results)
-    assert shim.counters()["launches"] == 1
+    assert len(shim.launches()) == 1
 
 
 def test_explain_says_which_kernels(shim, monkeypatch):

@@ -7,7 +7,6 @@ to the emulator, with the instructions that a GPU would get in place of g++'s.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
 import subprocess
@@ -24,13 +23,9 @@ from .. import skips
 from . import merging
 from .merging import args_of, sizes_of
 from .ptx import machine
-from .shim import FAMILIES, ROOT, Shim, sources
+from .shim import FAMILIES, LAUNCHER, ROOT, Shim, sources, symbols
 
 pytestmark = skips.needs("nvcc")
-_LAUNCHER = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
-    ctypes.c_int64,
-)  # fmt: skip
 
 
 def _ptx(source: str, head_dim: int) -> str:
@@ -82,13 +77,12 @@ class Emulated(Shim):
             self._kernels |= kernels(_ptx(source, head_dim))
         if edit is not None:
             self._kernels = {name: edit(name, text) for name, text in self._kernels.items()}
-        listed = subprocess.run(["nm", self.library._name], capture_output=True, text=True, check=True).stdout
-        self._symbols = {int(x[0], 16): x[2] for x in map(str.split, listed.splitlines()) if len(x) == 3}
-        self._callback = _LAUNCHER(self._launch)
+        self._symbols = symbols(self.library._name)
+        self._callback = LAUNCHER(self._launch)
         self.library.shim_set_launcher(self._callback)
 
     def close(self) -> None:
-        self.library.shim_set_launcher(_LAUNCHER())
+        self.library.shim_set_launcher(LAUNCHER())
 
     def _launch(self, kernel, grid, threads, shared, parameters, size) -> int:
         try:

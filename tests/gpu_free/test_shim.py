@@ -16,14 +16,7 @@ LANES = range(32)
 
 @pytest.fixture(scope="module")
 def probes() -> ctypes.CDLL:
-    library = ctypes.CDLL(
-        str(shim.link([(shim.HERE / "runtime.cpp", []), (shim.HERE / "probes.cpp", [*shim.CHECKED])]))
-    )
-    library.shim_message.restype = ctypes.c_char_p
-    library.shim_register.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
-    ]  # fmt: skip
-    return library
+    return shim.probes()
 
 
 def _run(probes, function: str, kind: int, *inputs: torch.Tensor, out: torch.Tensor) -> str:

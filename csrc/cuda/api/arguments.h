@@ -56,14 +56,22 @@ inline int check_sequence(const peftkern_attention& a) {
   return aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
 
+// `prefix_start` divides the rows of a packed call, or is -1.
+inline int check_start(const peftkern_attention& a, int64_t prefix_start) {
+  const bool known = a.cu_seqlens && a.prefix_ids && a.bank_size == 1 && prefix_start <= a.q_len;
+  return prefix_start == -1 || (prefix_start >= 0 && known) ? PEFTKERN_OK : PEFTKERN_INVALID_ARGUMENT;
+}
+
 inline int check(const peftkern_cuda_attention& args) {
   if (const int status = check(args.attention)) return status;
+  if (const int status = check_start(args.attention, args.prefix_start)) return status;
   return aligned(args.part_out, args.part_out_stride) ? PEFTKERN_OK : PEFTKERN_MISALIGNED;
 }
 
 inline int check(const peftkern_cuda_attention_backward& args) {
   const peftkern_attention_backward& g = args.backward;
   if (const int status = check(g.forward)) return status;
+  if (const int status = check_start(g.forward, args.prefix_start)) return status;
   const bool all = aligned(g.dout, g.dout_stride) && aligned(g.dq, g.dq_stride) && aligned(g.dprefix_k) &&
                    aligned(g.dprefix_v) && aligned(g.dprefix_bias) && aligned(args.workspace);
   if (!all) return PEFTKERN_MISALIGNED;
@@ -74,7 +82,8 @@ inline Call call_of(const peftkern_attention& a) {
   Call call{};
   call.batch = (int)a.batch, call.num_kv_heads = (int)a.num_kv_heads, call.group = (int)(a.num_heads / a.num_kv_heads);
   call.q_len = (int)a.q_len, call.kv_len = (int)a.kv_len, call.head_dim = (int)a.head_dim;
-  call.prefix_len = (int)a.prefix_len, call.bank_size = (int)a.bank_size, call.num_sequences = (int)a.num_sequences;
+  call.prefix_len = (int)a.prefix_len, call.bank_size = (int)a.bank_size;
+  call.sequences = (int)(a.cu_seqlens ? a.num_sequences : a.batch), call.length = call.q_len;
   call.causal = a.causal != 0, call.window = (int)std::min(a.window, (int64_t)0x7fffffff);
   call.prefix_window = a.prefix_in_window ? call.window : 0;
   call.scale = (float)a.scale, call.softcap = (float)a.softcap;
@@ -88,17 +97,16 @@ inline Call call_of(const peftkern_attention& a) {
 }
 
 // The same for a kernel that reads only the prefix: rows then differ by their prefix, or by their position in a packed
-// sequence under a window.
-inline Call prefix_call_of(const peftkern_attention& a) {
+// sequence under a window. If they differ by their prefix, and only those from `prefix_start` on have one, the kernel
+// may leave out the others.
+inline Call prefix_call_of(const peftkern_attention& a, int64_t prefix_start) {
   Call call = call_of(a);
   call.window = 0;
-  call.flattened = !a.prefix_ids && !(a.cu_seqlens && call.prefix_window);
+  if ((a.prefix_ids && prefix_start < 0) || (a.cu_seqlens && call.prefix_window)) return call;
+  call.cu_seqlens = call.prefix_ids = {};
+  call.first_row = (int)std::max<int64_t>(prefix_start, 0);
+  call.sequences = 1, call.length = call.batch * call.q_len - call.first_row;
   return call;
-}
-
-inline Extent extent_of(const Call& call) {
-  const int64_t sequences = call.flattened ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
-  return {(int64_t)call.batch * call.q_len, sequences, call.group};
 }
 
 inline bool empty(const peftkern_attention& a) { return a.batch == 0 || a.q_len == 0; }

@@ -27,8 +27,7 @@ SequenceForward sequence_forward_of(const peftkern_attention& a) {
 
 void attention(Launcher& launcher, const peftkern_attention& a) {
   const SequenceForward forward = sequence_forward_of(a);
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.sequence_forward(launcher, a.dtype, extent_of(forward.call), forward); });
+  with_kernels(a.head_dim, [&](auto kernels) { kernels.sequence_forward(launcher, a.dtype, forward); });
 }
 
 // An attention of few rows, with the keys of the prefix and of the sequence split separately: if all samples share the
@@ -39,13 +38,13 @@ struct Decoding {
 
   Decoding(const Launcher& launcher, const peftkern_attention& a)
       : prefix(sequence_forward_of(a)), sequence(prefix), rows(a.batch * a.num_heads * a.q_len), width(a.head_dim + 2) {
-    prefix.call = prefix_call_of(a);
+    prefix.call = prefix_call_of(a, -1);
     prefix.k = prefix.v = {};
     sequence.call.prefix_len = 0;
     sequence.call.prefix_ids = sequence.call.prefix_lens = {};
     with_kernels(a.head_dim, [&](auto kernels) {
-      prefix.splits = kernels.key_splits(launcher, extent_of(prefix.call), (int)a.num_kv_heads, a.prefix_len);
-      sequence.splits = kernels.key_splits(launcher, extent_of(sequence.call), (int)a.num_kv_heads, a.kv_len);
+      prefix.splits = kernels.key_splits(launcher, prefix.call, a.prefix_len);
+      sequence.splits = kernels.key_splits(launcher, sequence.call, a.kv_len);
     });
   }
   int splits() const { return prefix.splits + sequence.splits; }
@@ -57,7 +56,7 @@ void decode(Launcher& launcher, const peftkern_attention& a, Decoding decoding, 
   decoding.sequence.partial = partial + decoding.prefix.splits * decoding.rows * decoding.width;
   with_kernels(a.head_dim, [&](auto kernels) {
     for (const SequenceForward& part : {decoding.prefix, decoding.sequence})
-      kernels.sequence_forward(launcher, a.dtype, extent_of(part.call), part);
+      kernels.sequence_forward(launcher, a.dtype, part);
     const CombineSplits combine{partial,
                                 matrices(a.out, a.out_stride),
                                 a.lse,
@@ -100,7 +99,7 @@ void attention_backward(Launcher& launcher, const peftkern_cuda_attention_backwa
   const bool sequence = backward.dq.pointer || backward.dk.pointer || backward.dv.pointer;
   with_kernels(a.head_dim, [&](auto kernels) {
     if (sequence && !args.delta_is_given) kernels.row_sums(launcher, a.dtype, backward);
-    kernels.sequence_backward(launcher, a.dtype, extent_of(backward.call), backward);
+    kernels.sequence_backward(launcher, a.dtype, backward);
   });
   merge_prefix_backward(launcher, args, sequence || args.delta_is_given ? args.delta : nullptr);
 }
@@ -117,8 +116,7 @@ int peftkern_cuda_softmax_sums(const peftkern_cuda_attention_backward* args) {
   if (empty(a)) return PEFTKERN_OK;
   Launcher launcher(args->device, args->stream);
   const SequenceBackward backward = sequence_backward_of(*args);
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.softmax_sums(launcher, a.dtype, extent_of(backward.call), backward); });
+  with_kernels(a.head_dim, [&](auto kernels) { kernels.softmax_sums(launcher, a.dtype, backward); });
   return launcher.status();
 }
 

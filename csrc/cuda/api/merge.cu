@@ -11,16 +11,19 @@ using namespace peftkern;
 namespace peftkern {
 namespace {
 
-int row_splits(const Launcher& launcher, const peftkern_attention& a) {
-  const Call call = prefix_call_of(a);
+int row_splits(const Launcher& launcher, const peftkern_cuda_attention_backward& args) {
+  const peftkern_attention& a = args.backward.forward;
+  const Call call = prefix_call_of(a, args.prefix_start);
   if (empty(a)) return 1;
-  return with_kernels(a.head_dim, [&](auto kernels) { return kernels.row_splits(launcher, extent_of(call), call); });
+  return with_kernels(a.head_dim, [&](auto kernels) { return kernels.row_splits(launcher, call); });
 }
 
 void merge_prefix(Launcher& launcher, const peftkern_cuda_attention& args) {
   const peftkern_attention& a = args.attention;
+  // what a row without a prefix keeps as it is
+  const bool in_place = args.part_out == a.out && args.part_lse == a.lse && !a.sinks;
   PrefixForward forward{};
-  forward.call = prefix_call_of(a);
+  forward.call = prefix_call_of(a, in_place ? args.prefix_start : -1);
   forward.q = matrices(a.q, a.q_stride);
   forward.prefix_k = matrices(a.prefix_k, a.prefix_k_stride);
   forward.prefix_v = matrices(a.prefix_v, a.prefix_v_stride);
@@ -29,8 +32,7 @@ void merge_prefix(Launcher& launcher, const peftkern_cuda_attention& args) {
   forward.part_lse = matrices(args.part_lse, args.part_lse_stride);
   forward.lse = a.lse;
   forward.sinks = a.sinks;
-  with_kernels(a.head_dim,
-               [&](auto kernels) { kernels.prefix_forward(launcher, a.dtype, extent_of(forward.call), forward); });
+  with_kernels(a.head_dim, [&](auto kernels) { kernels.prefix_forward(launcher, a.dtype, forward); });
 }
 
 }  // namespace
@@ -40,7 +42,7 @@ void merge_prefix_backward(Launcher& launcher, const peftkern_cuda_attention_bac
   const peftkern_attention& a = g.forward;
   const int64_t elements = prefix_elements(a);
   PrefixBackward backward{};
-  backward.call = prefix_call_of(a);
+  backward.call = prefix_call_of(a, args.prefix_start);
   backward.q = matrices(a.q, a.q_stride);
   backward.prefix_k = matrices(a.prefix_k, a.prefix_k_stride);
   backward.prefix_v = matrices(a.prefix_v, a.prefix_v_stride);
@@ -50,7 +52,7 @@ void merge_prefix_backward(Launcher& launcher, const peftkern_cuda_attention_bac
   backward.lse = a.lse;
   backward.dlse = matrices(g.dlse, g.dlse_stride);
   backward.delta = delta;
-  const int splits = row_splits(launcher, a);
+  const int splits = row_splits(launcher, args);
   float* const workspace = static_cast<float*>(args.workspace);
   backward.dprefix_k = splits > 1 && g.dprefix_k ? workspace : g.dprefix_k;
   backward.dprefix_v = splits > 1 && g.dprefix_v ? workspace + splits * elements : g.dprefix_v;
@@ -86,7 +88,7 @@ int64_t peftkern_cuda_workspace_size(const peftkern_cuda_attention_backward* arg
   if (!args || check(*args)) return 0;
   const peftkern_attention& a = args->backward.forward;
   const Launcher launcher(args->device, args->stream);
-  const int splits = launcher.status() == PEFTKERN_OK ? row_splits(launcher, a) : 1;
+  const int splits = launcher.status() == PEFTKERN_OK ? row_splits(launcher, *args) : 1;
   const int64_t matrices = splits > 1 ? 2 * splits * prefix_elements(a) : 0;
   const int64_t bias = args->backward.dprefix_bias ? splits * a.bank_size * bias_elements(a) : 0;
   return (matrices + bias) * (int64_t)sizeof(float);

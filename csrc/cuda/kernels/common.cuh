@@ -37,9 +37,10 @@ struct Indices {
   PEFTKERN_DEVICE int operator[](int i) const { return at(i); }
 };
 
-// One attention call. `flattened`: the kernel need not tell sequences apart, so it treats all rows as one sequence.
+// One attention call. The sequences are those of cu_seqlens or, if that is null, `sequences` times `length` rows: one a
+// sample, or a single one for a kernel that need not tell samples apart. The latter starts at `first_row`.
 struct Call {
-  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, num_sequences, flattened;
+  int batch, num_kv_heads, group, q_len, kv_len, head_dim, prefix_len, bank_size, sequences, length, first_row;
   int causal, window, prefix_window;  // windows: 0 means none
   float scale, softcap;               // softcap: 0 means none
   Indices cu_seqlens, prefix_ids, prefix_lens;
@@ -59,16 +60,9 @@ struct Row {
   bool valid;
 };
 
-PEFTKERN_DEVICE int count_sequences(const Call& call) {
-  return call.flattened ? 1 : call.cu_seqlens.pointer ? call.num_sequences : call.batch;
-}
-
 PEFTKERN_DEVICE Sequence sequence_at(const Call& call, int i) {
-  Sequence s{i, 0, call.q_len, 0, call.prefix_len};
-  if (call.flattened) {
-    s.batch = 0;
-    s.length = call.batch * call.q_len;
-  } else if (call.cu_seqlens.pointer) {
+  Sequence s{i, call.first_row, call.length, 0, call.prefix_len};
+  if (call.cu_seqlens.pointer) {
     s.batch = 0;
     s.first = call.cu_seqlens[i];
     s.length = call.cu_seqlens[i + 1] - s.first;
@@ -91,51 +85,86 @@ PEFTKERN_DEVICE int64_t index_of(const Call& call, const Row& row) {
   return ((int64_t)row.batch * call.num_kv_heads * call.group + row.head) * call.q_len + row.row;
 }
 
-// Walks one split of the tiles of kRows rows of all sequences, or of the sequences that see prefix `only`.
+// Numbers the tiles of kSize items of all sequences. A position of a sequence has `each` items, which are the rows of a
+// key head or one key. All sequences have `length` positions, unless they are packed.
+//
+// No pass over the sequences is needed to find a tile by its number: the items before sequence i of a packed call fill
+// at most cu_seqlens[i] * each / kSize + i tiles, and that is where its numbers start. So each sequence may leave one
+// number without a tile.
+template <int kSize>
+struct TileNumbers {
+  const Call& call;
+  int each, length;
+
+  PEFTKERN_HOST_DEVICE int tiles(int positions) const { return (positions * each + kSize - 1) / kSize; }
+
+  PEFTKERN_HOST_DEVICE int count() const {
+    return call.cu_seqlens.pointer ? tiles(call.q_len) + call.sequences - 1 : call.sequences * tiles(length);
+  }
+
+  // The first number of sequence i.
+  PEFTKERN_DEVICE int first(int i) const {
+    return call.cu_seqlens.pointer ? call.cu_seqlens[i] * each / kSize + i : i * tiles(length);
+  }
+
+  PEFTKERN_DEVICE int sequence_of(int number) const {
+    int low = 0, high = call.sequences;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first(middle) <= number ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
+// The tiles of kRows rows of a key head.
+template <int kRows>
+PEFTKERN_HOST_DEVICE TileNumbers<kRows> row_tiles(const Call& call) {
+  return {call, call.group, call.length};
+}
+
+// Walks the tiles of rows with the numbers `first`, `first` + `step`, ... below `end`, those of all sequences or of the
+// sequences that see prefix `only`.
 template <int kRows>
 struct TileWalk {
   const Call& call;
-  int only, index, tile, tiles, left;
+  int only, number, end, step, tile;
   Sequence sequence;
 
-  PEFTKERN_DEVICE int tiles_of(const Sequence& s) const {
-    return only < 0 || s.prefix == only ? (s.length * call.group + kRows - 1) / kRows : 0;
-  }
-
-  // The `split`-th of `splits` equal splits.
-  PEFTKERN_DEVICE TileWalk(const Call& c, int only_prefix, int split, int splits) : call(c), only(only_prefix) {
-    int total = 0;
-    for (int i = 0; i < count_sequences(call); i++) total += tiles_of(sequence_at(call, i));
-    const int begin = (int)((int64_t)total * split / splits);
-    left = (int)((int64_t)total * (split + 1) / splits) - begin;
-    index = 0, tile = begin;
+  PEFTKERN_DEVICE TileWalk(const Call& c, int only_prefix, int first, int last, int stride)
+      : call(c), only(only_prefix), number(first), end(last), step(stride) {
     settle();
   }
 
+  // Goes on to the next number that is that of a tile.
   PEFTKERN_DEVICE void settle() {
-    if (left <= 0) return;
-    sequence = sequence_at(call, index);
-    tiles = tiles_of(sequence);
-    while (tile >= tiles) {
-      tile -= tiles;
-      sequence = sequence_at(call, ++index);
-      tiles = tiles_of(sequence);
+    const TileNumbers<kRows> numbers = row_tiles<kRows>(call);
+    while (number < end) {
+      const int index = numbers.sequence_of(number);
+      int next = number + 1;
+      sequence = sequence_at(call, index);
+      tile = number - numbers.first(index);
+      if (only >= 0 && sequence.prefix != only)
+        next = numbers.first(next_sequence(index));
+      else if (tile < numbers.tiles(sequence.length))
+        return;
+      number += (next - number + step - 1) / step * step;
     }
   }
 
-  // Skips n tiles. Returns false if fewer are left.
-  PEFTKERN_DEVICE bool go_to(int n) {
-    left -= n;
-    tile += n;
-    settle();
-    return left > 0;
+  // The sequence after i that sees prefix `only`, or the number of sequences.
+  PEFTKERN_DEVICE int next_sequence(int i) const {
+    do i++;
+    while (i < call.sequences && call.prefix_ids[i] != only);
+    return i;
   }
 
-  PEFTKERN_DEVICE bool more() const { return left > 0; }
+  PEFTKERN_DEVICE bool more() const { return number < end; }
   PEFTKERN_DEVICE int first_row() const { return tile * kRows; }
   PEFTKERN_DEVICE void advance() {
-    left--;
-    if (++tile == tiles) settle();
+    number += step;
+    tile += step;
+    if (tile * kRows >= sequence.length * call.group) settle();
   }
 };
 

@@ -21,6 +21,14 @@ struct PrefixBackward {
   float *dprefix_k, *dprefix_v;  // [splits, bank, Hkv, P, D]; null: not needed
 };
 
+// The tiles of rows of this block's split that see `prefix`: every gridDim.x-th tile, so that the tiles of each prefix
+// are shared evenly among the splits. None if there are no keys.
+template <int kRows>
+PEFTKERN_DEVICE TileWalk<kRows> walk_split(const Call& call, int prefix, bool has_keys) {
+  return {call, call.prefix_ids.pointer ? prefix : -1, (int)blockIdx.x, has_keys ? row_tiles<kRows>(call).count() : 0,
+          (int)gridDim.x};
+}
+
 // The score of a row and a token of a prefix of `length` tokens, with all options applied.
 PEFTKERN_DEVICE Score prefix_score(const Call& call, const Row& row, int token, int length, float product) {
   Score score = score_of<true>(call, product);
@@ -101,8 +109,7 @@ prefix_backward(PEFTKERN_PARAMS PrefixBackward args) {
   for (int first_key = 0; first_key < call.prefix_len; first_key += Shape::kKeys) {
     const int length = max(0, min(Shape::kKeys, prefix_len - first_key));
     Sums<Shape::kSumGroups> dk, dv;
-    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, split,
-                                length > 0 ? gridDim.x : 0x7fffffff);
+    TileWalk<Shape::kRows> walk = walk_split<Shape::kRows>(call, prefix, length > 0);
     const auto load_queries = [&] {
       load_row_tiles(tile, args, walk.sequence, kv_head, walk.first_row());
       copy_async_commit();
@@ -188,8 +195,7 @@ prefix_bias_backward(PEFTKERN_PARAMS PrefixBiasBackward args) {
         take(head, sums[(int64_t)(kv_head * call.group + head) * call.prefix_len + first_key + own_key]);
     };
     each_sum([](int, float& sum) { sum = 0.f; });
-    TileWalk<Shape::kRows> walk(call, call.prefix_ids.pointer ? prefix : -1, split,
-                                length > 0 ? gridDim.x : 0x7fffffff);
+    TileWalk<Shape::kRows> walk = walk_split<Shape::kRows>(call, prefix, length > 0);
     if (walk.more()) load_prefix_tiles(tile, args, prefix, kv_head, first_key, length);
     for (; walk.more(); walk.advance()) {
       const int first_row = walk.first_row();

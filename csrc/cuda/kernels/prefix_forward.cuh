@@ -40,11 +40,15 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
   PEFTKERN_SHARED(shared);
   const Call& call = args.call;
   const uint32_t keys = shared_address(shared), values = keys + Layout::bytes(args.resident);
-  const int kv_head = blockIdx.y, lane = threadIdx.x % kWarp, quad_lane = lane % 4;
-  const int first = threadIdx.x / kWarp * 16 + lane / 4;  // this lane's rows of a tile are first and first + 8
+  const int kv_head = blockIdx.y, quad_lane = threadIdx.x % 4;
+  const int first =
+      threadIdx.x / kWarp * 16 + threadIdx.x / 4 % 8;  // this lane's rows of a tile are first and first + 8
   int loaded_prefix = -1, loaded_key = -1;
 
-  for (TileWalk<Shape::kRows> walk(call, -1, blockIdx.x, gridDim.x); walk.more(); walk.advance()) {
+  const int count = row_tiles<Shape::kRows>(call).count();
+  const auto split = [&](int i) { return (int)((int64_t)count * i / gridDim.x); };  // a fixed share of the tiles
+  for (TileWalk<Shape::kRows> walk(call, -1, split(blockIdx.x), split(blockIdx.x + 1), 1); walk.more();
+       walk.advance()) {
     const Sequence sequence = walk.sequence;
     Row row[2];
     float part_lse[2];
@@ -131,7 +135,7 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
       float keep[2], add[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float seq = from_lane(part_lse[r], lane - quad_lane);
+        float seq = from_lane(part_lse[r], threadIdx.x - quad_lane);
         if (isinf(seq)) seq = -INFINITY;  // some attention kernels return +inf for a row without keys
         const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
         const bool gated = kOptions && call.gate;

@@ -104,8 +104,9 @@ softmax_sums(PEFTKERN_PARAMS SequenceBackward args) {
   const BackwardTile<T, kHeadDim> tile(shared);
   const Call& call = args.call;
   const int kv_head = blockIdx.y;
-  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
-  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const int number = gridDim.x - 1 - blockIdx.x;
+  const TileWalk<Shape::kRows> walk(call, -1, number, number + 1, 1);
+  if (!walk.more()) return;
   const Sequence sequence = walk.sequence;
   const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
   const int last_position = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
@@ -163,8 +164,9 @@ sequence_backward_queries(PEFTKERN_PARAMS SequenceBackward args) {
   const BackwardTile<T, kHeadDim> tile(shared);
   const Call& call = args.call;
   const int kv_head = blockIdx.y;
-  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
-  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const int number = gridDim.x - 1 - blockIdx.x;
+  const TileWalk<Shape::kRows> walk(call, -1, number, number + 1, 1);
+  if (!walk.more()) return;
   const Sequence sequence = walk.sequence;
   const int first_row = walk.first_row(), offset = call.kv_len - call.q_len;
   const int last_position = min((first_row + Shape::kRows - 1) / call.group, sequence.length - 1) + offset;
@@ -190,8 +192,13 @@ sequence_backward_queries(PEFTKERN_PARAMS SequenceBackward args) {
   });
 }
 
-// dk and dv: a block owns a block of keys and walks the rows. grid: (blocks of keys of the longest sequence, key heads,
-// sequences)
+// The blocks of keys of all sequences.
+template <int kHeadDim>
+PEFTKERN_HOST_DEVICE TileNumbers<BackwardShape<kHeadDim>::kKeys> key_tiles(const Call& call) {
+  return {call, 1, call.kv_len};
+}
+
+// dk and dv: a block owns a block of keys and walks the rows. grid: (blocks of keys, key heads)
 template <class T, int kHeadDim, bool kOptions>
 PEFTKERN_KERNEL(BackwardShape<kHeadDim>::kThreads, 1)
 sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
@@ -199,8 +206,10 @@ sequence_backward_keys(PEFTKERN_PARAMS SequenceBackward args) {
   PEFTKERN_SHARED(shared);
   const BackwardTile<T, kHeadDim> tile(shared);
   const Call& call = args.call;
-  const int kv_head = blockIdx.y, first_key = blockIdx.x * Shape::kKeys;
-  const Sequence sequence = sequence_at(call, blockIdx.z);
+  const auto numbers = key_tiles<kHeadDim>(call);
+  const int index = numbers.sequence_of(blockIdx.x);
+  const int kv_head = blockIdx.y, first_key = (blockIdx.x - numbers.first(index)) * Shape::kKeys;
+  const Sequence sequence = sequence_at(call, index);
   const int keys = call.cu_seqlens.pointer ? sequence.length : call.kv_len, offset = call.kv_len - call.q_len;
   if (first_key >= keys) return;
   const int last_key = min(first_key + Shape::kKeys, keys) - 1;

@@ -170,8 +170,9 @@ sequence_forward(PEFTKERN_PARAMS SequenceForward args) {
   const int column = blockIdx.z % (kHeadDim / kColumns) * kColumns, split = blockIdx.z / (kHeadDim / kColumns);
   const int first = threadIdx.x / kWarp * 16;
   // tiles in reverse order: those that see the most keys start first
-  TileWalk<Shape::kRows> walk(call, -1, 0, 1);
-  if (!walk.go_to(gridDim.x - 1 - blockIdx.x)) return;
+  const int number = gridDim.x - 1 - blockIdx.x;
+  const TileWalk<Shape::kRows> walk(call, -1, number, number + 1, 1);
+  if (!walk.more()) return;
   const Sequence sequence = walk.sequence;
 
   const Row row[2] = {row_at(call, sequence, kv_head, walk.first_row() + first + lane / 4),

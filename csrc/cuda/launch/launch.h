@@ -4,13 +4,10 @@
 #ifndef PEFTKERN_CUDA_LAUNCH_H_
 #define PEFTKERN_CUDA_LAUNCH_H_
 
+#include <cuda_runtime.h>
+
 #include "../../peftkern.h"
 #include "../kernels/common.cuh"
-
-#if defined(PEFTKERN_HOST_SHIM)
-#include "launch_shim.h"
-#else
-#include <cuda_runtime.h>
 
 namespace peftkern {
 
@@ -51,12 +48,11 @@ class Launcher {
       status_ = PEFTKERN_SHARED_MEMORY;
       return;
     }
-    const void* entry = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 << 10)
-      status_ = status_of(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      status_ = status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     void* arguments[] = {const_cast<Params*>(&params)};
     if (status_ == PEFTKERN_OK)
-      status_ = status_of(cudaLaunchKernel(entry, dim3(x, y, z), dim3(threads), arguments, shared_bytes, stream_));
+      status_ = status_of(cudaLaunchKernel(kernel, dim3(x, y, z), dim3(threads), arguments, shared_bytes, stream_));
   }
 
  private:
@@ -70,5 +66,4 @@ inline const char* device_error_string(int status) {
 }
 
 }  // namespace peftkern
-#endif  // PEFTKERN_HOST_SHIM
 #endif  // PEFTKERN_CUDA_LAUNCH_H_

@@ -14,29 +14,21 @@ struct SequenceForward;
 struct SequenceBackward;
 struct CombineSplits;
 
-// The rows of a key head. `tiles(rows)` is an upper bound of the number of tiles of `rows` rows.
-struct Extent {
-  int64_t positions, sequences;  // sequences: each ends in a tile of its own
-  int group;
-
-  int tiles(int rows) const { return (int)((positions * group + rows - 1) / rows + sequences - 1); }
-};
-
 template <int kHeadDim>
 struct Kernels {
-  static void prefix_forward(Launcher& launcher, int64_t dtype, const Extent& extent, PrefixForward args);
+  static void prefix_forward(Launcher& launcher, int64_t dtype, PrefixForward args);
   // The number of splits of the rows, each of which has sums of its own. Depends on sizes and device only.
-  static int row_splits(const Launcher& launcher, const Extent& extent, const Call& call);
+  static int row_splits(const Launcher& launcher, const Call& call);
   static void prefix_backward(Launcher& launcher, int64_t dtype, int splits, const PrefixBackward& args);
   static void prefix_bias_backward(Launcher& launcher, int64_t dtype, int splits, const PrefixBiasBackward& args);
-  static void sequence_forward(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceForward& args);
+  static void sequence_forward(Launcher& launcher, int64_t dtype, const SequenceForward& args);
   // The number of splits of the keys of each tile. Depends on sizes and device only.
-  static int key_splits(const Launcher& launcher, const Extent& extent, int num_kv_heads, int64_t keys);
+  static int key_splits(const Launcher& launcher, const Call& call, int64_t keys);
   static void combine_splits(Launcher& launcher, int64_t dtype, const CombineSplits& args);
-  static void sequence_backward(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceBackward& args);
+  static void sequence_backward(Launcher& launcher, int64_t dtype, const SequenceBackward& args);
   // Two ways to compute delta: row_sums from out, softmax_sums from scores.
   static void row_sums(Launcher& launcher, int64_t dtype, const SequenceBackward& args);
-  static void softmax_sums(Launcher& launcher, int64_t dtype, const Extent& extent, const SequenceBackward& args);
+  static void softmax_sums(Launcher& launcher, int64_t dtype, const SequenceBackward& args);
 };
 
 // Whether the call needs the kernels with options.

@@ -8,10 +8,10 @@
 namespace peftkern {
 
 template <int kHeadDim>
-int Kernels<kHeadDim>::row_splits(const Launcher& launcher, const Extent& extent, const Call& call) {
+int Kernels<kHeadDim>::row_splits(const Launcher& launcher, const Call& call) {
   const int matrices = call.num_kv_heads * call.bank_size;
-  return std::max(
-      1, std::min(extent.tiles(BackwardShape<kHeadDim>::kRows), launcher.multiprocessors() / std::max(1, matrices)));
+  const int tiles = row_tiles<BackwardShape<kHeadDim>::kRows>(call).count();
+  return std::max(1, std::min(tiles, launcher.multiprocessors() / std::max(1, matrices)));
 }
 
 template <int kHeadDim>
@@ -38,7 +38,7 @@ void Kernels<kHeadDim>::prefix_bias_backward(Launcher& launcher, int64_t dtype, 
                   splits, args.call.num_kv_heads, args.call.bank_size, Shape::kThreads, Shape::kSharedBytes, args);
 }
 
-template int Kernels<PEFTKERN_HEAD_DIM>::row_splits(const Launcher&, const Extent&, const Call&);
+template int Kernels<PEFTKERN_HEAD_DIM>::row_splits(const Launcher&, const Call&);
 template void Kernels<PEFTKERN_HEAD_DIM>::prefix_backward(Launcher&, int64_t, int, const PrefixBackward&);
 template void Kernels<PEFTKERN_HEAD_DIM>::prefix_bias_backward(Launcher&, int64_t, int, const PrefixBiasBackward&);
 

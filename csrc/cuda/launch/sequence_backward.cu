@@ -6,27 +6,26 @@
 namespace peftkern {
 
 template <class T, int kHeadDim>
-static void run_sequence_backward(Launcher& launcher, const Extent& extent, const SequenceBackward& args) {
+static void run_sequence_backward(Launcher& launcher, const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   const Call& call = args.call;
   const bool options = has_options(call);
   if (args.dq.pointer)
     launcher.launch(
         options ? sequence_backward_queries<T, kHeadDim, true> : sequence_backward_queries<T, kHeadDim, false>,
-        extent.tiles(Shape::kRows), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+        row_tiles<Shape::kRows>(call).count(), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
   if (args.dk.pointer || args.dv.pointer)
     launcher.launch(options ? sequence_backward_keys<T, kHeadDim, true> : sequence_backward_keys<T, kHeadDim, false>,
-                    (call.kv_len + Shape::kKeys - 1) / Shape::kKeys, call.num_kv_heads, (int)extent.sequences,
-                    Shape::kThreads, Shape::kSharedBytes, args);
+                    key_tiles<kHeadDim>(call).count(), call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes,
+                    args);
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::sequence_backward(Launcher& launcher, int64_t dtype, const Extent& extent,
-                                          const SequenceBackward& args) {
+void Kernels<kHeadDim>::sequence_backward(Launcher& launcher, int64_t dtype, const SequenceBackward& args) {
   if (dtype == PEFTKERN_FLOAT16)
-    run_sequence_backward<fp16, kHeadDim>(launcher, extent, args);
+    run_sequence_backward<fp16, kHeadDim>(launcher, args);
   else
-    run_sequence_backward<bf16, kHeadDim>(launcher, extent, args);
+    run_sequence_backward<bf16, kHeadDim>(launcher, args);
 }
 
 template <int kHeadDim>
@@ -38,16 +37,16 @@ void Kernels<kHeadDim>::row_sums(Launcher& launcher, int64_t dtype, const Sequen
 }
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::softmax_sums(Launcher& launcher, int64_t dtype, const Extent& extent,
-                                     const SequenceBackward& args) {
+void Kernels<kHeadDim>::softmax_sums(Launcher& launcher, int64_t dtype, const SequenceBackward& args) {
   using Shape = BackwardShape<kHeadDim>;
   launcher.launch(
       dtype == PEFTKERN_FLOAT16 ? peftkern::softmax_sums<fp16, kHeadDim> : peftkern::softmax_sums<bf16, kHeadDim>,
-      extent.tiles(Shape::kRows), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes, args);
+      row_tiles<Shape::kRows>(args.call).count(), args.call.num_kv_heads, 1, Shape::kThreads, Shape::kSharedBytes,
+      args);
 }
 
-template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Launcher&, int64_t, const Extent&, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::sequence_backward(Launcher&, int64_t, const SequenceBackward&);
 template void Kernels<PEFTKERN_HEAD_DIM>::row_sums(Launcher&, int64_t, const SequenceBackward&);
-template void Kernels<PEFTKERN_HEAD_DIM>::softmax_sums(Launcher&, int64_t, const Extent&, const SequenceBackward&);
+template void Kernels<PEFTKERN_HEAD_DIM>::softmax_sums(Launcher&, int64_t, const SequenceBackward&);
 
 }  // namespace peftkern

@@ -8,11 +8,10 @@
 namespace peftkern {
 
 template <int kHeadDim>
-void Kernels<kHeadDim>::sequence_forward(Launcher& launcher, int64_t dtype, const Extent& extent,
-                                         const SequenceForward& args) {
+void Kernels<kHeadDim>::sequence_forward(Launcher& launcher, int64_t dtype, const SequenceForward& args) {
   using Shape = SequenceForwardShape<kHeadDim>;
   const auto run = [&](void (*kernel)(SequenceForward)) {
-    launcher.launch(kernel, extent.tiles(Shape::kRows), args.call.num_kv_heads,
+    launcher.launch(kernel, row_tiles<Shape::kRows>(args.call).count(), args.call.num_kv_heads,
                     kHeadDim / Shape::kColumns * args.splits, Shape::kThreads, Shape::kSharedBytes, args);
   };
   const bool options = has_options(args.call);
@@ -23,10 +22,11 @@ void Kernels<kHeadDim>::sequence_forward(Launcher& launcher, int64_t dtype, cons
 }
 
 template <int kHeadDim>
-int Kernels<kHeadDim>::key_splits(const Launcher& launcher, const Extent& extent, int num_kv_heads, int64_t keys) {
+int Kernels<kHeadDim>::key_splits(const Launcher& launcher, const Call& call, int64_t keys) {
   using Shape = SequenceForwardShape<kHeadDim>;
   const int64_t blocks = (keys + Shape::kKeys - 1) / Shape::kKeys;
-  const int64_t tiles = (int64_t)extent.tiles(Shape::kRows) * num_kv_heads * (kHeadDim / Shape::kColumns);
+  const int64_t tiles =
+      (int64_t)row_tiles<Shape::kRows>(call).count() * call.num_kv_heads * (kHeadDim / Shape::kColumns);
   const int64_t wanted = (2 * launcher.multiprocessors() + tiles - 1) / tiles;
   return (int)std::min(wanted, (blocks + 1) / 2);  // each of at least two blocks of keys
 }
@@ -37,8 +37,8 @@ void Kernels<kHeadDim>::combine_splits(Launcher& launcher, int64_t dtype, const 
                   (int)((args.rows + 7) / 8), 1, 1, 256, 0, args);
 }
 
-template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Launcher&, int64_t, const Extent&, const SequenceForward&);
-template int Kernels<PEFTKERN_HEAD_DIM>::key_splits(const Launcher&, const Extent&, int, int64_t);
+template void Kernels<PEFTKERN_HEAD_DIM>::sequence_forward(Launcher&, int64_t, const SequenceForward&);
+template int Kernels<PEFTKERN_HEAD_DIM>::key_splits(const Launcher&, const Call&, int64_t);
 template void Kernels<PEFTKERN_HEAD_DIM>::combine_splits(Launcher&, int64_t, const CombineSplits&);
 
 }  // namespace peftkern

@@ -8,15 +8,19 @@ What the package allocates starts as NaN; what it is given may be read within it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +38,13 @@ _FLAGS = (
     f"-I{HERE}",
 )  # fmt: skip
 CHECKED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan")
+
+
+#: Executes launches in place of the shim: kernel, grid, threads, bytes of shared memory, parameters, their bytes.
+LAUNCHER = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
+    ctypes.c_int64,
+)  # fmt: skip
 
 
 def sources() -> dict[str, str]:
@@ -60,6 +71,21 @@ def build(edit=None, head_dims: tuple[int, ...] = HEAD_DIMS) -> Path:
             dims = head_dims if "PEFTKERN_HEAD_DIM" in text else (0,)
             jobs += [(code / name, [*CHECKED, f"-DPEFTKERN_HEAD_DIM={dim}"]) for dim in dims]
     return link(jobs)
+
+
+@functools.lru_cache
+def probes() -> ctypes.CDLL:
+    """The kernels of probes.cpp, and the runtime under them."""
+    return declare(ctypes.CDLL(str(link([(HERE / "runtime.cpp", []), (HERE / "probes.cpp", [*CHECKED])]))))
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Set the argument and result types of the runtime's functions, and return the library."""
+    library.shim_message.restype = ctypes.c_char_p
+    library.shim_register.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
+    library.shim_launches.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.shim_launches.restype = ctypes.c_int64
+    return library
 
 
 def link(jobs: list[tuple[Path, list[str]]]) -> Path:
@@ -92,16 +118,34 @@ def _key(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+@functools.lru_cache
+def symbols(library: str) -> dict[int, str]:
+    """The names of the functions of a shared library, mangled, by their offsets in it."""
+    listed = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
+    return {int(x[0], 16): x[2] for x in map(str.split, listed.splitlines()) if len(x) == 3}
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel: ``grid`` and ``threads`` of a block, bytes of dynamic shared memory, device."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    device: int
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.grid)
+
+
 class Shim:
     """The library in place of the package's, for a test. ``seed`` orders threads, ``preempt`` switches them more."""
 
     def __init__(self, monkeypatch, seed: int = 0, preempt: bool = False, edit=None, head_dims=HEAD_DIMS) -> None:
         # lazy: a build of some head dims lacks the others' kernels
-        self.library = native.cuda.declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
-        self.library.shim_message.restype = ctypes.c_char_p
-        self.library.shim_register.argtypes = [
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_char_p
-        ]  # fmt: skip
+        self.library = declare(ctypes.CDLL(str(build(edit, head_dims)), mode=os.RTLD_LAZY))
+        native.cuda.declare(self.library)
         self._writable: dict[int, torch.Tensor] = {}  # storages that kernels may write
         self._registered: dict[tuple[int, int], torch.Tensor] = {}  # kept alive: no address is used twice
         self.reset(seed, preempt)
@@ -124,10 +168,38 @@ class Shim:
         self._writable.update((x.untyped_storage().data_ptr(), x) for x in tensors)
 
     def counters(self) -> dict[str, int]:
-        """Bytes of global memory loaded and stored, tensor core instructions, launches, since the last reset."""
-        values = (ctypes.c_int64 * 4)()
+        """Bytes of global memory loaded and stored, and tensor core instructions, since the last reset."""
+        values = (ctypes.c_int64 * 3)()
         self.library.shim_counters(values)
-        return dict(zip(("loaded", "stored", "mma", "launches"), values, strict=True))
+        return dict(zip(("loaded", "stored", "mma"), values, strict=True))
+
+    def launches(self) -> list[Launch]:
+        """The launches since the last reset, in order."""
+        count = self.library.shim_launches(None, 0)
+        fields = (ctypes.c_int64 * (7 * count))()
+        self.library.shim_launches(fields, count)
+        names = symbols(self.library._name)
+        return [
+            Launch(re.search(r"peftkern\d+([a-z_]+)", names[kernel])[1], (x, y, z), *rest)
+            for kernel, x, y, z, *rest in (fields[i : i + 7] for i in range(0, 7 * count, 7))
+        ]
+
+    @contextlib.contextmanager
+    def only_recording(self, succeed: bool = True) -> Iterator[None]:
+        """Within the block launches are listed and not executed; they succeed, or fail."""
+        launcher = LAUNCHER(lambda *_: succeed)
+        self.library.shim_set_launcher(launcher)
+        yield
+        self.library.shim_set_launcher(LAUNCHER())
+
+    @property
+    def device(self) -> int:
+        """The current device of the CUDA runtime, which has two."""
+        return self.library.shim_device()
+
+    @device.setter
+    def device(self, device: int) -> None:
+        self.library.shim_set_device(device)
 
     def _patched_allocation(self, allocate, x, *args, **kwargs):
         tensor = allocate(x, *args, **kwargs)

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small kernels for tests of the shim itself: single instructions, and each kind of mistake that it must name.
-#include "../../../csrc/cuda/kernels/ptx.cuh"
-#include "../../../csrc/peftkern.h"
-#include "launch_shim.h"
+#include "../../../csrc/cuda/launch/launch.h"
 
 using namespace peftkern;
 
@@ -155,4 +153,20 @@ EXPORT int probe_mistake(int kind, const float* in, float* out) {
   Launcher launcher(0, nullptr);
   launcher.launch(mistake_kernel, kind / 2 == 11 ? 2 : 1, 1, 1, 64, 1024, Mistake{kind, in, out});
   return launcher.status();
+}
+
+// The tiles of 16 rows that a walk visits: writes the first position (its sample, if not packed) and the tile of each to
+// `out`, and returns their number. A negative `step` asks for the upper bound of the numbers of tiles alone.
+EXPORT int probe_walk(const int32_t* cu_seqlens, const int32_t* prefix_ids, int sequences, int q_len, int group, int only,
+                      int first, int end, int step, int* out) {
+  Call call{};
+  call.batch = cu_seqlens ? 1 : sequences, call.sequences = sequences, call.q_len = call.length = q_len, call.group = group;
+  call.cu_seqlens.pointer = cu_seqlens, call.prefix_ids.pointer = prefix_ids;
+  if (step < 0) return row_tiles<16>(call).count();
+  int count = 0;
+  for (TileWalk<16> walk(call, only, first, end, step); walk.more(); walk.advance()) {
+    out[2 * count] = cu_seqlens ? walk.sequence.first : walk.sequence.batch;
+    out[2 * count++ + 1] = walk.tile;
+  }
+  return count;
 }

@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -97,6 +98,7 @@ bool running, preemptive;
 std::mt19937 random_numbers;
 std::string failure;
 std::vector<Buffer> buffers;
+std::map<std::pair<int, const void*>, size_t> shared_limits;  // of kernels, by device
 void (*kernel_of_launch)(const void*);
 const void* parameters_of_launch;
 
@@ -104,6 +106,12 @@ const void* parameters_of_launch;
 using Launcher = int (*)(int64_t kernel, const unsigned* grid, int threads, int shared_bytes, const void* parameters,
                          int64_t parameter_bytes);
 Launcher launcher;
+
+// A launch of the past. The kernel is an offset in its library.
+struct Record {
+  int64_t kernel, x, y, z, threads, shared_bytes, device;
+};
+std::vector<Record> records;
 
 void yield() { shim_switch(&fibers[running_fiber].stack_pointer, scheduler); }
 
@@ -265,6 +273,9 @@ bool run_block() {
 
 Thread* current;
 Counters counters;
+int device;
+
+size_t& shared_limit(const void* kernel) { return shared_limits.try_emplace({device, kernel}, 48 << 10).first->second; }
 
 unsigned char* shared_memory() { return shared; }
 const char* message() { return failure.c_str(); }
@@ -366,13 +377,13 @@ void copy_async_wait(int pending) {
 
 bool launch(const Launch& launch) {
   const Index grid = launch.grid;
-  counters.launches++;
   failure.clear();
+  Dl_info module;
+  dladdr(launch.kernel, &module);
+  const int64_t kernel = (const char*)launch.kernel - (const char*)module.dli_fbase;
+  records.push_back({kernel, grid.x, grid.y, grid.z, launch.threads, launch.shared_bytes, device});
   if (launcher) {
-    Dl_info module;
-    dladdr(launch.kernel, &module);
     const unsigned sizes[] = {grid.x, grid.y, grid.z};
-    const int64_t kernel = (const char*)launch.kernel - (const char*)module.dli_fbase;
     if (launcher(kernel, sizes, launch.threads, launch.shared_bytes, launch.parameters, launch.parameter_bytes)) return true;
     failure = "the launcher failed";
     return false;
@@ -411,6 +422,7 @@ SHIM_EXPORT void shim_reset(unsigned seed, int preempt) {
   shim::preemptive = preempt;
   shim::buffers.clear();
   shim::counters = {};
+  shim::records.clear();
 }
 // Memory that kernels may read and, if `writable`, write. `initialised`: whether it holds values yet.
 SHIM_EXPORT void shim_register(const void* begin, int64_t bytes, int writable, int initialised, const char* name) {
@@ -421,7 +433,14 @@ SHIM_EXPORT void shim_register(const void* begin, int64_t bytes, int writable, i
 }
 SHIM_EXPORT void shim_set_launcher(shim::Launcher launcher) { shim::launcher = launcher; }
 SHIM_EXPORT const char* shim_message() { return shim::failure.c_str(); }
-SHIM_EXPORT void shim_counters(int64_t out[4]) { memcpy(out, &shim::counters, sizeof shim::counters); }
+SHIM_EXPORT void shim_counters(int64_t out[3]) { memcpy(out, &shim::counters, sizeof shim::counters); }
+// The number of launches since the last reset; writes the fields of the first `count` to `out`.
+SHIM_EXPORT int64_t shim_launches(int64_t* out, int64_t count) {
+  memcpy(out, shim::records.data(), count * sizeof(shim::Record));
+  return (int64_t)shim::records.size();
+}
+SHIM_EXPORT int shim_device() { return shim::device; }
+SHIM_EXPORT void shim_set_device(int device) { shim::device = device; }
 
 // What -fsanitize=thread calls.
 #define SHIM_HOOK(bytes)                                                                        \

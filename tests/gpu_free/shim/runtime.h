@@ -19,9 +19,14 @@ extern Thread* current;
 
 // What the last launches did, in bytes of global memory and in warp instructions.
 struct Counters {
-  int64_t loaded, stored, mma, launches;
+  int64_t loaded, stored, mma;
 };
 extern Counters counters;
+
+// The current device.
+extern int device;
+// How much shared memory a kernel may have on the current device: 48 KB, if not set otherwise.
+size_t& shared_limit(const void* kernel);
 
 unsigned char* shared_memory();
 void block_barrier(int line);
