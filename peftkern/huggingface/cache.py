@@ -45,7 +45,7 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         """Append keys and values; returns all of the sequence's. The first call stores its arguments uncopied."""
         if not self.stores:
             return key_states, value_states
-        if self.get_seq_length() > 0:
+        if self.is_initialized and self.keys.shape[-2]:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -224,8 +224,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
 def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     """The prefix on the key's device, in fp32 if both tensors are fp32 and in the key's dtype otherwise."""
-    dtype = torch.float32 if all(x.dtype == torch.float32 for x in prefix) else key.dtype
     prefix_k, prefix_v = prefix
+    dtype = torch.float32 if prefix_k.dtype == prefix_v.dtype == torch.float32 else key.dtype
     return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 

@@ -195,6 +195,8 @@ class PrefixPatch(ModelPatch):
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
             return
+        if position_ids.shape[1] < 2:  # a decoding step
+            return
         if is_tracing(position_ids) or running.note(self) is _ONE_SEQUENCE_PER_ROW:
             return
         if find_packed_sequence_indices(position_ids) is None:
