@@ -194,7 +194,11 @@ def _read_mask(
         has_position_bias: whether the layer has a bias that depends on the query.
     """
     if isinstance(mask, Tensor):
-        return _SEE_ALL, additive(mask, dtype) if mask.dtype == torch.bool else mask
+        if mask.dtype != torch.bool:
+            return _SEE_ALL, mask
+        if mask.shape[1:] == (1, 1, num_keys):  # a decoding step: all heads and queries see the same keys
+            return CompactMask(False, None, mask[:, 0, 0]), None
+        return _SEE_ALL, additive(mask, dtype)
     compact = mask.compact(num_keys)
     # The compact form cannot express a window that hides prefix keys together with a bias that depends on the query.
     if compact is None or (compact.window is not None and has_position_bias):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from .packing import PackedBatch
 
@@ -45,7 +45,7 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         """Append keys and values; returns all of the sequence's. The first call stores its arguments uncopied."""
         if not self.stores:
             return key_states, value_states
-        if self.is_initialized and self.keys.shape[-2]:
+        if self.get_seq_length() > 0:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values, self.is_initialized = key_states, value_states, True
@@ -88,6 +88,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             callers of the model see a cache of the sequence alone.
         options: passed on to the attention function.
         ids: [B], index into the bank for each sample.
+        static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
+            None to store the sequence in tensors that grow.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -104,8 +106,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         offset_outside: bool,
         options: PrefixOptions,
         ids: Tensor | None = None,
+        static_layers: Sequence[StaticLayer] | None = None,
     ) -> None:
-        Cache.__init__(self, layers=[PrefixLayer(stores) for _ in prefix])
+        layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
+        Cache.__init__(self, layers=layers)
+        self.is_static = static_layers is not None
         self.prefix = list(prefix)
         self.stores = stores
         self.options = options
@@ -165,6 +170,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before this call, of prefix and sequence."""
         return super().get_seq_length(layer_idx) + self.offset  # type: ignore[no-any-return]
+
+    def end(self, num_tokens: int) -> int:
+        """Position after ``num_tokens`` more tokens; after the last column of a static cache.
+
+        A static cache counts its tokens on the device, which the host does not wait for.
+        """
+        return self.offset + self.layers[0].max_cache_len if self.is_static else self.get_seq_length() + num_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(number of sequence keys that attention will see, position of the first one)."""
