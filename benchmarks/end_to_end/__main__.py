@@ -5,6 +5,7 @@
     python -m benchmarks.end_to_end patch --part generate --models llama-3-8b --layers 1
     python -m benchmarks.end_to_end no-prefix                  training steps compared with the model without a prefix
     python -m benchmarks.end_to_end packing                    training steps with prompts run once, without padding
+    python -m benchmarks.end_to_end decoding                   decoding with dynamic, static and compiled caches
 
 Providers take turns in one process and are checked in fp32 before they are timed. Times are medians; a spread is
 (third - first quartile) / median. Each command writes a CSV file in benchmarks/results.
@@ -18,7 +19,7 @@ import warnings
 from transformers import logging
 from transformers.utils.logging import disable_progress_bar
 
-from . import no_prefix, packing, patch
+from . import decoding, no_prefix, packing, patch
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in (("patch", patch), ("no-prefix", no_prefix), ("packing", packing)):
+    modules = {"patch": patch, "no-prefix": no_prefix, "packing": packing, "decoding": decoding}
+    for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

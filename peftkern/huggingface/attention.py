@@ -100,22 +100,21 @@ def attention_forward(
     """
     if isinstance(attention_mask, LazyMask) and attention_mask.edited:
         attention_mask = attention_mask.dense()
-    if peftkern_prefix is WITHOUT_PREFIX:
-        peftkern_prefix = None
-    elif peftkern_prefix is None and hasattr(module, REQUIRED):
+    if peftkern_prefix is None and hasattr(module, REQUIRED):
         raise ValueError(
             "model: expected a call of the model, whose hooks pass the prefix to its layers, got a call of its "
             "forward or of one of its parts, which would run without the prefix"
         )
-    if peftkern_prefix is not None:
-        query, key, value = _autocast(query, key, value)
-    prefix = None if peftkern_prefix is None else peftkern_prefix.prefix_for(module, key, value, attention_mask)
-    if prefix is None and peftkern_prefix is not None and peftkern_prefix.packed is not None:
+    if peftkern_prefix is None or peftkern_prefix is WITHOUT_PREFIX:
+        return _previous_attention(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = _autocast(query, key, value)
+    prefix = peftkern_prefix.prefix_for(module, key, value, attention_mask)
+    if prefix is None and peftkern_prefix.packed is not None:
         if not hasattr(module, LAYER_INFO):
             kind = type(module).__name__
             raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
         prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must also separate the packed sequences
-    if peftkern_prefix is None or prefix is None:
+    if prefix is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
 
@@ -195,7 +194,11 @@ def _read_mask(
         has_position_bias: whether the layer has a bias that depends on the query.
     """
     if isinstance(mask, Tensor):
-        return _SEE_ALL, additive(mask, dtype) if mask.dtype == torch.bool else mask
+        if mask.dtype != torch.bool:
+            return _SEE_ALL, mask
+        if mask.shape[1:] == (1, 1, num_keys):  # a decoding step: all heads and queries see the same keys
+            return CompactMask(False, None, mask[:, 0, 0]), None
+        return _SEE_ALL, additive(mask, dtype)
     compact = mask.compact(num_keys)
     # The compact form cannot express a window that hides prefix keys together with a bias that depends on the query.
     if compact is None or (compact.window is not None and has_position_bias):
@@ -206,14 +209,14 @@ def _read_mask(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of autocast. Rotary embedding leaves keys, but not values, in fp32 under autocast."""
     device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _on(device: torch.device, x: Tensor | None) -> Tensor | None:
     """``x`` on the device of a layer; the layers of a model may be on different devices."""
-    return None if x is None else x.to(device)
+    return x if x is None or x.device == device else x.to(device)
 
 
 def _split(bias: Tensor | None, num_keys: int, prefix_len: int, name: str) -> tuple[Tensor | None, Tensor | None]:

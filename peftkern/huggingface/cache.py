@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from .packing import PackedBatch
 
@@ -88,6 +88,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             callers of the model see a cache of the sequence alone.
         options: passed on to the attention function.
         ids: [B], index into the bank for each sample.
+        static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
+            None to store the sequence in tensors that grow.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -104,8 +106,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         offset_outside: bool,
         options: PrefixOptions,
         ids: Tensor | None = None,
+        static_layers: Sequence[StaticLayer] | None = None,
     ) -> None:
-        Cache.__init__(self, layers=[PrefixLayer(stores) for _ in prefix])
+        layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
+        Cache.__init__(self, layers=layers)
+        self.is_static = static_layers is not None
         self.prefix = list(prefix)
         self.stores = stores
         self.options = options
@@ -166,6 +171,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """Positions before this call, of prefix and sequence."""
         return super().get_seq_length(layer_idx) + self.offset  # type: ignore[no-any-return]
 
+    def end(self, num_tokens: int) -> int:
+        """Position after ``num_tokens`` more tokens; after the last column of a static cache.
+
+        A static cache counts its tokens on the device, which the host does not wait for.
+        """
+        return self.offset + self.layers[0].max_cache_len if self.is_static else self.get_seq_length() + num_tokens
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(number of sequence keys that attention will see, position of the first one)."""
         num_keys, _ = super().get_mask_sizes(query_length, layer_idx)
@@ -224,8 +236,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
 def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     """The prefix on the key's device, in fp32 if both tensors are fp32 and in the key's dtype otherwise."""
-    dtype = torch.float32 if all(x.dtype == torch.float32 for x in prefix) else key.dtype
     prefix_k, prefix_v = prefix
+    dtype = torch.float32 if prefix_k.dtype == prefix_v.dtype == torch.float32 else key.dtype
     return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 

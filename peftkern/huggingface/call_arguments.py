@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 
 from ..model_info import given_cache
 from .cache import PrefixCache
@@ -20,7 +20,9 @@ __all__ = [
     "check_replaceable",
     "count_prefix",
     "forward_arguments",
+    "is_plain",
     "self_attention_cache",
+    "static_layers",
     "tokens_of",
 ]  # fmt: skip
 
@@ -69,27 +71,49 @@ def count_prefix(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = 
         seen: tokens of the sequence before the call; default: those in ``cache``.
     """
     offset = cache.prefix_positions
-    seen = cache.num_tokens if seen is None else seen
+    if seen is None and not cache.is_static:  # the host would wait for a static cache's number
+        seen = cache.num_tokens
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if position_ids is None and cache.from_first:
             length = tokens_of(kwargs).shape[1]
             columns = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
             position_ids = (columns - (mask != 0).to(torch.int8).argmax(1, keepdim=True)).clamp(min=0)
-        if offset and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
+        if offset and seen is not None and mask.shape[1] == offset + seen + tokens_of(kwargs).shape[1]:
             return  # the caller counts the prefix, as PEFT's own generate does
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + offset
 
 
-def check_replaceable(cache: Cache | None) -> None:
-    """Raise ValueError unless a :class:`PrefixCache` can replace the caller's cache: an empty, plain DynamicCache."""
+def static_layers(cache: Cache | None) -> list[StaticLayer] | None:
+    """The layers of a static cache without sliding windows; None for other caches."""
+    if not isinstance(cache, StaticCache) or cache.offloading:
+        return None
+    return list(cache.layers) if all(type(layer) is StaticLayer for layer in cache.layers) else None
+
+
+def is_plain(cache: Cache | None, *, static: bool) -> bool:
+    """Whether a :class:`PrefixCache` can replace the cache while it is empty.
+
+    Args:
+        cache: the caller's.
+        static: whether it may be a static one.
+    """
+    if cache is None or (static and static_layers(cache) is not None):
+        return True
+    return isinstance(cache, DynamicCache) and not cache.offloading
+
+
+def check_replaceable(cache: Cache | None, *, static: bool = False) -> None:
+    """Raise ValueError unless a cache is empty and :func:`is_plain`."""
+    if not is_plain(cache, static=static):
+        assert cache is not None
+        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
+        static_too = ", a StaticCache without sliding windows" if static else ""
+        raise ValueError(f"cache: expected None{static_too} or a DynamicCache without offloading, got a {kind}")
     if cache is None:
         return
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        raise ValueError(f"cache: expected None or a DynamicCache without offloading, got a {kind}")
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} tokens "

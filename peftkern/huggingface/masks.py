@@ -144,6 +144,15 @@ class LazyMask:
         return int(self._request["kv_offset"]) + int(self._request["kv_length"])
 
     @property
+    def is_aligned(self) -> bool:
+        """Whether the last query is at the last key. In a static cache, columns without a token follow it.
+
+        A static cache counts its tokens on the device, which the host does not wait for.
+        """
+        begin = self._request["q_offset"]
+        return not isinstance(begin, Tensor) and self._end == begin + self._request["q_length"]
+
+    @property
     def pattern(self) -> tuple[bool, int | None] | None:
         """(causal, window); None for any other pattern."""
         return _read_pattern(self._request["mask_function"])
@@ -163,8 +172,10 @@ class LazyMask:
         if pattern is None:
             return None
         causal, window = pattern
-        if causal and self._end != self._request["q_offset"] + self._request["q_length"]:
-            return None  # not aligned bottom-right
+        if causal and not self.is_aligned:
+            if self._request["q_length"] > 1 or window is not None:
+                return None
+            return CompactMask(False, None, self._visible(num_keys)[:, 0, 0])
         if window is not None and not causal:
             return None
         key_mask, hides_prefix = self._key_mask(num_keys)
@@ -246,7 +257,7 @@ def mask_function(**request: Any) -> LazyMask | None:
     A decoding step without padding has no mask, as in the stock model.
     """
     mask = LazyMask(**request)
-    if request["q_length"] == 1 and not torch.compiler.is_compiling() and mask.is_skipped():
+    if request["q_length"] == 1 and mask.is_aligned and not torch.compiler.is_compiling() and mask.is_skipped():
         return None
     return mask
 

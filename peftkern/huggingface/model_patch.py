@@ -241,8 +241,20 @@ class ModelPatch(Patch):
             names = f"{type(self.base).__name__} to pass its keyword arguments to {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {names}, which got none; patch it with packing=False")
         if packed is not None and packed.logit_rows is not None:
-            output = _unpack_logits(packed.logit_rows, output, kwargs["labels"] is not None)
+            output = self.unpack_logits(packed.logit_rows, output, has_loss=kwargs["labels"] is not None)
         return self.clean_output(note, output)
+
+    def unpack_logits(self, rows: LogitRows, output: Any, *, has_loss: bool) -> Any:
+        """The base model's output with unpacked logits.
+
+        Training steps rarely read the logits of the whole batch, because the model has computed the loss.
+        """
+        deferred = has_loss and self.is_training_step and not torch.compiler.is_compiling()
+        if isinstance(output, tuple):
+            place = 1 if has_loss else 0
+            return (*output[:place], rows.unpack(output[place], deferred=deferred), *output[place + 1 :])
+        output["logits"] = rows.unpack(output["logits"], deferred=deferred)
+        return output
 
     # Hooks on the backbone
 
@@ -351,14 +363,6 @@ def _unpack_all(packed: PackedBatch, x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(_unpack_all(packed, y) for y in x)
     return packed.unpack(x) if isinstance(x, Tensor) else x
-
-
-def _unpack_logits(head: LogitRows, output: Any, has_loss: bool) -> Any:
-    if isinstance(output, tuple):
-        place = 1 if has_loss else 0
-        return (*output[:place], head.unpack(output[place]), *output[place + 1 :])
-    output["logits"] = head.unpack(output["logits"])
-    return output
 
 
 def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:

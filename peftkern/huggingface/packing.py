@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import deferred_rows
 from .layout import IGNORED, Layout, indices_of
 
 __all__ = ["LogitRows", "PackedBatch"]
@@ -189,9 +190,16 @@ class LogitRows:
         """[1, N, E] -> [1, M, E]."""
         return hidden if self.rows is None else hidden.index_select(1, self.rows.to(hidden.device))
 
-    def unpack(self, logits: Tensor) -> Tensor:
-        """[1, M, V] -> [B, S or P + S, V]; with ``labelled``, [1, M - 1, V], one row per label, in order."""
+    def unpack(self, logits: Tensor, *, deferred: bool = False) -> Tensor:
+        """[1, M, V] -> [B, S or P + S, V]; with ``labelled``, [1, M - 1, V], one row per label, in order.
+
+        Args:
+            logits: of the rows that the output layer has run on.
+            deferred: copy rows when an operation first reads them (:mod:`.deferred`).
+        """
         if self._shown is None:
             return logits[:, :-1]
         shown = self._shown.to(logits.device)
+        if deferred:
+            return deferred_rows(logits[0], shown)
         return logits[0].index_select(0, shown.flatten()).view(*shown.shape, logits.shape[-1])

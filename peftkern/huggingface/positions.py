@@ -54,7 +54,7 @@ class PositionTable:
         position_ids: Tensor | None = kwargs.get("position_ids")
         mask: Tensor | None = kwargs.get("attention_mask")
         tokens: Tensor = kwargs["inputs_embeds"] if input_ids is None else input_ids
-        end: int = cache.get_seq_length() + tokens.shape[1]
+        end = cache.end(tokens.shape[1])
         if is_tracing(tokens) or tokens.numel() == 0:
             return end if position_ids is None and self.padding_idx is None and not self.reads_mask else 0
         if position_ids is not None:

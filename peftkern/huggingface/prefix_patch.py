@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from ..model_info import given_cache
 from .cache import KeyValue, PrefixCache
-from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
+from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
 from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
@@ -82,14 +82,20 @@ class PrefixPatch(ModelPatch):
                     f"got {num_kv_heads} of {head_dim}"
                 )
 
-    def new_cache(self, *, stores: bool, offset_outside: bool) -> PrefixCache:
-        """A cache with the prefix, for a call that starts a sequence."""
+    def new_cache(self, *, stores: bool, offset_outside: bool, given: Cache | None = None) -> PrefixCache:
+        """A cache with the prefix, for a call that starts a sequence. It stores in the ``given`` one if it is static.
+
+        Raises:
+            ValueError: for a given cache that it cannot replace.
+        """
+        check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
         prefix = self.source.layer_kv(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
         return PrefixCache(
-            prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options
-        )
+            prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options,
+            static_layers=static_layers(given),
+        )  # fmt: skip
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
         """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
@@ -152,9 +158,8 @@ class PrefixPatch(ModelPatch):
                 count_prefix(prefix, kwargs, sequence.get_seq_length() - prefix.prefix_positions)
             return None
         else:
-            check_replaceable(sequence)
             stores = not self.is_training_step and kwargs.get("use_cache") is not False
-            cache = self.new_cache(stores=stores, offset_outside=False)
+            cache = self.new_cache(stores=stores, offset_outside=False, given=sequence)
             if isinstance(given, EncoderDecoderCache):
                 kwargs[self.cache_name] = EncoderDecoderCache(cache, given.cross_attention_cache)
             elif kwargs.get("encoder_hidden_states") is not None:
@@ -194,6 +199,8 @@ class PrefixPatch(ModelPatch):
         """Warn or raise for several sequences per row, which models separate by positions only without a cache."""
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is not None or position_ids is None or position_ids.dim() != 2:
+            return
+        if position_ids.shape[1] < 2:  # a decoding step
             return
         if is_tracing(position_ids) or running.note(self) is _ONE_SEQUENCE_PER_ROW:
             return

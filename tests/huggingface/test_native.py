@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 import peftkern
@@ -261,11 +261,10 @@ def test_a_projection_runs_on_the_rows_of_the_prefix_alone():
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (lambda model: StaticCache(model.config, max_cache_len=16), "expected None or a DynamicCache"),
         (lambda model: DynamicCache(offloading=False, config=None), None),
         (lambda model: filled(model), "tokens that have not attended to the prefix"),
     ],
-    ids=["static", "empty", "filled"],
+    ids=["empty", "filled"],
 )
 def test_caches_of_the_caller(cache, message):
     model = models.base_model(LLAMA).eval()
@@ -284,14 +283,11 @@ no_stream = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    ("implementation", "name"),
-    [("static", "StaticCache"), pytest.param("offloaded", "DynamicCache with offloading", marks=no_stream)],
-)
-def test_cache_implementations_of_generate(implementation, name):
+@no_stream
+def test_an_offloaded_cache_is_refused():
     model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
-    with pytest.raises(ValueError, match=f"expected None or a DynamicCache without offloading, got a {name}"):
-        models.generate(model, LLAMA.task, do_sample=False, cache_implementation=implementation)
+    with pytest.raises(ValueError, match="or a DynamicCache without offloading, got a DynamicCache with offloading"):
+        models.generate(model, LLAMA.task, do_sample=False, cache_implementation="offloaded")
 
 
 @pytest.mark.parametrize(

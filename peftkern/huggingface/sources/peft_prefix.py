@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...model_info import given_cache
 from ..cache import KeyValue, PrefixCache
+from ..call_arguments import is_plain
 from ..calls import running
 from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixPatch, PrefixSource
@@ -91,7 +92,7 @@ class PeftPrefix(PrefixSource):
         inputs = self.model.base_model_prepare_inputs_for_generation(
             *args, **{name: x for name, x in kwargs.items() if name != "task_ids"}
         )
-        given = given_cache(inputs)
+        given, submodules = given_cache(inputs), self.model.active_peft_config.num_transformer_submodules
         cache = getattr(given, "self_attention_cache", given)
         if isinstance(cache, PrefixCache):
             if cache.counts_outside:
@@ -99,11 +100,11 @@ class PeftPrefix(PrefixSource):
                     "cache: expected one that generate returned, got one that a forward of the PeftModel returned"
                 )
             return inputs
-        if (cache is not None and cache.get_seq_length() > 0) or not _is_plain(cache):
+        if (cache is not None and cache.get_seq_length() > 0) or not is_plain(cache, static=submodules == 1):
             return peft_method(*args, **kwargs)
         stores = inputs.get("use_cache") is not False
-        new: Any = self.patch.new_cache(stores=stores, offset_outside=False)
-        if self.model.active_peft_config.num_transformer_submodules == 2:
+        new: Any = self.patch.new_cache(stores=stores, offset_outside=False, given=cache)
+        if submodules == 2:
             new = EncoderDecoderCache(new, getattr(given, "cross_attention_cache", None) or DynamicCache())
         inputs["past_key_values"] = new
         return inputs
@@ -128,8 +129,3 @@ class PeftPrefix(PrefixSource):
         stride = 4 if config.num_transformer_submodules == 2 and not self.fix_seq2seq_layout else 2
         firsts = [(stride * layer) % blocks for layer in range(config.num_layers)]
         return [(parts[first].transpose(0, 1), parts[first + 1].transpose(0, 1)) for first in firsts]
-
-
-def _is_plain(cache: Any) -> bool:
-    """Whether a :class:`PrefixCache` can replace the cache."""
-    return cache is None or (isinstance(cache, DynamicCache) and not cache.offloading)
