@@ -71,7 +71,8 @@ def measure(call: Call, options: dict[str, Any], seconds: float, at_least: int =
     """One row."""
     explanation = peftkern.explain(call)
     names = [name for name, reasons in explanation.reasons.items() if not reasons]
-    times = time_backends(call, names, seconds, at_least, options)
+    costs = time_backends(call, names, seconds, at_least, options)
+    times = {name: cost.seconds for name, cost in costs.items()}
     chosen = explanation.chosen
     assert chosen is not None
     row = {"call": str(call), "dtype": str(call.dtype).removeprefix("torch."), "training": call.needs_grad}

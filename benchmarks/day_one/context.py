@@ -1,69 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a stage: its folder, its time and its findings."""
+"""What a step is given, and what its items return."""
 
 from __future__ import annotations
 
-import csv
-import time
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from peftkern import backends
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Row = dict[str, Any]
 
 
 class LeftOut(Exception):
-    """A stage cannot run here, for a reason that is not a failure."""
+    """An item cannot run here, for a reason that is not a failure."""
 
 
 @dataclass
+class Finding:
+    """The result of an item: one line, and the rows and further lines behind it."""
+
+    line: str
+    rows: list[Row] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+
+#: The items of a step by name. An item raises AssertionError if a result is wrong, :class:`LeftOut` if it cannot run.
+Items = dict[str, Callable[[], Finding]]
+
+
+@dataclass(frozen=True)
 class Context:
-    """The state of a stage.
+    """What a step is given.
 
     Attributes:
-        folder: for its tables.
+        folder: for files beside the results, such as profiles.
         dry_run: use tiny sizes on the CPU.
-        end: value of ``time.monotonic()`` after which no further item is started.
-        lines: findings; the first line is the headline.
-        tables: names of the CSV files.
     """
 
     folder: Path
     dry_run: bool
-    end: float
-    lines: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> str:
         """The device under test."""
         return "cpu" if self.dry_run else "cuda"
 
-    def in_time(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield items until the time is over."""
-        items = list(items)
-        for done, item in enumerate(items):
-            if time.monotonic() > self.end:
-                self.lines.append(f"out of time after {done} of {len(items)}")
-                return
-            yield item
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            import torch  # late: steps that test the runner do not wait for it
 
-    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Write rows as a CSV file of the folder."""
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with (self.folder / f"{name}.csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows({k: f"{x:.5g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
-        self.tables.append(f"{name}.csv")
+            torch.cuda.synchronize()
 
-
-def backend_names(context: Context, dtype: torch.dtype) -> list[str]:
-    """Names of the backends that run a plain call here, without Triton's interpreter."""
-    found = backends.available_backends(context.device, dtype)
-    return [name for name in found if not context.dry_run or name in ("cpu", "reference")]
+    def is_broken(self) -> bool:
+        """Whether an error has made CUDA unusable in this process."""
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return False
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False

@@ -1,30 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the first day on a GPU, their order and their time limits."""
+"""What is done on the first day on a GPU, in which order, and the time that each part may take."""
 
 from __future__ import annotations
 
-#: Seconds for all stages together.
-LIMIT = 525.0
+from typing import NamedTuple
 
-#: Groups of stages with their time limits in seconds. Stages of a group may run at the same time.
-GROUPS: tuple[dict[str, float], ...] = (
-    {"environment": 60},
-    {
-        "build": 150, **{f"correct_triton_bf16_{part}of4": 150 for part in range(1, 5)}, "correct_triton_fp16": 120,
-        "correct_triton_fp32": 120, **{f"correct_merge_bf16_{part}of2": 150 for part in range(1, 3)},
-        "correct_merge_fp32": 120, "correct_concat_bf16": 120, "correct_concat_fp32": 120,
-        "correct_reference_bf16": 90, "planted": 60,
-    },
-    {
-        "correct_cpu_bf16": 60, "correct_cpu_fp32": 60, "correct_cuda_bf16": 60, "correct_cuda_fp16": 60,
-        "opcheck": 90, "compile": 120, "cuda_graph": 90,
-    },
-    {"ceilings": 30},
-    {"crossovers": 100},
-    {"microbenchmarks": 110},
-    {"training": 100},
+
+class Step(NamedTuple):
+    """One process: a function that returns items by name.
+
+    Attributes:
+        name: of its record and its log.
+        function: ``module:function`` of this package.
+        arguments: of the function, after the :class:`~.context.Context`.
+        item_limit: seconds after which an item is taken to hang.
+        table: name of the CSV file that its rows go to; empty: they are in results.json only.
+    """
+
+    name: str
+    function: str
+    arguments: tuple[str, ...] = ()
+    item_limit: float = 45.0
+    table: str = ""
+
+
+class Phase(NamedTuple):
+    """Steps that run at the same time, each in a process of its own.
+
+    Attributes:
+        share: number of seconds that the phase takes at most.
+        needs: name of a phase without whose success this one does not run; empty: none.
+    """
+
+    name: str
+    share: float
+    steps: tuple[Step, ...]
+    needs: str = ""
+
+
+#: Seconds of a whole run, and of them the seconds for the report.
+LIMIT, REPORTING = 570.0, 5.0
+
+
+def _right(backend: str) -> Step:
+    return Step(f"right_{backend}", "machine:right", (backend,), 25.0)
+
+
+def _correct(name: str, *arguments: str) -> Step:
+    return Step(f"correct_{name}", "correctness:correct", arguments, 40.0, "correctness")
+
+
+PHASES = (
+    Phase("start", 30, (Step("machine", "machine:machine"), *map(_right, ("triton", "cuda", "merge", "concat")))),
+    Phase("correctness", 120, (
+        _correct("triton_1of2", "bf16", "triton", "", "1", "2"),
+        _correct("triton_2of2", "bf16", "triton", "", "2", "2"),
+        _correct("cuda", "bf16", "cuda", ""),
+        _correct("merge_cuda", "bf16", "merge", "cuda"), _correct("merge_triton", "bf16", "merge", "triton"),
+        _correct("concat_cuda", "bf16", "concat", "cuda"), _correct("concat_triton", "bf16", "concat", "triton"),
+        _correct("other_dtypes", "fp16 fp32", "", ""),
+    )),
+    Phase("training", 120, (Step("training", "training:training", (), 60.0, "training"),), "start"),
+    Phase("attention", 120, (Step("attention", "attention:attention", (), 40.0, "attention"),), "start"),
+    Phase("host", 40, (Step("host", "host:host", (), 20.0, "host"),), "start"),
+    Phase("generation", 45, (Step("generation", "generation:generation", (), 30.0, "generation"),), "start"),
+    Phase("compiled", 90, (
+        Step("cuda_graph", "compiled:cuda_graph"), Step("opcheck", "compiled:opcheck"),
+        Step("compile", "compiled:compiled"),
+    ), "start"),
 )  # fmt: skip
-#: Stages that test the runner: one crashes, one never ends.
-PLANTED = ("planted_crash", "planted_hang")
-#: Results of stages that need not run again.
-DONE = ("ok", "left out")
+
+#: What is worth the minutes that remain. Calibration comes last.
+LEFTOVER = (
+    Phase("sanitizer", 80, (Step("sanitizer", "leftover:sanitizer", (), 60.0),)),
+    Phase("ncu", 50, (Step("ncu", "leftover:ncu", (), 45.0),)),
+    Phase("calibration", 50, (Step("calibration", "leftover:calibration", (), 50.0),)),
+)
+
+#: Steps that test the runner.
+PLANTED = (
+    Phase("planted", 6, (
+        Step("wrong", "planted:wrong"), Step("crash", "planted:crash"), Step("hang", "planted:hang", (), 0.5),
+        Step("slow", "planted:slow", (), 60.0), Step("start", "planted:start"),
+        Step("good", "planted:good", (), 60.0, "attention"),
+    )),
+    Phase("never", 6, (Step("unneeded", "planted:good"),), "planted"),
+)  # fmt: skip
+
+
+def steps(phases: tuple[Phase, ...]) -> dict[str, Step]:
+    """The steps by name, in order."""
+    return {step.name: step for phase in phases for step in phase.steps}

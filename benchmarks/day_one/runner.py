@@ -1,122 +1,195 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run each stage in a process of its own, with a time limit, and report what it found."""
+"""Run each step in a process of its own, within the share of its phase, and keep what it has found so far.
+
+A process that dies or hangs costs the item that it was running. The step goes on with the next item in a new process.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from .plan import DONE, GROUPS
+from .plan import LIMIT, REPORTING, Phase, Step, steps
+from .record import FAULTS, OUT_OF_TIME, RESTART, Record, State
+from .report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_day_one.py"
+#: Seconds below which no process is started, since it could not even import torch.
+LEAST = 4.0
+#: Seconds between two reports while steps run.
+REFRESH = 0.5
 
 
-def run_stage(name: str, folder: Path, limit: float, dry_run: bool) -> dict[str, Any]:
-    """Run a stage in a process of its own; returns its result, also if the process leaves none."""
-    result, log = folder / f"{name}.json", folder / f"{name}.log"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, str(SCRIPT), "--stage", name, "--folder", str(folder)]
-    command += ["--limit", f"{limit:.0f}", *["--dry-run"] * dry_run]
-    environment = dict(os.environ)
-    if name.startswith("correct_"):
-        environment.setdefault("OMP_NUM_THREADS", "2")  # several run at once
-    if dry_run:
-        environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        if name.startswith("correct_") and name.split("_")[1] in ("triton", "merge", "concat"):
-            environment["TRITON_INTERPRET"] = "1"
-    start = time.monotonic()
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
-            cwd=ROOT,
-        )  # fmt: skip
+@dataclass
+class Run:
+    """One run of the phases of a plan.
+
+    Attributes:
+        folder: for records, logs and profiles: ``raw`` of the folder of the results.
+        phases: what to do.
+        report: of the results.
+        dry_run: tiny sizes on the CPU.
+        only: names of steps; all if empty.
+        limit: seconds for the whole run. Shares shrink in proportion if it is less than the usual limit.
+        least: seconds below which no process is started.
+        python: the interpreter and the script.
+    """
+
+    folder: Path
+    phases: tuple[Phase, ...]
+    report: Report
+    dry_run: bool = False
+    only: tuple[str, ...] = ()
+    limit: float = LIMIT
+    least: float = LEAST
+    python: tuple[str, ...] = (sys.executable, str(SCRIPT))
+    _refreshed: float = 0.0
+    _unreported: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, keep_going: bool = False) -> int:
+        """Run all steps that have items left, and report. The exit status of the command.
+
+        A phase whose ``needs`` found a fault does not run, unless ``keep_going``.
+        """
+        begin = time.monotonic()
+        end = begin + self.limit - REPORTING
+        scale = min(1.0, self.limit / (sum(phase.share for phase in self.phases) + REPORTING))
+        by_name = {phase.name: phase for phase in self.phases}
+        for name in self._steps():
+            Record(self.folder, name).begin()
+        for phase in self.phases:
+            faulty = self._faulty(by_name[phase.needs]) if phase.needs else []
+            if faulty and not keep_going:
+                self.report.stopped = f"Stopped after a fault in {', '.join(faulty)}. --keep-going goes on."
+                print(self.report.stopped, flush=True)
+                break
+            start = time.monotonic()
+            self._run_phase(phase, min(end, start + scale * phase.share))
+            self.report.seconds[phase.name] = time.monotonic() - start
+        else:
+            self._second_round(end)
+        self.refresh(force=True)
+        print(self.report.table(), flush=True)
+        return self.report.exit_status()
+
+    def _second_round(self, end: float) -> None:
+        """Give the time that was not used to the steps that ran out of it."""
+        for phase in self.phases:
+            wanted = self._steps().keys() & steps((phase,))
+            if any(self._state(name).unfinished for name in wanted) and end - time.monotonic() > 2 * self.least:
+                start = time.monotonic()
+                self._run_phase(phase, end)
+                self.report.extra[phase.name] = time.monotonic() - start
+
+    def _steps(self) -> dict[str, Step]:
+        return {n: step for n, step in steps(self.phases).items() if not self.only or n in self.only}
+
+    def _state(self, name: str) -> State:
+        return Record(self.folder, name).read()
+
+    def _faulty(self, phase: Phase) -> list[str]:
+        return [name for name in steps((phase,)) if self._state(name).status in FAULTS]
+
+    def _run_phase(self, phase: Phase, end: float) -> None:
+        wanted = [step for step in phase.steps if step.name in self._steps()]
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(wanted))) as pool:
+            list(pool.map(lambda step: self._run_step(step, end, len(wanted)), wanted))
+        self.refresh(force=True)
+
+    def _run_step(self, step: Step, end: float, together: int) -> None:
+        """Run processes of a step until every item has ended or the time is over."""
+        start, record = time.monotonic(), Record(self.folder, step.name)
+        log = self.folder / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        while (left := end - time.monotonic()) >= self.least:
+            state = record.read()
+            if state.items is not None and not state.missing:
+                break
+            how, code = self._run_process(step, log, left, together)
+            state, now = record.read(), time.monotonic()
+            if how == "ended" and code == RESTART and state.missing:
+                continue
+            if how == "ended" and code in (0, RESTART) and not state.running:
+                break
+            line, details = _last_words(log, code)
+            if state.running:
+                status = "crashed" if how == "ended" else how
+                record.end(state.running, status, now - state.since, line, details=details)
+            elif how == "ended":
+                item = "its start" if state.items is None else "its end"
+                record.end(item, "crashed", now - start, line, details=details)
+            if how == OUT_OF_TIME or not state.running:
+                break
+        state = record.read()
+        print(f"{step.name}: {state.status}, {time.monotonic() - start:.1f} s", flush=True)
+
+    def _run_process(self, step: Step, log: Path, limit: float, together: int) -> tuple[str, int | None]:
+        """(how the process ended: by itself, out of time or hung; its exit status)."""
+        command = [*self.python, "--step", step.name, "--folder", str(self.folder), "--limit", f"{limit - 1:.1f}"]
+        start, record, seen = time.monotonic(), Record(self.folder, step.name), -1
+        with log.open("a") as stream:
+            process = subprocess.Popen(
+                [*command, *["--dry-run"] * self.dry_run], stdout=stream, stderr=stream, stdin=subprocess.DEVNULL,
+                env=self._environment(step, together), start_new_session=True, cwd=ROOT,
+            )  # fmt: skip
         try:
-            code = process.wait(limit)
-            outcome = {"status": "crashed", "lines": [f"ended with status {code} and no result", *_tail(log)]}
-        except subprocess.TimeoutExpired:
-            outcome = {"status": "timed out", "lines": [f"was stopped after {limit:.0f} s", *_tail(log)]}
+            while process.poll() is None:
+                time.sleep(0.05)
+                now = time.monotonic()
+                if record.path.exists() and record.path.stat().st_size != seen:
+                    seen, state = record.path.stat().st_size, record.read()
+                    self._unreported = True
+                self.refresh()
+                if now - start > limit:
+                    return OUT_OF_TIME, None
+                if seen >= 0 and state.running and now - state.since > step.item_limit:
+                    return "hung", None
+            return "ended", process.returncode
         finally:
             _stop(process)
-    if outcome["status"] == "crashed" and result.exists():
-        outcome = json.loads(result.read_text())
-    outcome |= {"stage": name, "seconds": round(time.monotonic() - start, 1)}
-    write_result(result, outcome)
-    return outcome
+
+    def _environment(self, step: Step, together: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        if together > 1:
+            environment.setdefault("OMP_NUM_THREADS", "2")
+        if self.dry_run:
+            environment |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
+            if step.name.startswith("correct_"):
+                environment["TRITON_INTERPRET"] = "1"
+        return environment
+
+    def refresh(self, force: bool = False) -> None:
+        """Write the report if an item has ended; without ``force`` no more often than :data:`REFRESH`."""
+        with self._lock:
+            if force or (self._unreported and time.monotonic() - self._refreshed > REFRESH):
+                self._unreported = False
+                self.report.write(logs=force)
+                self._refreshed = time.monotonic()
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """End the stage and the processes that it started."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the step and the processes that it started. The step writes to its log where it was."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)
+            process.wait(0.5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _tail(log: Path, lines: int = 5) -> list[str]:
-    return [line[:300] for line in log.read_text(errors="replace").splitlines()[-lines:]]
-
-
-def write_result(path: Path, content: dict[str, Any]) -> None:
-    """Write the file completely or not at all, in case the run is stopped."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
-
-
-def _read(folder: Path, name: str) -> dict[str, Any] | None:
-    """The result of a stage, from this run or an earlier one; None without a valid one."""
-    try:
-        result = json.loads((folder / f"{name}.json").read_text())
-        return result if {"status", "seconds", "lines"} <= result.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def run_all(folder: Path, dry_run: bool, again: list[str], only: list[str], limit: float) -> list[dict[str, Any]]:
-    """Run all stages that have no result yet; writes the report after each group and returns the results."""
-    start, results = time.monotonic(), []
-    skipped = re.compile(r"_[2-9]of\d$|_fp16$|(merge|concat)_fp32$")  # a dry run leaves out repetitions
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def one(name: str, most: float) -> dict[str, Any]:
-        result, left = _read(folder, name), start + limit - time.monotonic()
-        if result is not None and (result["status"] not in DONE or name in again):
-            result = None
-        if name in again:
-            (folder / f"{name}.csv").unlink(missing_ok=True)
-        if result is None and left < 5:
-            result = {"stage": name, "status": "no time left", "seconds": 0, "lines": ["the same command continues"]}
-        elif result is None:
-            result = run_stage(name, folder, min(most, left), dry_run)
-        print(f"{name}: {result['status']}, {result['seconds']} s", *result["lines"][:1], flush=True)
-        return result
-
-    for group in GROUPS:
-        stages = [stage for stage in group.items() if not (dry_run and skipped.search(stage[0]))]
-        with concurrent.futures.ThreadPoolExecutor(max(1, min(12, cores))) as pool:
-            results += pool.map(lambda stage: one(*stage), [s for s in stages if not only or s[0] in only])
-        report(folder, dry_run)
-    return results
-
-
-def report(folder: Path, dry_run: bool) -> None:
-    """Write report.md: a table of the finished stages, then the lines of each."""
-    results = [r for group in GROUPS for name in group if (r := _read(folder, name)) is not None]
-    what = "**Dry run on a CPU: tiny sizes, no GPU; nothing here is a measurement.**" if dry_run else ""
-    lines = ["# peftkern on this machine", "", what, "", "| stage | result | s | |", "|---|---|---|---|"]
-    for r in results:
-        headline = r["lines"][0].replace("|", "/") if r["lines"] else ""
-        lines.append(f"| {r['stage']} | {r['status']} | {r['seconds']} | {headline} |")
-    for r in results:
-        tables = [f"[{name}]({name})" for name in r.get("tables", [])]
-        lines += ["", f"## {r['stage']}: {r['status']}", "", *tables, "```", *r["lines"], "```"]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+def _last_words(log: Path, code: int | None) -> tuple[str, list[str]]:
+    """A line about the end of a process, and the end of its log."""
+    lines = [line.rstrip()[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()][-15:]
+    where = next((line.strip() for line in lines if line.lstrip().startswith("File ")), lines[-1] if lines else "")
+    return ("" if code is None else f"ended with status {code}; ") + (where or "its log is empty"), lines

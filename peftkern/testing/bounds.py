@@ -231,7 +231,7 @@ def check_backend(
     :class:`peftkern.testing.Oracle` for larger calls.
 
     Args:
-        backend: name of a backend, see :func:`peftkern.available_backends`.
+        backend: name of a backend, see :func:`peftkern.available_backends`, or of a plan.
         tensors: q, k, v, prefix_k and prefix_v by name, on the CPU, as :func:`peftkern.testing.tensors` makes them.
         options: other keyword arguments of :func:`peftkern.prefix_attention`, tensors on the CPU.
         backward: also check the gradients, for a random gradient of out.
@@ -255,7 +255,7 @@ def check_backend(
 
     def kernel(**inputs: Any) -> tuple[Tensor, Tensor]:
         if device != "cpu":
-            inputs = {name: _moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            inputs = {name: moved(x, device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
         out, lse = functional.prefix_attention(**inputs, return_lse=True, backend=backend, **kwargs)
         return out.cpu(), lse.cpu()
 
@@ -270,7 +270,7 @@ def _double(options: dict[str, Any]) -> dict[str, Any]:
     return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in options.items()}
 
 
-def _moved(x: Tensor, device: str) -> Tensor:
+def moved(x: Tensor, device: str) -> Tensor:
     """A differentiable copy on ``device`` that has x's strides."""
     if x.numel() == 0:
         return x.to(device)

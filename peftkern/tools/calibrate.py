@@ -4,6 +4,9 @@
 The result is a pair of scale factors per backend, dtype and kind of call. It is written to a file in the user's cache
 folder, one for the CPU and one for the GPU, and scales the rates that come with the package. A file that is
 malformed, has another format or comes from another machine is ignored with a warning.
+
+On a GPU the factors describe the time of the GPU. The time that Python takes to launch the kernels depends on the CPU
+and is hidden behind larger calls, so it is written beside them, under ``hosts``, and enters no factor.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,7 +38,10 @@ LARGE = ((4, 32, 8, 1024, 1024, 128, 128), (4, 32, 8, 2048, 2048, 128, 64), (8, 
 
 
 class Row(NamedTuple):
-    """One measurement, and the uncalibrated model's seconds for it: ``launches`` and ``work``."""
+    """One measurement, and the uncalibrated model's seconds for it: ``launches`` and ``work``.
+
+    ``seconds`` are those of the device. ``host`` are those that the CPU takes to launch the kernels of a GPU.
+    """
 
     backend: str
     kind: str
@@ -42,6 +49,7 @@ class Row(NamedTuple):
     seconds: float
     launches: float
     work: float
+    host: float = 0.0
 
 
 def calibrate(
@@ -51,35 +59,39 @@ def calibrate(
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
     note: Callable[[str], object] = lambda line: None,
     at_most: float = math.inf,
+    file: Path | None = None,
 ) -> Path:
-    """Measure the backends, write the factors, and use them from now on in this process.
+    """Measure the backends and write the factors. Unless ``file`` is given, ``"auto"`` uses them from now on.
 
     Args:
         device: the CPU or a GPU.
         seconds: time for measurements, without the compilation of kernels.
-        shapes: rows like :data:`SHAPES`; those by default, on a GPU with :data:`LARGE`.
+        shapes: rows like :data:`SHAPES`; those by default, on a GPU after :data:`LARGE`.
         dtypes: dtypes to measure.
         note: called with a line for each measurement.
         at_most: seconds after which no further shape is started.
+        file: where to write; the file that ``"auto"`` reads by default.
 
     Returns:
         The path of the file.
     """
     device = torch.device(device)
     if shapes is None:
-        shapes = SHAPES + LARGE * (device.type == "cuda")
+        shapes = LARGE * (device.type == "cuda") + SHAPES
     end = time.monotonic() + at_most
     rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note, end))
-    file = measured.path(device)
+    used, file = file is None, file or measured.path(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": measured.FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
-        "scales": {name: list(scale) for name, scale in fit(rows).items()}, "rows": [row._asdict() for row in rows],
+        "scales": {name: list(scale) for name, scale in fit(rows).items()}, "hosts": hosts(rows),
+        "rows": [row._asdict() for row in rows],
     }  # fmt: skip
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(file)
-    registry.forget()
+    if used:
+        registry.forget()
     return file
 
 
@@ -101,6 +113,15 @@ def fit(rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
     for row in rows:
         kinds.setdefault(row.kind, []).append((row.launches / row.seconds, row.work / row.seconds))
     return {name: _least_squares(points) for name, points in kinds.items()}
+
+
+def hosts(rows: Iterable[Row]) -> dict[str, float]:
+    """Per kind the median seconds that the CPU takes to launch the kernels of a GPU."""
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        if row.host:
+            kinds.setdefault(row.kind, []).append(row.host)
+    return {name: statistics.median(values) for name, values in kinds.items()}
 
 
 def _least_squares(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -138,11 +159,11 @@ def measure(
                 plans = registry.runnable_plans(call)
                 modelled = {name: model.price(costs.get(name), call, machine) for name in plans}
                 names = [name for name, times in modelled.items() if times is not None]
-                for name, taken in time_backends(call, names, share).items():
+                for name, cost in time_backends(call, names, share).items():
                     times = modelled[name]
                     assert times is not None
-                    note(f"{call}: {name} {taken * 1e3:.4g} ms, modelled {sum(times) * 1e3:.4g} ms")
-                    yield Row(name, model.kind(call, name), shape, taken, *times)
+                    note(f"{call}: {name} {cost.seconds * 1e3:.4g} ms, modelled {sum(times) * 1e3:.4g} ms")
+                    yield Row(name, model.kind(call, name), shape, cost.seconds, *times, cost.host)
 
 
 def call_of_shape(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, training: bool) -> Call:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time calls that take turns; describe the machine and the sources of a measurement.
 
-Needs torch, and on a GPU Triton, whose ``do_bench`` clears the L2 cache before each call and times with events.
+Calls on a GPU are timed by :mod:`.device_time`, without the time that Python takes to launch them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from ... import __version__, backends, native
 from ...arguments import Call
 from ...functional import prefix_attention
 from ...processor import processor_name
+from .device_time import device_seconds, host_seconds
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class Timing:
         return cls(median, (third - first) / median if median else 0.0, fifths[0], fifths[3])
 
 
+class Cost(NamedTuple):
+    """Seconds of one call: until its result is there, or on a GPU those of the GPU alone, and of the launching CPU.
+
+    ``host`` is 0 on a CPU, where launching is part of ``seconds``.
+    """
+
+    seconds: float
+    host: float
+
+
 _MOST_ROUNDS = 1000
 
 #: Measures one call and returns one or several times in seconds.
@@ -62,16 +73,9 @@ def by(now: Callable[[], float]) -> Clock:
     return measure
 
 
-def events(call: Callable[[], object]) -> list[float]:
-    """GPU events around calls that find a cold L2 cache: :func:`triton.testing.do_bench`."""
-    from triton.testing import do_bench
-
-    return [ms / 1e3 for ms in do_bench(call, warmup=2, rep=20, return_mode="all")]
-
-
 def clock_for(device: torch.device | str) -> Clock:
-    """GPU events for a GPU, the wall clock for other devices."""
-    return events if torch.device(device).type == "cuda" else by(time.perf_counter)
+    """Seconds on the GPU for a GPU, the wall clock for other devices."""
+    return device_seconds if torch.device(device).type == "cuda" else by(time.perf_counter)
 
 
 def take_turns(
@@ -110,14 +114,28 @@ def take_turns(
     return {name: Timing.of(times[name]) for name in calls}
 
 
+def costs(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    at_least: int = 5,
+    drop_slower: float = math.inf,
+) -> dict[str, Cost]:
+    """The cost of each call on ``device``, by :func:`take_turns`: medians."""
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        times = take_turns(calls, seconds, at_least, clock_for(device), drop_slower)
+        return {name: Cost(times[name].median, host_seconds(call) if on_gpu else 0.0) for name, call in calls.items()}
+
+
 def time_backends(
     call: Call,
     names: Iterable[str],
     seconds: float,
     at_least: int = 5,
     options: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, float]:
-    """Median seconds of ``call`` on each of the named backends, forward, and backward if the call needs gradients.
+) -> dict[str, Cost]:
+    """The cost of ``call`` on each of the named backends, forward, and backward if the call needs gradients: medians.
 
     Backends that run out of memory are left out. Backends five times slower than the fastest one are timed only
     twice. ``options`` are further arguments of :func:`peftkern.prefix_attention`.
@@ -136,16 +154,13 @@ def time_backends(
         out = prefix_attention(*inputs, backend=name, **options)
         if call.needs_grad:
             torch.autograd.grad(out, inputs, dout)
-        if call.device.type == "cuda":
-            torch.cuda.synchronize(call.device)
 
     ready: dict[str, Callable[[], object]] = {}
     for name in names:
         with contextlib.suppress(torch.OutOfMemoryError):
             run(name)
             ready[name] = functools.partial(run, name)
-    times = take_turns(ready, seconds, at_least, drop_slower=5.0)
-    return {name: timing.median for name, timing in times.items()}
+    return costs(ready, call.device, seconds, at_least, drop_slower=5.0)
 
 
 def stamp(device: torch.device | str = "cpu") -> dict[str, object]:

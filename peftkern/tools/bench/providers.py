@@ -117,16 +117,23 @@ def prepare(name: str, problem: Problem, directions: Iterable[str] = DIRECTIONS)
     attention = provider.make(problem)
     if isinstance(attention, str):
         return Unavailable(attention)
+    with_backward = any("backward" in direction for direction in directions)
+    with_backward = with_backward and not provider.why_no_backward(problem)
+    return calls_of(attention, problem, with_backward, provider.uses_prefix)
+
+
+def calls_of(attention: Attention, problem: Problem, with_backward: bool = True, uses_prefix: bool = True) -> Calls:
+    """Functions to time for any attention."""
     inputs, dout = problem.inputs, problem.dout
 
     def forward() -> Tensor:
         with torch.no_grad():
             return attention(*inputs)
 
-    if provider.why_no_backward(problem) or not any("backward" in direction for direction in directions):
+    if not with_backward:
         return Calls(forward, None, None)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    wanted = leaves if provider.uses_prefix else leaves[:3]
+    wanted = leaves if uses_prefix else leaves[:3]
     kept: list[Tensor] = []
 
     def backward() -> tuple[Tensor, ...]:
