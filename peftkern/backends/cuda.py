@@ -247,7 +247,7 @@ def _aligned_args(args: AttentionArgs) -> AttentionArgs:
     tensors = args[:5]
     if args.prefix_k.dtype != args.q.dtype:
         tensors = *args[:3], args.prefix_k.to(args.q.dtype), args.prefix_v.to(args.q.dtype)
-    return AttentionArgs(*map(_aligned, tensors), *args[5:])  # type: ignore[arg-type]
+    return AttentionArgs(*map(_aligned, tensors), *args[5:])  # type: ignore[arg-type, call-arg]
 
 
 def _without_prefix(args: AttentionArgs) -> AttentionArgs:
