@@ -157,9 +157,10 @@ def estimates(call: Call) -> dict[str, Estimate | None]:
     return _ranked(call, *_state(call.device))
 
 
-def choice(backend: str, device: torch.device) -> tuple[str, str | None, int]:
-    """What a plan for ``device`` depends on besides the call: the requested backend and the state of torch."""
-    return (_request(backend)[0], *_state(device))
+def choice(backend: str, on_cpu: bool) -> tuple[str, str | int | None]:
+    """What a plan depends on besides the call: the requested backend and the state of torch."""
+    requested = backend if backend == "auto" and not _overrides and not _in_environment() else _request(backend)[0]
+    return requested, torch.get_num_threads() if on_cpu else registered_flash()
 
 
 _caches: list[Any] = [_ranked, _resolved, plan_named]
@@ -308,6 +309,18 @@ def _request(backend: str) -> tuple[str, str]:
     if backend != "auto":
         get_backend(backend, by)
     return backend, by
+
+
+def _in_environment() -> bool:
+    """Whether ``PEFTKERN_BACKEND`` is set. ``os.environ`` encodes a name and raises inside before it says no."""
+    return _ENCODED_NAME in _ENVIRONMENT
+
+
+try:
+    _ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
+    _ENCODED_NAME: Any = os.environ.encodekey("PEFTKERN_BACKEND")
+except AttributeError:
+    _ENVIRONMENT, _ENCODED_NAME = os.environ, "PEFTKERN_BACKEND"
 
 
 _warned: set[str] = set()
