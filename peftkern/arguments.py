@@ -58,6 +58,11 @@ class AttentionArgs(NamedTuple):
         return {name: x for name, x in self._asdict().items() if name not in HINTS}
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors: ``q`` to ``dropout_seed``."""
+        return cast("tuple[Tensor | None, ...]", self[:14])
+
+    @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The nine arguments that may have a gradient: ``q`` to ``gate``."""
         return cast("tuple[Tensor | None, ...]", self[: len(AttentionGradients._fields)])
@@ -85,40 +90,55 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allocate_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out`` [B, Hq, S, D] and ``lse`` [B, Hq, S].
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def output_layouts(args: AttentionArgs) -> tuple[_Layout, _Layout]:
+    """(size, strides) of ``out`` [B, Hq, S, D] and of ``lse`` [B, Hq, S].
 
     ``out`` lies in memory as [B, S, Hq, D], the order in which the next linear layer reads it, so no copy follows.
     """
-    batch, num_heads, q_len, head_dim = args.q.shape
-    strides = (q_len * num_heads * head_dim, head_dim, num_heads * head_dim, 1)
-    out = args.q.new_empty_strided((batch, num_heads, q_len, head_dim), strides)
-    return out, args.q.new_empty(batch, num_heads, q_len, dtype=lse_dtype(args.q.dtype))
+    batch, num_heads, q_len, _ = args.q.shape
+    return _bshd(args.q), ((batch, num_heads, q_len), (num_heads * q_len, q_len, 1))
+
+
+def _bshd(x: Tensor) -> _Layout:
+    """(size, strides) of a tensor with the shape [B, H, S, D] of ``x`` that lies in memory as [B, S, H, D]."""
+    batch, heads, length, head_dim = x.shape
+    row = heads * head_dim
+    return (batch, heads, length, head_dim), (length * row, head_dim, row, 1)
+
+
+def allocate_outputs(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``out`` and ``lse``, laid out as :func:`output_layouts` says."""
+    out, lse = output_layouts(args)
+    return args.q.new_empty_strided(*out), args.q.new_empty_strided(*lse, dtype=lse_dtype(args.q.dtype))
 
 
 def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradients:
-    """Uninitialised gradients; those whose flag in ``needs`` (nine flags) is false have no elements.
+    """Uninitialised gradients. Those whose flag in ``needs`` (nine flags) is false are one tensor without elements.
 
     dq, dk and dv have their argument's dtype and lie in memory as [B, S, H, D]. All others are sums over many rows
     and therefore contiguous fp32 (fp64 for fp64 activations), whatever their argument's dtype.
     """
     fp = lse_dtype(args.q.dtype)
+    nothing = args.q.new_empty_strided((0,), (1,))
     gradients = []
     for argument, need in zip(args.differentiable, needs, strict=True):
         if argument is None or not need:
-            gradients.append(args.q.new_empty(0))
+            gradients.append(nothing)
         elif argument is args.q or argument is args.k or argument is args.v:
-            batch, heads, length, head_dim = argument.shape
-            gradients.append(argument.new_empty(batch, length, heads, head_dim).transpose(1, 2))
+            gradients.append(argument.new_empty_strided(*_bshd(argument)))
         else:
             gradients.append(argument.new_empty(argument.shape, dtype=fp))
     return AttentionGradients(*gradients)
 
 
 class TensorInfo(NamedTuple):
-    """The shape, dtype and device of a tensor: all that validation and the choice of a backend read."""
+    """What validation and the choice of a backend read of a tensor."""
 
     shape: torch.Size
+    strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 

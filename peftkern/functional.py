@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -13,16 +15,21 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .arguments import AttentionArgs, AttentionGradients, TensorInfo, attention_call, embedding_call
 from .backends import registry
+from .backends.base import Plan
 from .validation import (
     autocast_attention,
     check_attention,
     check_embedding,
+    has_normal_tensors,
     normalize_attention,
+    normalize_numbers,
     validate_attention,
 )
 
 __all__ = ["prefix_attention", "soft_prompt_embedding"]
 
+#: Whether autocast is enabled for some device. Not public; if it is missing, each call asks for q's device.
+_maybe_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _NUM_DIFFERENTIABLE = len(AttentionGradients._fields)
 _NUM_TENSORS = AttentionArgs._fields.index("scale")
 
@@ -139,20 +146,21 @@ def prefix_attention(  # type: ignore[misc]
     )  # fmt: skip
     args, plan, needs_grad = prepare(inputs, dropout_seed, backend)
     if needs_grad:
-        out, lse = _PrefixAttention.apply(plan, *args)
+        out, lse = _PrefixAttention.apply(plan, args[_NUM_TENSORS:], *_given(args))
     else:
-        out, lse = ops.prefix_attention(*args, plan)
+        out, lse = ops.attention(args, plan)
     return (out, lse) if return_lse else out
 
 
-def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:
+def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, Plan | str, bool]:
     """Validate the arguments of a prefix attention and choose its plan.
 
     ``inputs`` may still have ``scale=None`` and ``softcap=None``. Validation and the choice depend only on shapes,
-    dtypes, devices and options, so their result is cached: a call seen before costs a dictionary lookup.
+    strides, dtypes, devices and options, so their result is cached: a call seen before costs a dictionary lookup.
 
     Returns:
-        The arguments as backends receive them, the name of the plan, and whether a backward pass follows.
+        The arguments as backends receive them, the plan (its name under torch.compile), and whether a backward pass
+        follows.
 
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
@@ -161,12 +169,19 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
     if torch.compiler.is_compiling():
         return _prepare_uncached(inputs, dropout_seed, backend)
     try:
-        inputs = autocast_attention(inputs)
+        if _maybe_autocast():
+            inputs = autocast_attention(inputs)
         needs_grad = needs_backward(inputs)
-        plan = _cached_plan(_signature(inputs), needs_grad, *registry.choice(backend, inputs.q.device))
+        prepared = _prepared(_signature(inputs), needs_grad, *registry.choice(backend, inputs.q.is_cpu))
     except (AttributeError, TypeError):  # an argument is not a tensor, or sizes are symbolic and have no hash
         return _prepare_uncached(inputs, dropout_seed, backend)
-    return normalize_attention(inputs, dropout_seed), plan, needs_grad
+    if not prepared.is_normal:
+        return normalize_attention(inputs, dropout_seed), prepared.plan, needs_grad
+    tensors: Any = inputs[: _NUM_TENSORS - 1]
+    args = AttentionArgs(*tensors, None, *prepared.numbers)  # type: ignore[call-arg]
+    if not prepared.is_bound:
+        prepared.plan, prepared.is_bound = prepared.plan.bind(args), True
+    return args, prepared.plan, needs_grad
 
 
 def _prepare_uncached(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:
@@ -175,44 +190,73 @@ def _prepare_uncached(inputs: AttentionArgs, dropout_seed: Any, backend: str) ->
     return args, registry.resolve(attention_call(args, needs_grad), backend), needs_grad
 
 
+@dataclass(slots=True)
+class _Prepared:
+    """What calls of one signature share.
+
+    Attributes:
+        plan: the plan, bound to such calls once one has run.
+        numbers: the numbers as backends receive them.
+        is_normal: whether the tensors are as backends receive them.
+    """
+
+    plan: Plan
+    numbers: tuple[Any, ...]
+    is_normal: bool
+    is_bound: bool = False
+
+
 def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
-    """What validation and the choice of a plan depend on, as a hashable key."""
+    """What validation and the choice of a plan depend on, as a hashable key: flat, since that is hashed fastest."""
     tensors: Any = inputs[: _NUM_TENSORS - 1]
     q, k, v, prefix_k, prefix_v, *optional = tensors
-    _, causal, window, prefix_in_window, softcap, dropout_p, max_seqlen, prefix_start = inputs[_NUM_TENSORS:]
+    sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens = optional
+    if sinks is bias is prefix_bias is gate is key_mask is cu_seqlens is prefix_ids is prefix_lens is None:
+        described: tuple[Any, ...] = ()
+    else:
+        described = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in optional])
+    numbers = inputs[_NUM_TENSORS:]
     return (
-        (q.shape, q.dtype, q.device), (k.shape, k.dtype, k.device), (v.shape, v.dtype, v.device),
-        (prefix_k.shape, prefix_k.dtype, prefix_k.device), (prefix_v.shape, prefix_v.dtype, prefix_v.device),
-        *[x if x is None else (x.shape, x.dtype, x.device) for x in optional],
-        causal, window, prefix_in_window, softcap, dropout_p, max_seqlen, prefix_start,
-        # 1 == 1.0 == True as keys, but not as arguments
-        type(causal), type(window), type(prefix_in_window), type(max_seqlen), type(prefix_start),
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device, prefix_k.shape, prefix_k.stride(), prefix_k.dtype, prefix_k.device,
+        prefix_v.shape, prefix_v.stride(), prefix_v.dtype, prefix_v.device,
+        described, numbers, *map(type, numbers),  # 1 == 1.0 == True as keys, but not as arguments
     )  # fmt: skip
 
 
 @registry.forgettable
 @functools.lru_cache(maxsize=4096)
-def _cached_plan(signature: tuple[Any, ...], needs_grad: bool, requested: str, *state: Any) -> str:
-    tensors, numbers = signature[: _NUM_TENSORS - 1], signature[_NUM_TENSORS - 1 : len(AttentionArgs._fields) - 2]
-    infos: list[Any] = [None if x is None else TensorInfo(*x) for x in tensors]
-    args = AttentionArgs(*infos, None, None, *numbers)  # type: ignore[arg-type, call-arg]
+def _prepared(signature: tuple[Any, ...], needs_grad: bool, requested: str, state: object) -> _Prepared:
+    """Validate and choose. ``state`` is the state of torch that the choice depends on (:func:`.registry.choice`)."""
+    described, numbers = signature[20:22]
+    infos: list[Any] = [TensorInfo(*signature[i : i + 4]) for i in range(0, 20, 4)]
+    infos += [x and TensorInfo(*x) for x in described or [None] * 8]
+    args = AttentionArgs(*infos, None, *numbers)  # type: ignore[call-arg]
     check_attention(args)
-    return registry.resolve(attention_call(args, needs_grad), requested)
+    plan = registry.plan_named(registry.resolve(attention_call(args, needs_grad), requested))
+    return _Prepared(plan, normalize_numbers(args), has_normal_tensors(args))
 
 
 def needs_backward(args: AttentionArgs) -> bool:
     """Whether a backward pass can follow: gradients are enabled, and an argument requires one."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args.differentiable)
+    if torch.is_grad_enabled():
+        for x in args.differentiable:  # a generator would double the time
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Saves the inputs, out and lse. Gradients of unused outputs arrive as None, so an unused lse costs nothing."""
+    """Saves the inputs, out and lse. Gradients of unused outputs arrive as None, so an unused lse costs nothing.
+
+    Every input costs time. The tensors are therefore passed without the None behind the last one, the numbers as one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: str, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, lse = ops.prefix_attention(*inputs, plan)
-        ctx.save_for_backward(out, lse, *inputs[:_NUM_TENSORS])
-        ctx.numbers, ctx.plan = inputs[_NUM_TENSORS:], plan
+    def forward(ctx: Any, plan: Plan | str, numbers: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, Tensor]:
+        out, lse = ops.attention(_args(tensors, numbers), plan)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.numbers, ctx.plan = numbers, plan
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -224,10 +268,24 @@ class _PrefixAttention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
-        needs = list(ctx.needs_input_grad[1 : 1 + _NUM_DIFFERENTIABLE])
-        gradients = ops.prefix_attention_backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needs, ctx.plan)
+        needs = [*ctx.needs_input_grad[2:], *[False] * _NUM_DIFFERENTIABLE][:_NUM_DIFFERENTIABLE]
+        args = _args(tensors, ctx.numbers)
+        gradients = ops.attention_backward(dout, dlse, out, lse, args, needs, ctx.plan)
         wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-        return None, *wanted, *[None] * (len(AttentionArgs._fields) - _NUM_DIFFERENTIABLE)
+        return None, None, *[*wanted, *[None] * (_NUM_TENSORS - _NUM_DIFFERENTIABLE)][: len(tensors)]
+
+
+def _given(args: AttentionArgs) -> tuple[Tensor | None, ...]:
+    """The tensors without the None behind the last one."""
+    count = _NUM_TENSORS
+    while args[count - 1] is None:
+        count -= 1
+    return args[:count]  # type: ignore[return-value]
+
+
+def _args(tensors: Sequence[Any], numbers: tuple[Any, ...]) -> AttentionArgs:
+    """The arguments whose :func:`_given` tensors and numbers these are."""
+    return AttentionArgs(*tensors, *[None] * (_NUM_TENSORS - len(tensors)), *numbers)  # type: ignore[arg-type]
 
 
 def soft_prompt_embedding(

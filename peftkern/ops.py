@@ -3,6 +3,9 @@
 
 There is one op per direction. The ops have no derivative; :mod:`peftkern.functional` adds it. The plan's name is an
 argument, resolved once in Python: a constant of the graph, the same in forward and backward.
+
+:func:`attention` and :func:`attention_backward` run the ops, past torch's dispatcher where nobody would notice
+(:mod:`peftkern.dispatcher`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
+from . import dispatcher
 from .arguments import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs, lse_dtype
+from .backends.base import Plan
 from .backends.registry import plan_named
 
 NAMESPACE = "peftkern"
@@ -76,6 +81,30 @@ def _check_hints(args: AttentionArgs, cu_seqlens: Tensor) -> None:
             )
 
 
+def attention(args: AttentionArgs, plan: Plan | str) -> tuple[Tensor, Tensor]:
+    """Run the op ``prefix_attention``: (out [B, Hq, S, D], lse [B, Hq, S]). ``plan`` is its name while compiling."""
+    if isinstance(plan, str) or dispatcher.is_needed(args.tensors):
+        return prefix_attention(*args, plan if isinstance(plan, str) else plan.name)  # type: ignore[no-any-return]
+    _check_values(args)
+    return plan.prefix_attention(args)
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    args: AttentionArgs,
+    needs: list[bool],
+    plan: Plan | str,
+) -> tuple[Tensor, ...]:
+    """Run the op ``prefix_attention_backward``: the nine gradients. ``plan`` is its name while compiling."""
+    if isinstance(plan, str) or dispatcher.is_needed((dout, dlse, out, lse, *args.tensors)):
+        name = plan if isinstance(plan, str) else plan.name
+        return prefix_attention_backward(dout, dlse, out, lse, *args, needs, name)  # type: ignore[no-any-return]
+    return plan.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+
+
 def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]
     *values, plan = inputs
     args = AttentionArgs(*values)
@@ -90,12 +119,19 @@ def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
 
 def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, plan = inputs
-    return tuple(plan_named(plan).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs))
+    gradients = plan_named(plan).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs)
+    return _distinct(gradients)
 
 
 def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, _ = inputs
-    return tuple(allocate_gradients(AttentionArgs(*values), needs))
+    return _distinct(allocate_gradients(AttentionArgs(*values), needs))
+
+
+def _distinct(gradients: AttentionGradients) -> tuple[Tensor, ...]:
+    """The gradients with a tensor of its own for each that has no elements: outputs of an op must not be the same."""
+    ids = [id(g) for g in gradients]
+    return tuple(g.new_empty(0) if id(g) in ids[:i] else g for i, g in enumerate(gradients))
 
 
 def _soft_prompt_embedding(

@@ -186,9 +186,6 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         fp = lse_dtype(q.dtype)
         sinks, prefix_bias, gate = (None if x is None else x.to(fp) for x in (sinks, prefix_bias, gate))
         bias = bias if bias is None or bias.dtype == q.dtype else bias.to(fp)
-    scale = args.scale
-    if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
-        raise argument_error("scale", "None or a finite number", repr(scale))
     return AttentionArgs(
         q if q.stride(-1) == 1 else _unit_stride(q), k if k.stride(-1) == 1 else _unit_stride(k),
         v if v.stride(-1) == 1 else _unit_stride(v),
@@ -196,9 +193,31 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         prefix_v if prefix_v.stride(-1) == 1 else _unit_stride(prefix_v),
         sinks, bias, prefix_bias, gate, *args[9:13],
         _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
-        float(q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window,
-        args.prefix_in_window, float(args.softcap or 0.0), float(args.dropout_p), args.max_seqlen, args.prefix_start,
+        *normalize_numbers(args),
     )  # fmt: skip
+
+
+def normalize_numbers(args: AttentionArgs) -> tuple[Any, ...]:
+    """Checked numbers as backends receive them: ``scale`` to ``prefix_start``."""
+    scale = args.scale
+    if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
+        raise argument_error("scale", "None or a finite number", repr(scale))
+    return (
+        float(args.q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window, args.prefix_in_window,
+        float(args.softcap or 0.0), float(args.dropout_p), args.max_seqlen, args.prefix_start,
+    )  # fmt: skip
+
+
+def has_normal_tensors(args: AttentionArgs) -> bool:
+    """Whether :func:`normalize_attention` leaves the tensors as they are. They are given as :class:`TensorInfo`."""
+    infos: Any = args
+    fp = lse_dtype(args.q.dtype)
+    return (
+        args.dropout_p == 0.0
+        and all(x.strides[-1] == 1 for x in infos[:5])
+        and all(x is None or x.dtype == fp for x in (args.sinks, args.prefix_bias, args.gate))
+        and (args.bias is None or args.bias.dtype in (args.q.dtype, fp))
+    )
 
 
 def _dropout_seed(seed: Any, device: torch.device) -> Tensor:

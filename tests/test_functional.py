@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
-from peftkern import backends, explanation, functional, prefix_attention, soft_prompt_embedding
+from peftkern import backends, explanation, functional, ops, prefix_attention, soft_prompt_embedding
 from peftkern.backends import registry
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
@@ -149,12 +149,8 @@ def test_small_and_large_scores(name, factor, backend):
 @pytest.mark.parametrize("needed", [("q",), ("prefix_k",), ("prefix_k", "prefix_v"), ("k", "v")], ids=str)
 def test_gradients_that_nobody_needs_are_not_computed(backend, needed, monkeypatch):
     inputs = {n: x.requires_grad_(n in needed) for n, x in tensors(Shape(), torch.float32).items()}
-    seen, backward = [], backends.plan_named(backend).prefix_attention_backward
-    monkeypatch.setattr(
-        backends.plan_named(backend),
-        "prefix_attention_backward",
-        lambda *args: seen.append(backward(*args)) or seen[-1],
-    )
+    seen, backward = [], ops.attention_backward
+    monkeypatch.setattr(ops, "attention_backward", lambda *args: seen.append(backward(*args)) or seen[-1])
     prefix_attention(**inputs, backend=backend).sum().backward()
     for name, gradient in zip(("q", "k", "v", "prefix_k", "prefix_v"), seen[0], strict=False):
         assert (gradient.numel() > 0) == (name in needed), f"d{name} {'missing' if name in needed else 'computed'}"

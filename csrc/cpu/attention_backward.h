@@ -202,8 +202,7 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   for (int i = 0; i < 4; i++) bias_elements *= b.bias_size[i];
   if (b.dbias) memset(b.dbias, 0, sizeof(float) * bias_elements);
 
-#pragma omp parallel num_threads(num_threads)
-  {
+  run_by_threads(num_threads, [&] {
     BackwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
     take_backward_scratch(problem, needs, own, s);
@@ -229,7 +228,7 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
 #pragma omp master
     sum_small(problem, b, partials);
     if (needs.dbias) bias_tasks(problem, b, s);
-  }
+  });
   return PEFTKERN_OK;
 }
 

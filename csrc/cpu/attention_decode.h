@@ -138,8 +138,7 @@ int attention_decode(const peftkern_attention& args, const Plan& plan) {
     blocks = max(blocks, (plan.groups[g].count * rows_each + kBlockM - 1) / kBlockM);
   const int64_t chunks = partial.chunks - partial.prefix_chunks;
 
-#pragma omp parallel num_threads(num_threads)
-  {
+  run_by_threads(num_threads, [&] {
     ForwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
     take_forward_scratch(problem, kBlockN, own, s);
@@ -165,7 +164,7 @@ int attention_decode(const peftkern_attention& args, const Plan& plan) {
       set_row(problem, seq, row % args.q_len, row / args.q_len % args.num_heads, 0, s.block);
       join_row(problem, seq, s, partial);
     }
-  }
+  });
   return PEFTKERN_OK;
 }
 

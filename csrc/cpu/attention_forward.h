@@ -309,6 +309,18 @@ static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head
   }
 }
 
+// Runs a body that shares its loops among the threads of a team. One thread runs it without a team: the barriers of a
+// team make a system call each, which takes as long as a small kernel.
+template <typename Body>
+static void run_by_threads(int num_threads, const Body& body) {
+  if (num_threads == 1 && !omp_in_parallel()) {
+    body();
+    return;
+  }
+#pragma omp parallel num_threads(num_threads)
+  body();
+}
+
 // Packs the prefixes with all threads of the team. A barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)  // FAULT: prefix-read-before-it-is-packed
@@ -352,8 +364,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   problem.prefix_k = packed_k;
   problem.prefix_v = packed_v;
 
-#pragma omp parallel num_threads(num_threads)
-  {
+  run_by_threads(num_threads, [&] {
     ForwardScratch s;
     Arena own{base + shared.used + per_thread * omp_get_thread_num(), 0};
     take_forward_scratch(problem, length, own, s);
@@ -375,7 +386,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
         }
       }
     }
-  }
+  });
   return PEFTKERN_OK;
 }
 

@@ -44,6 +44,15 @@ class Plan(ABC):
         """The kernels that were chosen, for messages. Empty if there was no choice."""
         return ""
 
+    def bind(self, args: AttentionArgs) -> Plan:
+        """This plan for calls like this one, for which it may prepare what their forwards share.
+
+        They have tensors of the same sizes, strides, dtypes and devices, the same numbers, no dropout, and the same
+        number of CPU threads. The backward's tensors may have other strides: hooks on saved tensors may copy them.
+        ``args`` may be fake tensors; nothing is to be computed or kept of them.
+        """
+        return self
+
     @abstractmethod
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         """Compute (out [B, Hq, S, D], lse [B, Hq, S])."""

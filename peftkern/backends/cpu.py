@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import native
-from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
+from ..arguments import (
+    AttentionArgs,
+    AttentionGradients,
+    Call,
+    allocate_gradients,
+    allocate_outputs,
+    lse_dtype,
+    output_layouts,
+)
 from .base import OnePlanBackend, Plan, Refusal
 from .cost.model import Machine, Pass, attention_passes, embedding_passes
 
@@ -19,6 +29,9 @@ class CpuPlan(Plan):
     """Calls the native CPU library."""
 
     name = "cpu"
+
+    def bind(self, args: AttentionArgs) -> Plan:
+        return _BoundCpuPlan(args)
 
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         out, lse = allocate_outputs(args)
@@ -58,6 +71,22 @@ class CpuPlan(Plan):
             dout, input_ids, weight, prompt, prompt_ids, dweight if needs[0] else None, dprompt if needs[1] else None
         )
         return dweight, dprompt
+
+
+class _BoundCpuPlan(CpuPlan):
+    """The plan for forwards like one call: it fills in addresses only."""
+
+    def __init__(self, args: AttentionArgs) -> None:
+        self._out, self._lse = output_layouts(args)
+        dtype = lse_dtype(args.q.dtype)
+        self._lse_dtype: dict[str, Any] = {} if dtype == args.q.dtype else {"dtype": dtype}  # a keyword costs time
+        self._constants = native.fill.attention_constants(args, self._out[1])
+
+    def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        q = args[0]
+        out, lse = q.new_empty_strided(*self._out), q.new_empty_strided(*self._lse, **self._lse_dtype)
+        native.cpu.prefix_attention(args, out, lse, constants=self._constants)
+        return out, lse
 
 
 class CpuBackend(OnePlanBackend):

@@ -187,9 +187,12 @@ def runnable_plans(call: Call) -> dict[str, Estimate | None]:
     return _ordered(call, *_state(call.device))
 
 
-def choice(backend: str, device: torch.device) -> tuple[str, str | None, int, bool]:
-    """What a plan for ``device`` depends on besides the call: the requested backend and the state of torch."""
-    return (_request(backend)[0], *_state(device))
+def choice(backend: str, on_cpu: bool) -> tuple[str, object]:
+    """What a plan depends on besides the call: the requested backend, and the state of torch (:func:`_state`)."""
+    requested = backend if backend == "auto" and not _overrides and not _in_environment() else _request(backend)[0]
+    if on_cpu:
+        return requested, torch.get_num_threads()
+    return requested, (registered_flash(), torch.are_deterministic_algorithms_enabled())
 
 
 _caches: list[Any] = [_ranked, _ordered, _resolved, plan_named]
@@ -376,6 +379,18 @@ def _check_name(name: str, by: str) -> None:
         get_backend(name.partition("/")[0], by)
         if "/" in name:
             plan_named(name)
+
+
+def _in_environment() -> bool:
+    """Whether ``PEFTKERN_BACKEND`` is set. ``os.environ`` encodes a name and raises inside before it says no."""
+    return _ENCODED_NAME in _ENVIRONMENT
+
+
+try:
+    _ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
+    _ENCODED_NAME: Any = os.environ.encodekey("PEFTKERN_BACKEND")
+except AttributeError:
+    _ENVIRONMENT, _ENCODED_NAME = os.environ, "PEFTKERN_BACKEND"
 
 
 _warned: set[str] = set()

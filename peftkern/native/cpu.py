@@ -72,10 +72,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _library, MISSING = _load()
 
 
+_functions = {} if _library is None else {name: getattr(_library, f"peftkern_{name}") for name in abi.CPU_FUNCTIONS}
+
+
 def _call(name: str, arguments: bytes) -> None:
     if _library is None:
         raise NativeError(MISSING)
-    status = getattr(_library, f"peftkern_{name}")(arguments)
+    status = _functions[name](arguments)
     if status:
         raise NativeError(f"{name}: {_library.peftkern_error_string(status).decode()}")
 
@@ -103,19 +106,22 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return tuple(out)
 
 
-def prefix_attention(args: AttentionArgs, out: Tensor, lse: Tensor, isa: str = "auto") -> None:
+def prefix_attention(
+    args: AttentionArgs, out: Tensor, lse: Tensor, isa: str = "auto", constants: bytes | None = None
+) -> None:
     """Write the attention's ``out`` and ``lse``, which :func:`peftkern.arguments.allocate_outputs` allocates.
 
     Args:
         out: [B, Hq, S, D] in q's dtype, with stride 1 along D.
         lse: [B, Hq, S], fp32, contiguous.
         isa: a key of :data:`ISAS`.
+        constants: those of :func:`.fill.attention_constants` for such a call, if known.
 
     Raises:
         NativeError: with the library's reason.
     """
-    packed, _copies = fill.attention(args, out, lse, isa)
-    _call("prefix_attention", packed)
+    tensors, _copies = fill.attention_tensors(args, out, lse)
+    _call("prefix_attention", tensors + (constants or fill.attention_constants(args, out.stride(), isa)))
 
 
 def prefix_attention_backward(

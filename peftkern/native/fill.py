@@ -18,7 +18,10 @@ from .abi import DTYPES, ISAS
 if TYPE_CHECKING:
     from ..arguments import AttentionArgs
 
-__all__ = ["attention", "contiguous", "dtype_code", "embedding", "pointer", "strides"]
+__all__ = [
+    "attention", "attention_constants", "attention_tensors", "contiguous", "dtype_code", "embedding", "pointer",
+    "strides",
+]  # fmt: skip
 
 
 def pointer(x: Tensor | None) -> int:
@@ -59,10 +62,17 @@ def attention(
     Returns:
         The struct, and an object that must stay alive until the call returns: it owns contiguous copies of arguments.
     """
-    (
-        q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
-        dropout_seed, scale, causal, window, prefix_in_window, softcap, dropout_p, _, _,
-    ) = args  # fmt: skip
+    tensors, copies = attention_tensors(args, out, lse, sequence=sequence)
+    return tensors + attention_constants(args, out.stride(), isa), copies
+
+
+def attention_tensors(
+    args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True
+) -> tuple[bytes, object]:
+    """The addresses, the first part of ``peftkern_attention``. Arguments and results as of :func:`attention`."""
+    q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens = args[
+        :13
+    ]
     copies = sinks, gate, cu_seqlens, prefix_ids, prefix_lens = (
         None if sinks is None else contiguous(sinks),
         None if gate is None else contiguous(gate),
@@ -70,7 +80,7 @@ def attention(
         None if prefix_ids is None else contiguous(prefix_ids),
         None if prefix_lens is None else contiguous(prefix_lens),
     )
-    tensors = abi.ATTENTION_TENSORS.pack(
+    packed = abi.ATTENTION_TENSORS.pack(
         q=q.data_ptr(),
         k=k.data_ptr() if sequence else 0,
         v=v.data_ptr() if sequence else 0,
@@ -87,11 +97,17 @@ def attention(
         out=out.data_ptr(),
         lse=lse.data_ptr(),
     )
+    return packed, copies
+
+
+def attention_constants(args: AttentionArgs, out_stride: tuple[int, ...], isa: str = "auto") -> bytes:
+    """The rest of ``peftkern_attention``: what calls with the same sizes, strides, dtypes and numbers share."""
+    q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask, cu_seqlens, prefix_ids, prefix_lens = args[:13]
     layout = _attention_layout(
         q.shape, k.shape, prefix_k.shape, q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride(),
         None if bias is None else _broadcast_strides(bias, 4),
         None if prefix_bias is None else _broadcast_strides(prefix_bias, 2),
-        None if key_mask is None else key_mask.stride(), out.stride(),
+        None if key_mask is None else key_mask.stride(), out_stride,
         0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
     )  # fmt: skip
     options = _attention_options(
@@ -99,10 +115,10 @@ def attention(
         cu_seqlens if cu_seqlens is None else cu_seqlens.dtype,
         prefix_ids if prefix_ids is None else prefix_ids.dtype,
         prefix_lens if prefix_lens is None else prefix_lens.dtype,
-        causal, window, prefix_in_window, torch.get_num_threads(), isa, scale, softcap, dropout_p,
-        0 if dropout_seed is None else int(dropout_seed),
+        args.causal, args.window, args.prefix_in_window, torch.get_num_threads(), isa, args.scale, args.softcap,
+        args.dropout_p, 0 if args.dropout_seed is None else int(args.dropout_seed),
     )  # fmt: skip
-    return abi.ATTENTION.pack(tensors=tensors, layout=layout, options=options), copies
+    return layout + options
 
 
 _Sizes = tuple[int, ...]

@@ -53,6 +53,7 @@ extern "C" {
 
 int omp_get_thread_num() { return thread_num; }
 int omp_get_num_threads() { return team ? team->size : 1; }
+int omp_in_parallel() { return team != nullptr; }
 
 void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned) {
   Team all(num_threads ? int(num_threads) : int(std::thread::hardware_concurrency()));
@@ -69,10 +70,12 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsign
   for (std::thread& other : others) other.join();
 }
 
-void GOMP_barrier() { team->wait(); }
+void GOMP_barrier() {
+  if (team) team->wait();
+}
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long* start, long* end) {
-  while (loop.owner(loop.next, team->size) != thread_num) loop.next++;
+  while (loop.owner(loop.next, omp_get_num_threads()) != thread_num) loop.next++;
   *start = loop.start + loop.next++ * loop.chunk;
   *end = *start + loop.chunk < loop.end ? *start + loop.chunk : loop.end;
   return *start < loop.end;
@@ -83,7 +86,7 @@ bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long, long chunk
   return GOMP_loop_nonmonotonic_dynamic_next(first, last);
 }
 
-void GOMP_loop_end() { team->wait(); }
+void GOMP_loop_end() { GOMP_barrier(); }
 void GOMP_loop_end_nowait() {}
 
 }  // extern "C"
