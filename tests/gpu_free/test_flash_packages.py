@@ -32,7 +32,7 @@ from peftkern.tools import doctor
 from ..skips import needs_source, source
 from . import flash_stand_ins, stand_ins
 from .guard import guard
-from .test_merge import BOTH, REFUSED, UNMASKED
+from .test_merge import BOTH, PACKED, REFUSED, UNMASKED
 
 interpreter = pytest.mark.interpreter
 ROWS = ["FA2", "FA3", "FA4"]
@@ -40,7 +40,7 @@ SHAPE = Shape(B=2, Hq=2, Hkv=1, S=19, P=5, D=20)
 #: Features in which the rows' own code differs.
 OF_A_ROW = {"plain", "non_causal", "kv_cache", "window", "packed", "softcap"}
 #: What no row has, as none takes a mask.
-LACKS = {backend: REFUSED[backend] - {"softcap"} | UNMASKED[backend] for backend in BOTH}
+LACKS = {backend: REFUSED[backend] - PACKED - {"softcap"} | UNMASKED[backend] for backend in BOTH}
 
 
 def _feature(name: str, shape: Shape = SHAPE):
