@@ -84,10 +84,6 @@ def _count(plan: str, shape: Shape, options: dict) -> tuple[list[str], list[str]
     [
         *(("merge", "flash", name) for name in ("plain", "packed", "packed_prompt")),
         *(("concat", "flash", name) for name in ("plain", "packed", "packed_prompt")),
-            (backend, "flash", name)
-            for backend in ("merge", "concat")
-            for name in ("plain", "packed", "packed_prompt")
-        ),
         ("merge", "cudnn", "plain"),
     ],
 )
