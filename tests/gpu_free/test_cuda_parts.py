@@ -22,7 +22,7 @@ SHAPE = Shape(B=2, Hq=4, Hkv=2, S=19, P=7, D=64)
 #: What one of the backends or the kernels refuses; a bias' gradient is the fused kernels'.
 REFUSED = {
     "merge": {"softcap", "dropout", "bias", "bias_row"},
-    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank"},
+    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank", "packed_prompt"},
 }
 
 

@@ -133,6 +133,7 @@ FAST = {("plain", 64), ("ragged_bank", 64), ("prefix_bias", 64)}
             "gate",
             "packed",
             "packed_bank",
+            "packed_prompt",
             "ragged_bank",
         )
         for dim in (64, 96, 128, 256)
