@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import peftkern
 from peftkern.arguments import AttentionArgs, allocate_gradients
-from peftkern.backends import prefix_kernels, torch_attention
+from peftkern.backends import prefix_kernels, registry, torch_attention
 from peftkern.backends.base import PrefixKernels
-from peftkern.backends.torch_attention import KernelInputs, TorchKernel
+from peftkern.backends.kernel_table import attention_kernels
+from peftkern.backends.torch_attention import AttentionKernel, KernelInputs
 from peftkern.tools.bench.checks import Judge
 from peftkern.tools.bench.providers import PROVIDERS, Problem, Unavailable, prepare
 from peftkern.tools.bench.shapes import Shape
@@ -43,8 +43,8 @@ PACKED = (256, 768) * 8
 def attention(context: Context) -> Items:
     """The ceilings again, with nothing beside them; then kernels alone, then plans and alternatives by shape."""
     items: Items = {"ceilings": functools.partial(ceilings, context)}
-    for kernel in torch_attention.KERNELS:
-        if kernel.device == context.device:
+    for kernel in attention_kernels():
+        if kernel.device == context.device and kernel.backward is not None:
             for layout in ("square", "bottom-right", "packed"):
                 items[f"torch's {kernel.name}, {layout}"] = functools.partial(_torch_kernel, context, kernel, layout)
     for length in (16, 64, 128, 512):
@@ -53,7 +53,7 @@ def attention(context: Context) -> Items:
             items[name] = functools.partial(_prefix_kernels, context, kernels, length)
     for shape in (Shape(B=1, Hq=4, Hkv=2, S=24, D=16, P=5),) if context.dry_run else SHAPES:
         judges: dict[str, Judge] = {}  # the exact results are computed once per shape
-        names = plans.fast(plans.names(_problem_call(context, shape)))
+        names = plans.names(plans.shape_call(context.device, shape))
         for name in ["auto", *names, *OTHERS, *["flex"] * (shape in FLEX and not context.dry_run)]:
             items[f"{title(shape)}: {name}"] = functools.partial(_provider, context, shape, name, judges)
     return items
@@ -66,16 +66,6 @@ def title(shape: Shape) -> str:
     return f"B={shape.B} H={shape.Hq}/{shape.Hkv} S={shape.S}{cached} D={shape.D} P={shape.P}{softcap}"
 
 
-def _problem_call(context: Context, shape: Shape) -> Any:
-    sizes = ((shape.B, shape.Hq, shape.S), (shape.B, shape.Hkv, shape.T), (shape.B, shape.Hkv, shape.T), *[
-        (shape.Hkv, shape.P)] * 2)  # fmt: skip
-    on_meta = [torch.empty(*size, shape.D, dtype=torch.bfloat16, device="meta") for size in sizes]
-    call = peftkern.explain(*(x.requires_grad_(shape.S > 1) for x in on_meta), **shape.options).call
-    return type(call)(**{
-        name: getattr(call, name) for name in call.__dataclass_fields__ if not name.startswith("_")
-    } | {"device": torch.device(context.device)})  # fmt: skip
-
-
 def _provider(context: Context, shape: Shape, name: str, judges: dict[str, Judge]) -> Finding:
     """Check a plan or an alternative, then time it forward and, if there are gradients, backward."""
     problem = judges["judge"].problem if judges else Problem.make(shape, torch.bfloat16, context.device)
@@ -86,17 +76,11 @@ def _provider(context: Context, shape: Shape, name: str, judges: dict[str, Judge
     if isinstance(calls, Unavailable):
         raise LeftOut(calls.reason)
     start = time.monotonic()
-    if backward:
-        error = judged(judges["judge"], calls, ours or PROVIDERS[name].uses_prefix)
-    else:
-        verdict = judges["judge"].judge(calls, False, ours or PROVIDERS[name].uses_prefix)
-        if verdict.wrong:
-            raise AssertionError(verdict.wrong)
-        error = verdict.error
+    with plans.on_its_own_kernel():
+        error = judged(judges["judge"], calls, ours or PROVIDERS[name].uses_prefix, backward)
     row: Row = {"shape": title(shape), "what": name, "error": error, "cold_s": time.monotonic() - start}
     if ours:
-        leaves = [x.detach().requires_grad_(backward) for x in problem.inputs]
-        row["plan"] = peftkern.backends.resolve(peftkern.explain(*leaves, **shape.options).call, name)
+        row["plan"] = registry.resolve(plans.shape_call(context.device, shape), name)
     row["forward_us"] = 1e6 * seconds_of(context, calls.forward)
     if backward and calls.both is not None:
         row["both_us"] = 1e6 * seconds_of(context, calls.both)
@@ -110,24 +94,22 @@ def _inputs(context: Context, queries: int, keys: int, batch: int) -> list[Tenso
     return [x.to(context.device, torch.bfloat16).transpose(1, 2) for x in drawn]
 
 
-def _torch_kernel(context: Context, kernel: TorchKernel, layout: str) -> Finding:
+def _torch_kernel(context: Context, kernel: AttentionKernel, layout: str) -> Finding:
     """Time one of torch's kernels alone. Packed: once with the longest sequence as the bound, once with all rows."""
     if context.dry_run and layout == "packed":
         raise LeftOut("torch has no packed kernel for a CPU")
     batch, queries = (1, 32) if context.dry_run else (1, sum(PACKED)) if layout == "packed" else (4, 2048)
     keys = queries + (128 if layout == "bottom-right" else 0)
     q, k, v, dout = _inputs(context, queries, keys, batch)
-    inputs = KernelInputs(q, k, v, 128**-0.5, True, None, None, mask=None, empty=None)
-    bounds = [0]
+    inputs, bounds = KernelInputs(q, k, v, 128**-0.5, True, None, None), [0]
     if layout == "packed":
         offsets = torch.tensor([0, *PACKED]).cumsum(0).to(context.device, torch.int32)
-        inputs = inputs._replace(cu_seqlens=offsets)
-        bounds = [max(PACKED), queries] if "max_seqlen" in inputs._fields else [queries]
+        inputs, bounds = inputs._replace(cu_seqlens=offsets), [max(PACKED), queries]
     if kernel.needs_mask(inputs):
         raise LeftOut("needs a mask")
     rows = []
     for bound in bounds:
-        given = inputs._replace(max_seqlen=bound) if "max_seqlen" in inputs._fields and bound else inputs
+        given = inputs._replace(max_seqlen=bound or None)
         rows.append({"what": f"torch's {kernel.name}", "shape": layout + (f", bound {bound}" if bound else "")})
         rows[-1] |= _pair(
             context, lambda given=given: torch_attention.attention(kernel, given),
@@ -147,7 +129,7 @@ def _pair(context: Context, forward: Callable[[], Any], backward: Callable[[Tens
 
 def _prefix_kernels(context: Context, kernels: PrefixKernels, length: int) -> Finding:
     """Time the prefix kernels alone: merging into attention, its backward, and concatenation with its backward."""
-    if not any(kernels.name in name for name in plans.names(plans.plain_call(context.device, torch.bfloat16))):
+    if not plans.matching(plans.names(plans.plain_call(context.device, torch.bfloat16)), "merge", kernels.name):
         raise LeftOut("they cannot run here")
     batch, tokens = (1, 16) if context.dry_run else (4, 2048)
     q, k, v, dout = _inputs(context, tokens, tokens, batch)

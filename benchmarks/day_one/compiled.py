@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import peftkern
 from peftkern import backends, ops
 from peftkern.arguments import AttentionArgs, attention_call
+from peftkern.tools.bench.shapes import Shape
 from peftkern.validation import validate_attention
 
 from . import plans
@@ -20,7 +22,7 @@ from .context import Context, Finding, Items, LeftOut
 
 
 def _names(context: Context, dtype: torch.dtype) -> list[str]:
-    return plans.fast(plans.names(plans.plain_call(context.device, dtype)))
+    return plans.names(plans.plain_call(context.device, dtype))
 
 
 def _one_per_backend(names: list[str]) -> list[str]:
@@ -90,16 +92,20 @@ def _gradients(attention: Callable[..., Tensor], inputs: list[Tensor]) -> list[T
 def cuda_graph(context: Context) -> Items:
     """Capture a CUDA graph, replay it on other values, and compare it with eager calls."""
     items: Items = {}
-    for name in _names(context, torch.bfloat16):
-        for title, shape in (("training", (2, 8, 2, 128, 128, 64, 32)), ("decoding", (4, 8, 2, 1, 2048, 64, 512))):
+    for title, shape in (
+        ("training", Shape(B=2, Hq=8, Hkv=2, S=128, D=64, P=32)),
+        ("decoding", Shape(B=4, Hq=8, Hkv=2, S=1, D=64, P=512, cached=2047)),
+    ):
+        for name in plans.names(replace(plans.shape_call(context.device, shape), needs_grad=False)):
             items[f"{name}, {title}"] = functools.partial(_cuda_graph, context, name, shape)
     return items
 
 
-def _cuda_graph(context: Context, name: str, shape: tuple[int, ...]) -> Finding:
+def _cuda_graph(context: Context, name: str, shape: Shape) -> Finding:
     if context.dry_run:
         raise LeftOut("a CPU has no CUDA graphs")
-    inputs = inputs_of(shape, "cuda", torch.bfloat16)
+    sizes = (shape.B, shape.Hq, shape.Hkv, shape.S, shape.T, shape.D, shape.P)
+    inputs = inputs_of(sizes, "cuda", torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(3):

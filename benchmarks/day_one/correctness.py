@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import peftkern
-from peftkern import BackendUnavailable, testing
+from peftkern import testing
 from peftkern.testing import bounds
 
 from . import plans
@@ -48,11 +48,12 @@ def correct(
     """An item per case, dtype and plan; the plans of a case follow each other. Several processes share the cases."""
     items: Items = {}
     for dtype in dtypes.split():
-        call = plans.plain_call(context.device, plans.DTYPES[dtype])
-        found = plans.matching(plans.fast(plans.names(call)), backend, prefix_kernels)
-        if context.dry_run:
-            found = [name for name in found if name != "cpu"][:1] or ["cpu"]
         for case in cases(dtype, context.dry_run)[int(part) - 1 :: int(parts)]:
+            tensors = testing.tensors(case[1], plans.DTYPES[dtype])
+            call = plans.call_of(context.device, tensors, case[2])
+            found = plans.matching(plans.names(call), backend, prefix_kernels)
+            if context.dry_run:
+                found = [name for name in found if name != "cpu"][:1] or ["cpu"]
             for name in found:
                 items[f"{case[0]}, {dtype}, {name}"] = functools.partial(check, context.device, name, dtype, case)
     return items
@@ -63,12 +64,10 @@ def check(device: str, name: str, dtype: str, case: Case) -> Finding:
     _, shape, options = case
     device = "cpu" if name == "cpu" else device
     tensors = testing.tensors(shape, plans.DTYPES[dtype], seed=1)
-    on_device = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in options.items()}
     kernel = functools.partial(run_on, device, name)
     try:
-        got, ratios = testing.ratios(kernel, tensors, options, roundings=bounds.roundings_of(name))
-    except BackendUnavailable as error:
-        raise LeftOut(str(error).splitlines()[0][:300]) from error
+        with plans.on_its_own_kernel():
+            got, ratios = testing.ratios(kernel, tensors, options, roundings=bounds.roundings_of(name))
     except Exception as error:
         if device == "cpu" and "only 0-dimensional arrays can be converted" in str(error):
             raise LeftOut(f"the interpreter of Triton {version('triton')} needs numpy < 2.4") from error
@@ -77,7 +76,7 @@ def check(device: str, name: str, dtype: str, case: Case) -> Finding:
     line = f"{ratios[worst].worst:.2f} of the bound ({worst})"
     failed = {result: ratio for result, ratio in ratios.items() if not ratio.worst <= 1}
     if failed:
-        line = _as_exact_as_torch(device, name, tensors, options, on_device, failed)
+        line = _as_exact_as_torch(device, name, tensors, options, failed)
     unequal = repeats(kernel, tensors, options, got)
     promised = [result for result in unequal if result not in UNORDERED and not name.startswith("concat")]
     if promised:
@@ -95,13 +94,11 @@ def run_on(device: str, name: str, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _as_exact_as_torch(
-    device: str, name: str, tensors: dict[str, Tensor], options: dict[str, Any], on_device: dict[str, Any],
-    failed: dict[str, testing.Ratio],
-) -> str:  # fmt: skip
+    device: str, name: str, tensors: dict[str, Tensor], options: dict[str, Any], failed: dict[str, testing.Ratio]
+) -> str:
     """Say that torch's kernel alone errs as much. Raises AssertionError if it does not, or cannot be compared."""
     first = next(iter(failed.values())).message
-    inputs = {n: x.to(device).requires_grad_() for n, x in tensors.items()}
-    kernel = plans.torch_kernel(name, peftkern.explain(**inputs, **on_device).call)
+    kernel = plans.torch_kernel(name, plans.call_of(device, tensors, options))
     alone = kernel and tensors["q"].dtype == torch.float32 and vendor_alone(kernel, device, options)
     if not alone:
         raise AssertionError(first)

@@ -28,7 +28,7 @@ def host(context: Context) -> Items:
     """An item per shape and plan, with PEFT's way beside them."""
     items: Items = {}
     for title, shape in (("training", TRAINING), ("decoding", DECODING)):
-        found = plans.fast(plans.names(plans.plain_call(context.device, torch.bfloat16, shape.S > 1)))
+        found = plans.names(plans.shape_call(context.device, shape))
         for name in ("auto", *found, "peft", "no-prefix"):
             items[f"{title}: {name}"] = functools.partial(_measure, context, title, shape, name)
     return items

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkern.arguments import AttentionArgs
 from peftkern.backends.dense_mask import additive_mask, visibility
-from peftkern.backends.torch_attention import KernelInputs, TorchKernel, attention
+from peftkern.backends.torch_attention import AttentionKernel, KernelInputs, attention
 from peftkern.testing.bounds import Attention
 from peftkern.validation import validate_attention
 
@@ -22,7 +22,7 @@ from peftkern.validation import validate_attention
 _OTHERS = {"sinks", "gate", "softcap", "dropout_p", "bias", "prefix_bias"}
 
 
-def vendor_alone(kernel: TorchKernel, device: str, options: dict[str, Any]) -> Attention | None:
+def vendor_alone(kernel: AttentionKernel, device: str, options: dict[str, Any]) -> Attention | None:
     """A function for :func:`peftkern.testing.ratios` that runs ``kernel``, or None if it lacks one of the options."""
     if {"cu_seqlens", "prefix_ids"} <= options.keys() or not _OTHERS.isdisjoint(options):
         return None
@@ -37,7 +37,7 @@ def vendor_alone(kernel: TorchKernel, device: str, options: dict[str, Any]) -> A
         shape = torch.broadcast_shapes(seen.prefix.shape[:-1], seen.sequence.shape[:-1])
         visible = torch.cat([x.expand(*shape, x.shape[-1]) for x in (seen.prefix, seen.sequence)], -1)
         mask, empty = additive_mask(visible, None, args.q.detach(), keys.shape[2])
-        inputs = KernelInputs(args.q, keys, values, args.scale, False, None, None, mask=mask, empty=None)
+        inputs = KernelInputs(args.q, keys, values, args.scale, False, None, None, mask=mask)
         out, lse = attention(kernel, inputs)
         return torch.where(empty[..., None], 0.0, out).cpu(), torch.where(empty, -torch.inf, lse).cpu()
 

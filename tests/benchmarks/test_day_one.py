@@ -21,10 +21,10 @@ from benchmarks.day_one.context import Context, Finding, LeftOut
 from benchmarks.day_one.record import DONE, RESTART, Record, State
 from benchmarks.day_one.vendor_alone import vendor_alone
 from peftkern import testing
-from peftkern.backends import torch_attention
+from peftkern.backends import composite, kernel_table
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day_one.py"
-CPU_KERNEL = torch_attention.kernel_named("cpu flash")
+CPU_KERNEL = kernel_table.kernel_named("cpu flash")
 
 
 def _start(folder, *arguments, cwd):
@@ -323,8 +323,8 @@ def test_a_step_says_how_an_item_ended():
 
 
 def test_the_names_of_plans():
-    found = ["triton", "merge/flash/cuda", "merge/cudnn/triton", "concat/flash/cuda"]
-    assert plans.matching(found, "merge", "triton") == ["merge/cudnn/triton"]
+    found = ["triton", "merge/flash/cuda", "merge/cudnn/flash+triton", "concat/flash/cuda"]
+    assert plans.matching(found, "merge", "triton") == ["merge/cudnn/flash+triton"]
     assert plans.matching(found, "", "cuda") == ["merge/flash/cuda", "concat/flash/cuda"]
     assert plans.matching(found) == found
 
@@ -339,3 +339,15 @@ def test_prepared_libraries_are_used(monkeypatch, tmp_path):
         (tmp_path / "libraries" / "out" / name).write_text(name)
     prepare.use(tmp_path / "libraries")
     assert {file.name for file in (tmp_path / "peftkern").iterdir()} == {"libpeftkern_cuda.so", "_build_info.json"}
+
+
+def test_the_results_of_another_kernel_are_left_out():
+    def refused():
+        with plans.on_its_own_kernel():
+            composite._refused.add(("merge/cudnn/triton", "sizes"))
+        return Finding("1 us")
+
+    assert child.outcome(refused)[:2] == (
+        "left out", "refused at run time, and another kernel took its place: merge/cudnn/triton"
+    )  # fmt: skip
+    composite._refused.clear()
