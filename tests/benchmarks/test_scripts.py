@@ -35,6 +35,13 @@ def test_training_step(script, tmp_path):
     assert (rows[["peft_s", "peftkern_s", "no_prefix_s", "over_peft", "over_no_prefix"]] > 0).all(axis=None)
 
 
+def test_host_time_of_calls_and_parts(script, capsys):
+    ratios = script("host_time").main(["--repeats", "1", "--rounds", "1"])
+    assert set(ratios) == {"forward", "forward and backward"}
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert "whether to dispatch" in capsys.readouterr().out
+
+
 def test_calls_take_turns():
     calls = []
     take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, at_least=4)
