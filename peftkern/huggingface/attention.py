@@ -108,14 +108,16 @@ def attention_forward(
     if peftkern_prefix is None or peftkern_prefix is WITHOUT_PREFIX:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     query, key, value = _autocast(query, key, value)
-    prefix = peftkern_prefix.prefix_for(module, key, value, attention_mask)
-    if prefix is None and peftkern_prefix.packed is not None:
+    found = peftkern_prefix.prefix_for(module, key, value, attention_mask)
+    if found is None and peftkern_prefix.packed is not None:
         if not hasattr(module, LAYER_INFO):
             kind = type(module).__name__
             raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
-        prefix = key[0, :, :0], value[0, :, :0]  # a layer without a prefix must also separate the packed sequences
-    if prefix is None:
+        # A layer without a prefix must also separate the packed sequences.
+        found = (key, value), (key[0, :, :0], value[0, :, :0])
+    if found is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
+    (key, value), prefix = found
     return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
 
 

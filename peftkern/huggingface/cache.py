@@ -217,21 +217,26 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         super().batch_select_indices(indices)
         self.ids = None if self.ids is None else self.ids[indices]
 
-    def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> KeyValue | None:
-        """(prefix_k, prefix_v) for an attention module that is about to attend to ``key`` and ``value``.
+    def prefix_for(
+        self, module: nn.Module, key: Tensor, value: Tensor, mask: Any
+    ) -> tuple[KeyValue, KeyValue] | None:
+        """What an attention module reads that is about to attend to ``key`` and ``value``.
 
         Returns:
-            Tensors on the key's device, in the key's dtype or fp32; None if the module reads no prefix.
+            ((key, value), (prefix_k, prefix_v)), the prefix on the key's device, in the key's dtype or fp32; None if
+            the module reads no prefix.
         """
         info = getattr(module, LAYER_INFO, None)
-        if info is None or (prefix := self._prefix_of(info.layer, key, value)) is None:
+        if info is None or (found := self._with_prefix(info.layer, key, value)) is None:
             return None
+        sequence, prefix = found
         if self._running is not None:  # None where a layer is recomputed in the backward pass
             self._running.served.add(info.name)
-        return _like_key(prefix, key)
+        return sequence, _like_key(prefix, key)
 
-    def _prefix_of(self, layer: int, key: Tensor, value: Tensor) -> KeyValue | None:
-        return self.prefix[layer]
+    def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue] | None:
+        prefix = self.prefix[layer]
+        return None if prefix is None else ((key, value), prefix)
 
 
 def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
@@ -311,9 +316,11 @@ class PromptCache(PrefixCache):
         """Whether a layer has a prefix: every layer has."""
         return True
 
-    def _prefix_of(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Views [A, Hkv, P, D] of the prompts' rows of ``key`` and ``value`` [1, Hkv, N, D]."""
-        return self.packed.bank(key), self.packed.bank(value)
+    def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue]:
+        """``key`` and ``value`` [1, Hkv, N, D], and the prompts' rows of them as banks [A, Hkv, P, D]."""
+        key, bank_k = self.packed.with_bank(key)
+        value, bank_v = self.packed.with_bank(value)
+        return (key, value), (bank_k, bank_v)
 
     def unpacked(self) -> PrefixCache:
         """The same keys and values as a cache of the padded batch, with the prompts as a shared prefix."""

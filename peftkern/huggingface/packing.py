@@ -18,8 +18,11 @@ This module knows nothing about models; it maps tensors to tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .deferred import deferred_rows
 from .layout import IGNORED, Layout, indices_of
@@ -95,8 +98,22 @@ class PackedBatch:
 
     def bank(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [A, Hkv, P, D], a view of the prompts' rows."""
-        rows = x[0, :, : self.prompt_rows]
-        return rows.view(x.shape[1], self.num_prompts, self.prompt_len, x.shape[3]).transpose(0, 1)
+        return self._as_bank(x[0, :, : self.prompt_rows])
+
+    def with_bank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` [1, Hkv, N, D] and its :meth:`bank`, for an attention that reads both.
+
+        Returns:
+            (``x`` for the rows, [A, Hkv, P, D]), views of which the gradients are added in place.
+        """
+        if not x.requires_grad or torch.compiler.is_compiling():
+            return x, self.bank(x)
+        x, rows = _WithFirstRows.apply(x, self.prompt_rows)
+        return x, self._as_bank(rows)
+
+    def _as_bank(self, rows: Tensor) -> Tensor:
+        """[Hkv, A * P, D] -> [A, Hkv, P, D]."""
+        return rows.view(rows.shape[0], self.num_prompts, self.prompt_len, rows.shape[2]).transpose(0, 1)
 
     def padded_heads(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [B, Hkv, S, D] of the sequences."""
@@ -119,6 +136,28 @@ class PackedBatch:
             return x.view(*self.layout.shape, x.shape[-1])
         rows = self.shown_rows().to(x.device)
         return x[0].index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+
+
+class _WithFirstRows(torch.autograd.Function):
+    """x [1, Hkv, N, D] -> (x, its first rows [Hkv, num_rows, D]), both views.
+
+    Both are read by one attention, whose gradient of x nobody else holds. It is changed in place. Autograd itself
+    would fill two tensors of x's size with zeros and add the second one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.num_rows = x.shape, num_rows
+        return x.view_as(x), x[0, :, :num_rows]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dx: Tensor | None, drows: Tensor | None) -> tuple[Tensor | None, None]:
+        if drows is not None:
+            dx = drows.new_zeros(ctx.shape) if dx is None else dx
+            dx[0, :, : ctx.num_rows].add_(drows)
+        return dx, None
 
 
 class LogitRows:

@@ -165,6 +165,17 @@ def test_memory_can_be_limited():
     allocate()
 
 
+def test_decoding(script, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    arguments = ["decoding", "--quick", "--dtypes", "fp32", "--caches", "dynamic", "static", "--output", str(path)]
+    script("end_to_end.__main__").main(arguments)
+    rows = pd.read_csv(path)
+    assert set(rows) >= STAMP
+    assert list(rows["cache"]) == ["dynamic", "static"]
+    assert (rows[["peft_ms_per_token", "ours_ms_per_token", "over_peft"]] > 0).all(axis=None)
+    assert "static" in capsys.readouterr().out
+
+
 def test_end_to_end_steps_and_generation(script, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     arguments = [
