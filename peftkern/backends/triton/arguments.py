@@ -3,6 +3,11 @@
 
 An absent optional argument is ``None``, which Triton treats as a compile-time constant. So each combination of
 options is compiled to a kernel of its own, without the branches for absent options.
+
+Triton also compiles a kernel anew when an integer turns 1 or a multiple of 16. For the strides of rows this pays:
+loads become wide. Integers that change from call to call are exempt, so that training and decoding do not stop to
+compile: those outside of tuples by ``do_not_specialize``, those within tuples, which Triton always specialises, by
+:func:`odd`.
 """
 
 from __future__ import annotations
@@ -15,8 +20,19 @@ from torch import Tensor
 from ...arguments import AttentionArgs
 
 
+def odd(n: int) -> int:
+    """2 n + 1, which stands for n in a tuple: neither 1, unless n is 0, nor a multiple of 16.
+
+    The kernels take it apart with :func:`~.kernels.blocks.half`. 0 stays a compile-time constant.
+    """
+    return 2 * n + 1
+
+
 class Matrices(NamedTuple):
-    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank."""
+    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank.
+
+    The stride of a dim of size 1 is 0, whatever the tensor says.
+    """
 
     ptr: Tensor
     stride_b: int
@@ -29,7 +45,7 @@ class Matrices(NamedTuple):
         x = x if x.dim() == 4 else x[None]
         if x.stride(2) * _LARGEST_BLOCK >= 2**31:  # the kernels compute offsets within a block in 32 bits
             x = x.contiguous()
-        return cls(x, *x.stride()[:3])
+        return cls(x, *_broadcast_strides(x)[:3])
 
 
 _LARGEST_BLOCK = 256
@@ -39,14 +55,14 @@ class RowValues(NamedTuple):
     """A [B, H, S] tensor with any strides: one value per row, as another library lays them out."""
 
     ptr: Tensor
-    stride_b: int
-    stride_h: int
+    odd_stride_b: int
+    odd_stride_h: int
     stride_m: int
 
     @classmethod
     def of(cls, x: Tensor) -> RowValues:
         """Describe x [B, H, S]."""
-        return cls(x, *x.stride())
+        return cls(x, odd(x.stride(0)), odd(x.stride(1)), x.stride(2))
 
 
 class Sizes(NamedTuple):
@@ -64,6 +80,13 @@ class Sizes(NamedTuple):
     prefix_len: int
     num_sequences: int
     search_steps: int
+
+    def as_odd(self) -> Sizes:
+        """The sizes as the kernels take them: the model's as they are, the call's as :func:`odd` numbers."""
+        batch, num_heads, group, q_len, kv_len, prefix_len, num_sequences, search_steps = self
+        return Sizes(
+            odd(batch), num_heads, group, odd(q_len), odd(kv_len), prefix_len, odd(num_sequences), odd(search_steps)
+        )
 
 
 class Bias(NamedTuple):
@@ -88,7 +111,7 @@ class KeyMask(NamedTuple):
     """A [B, T] tensor of bytes with any strides. 0 hides a key."""
 
     ptr: Tensor
-    stride_b: int
+    odd_stride_b: int
     stride_n: int
 
 
@@ -152,7 +175,11 @@ def options_of(args: AttentionArgs) -> Options:
     """Collect the optional arguments of a call."""
     key_mask = args.key_mask
     return Options(
-        key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), *key_mask.stride()),
+        key_mask=(
+            None
+            if key_mask is None
+            else KeyMask(key_mask.view(torch.uint8), odd(key_mask.stride(0)), key_mask.stride(1))
+        ),
         cu_seqlens=dense(args.cu_seqlens),
         prefix_ids=dense(args.prefix_ids),
         prefix_lens=dense(args.prefix_lens),

@@ -32,6 +32,7 @@ from .blocks import (
     load_tile,
     locate,
     matrix,
+    plain,
     prefix_length,
     prefix_of,
     prefix_scores,
@@ -86,6 +87,7 @@ def _prefix_attention_bwd_prepare_kernel(
 
     They follow from ``out`` and ``lse`` or, if ``out`` is None, from a softmax that is computed once more.
     """
+    sizes = plain(sizes)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _row_statistics(
         q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats,
@@ -165,6 +167,7 @@ def _prefix_attention_bwd_dq_kernel(
 
     ``k`` and ``v`` None: the prefix's part alone, added to ``part_dq``, which may be dq itself.
     """
+    sizes = plain(sizes)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _dq_rows(
         q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats,
@@ -214,6 +217,7 @@ def _prefix_attention_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, Hkv, T, D]; a program per BLOCK_N keys of one key head, over the query heads that share it."""
+    sizes = plain(sizes)
     key_block, kv_head, batch = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     first_key = key_block * BLOCK_N
     k_tile = load_tile(matrix(k, batch, kv_head), k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -269,7 +273,7 @@ def _prefix_step(dk, dv, dbias, k, v, q, dout, stats, first, prefix, length, blo
     return dk, dv, dbias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_row_blocks", "row_blocks_per_split"])
 def _prefix_attention_bwd_prefix_kernel(
     q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, opts, sizes, scale, bank, num_row_blocks,
     row_blocks_per_split,
@@ -281,6 +285,7 @@ def _prefix_attention_bwd_prefix_kernel(
     A program has BLOCK_N tokens of one prefix, one query head, and one split of the rows. The blocks of rows of all
     batch entries, num_row_blocks, are cut into ``splits`` equal runs, whatever prefix they see.
     """
+    sizes = plain(sizes)
     token_block, head, outer = locate(tl.cdiv(sizes.prefix_len, BLOCK_N), sizes.num_heads)
     prefix, split = outer % bank, outer // bank
     kv_head = head // sizes.group
@@ -316,7 +321,7 @@ def _prefix_attention_bwd_prefix_kernel(
         tl.store(ptrs, tl.where(used, dbias, 0.0), mask=tokens < sizes.prefix_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _sum_partials_kernel(partial_ptr, total_ptr, num_splits, split_size, group, inner, size, BLOCK: tl.constexpr):
     """total [outer, inner] = sum in order over splits and query heads of partial [splits, outer, group, inner]."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -351,7 +356,7 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bias_batch", "bias_rows", "bias_keys"])
 def _prefix_attention_bwd_bias_kernel(
     q, k, v, dout, dbias_ptr, stats, opts, sizes, scale, bias_batch, bias_heads, bias_rows, bias_keys,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -361,6 +366,7 @@ def _prefix_attention_bwd_bias_kernel(
 
     A program has one tile of it and visits all tiles of scores that the tile is broadcast to.
     """
+    sizes = plain(sizes)
     key_blocks = tl.cdiv(bias_keys, BLOCK_N)
     tile, bias_head, bias_entry = locate(tl.cdiv(bias_rows, BLOCK_M) * key_blocks, bias_heads)
     tile_row, tile_key = tile // key_blocks * BLOCK_M, tile % key_blocks * BLOCK_N

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..arguments import Sizes
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -38,6 +40,21 @@ class RowBlock(NamedTuple):
     BLOCK_D: Any
     BLOCK_M: Any
     BLOCK_N: Any
+
+
+@triton.jit
+def half(x):
+    """n of ``odd(n)``, see :mod:`peftkern.backends.triton.arguments`."""
+    return x // 2
+
+
+@triton.jit
+def plain(sizes):
+    """The sizes of a call, given those with odd numbers."""
+    return Sizes(
+        half(sizes.batch), sizes.num_heads, sizes.group, half(sizes.q_len), half(sizes.kv_len), sizes.prefix_len,
+        half(sizes.num_sequences), half(sizes.search_steps),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -249,7 +266,7 @@ def seq_scores(products, rows, keys, lower, upper, block, BY_KEY: tl.constexpr, 
             if CUT:
                 scores = tl.where(rows < upper, scores, -float("inf"))
         if opts.key_mask is not None:
-            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * opts.key_mask.stride_b
+            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * half(opts.key_mask.odd_stride_b)
             mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
             scores = tl.where(mask != 0, scores, -float("inf"))
     return scores, unit, slope

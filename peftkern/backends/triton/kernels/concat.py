@@ -8,7 +8,7 @@ starts, and so its differences to ``cu_seqlens`` give the number of prefix token
 import triton
 import triton.language as tl
 
-from .blocks import find_sequence, load_tile, locate, matrix, prefix_of, row_pointers, store_tile
+from .blocks import find_sequence, load_tile, locate, matrix, plain, prefix_of, row_pointers, store_tile
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _concat_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """joined_k, joined_v [B, Hkv, P + T, D] = [prefix | k], [prefix | v]; the prefix is rounded to their dtype."""
+    sizes = plain(sizes)
     blocks = tl.cdiv(sizes.prefix_len + sizes.kv_len, BLOCK_N)
     block, kv_head, batch = locate(blocks, sizes.num_heads // sizes.group)
     prefix = prefix_of(batch, opts)
@@ -64,6 +65,7 @@ def _concat_bwd_kernel(
 
     djoined is [B, Hkv, P + T, D] or, with ``cu_keys``, [1, Hkv, rows, D].
     """
+    sizes = plain(sizes)
     num_kv_heads = sizes.num_heads // sizes.group
     block, kv_head, prefix = locate(tl.cdiv(sizes.prefix_len, BLOCK_N), num_kv_heads)
     first = block * BLOCK_N
@@ -100,7 +102,7 @@ def _concat_packed_half(
     tl.store(ptrs, values, mask=inside[:, None] & columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _concat_packed_fwd_kernel(
     k, v, prefix_k, prefix_v, joined_k, joined_v, opts, sizes, cu_keys, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,6 +111,7 @@ def _concat_packed_fwd_kernel(
 
     Rows from cu_keys[n] up to ``num_rows`` belong to no sequence and are not stored.
     """
+    sizes = plain(sizes)
     block, kv_head, _ = locate(tl.cdiv(num_rows, BLOCK_N), sizes.num_heads // sizes.group)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < tl.load(cu_keys + sizes.num_sequences)
@@ -141,6 +144,7 @@ def _split_packed_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [1, Hkv, N, D], of which one may be None: the sequences' rows of djoined_k, djoined_v."""
+    sizes = plain(sizes)
     block, kv_head, _ = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = keys < sizes.kv_len

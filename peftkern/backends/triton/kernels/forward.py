@@ -27,6 +27,7 @@ from .blocks import (
     locate,
     matrix,
     merge_state,
+    plain,
     prefix_length,
     prefix_of,
     prefix_scores,
@@ -221,6 +222,7 @@ def _prefix_attention_fwd_kernel(
 
         out = sum_j exp2(s_j) v_j / (exp2(sink) + sum_j exp2(s_j))      s = log2(e) * score, j over prefix and keys
     """
+    sizes = plain(sizes)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _forward_rows(
         q, k, v, prefix_k, prefix_v, out, lse_ptr,

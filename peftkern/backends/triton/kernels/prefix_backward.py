@@ -13,6 +13,7 @@ from .blocks import (
     RowBlock,
     load_prefix_tile,
     load_query_tile,
+    plain,
     prefix_scores,
     row_offset,
     store_query_tile,
@@ -51,7 +52,7 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
 def _prefix_merge_bwd_kernel(
     q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, sizes, scale, splits,
     tiles_per_split,
@@ -62,6 +63,7 @@ def _prefix_merge_bwd_kernel(
     A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows.
     ``part_dq`` is the sequence's part, None if there is none, and may be dq itself. ``dq`` None: it is not needed.
     """
+    sizes = plain(sizes)
     split, kv_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     dtype = q.ptr.dtype.element_ty
     k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -19,12 +19,14 @@ from .blocks import (
     LN2,
     LOG2E,
     RowBlock,
+    half,
     load_prefix_tile,
     load_query_tile,
     load_tile,
     locate,
     matrix,
     merge_state,
+    plain,
     prefix_scores,
     row_offset,
     store_query_tile,
@@ -45,8 +47,8 @@ def locate_tile(index, row_blocks, kv_head, sizes):
 @triton.jit
 def row_value_pointers(x, batch, head, rows):
     """[BLOCK_M] pointers to values of a [B, H, S] tensor with any strides."""
-    ptrs = x.ptr + tl.cast(batch, tl.int64) * x.stride_b
-    ptrs += tl.cast(head, tl.int64) * x.stride_h  # FAULT: row-value-head-stride
+    ptrs = x.ptr + tl.cast(batch, tl.int64) * half(x.odd_stride_b)
+    ptrs += tl.cast(head, tl.int64) * half(x.odd_stride_h)  # FAULT: row-value-head-stride
     return ptrs + rows.to(tl.int64) * x.stride_m  # FAULT: row-value-stride
 
 
@@ -107,7 +109,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["workers"])
 def _prefix_merge_fwd_kernel(
     q, prefix_k, prefix_v, part_out, part_lse, out, lse_ptr, opts, sizes, scale, workers,
     RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -122,6 +124,7 @@ def _prefix_merge_fwd_kernel(
     RESIDENT: the prefix fits BLOCK_N, and a program loads it once for all of its tiles of rows. Otherwise (a long
     prefix, a bank, a window over the prefix) each tile visits the blocks of its prefix.
     """
+    sizes = plain(sizes)
     worker, kv_head = tl.program_id(0) % workers, tl.program_id(0) // workers
     dtype = q.ptr.dtype.element_ty
     if RESIDENT:
@@ -143,7 +146,7 @@ def _prefix_merge_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len"])
 def _merge_states_kernel(
     out, lse, part_out, part_lse, num_heads, q_len,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
