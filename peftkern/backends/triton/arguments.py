@@ -5,27 +5,18 @@ An absent optional argument is ``None``, which Triton treats as a compile-time c
 options is compiled to a kernel of its own, without the branches for absent options.
 
 Triton also compiles a kernel anew when an integer turns 1 or a multiple of 16. For the strides of rows this pays:
-loads become wide. Integers that change from call to call are exempt, so that training and decoding do not stop to
-compile: those outside of tuples by ``do_not_specialize``, those within tuples, which Triton always specialises, by
-:func:`odd`.
+loads become wide. For sizes that change from call to call it would stop training and decoding, to compile. Such sizes
+are not specialised (``do_not_specialize``) and lie outside of tuples, whose integers Triton always specialises.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...arguments import AttentionArgs
-
-
-def odd(n: int) -> int:
-    """2 n + 1, which stands for n in a tuple: neither 1, unless n is 0, nor a multiple of 16.
-
-    The kernels take it apart with :func:`~.kernels.blocks.half`. 0 stays a compile-time constant.
-    """
-    return 2 * n + 1
 
 
 class Matrices(NamedTuple):
@@ -52,24 +43,35 @@ _LARGEST_BLOCK = 256
 
 
 class RowValues(NamedTuple):
-    """A [B, H, S] tensor with any strides: one value per row, as another library lays them out."""
+    """A [B, H, S] tensor with any strides: one value per row, as another library lays them out.
 
-    ptr: Tensor
-    odd_stride_b: int
-    odd_stride_h: int
+    Kernels take the fields one by one, because the strides may depend on S. An absent tensor is ``None``.
+    """
+
+    ptr: Tensor | None
+    stride_b: int
+    stride_h: int
     stride_m: int
 
     @classmethod
-    def of(cls, x: Tensor) -> RowValues:
+    def of(cls, x: Tensor | None) -> RowValues:
         """Describe x [B, H, S]."""
-        return cls(x, odd(x.stride(0)), odd(x.stride(1)), x.stride(2))
+        return cls(None, 0, 0, 0) if x is None else cls(x, *x.stride())
+
+
+class ModelSizes(NamedTuple):
+    """Those of :class:`Sizes` that all calls of a model share."""
+
+    num_heads: int
+    group: int
+    prefix_len: int
 
 
 class Sizes(NamedTuple):
     """The sizes of a call.
 
     ``group`` query heads share a key head. ``num_sequences`` and ``search_steps``, the steps of a binary search among
-    the sequences, are 0 unless the input is packed.
+    the sequences, are 0 unless the input is packed. ``mask_stride`` is the distance of the rows of ``key_mask``.
     """
 
     batch: int
@@ -80,13 +82,12 @@ class Sizes(NamedTuple):
     prefix_len: int
     num_sequences: int
     search_steps: int
+    mask_stride: int
 
-    def as_odd(self) -> Sizes:
-        """The sizes as the kernels take them: the model's as they are, the call's as :func:`odd` numbers."""
-        batch, num_heads, group, q_len, kv_len, prefix_len, num_sequences, search_steps = self
-        return Sizes(
-            odd(batch), num_heads, group, odd(q_len), odd(kv_len), prefix_len, odd(num_sequences), odd(search_steps)
-        )
+    def for_kernels(self) -> tuple[Any, ...]:
+        """The kernels' arguments: the sizes of the model in a tuple, then those that vary from call to call."""
+        varying = (self.batch, self.q_len, self.kv_len, self.num_sequences, self.search_steps, self.mask_stride)
+        return ModelSizes(self.num_heads, self.group, self.prefix_len), *varying
 
 
 class Bias(NamedTuple):
@@ -108,10 +109,9 @@ class PrefixBias(NamedTuple):
 
 
 class KeyMask(NamedTuple):
-    """A [B, T] tensor of bytes with any strides. 0 hides a key."""
+    """A [B, T] tensor of bytes with any strides, that of B in :class:`Sizes`. 0 hides a key."""
 
     ptr: Tensor
-    odd_stride_b: int
     stride_n: int
 
 
@@ -167,7 +167,7 @@ def sizes_of(args: AttentionArgs) -> Sizes:
     num_sequences = 0 if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
     return Sizes(
         batch, num_heads, num_heads // args.k.shape[1], q_len, args.k.shape[2], args.prefix_k.shape[-2],
-        num_sequences, num_sequences.bit_length(),
+        num_sequences, num_sequences.bit_length(), 0 if args.key_mask is None else args.key_mask.stride(0),
     )  # fmt: skip
 
 
@@ -175,11 +175,7 @@ def options_of(args: AttentionArgs) -> Options:
     """Collect the optional arguments of a call."""
     key_mask = args.key_mask
     return Options(
-        key_mask=(
-            None
-            if key_mask is None
-            else KeyMask(key_mask.view(torch.uint8), odd(key_mask.stride(0)), key_mask.stride(1))
-        ),
+        key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), key_mask.stride(1)),
         cu_seqlens=dense(args.cu_seqlens),
         prefix_ids=dense(args.prefix_ids),
         prefix_lens=dense(args.prefix_lens),

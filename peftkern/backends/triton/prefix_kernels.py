@@ -66,8 +66,8 @@ class TritonPrefixKernels(PrefixKernels):
         context.launch(
             _prefix_merge_fwd_kernel, direction, workers * kv_heads,
             context.q, *context.prefix, None if part_out is None else Matrices.of(part_out),
-            None if part_lse is None else RowValues.of(part_lse), Matrices.of(out), lse, context.options, context.odd_sizes,
-            context.scale, workers, RESIDENT=resident,
+            *RowValues.of(part_lse), Matrices.of(out), lse, context.options,
+            *context.kernel_sizes, context.scale, workers, RESIDENT=resident,
         )  # fmt: skip
         return out, lse
 
@@ -110,7 +110,7 @@ class TritonPrefixKernels(PrefixKernels):
         context.launch_untiled(
             kernel, num_blocks(length, _COPY_BLOCK) * kv_heads * batch,
             context.k, context.v, *context.prefix, Matrices.of(joined_k), Matrices.of(joined_v), context.options,
-            context.odd_sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            *context.kernel_sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
         )  # fmt: skip
         return joined_k, joined_v
 
@@ -123,7 +123,7 @@ class TritonPrefixKernels(PrefixKernels):
         blocks = num_blocks(context.sizes.prefix_len, _SUM_BLOCK)
         context.launch_untiled(
             _concat_bwd_kernel, blocks * context.kv_heads * context.bank,
-            Matrices.of(djoined), total, dense(cu_keys), context.options, context.odd_sizes,
+            Matrices.of(djoined), total, dense(cu_keys), context.options, *context.kernel_sizes,
             HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_SUM_BLOCK,
         )  # fmt: skip
 
@@ -138,7 +138,7 @@ class TritonPrefixKernels(PrefixKernels):
             context.launch_untiled(
                 _split_packed_kernel, num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads,
                 Matrices.of(djoined_k), Matrices.of(djoined_v), *targets, dense(cu_keys), context.options,
-                context.odd_sizes,
+                *context.kernel_sizes,
                 HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
             )  # fmt: skip
 
@@ -148,7 +148,7 @@ class TritonPrefixKernels(PrefixKernels):
         batch, heads, q_len, head_dim = out.shape
         launch_kernel(
             _merge_states_kernel, (num_blocks(q_len, _MERGE_BLOCK) * heads * batch,), out.device,
-            Matrices.of(out), RowValues.of(lse), Matrices.of(part_out), RowValues.of(part_lse), heads, q_len,
+            Matrices.of(out), *RowValues.of(lse), Matrices.of(part_out), *RowValues.of(part_lse), heads, q_len,
             HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=_MERGE_BLOCK,
         )  # fmt: skip
 
@@ -174,7 +174,7 @@ def _merge_backward_in_one_pass(
     context.launch(
         _prefix_merge_bwd_kernel, "merge_bwd", splits * kv_heads,
         context.q, *context.prefix, out, dout, lse.contiguous(), part_dq, dq, partial_k, partial_v, context.options,
-        context.odd_sizes, context.scale, splits, num_blocks(tiles, splits),
+        *context.kernel_sizes, context.scale, splits, num_blocks(tiles, splits),
     )  # fmt: skip
     for partial, total in ((partial_k, gradients.dprefix_k), (partial_v, gradients.dprefix_v)):
         attention.sum_partials(context, partial, total, splits, kv_heads * inner, 1, inner)

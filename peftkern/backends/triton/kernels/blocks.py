@@ -17,6 +17,8 @@ from ..arguments import Sizes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+#: The arguments of a kernel that vary from call to call, of all kernels that take :class:`Sizes`.
+VARYING = ["batch_size", "q_len", "kv_len", "num_sequences", "search_steps", "mask_stride"]
 
 
 class RowBlock(NamedTuple):
@@ -43,17 +45,11 @@ class RowBlock(NamedTuple):
 
 
 @triton.jit
-def half(x):
-    """n of ``odd(n)``, see :mod:`peftkern.backends.triton.arguments`."""
-    return x // 2
-
-
-@triton.jit
-def plain(sizes):
-    """The sizes of a call, given those with odd numbers."""
+def all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride):
+    """The sizes of a call from a kernel's arguments."""
     return Sizes(
-        half(sizes.batch), sizes.num_heads, sizes.group, half(sizes.q_len), half(sizes.kv_len), sizes.prefix_len,
-        half(sizes.num_sequences), half(sizes.search_steps),
+        batch_size, model.num_heads, model.group, q_len, kv_len, model.prefix_len, num_sequences, search_steps,
+        mask_stride,
     )  # fmt: skip
 
 
@@ -266,7 +262,7 @@ def seq_scores(products, rows, keys, lower, upper, block, BY_KEY: tl.constexpr, 
             if CUT:
                 scores = tl.where(rows < upper, scores, -float("inf"))
         if opts.key_mask is not None:
-            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * half(opts.key_mask.odd_stride_b)
+            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * sizes.mask_stride
             mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
             scores = tl.where(mask != 0, scores, -float("inf"))
     return scores, unit, slope

@@ -10,10 +10,11 @@ import triton.language as tl
 
 from .blocks import (
     LOG2E,
+    VARYING,
     RowBlock,
+    all_sizes,
     load_prefix_tile,
     load_query_tile,
-    plain,
     prefix_scores,
     row_offset,
     store_query_tile,
@@ -52,10 +53,10 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=[*VARYING, "splits", "tiles_per_split"])
 def _prefix_merge_bwd_kernel(
-    q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, sizes, scale, splits,
-    tiles_per_split,
+    q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, model, batch_size, q_len, kv_len,
+    num_sequences, search_steps, mask_stride, scale, splits, tiles_per_split,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Hq, S, D] = part_dq + the prefix's part; fp32 partial sums of dprefix_k, dprefix_v [splits, Hkv, P, D].
@@ -63,7 +64,7 @@ def _prefix_merge_bwd_kernel(
     A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows.
     ``part_dq`` is the sequence's part, None if there is none, and may be dq itself. ``dq`` None: it is not needed.
     """
-    sizes = plain(sizes)
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     split, kv_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     dtype = q.ptr.dtype.element_ty
     k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)

@@ -15,18 +15,19 @@ third.
 import triton
 import triton.language as tl
 
+from ..arguments import RowValues
 from .blocks import (
     LN2,
     LOG2E,
+    VARYING,
     RowBlock,
-    half,
+    all_sizes,
     load_prefix_tile,
     load_query_tile,
     load_tile,
     locate,
     matrix,
     merge_state,
-    plain,
     prefix_scores,
     row_offset,
     store_query_tile,
@@ -47,18 +48,18 @@ def locate_tile(index, row_blocks, kv_head, sizes):
 @triton.jit
 def row_value_pointers(x, batch, head, rows):
     """[BLOCK_M] pointers to values of a [B, H, S] tensor with any strides."""
-    ptrs = x.ptr + tl.cast(batch, tl.int64) * half(x.odd_stride_b)
-    ptrs += tl.cast(head, tl.int64) * half(x.odd_stride_h)  # FAULT: row-value-head-stride
+    ptrs = x.ptr + tl.cast(batch, tl.int64) * x.stride_b
+    ptrs += tl.cast(head, tl.int64) * x.stride_h  # FAULT: row-value-head-stride
     return ptrs + rows.to(tl.int64) * x.stride_m  # FAULT: row-value-stride
 
 
 @triton.jit
-def load_lse(x, batch, head, rows, inside):
+def load_lse(ptrs, inside):
     """[BLOCK_M] log2-sum-exp of rows from another library's, in natural logarithm.
 
     -inf means that a row sees no key. Some libraries write +inf instead.
     """
-    lse = tl.load(row_value_pointers(x, batch, head, rows), mask=inside, other=-float("inf"))
+    lse = tl.load(ptrs, mask=inside, other=-float("inf"))
     lse *= LOG2E  # FAULT: merge-base
     return tl.where(lse == float("inf"), -float("inf"), lse)
 
@@ -96,7 +97,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     if part_out is not None:
         values = load_query_tile(part_out, block)
-        lse = load_lse(part_lse, block.batch, block.head, rows, inside)
+        lse = load_lse(row_value_pointers(part_lse, block.batch, block.head, rows), inside)
         state = merge_state(state, lse, values)
     if opts.sinks is not None:
         state = merge_state(state, tl.load(opts.sinks + block.head) * LOG2E, None)
@@ -109,22 +110,22 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
 
-@triton.jit(do_not_specialize=["workers"])
+@triton.jit(do_not_specialize=[*VARYING, "workers", "part_stride_b", "part_stride_h"])
 def _prefix_merge_fwd_kernel(
-    q, prefix_k, prefix_v, part_out, part_lse, out, lse_ptr, opts, sizes, scale, workers,
+    q, prefix_k, prefix_v, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m, out, lse_ptr, opts,
+    model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride, scale, workers,
     RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, ``part_out`` and ``part_lse``, and the prefix.
+    """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, part_out and part_lse, and the prefix.
 
-    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: one program owns a tile of rows,
-    and reads it before it writes it. ``part_out`` None: there is no sequence. ``part_lse`` is in natural logarithm,
-    -inf for a row that sees no key. ``workers`` programs share the tiles of a key head.
+    out and part_out may be one tensor, and so may lse and part_lse: one program owns a tile of rows, and reads it
+    before it writes it. ``part_out`` None: there is no sequence. ``workers`` programs share the tiles of a key head.
 
     RESIDENT: the prefix fits BLOCK_N, and a program loads it once for all of its tiles of rows. Otherwise (a long
     prefix, a bank, a window over the prefix) each tile visits the blocks of its prefix.
     """
-    sizes = plain(sizes)
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     worker, kv_head = tl.program_id(0) % workers, tl.program_id(0) // workers
     dtype = q.ptr.dtype.element_ty
     if RESIDENT:
@@ -138,7 +139,8 @@ def _prefix_merge_fwd_kernel(
     for index in range(worker, tiles, workers):  # FAULT: merge-first-tile, merge-last-tile
         row_block, head, batch = locate_tile(index, row_blocks, kv_head, sizes)
         _merge_rows(
-            q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, lse_ptr,
+            q, prefix_k, prefix_v, k_tile, v_tile, part_out,
+            RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m), out, lse_ptr,
             RowBlock(
                 row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
                 False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
@@ -146,9 +148,10 @@ def _prefix_merge_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit(do_not_specialize=["q_len", "stride_b", "stride_h", "part_stride_b", "part_stride_h"])
 def _merge_states_kernel(
-    out, lse, part_out, part_lse, num_heads, q_len,
+    out, lse_ptr, stride_b, stride_h, stride_m, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m,
+    num_heads, q_len,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge attention over further keys, part_out and part_lse, into out [B, Hq, S, D] and lse [B, Hq, S]."""
@@ -156,12 +159,15 @@ def _merge_states_kernel(
     first = block * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < q_len
+    lse_ptrs = row_value_pointers(RowValues(lse_ptr, stride_b, stride_h, stride_m), batch, head, rows)
+    part = RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m)
+    part_lse_ptrs = row_value_pointers(part, batch, head, rows)
     out_ptr = matrix(out, batch, head)
     values = load_tile(out_ptr, out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse, batch, head, rows, inside), values)
+    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse_ptrs, inside), values)
     values = load_tile(matrix(part_out, batch, head), part_out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    state = merge_state(state, load_lse(part_lse, batch, head, rows, inside), values)
+    state = merge_state(state, load_lse(part_lse_ptrs, inside), values)
     m, denom, acc = state
     result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     store_tile(out_ptr, out.stride_n, first, q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(row_value_pointers(lse, batch, head, rows), (m + tl.log2(denom)) * LN2, mask=inside)
+    tl.store(lse_ptrs, (m + tl.log2(denom)) * LN2, mask=inside)
