@@ -145,3 +145,65 @@ def test_decoding_compiles_once(backend, tokens, prefix_len, batch, masked):
     with recorder() as recorded:
         decode(backend, tokens, prefix_len, 128, batch, masked)
     _check(recorded)
+
+
+FUSED = {
+    "_prefix_attention_fwd_kernel": 1, "_prefix_attention_bwd_prepare_kernel": 1,
+    "_prefix_attention_bwd_dq_kernel": 1, "_prefix_attention_bwd_dkv_kernel": 1,
+    "_prefix_attention_bwd_prefix_kernel": 1, "_sum_partials_kernel": 2,
+}  # fmt: skip
+ONE_PASS = {"_prefix_merge_fwd_kernel": 1, "_prefix_merge_bwd_kernel": 1, "_sum_partials_kernel": 2}
+BY_ROWS_AND_TOKENS = {
+    name: n for name, n in FUSED.items() if "fwd" not in name and "dkv" not in name
+} | {"_prefix_merge_fwd_kernel": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "prefix_len", "hint", "expected"),
+    [
+        ("triton", 20, None, FUSED), ("triton", 20, True, FUSED),
+        ("merge", 20, None, ONE_PASS), ("merge", 20, True, ONE_PASS), ("merge", 20, False, BY_ROWS_AND_TOKENS),
+        ("merge", 512, None, BY_ROWS_AND_TOKENS),
+    ],
+)  # fmt: skip
+def test_launches_of_a_training_step(backend, prefix_len, hint, expected):
+    """A hint of None: a prefix beside packed sequences. Otherwise prompt tuning, with and without prefix_start."""
+    with recorder() as recorded:
+        if hint is None:
+            packed_step(backend, [100, 28], _prefix(prefix_len, 64))
+        else:
+            prompt_step(backend, [100, 28], _prefix(prefix_len, 64, 1), hint)
+    assert recorded.counts() == expected
+
+
+def test_launches_of_decoding():
+    """One kernel for a step over few keys; with 1024 and more, the keys are split: prefix, sequence, their merge."""
+    with recorder() as recorded:
+        decode("triton", 500, 600, 64, 2, False)
+    few = 1024 - 600 - 30
+    assert recorded.counts() == {
+        "_prefix_attention_fwd_kernel": few,
+        **{f"_prefix_attention_decode_{part}_kernel": 501 - few for part in ("prefix", "sequence", "combine")},
+    }
+
+
+def test_arguments_reach_the_launch():
+    """The rows of a prompt are not among those that the merge visits."""
+    with recorder() as recorded:
+        prompt_step("merge", [100, 28], _prefix(20, 64, 1), hint=True)
+    forward = next(x for x in recorded.launches if x.kernel == "_prefix_merge_fwd_kernel")
+    assert isinstance(forward, Launch)
+    values = forward.arguments
+    assert (values["row_start"], values["q_len"], values["BLOCK_M"]) == (20, 148, 128)
+    tiles = HEADS // KV_HEADS  # one of 128 rows for each head
+    assert forward.grid == (tiles * KV_HEADS, 1, 1)
+    assert values["workers"] == tiles
+    assert values["opts"].cu_seqlens is None, "searched for sequences"
+
+
+def test_the_recorder_counts_what_triton_would_compile():
+    """An integer within a tuple that turns a multiple of 16 is one more variant; so the check can fail."""
+    with recorder() as recorded:
+        for prefix_len in (20, 32):
+            packed_step("merge", [100, 28], _prefix(prefix_len, 64))
+    assert recorded.variants()["_prefix_merge_fwd_kernel"] == 2

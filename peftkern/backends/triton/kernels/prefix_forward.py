@@ -110,17 +110,19 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
 
-@triton.jit(do_not_specialize=[*VARYING, "workers", "part_stride_b", "part_stride_h"])
+@triton.jit(do_not_specialize=[*VARYING, "row_start", "workers", "part_stride_b", "part_stride_h"])
 def _prefix_merge_fwd_kernel(
     q, prefix_k, prefix_v, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m, out, lse_ptr, opts,
-    model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride, scale, workers,
+    model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride, scale, row_start,
+    workers,
     RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, part_out and part_lse, and the prefix.
 
     out and part_out may be one tensor, and so may lse and part_lse: one program owns a tile of rows, and reads it
-    before it writes it. ``part_out`` None: there is no sequence. ``workers`` programs share the tiles of a key head.
+    before it writes it. ``part_out`` None: there is no sequence. Rows before ``row_start`` are left as they are.
+    ``workers`` programs share the tiles of a key head.
 
     RESIDENT: the prefix fits BLOCK_N, and a program loads it once for all of its tiles of rows. Otherwise (a long
     prefix, a bank, a window over the prefix) each tile visits the blocks of its prefix.
@@ -134,7 +136,7 @@ def _prefix_merge_fwd_kernel(
     else:
         k_tile = None
         v_tile = None
-    row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
+    row_blocks = tl.cdiv(sizes.q_len - row_start, BLOCK_M)
     tiles = row_blocks * sizes.group * sizes.batch
     for index in range(worker, tiles, workers):  # FAULT: merge-first-tile, merge-last-tile
         row_block, head, batch = locate_tile(index, row_blocks, kv_head, sizes)
@@ -142,7 +144,7 @@ def _prefix_merge_fwd_kernel(
             q, prefix_k, prefix_v, k_tile, v_tile, part_out,
             RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m), out, lse_ptr,
             RowBlock(
-                row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
+                row_start + row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
                 False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
