@@ -360,7 +360,7 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     return total
 
 
-@triton.jit(do_not_specialize=[*VARYING, "bias_batch", "bias_rows", "bias_keys"])
+@triton.jit(do_not_specialize=[*VARYING, "bias_rows", "bias_keys"])
 def _prefix_attention_bwd_bias_kernel(
     q, k, v, dout, dbias_ptr, stats, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
     scale, bias_batch, bias_heads, bias_rows, bias_keys,

@@ -37,9 +37,7 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
 
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     tokens = tl.arange(0, block.BLOCK_N)[None, :]
-    scores, unit, slope = prefix_scores(
-        products, rows[:, None], tokens, inside[:, None], sizes.prefix_len, block, True
-    )
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, None, sizes.prefix_len, block, True)
     p = tl.exp2(scores * unit - lse[:, None])
     dv = tl.dot(tl.trans(p.to(q_tile.dtype)), dout_tile, dv, input_precision="ieee")
     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")

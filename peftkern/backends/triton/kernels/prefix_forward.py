@@ -65,13 +65,13 @@ def load_lse(ptrs, inside):
 
 
 @triton.jit
-def _attend_to_resident(q, k, v, rows, inside, block):
+def _attend_to_resident(q, k, v, rows, block):
     """The softmax state of a tile q over a prefix that fits one block of keys, k and v."""
     tokens = tl.arange(0, block.BLOCK_N)[None, :]
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
-    sees, length = inside[:, None], block.sizes.prefix_len
+    length = block.sizes.prefix_len
     MASKED: tl.constexpr = True  # FAULT: merge-mask
-    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, sees, length, block, MASKED)
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, None, length, block, MASKED)
     state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     return softmax_step(state, None, scores, unit, slope, k, v, None, block.opts)
 
@@ -87,7 +87,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     inside = rows < block.sizes.q_len
     q_tile = load_query_tile(q, block)
     if k_tile is not None:
-        state = _attend_to_resident(q_tile, k_tile, v_tile, rows, inside, block)
+        state = _attend_to_resident(q_tile, k_tile, v_tile, rows, block)
     else:
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
         state = visit_prefixes(softmax_step, state, None, q_tile, prefix_k, prefix_v, block)
