@@ -26,18 +26,16 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from peftkern import functional
 from peftkern.arguments import AttentionArgs
-from peftkern.backends.triton import backend, launch, prefix_kernels, tiles
+from peftkern.backends.triton import prefix_kernels, tiles
+
+from .recorder import gpu_of
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8",
-}  # fmt: skip
 #: Shared memory that one block may have, in bytes.
 SHARED_MEMORY = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
@@ -91,12 +89,7 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
     def record(self, *args, grid, warmup, **kwargs):
         launches.append((self, args, kwargs))
 
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(launch, "architecture", return_value=arch),
-        mock.patch.object(launch, "processors", return_value=128),
-        mock.patch.object(backend, "lacks", return_value=[]),
-    ):
+    with gpu_of(arch), mock.patch.object(JITFunction, "run", record):
         yield launches
 
 
@@ -176,35 +169,18 @@ def embedding_launches(arch: str):
 
 
 def compile_launch(arch: str, launch: tuple[JITFunction, tuple, dict]) -> Compiled:
-    """Compile one launch as Triton's launcher would specialise it if all pointers are 16-byte aligned."""
+    """Compile one launch as Triton's launcher specialises it; on a GPU, too, tensors are aligned to 16 bytes."""
     kernel, args, kwargs = launch
-    constants = {n: x for n, x in kwargs.items() if n in kernel.arg_names}
-    options = {n: x for n, x in kwargs.items() if n not in kernel.arg_names}
-    signature, constexprs, attributes = {}, {}, {}
-
-    def describe(value, path):
-        if isinstance(value, tuple):
-            return type(value)(*(describe(x, (*path, i)) for i, x in enumerate(value)))
-        if value is None or (isinstance(value, int) and value == 1):
-            constexprs[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return "*" + _TYPES[value.dtype]
-        if isinstance(value, int) and value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "fp32" if isinstance(value, float) else "i32"
-
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[(index,)] = "constexpr", constants[name]
-        else:
-            signature[name] = describe(args[index], (index,))
+    target = _target(arch)
+    device = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, device)(
+        *args, **kwargs
+    )
+    options, *described = kernel._pack_args(device, kwargs, bound, specialization, options)
     start = time.perf_counter()
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=_target(arch), options=options)
+    compiled = triton.compile(ASTSource(kernel, *described), target=target, options=options.__dict__)
     seconds = time.perf_counter() - start
-    tile = tuple({**constants, **options}.get(field, 0) for field in tiles.Tile._fields)
+    tile = tuple(kwargs.get(field, 0) for field in tiles.Tile._fields)
     measure = _amd if arch.startswith("gfx") else _nvidia
     return Compiled(kernel_name(kernel), arch, tile, *measure(compiled), seconds)
 

@@ -179,6 +179,29 @@ def test_the_real_ops_take_what_their_rows_pass(row, sizes):
         assert [x.shape for x in gradients] == [x.shape for x in problem[:3]]
 
 
+PROMPT_FIRST = [([7, 33], 7), ([7, 0, 40, 2], 7), ([0, 33, 9], 0), ([33, 9, 0], 42), ([65, 1], 65)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("prefix_len", [19, 130])
+@pytest.mark.parametrize(("lengths", "start"), PROMPT_FIRST, ids=str)
+@pytest.mark.parametrize("row", ["flash", "efficient"])
+def test_rows_behind_a_prompt_share_it(row, lengths, start, prefix_len, monkeypatch):
+    """In place (flash) and not: one pass over the rows that see a short prefix, and nothing for the others."""
+    stand_ins.install(monkeypatch, row)
+    dtype = torch.float32 if row == "efficient" else torch.float16
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    ids = torch.where(starts[:-1] < start, -1, 0)
+    shape = Shape(B=1, Hq=4, Hkv=2, S=sum(lengths), P=prefix_len, D=20, A=1)
+    options = {"cu_seqlens": starts, "prefix_ids": ids, "prefix_start": start}
+    _, watch = _check("merge", shape, options, dtype, torch.float32)
+    names = [name for name in watch.stores if "sum_partials" not in name]
+    short, seen = prefix_len <= 128, start < shape.S
+    assert ("_prefix_merge_bwd_kernel" in names) == short
+    assert ("_prefix_merge_fwd_kernel" in names) == seen
+    assert short or "_prefix_attention_bwd_dq_kernel" in names
+
+
 def test_rows_that_see_nothing_are_zero_whatever_torchs_kernel_leaves(monkeypatch):
     """The stand-in leaves NaN in them."""
     stand_ins.install(monkeypatch, "efficient")

@@ -3,11 +3,15 @@
 
 An absent optional argument is ``None``, which Triton treats as a compile-time constant. So each combination of
 options is compiled to a kernel of its own, without the branches for absent options.
+
+Triton also compiles a kernel anew when an integer turns 1 or a multiple of 16. For the strides of rows this pays:
+loads become wide. For sizes that change from call to call it would stop training and decoding, to compile. Such sizes
+are not specialised (``do_not_specialize``) and lie outside of tuples, whose integers Triton always specialises.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +20,10 @@ from ...arguments import AttentionArgs
 
 
 class Matrices(NamedTuple):
-    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank."""
+    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank.
+
+    The stride of a dim of size 1 is 0, whatever the tensor says.
+    """
 
     ptr: Tensor
     stride_b: int
@@ -29,31 +36,42 @@ class Matrices(NamedTuple):
         x = x if x.dim() == 4 else x[None]
         if x.stride(2) * _LARGEST_BLOCK >= 2**31:  # the kernels compute offsets within a block in 32 bits
             x = x.contiguous()
-        return cls(x, *x.stride()[:3])
+        return cls(x, *_broadcast_strides(x)[:3])
 
 
 _LARGEST_BLOCK = 256
 
 
 class RowValues(NamedTuple):
-    """A [B, H, S] tensor with any strides: one value per row, as another library lays them out."""
+    """A [B, H, S] tensor with any strides: one value per row, as another library lays them out.
 
-    ptr: Tensor
+    Kernels take the fields one by one, because the strides may depend on S. An absent tensor is ``None``.
+    """
+
+    ptr: Tensor | None
     stride_b: int
     stride_h: int
     stride_m: int
 
     @classmethod
-    def of(cls, x: Tensor) -> RowValues:
+    def of(cls, x: Tensor | None) -> RowValues:
         """Describe x [B, H, S]."""
-        return cls(x, *x.stride())
+        return cls(None, 0, 0, 0) if x is None else cls(x, *x.stride())
+
+
+class ModelSizes(NamedTuple):
+    """Those of :class:`Sizes` that all calls of a model share."""
+
+    num_heads: int
+    group: int
+    prefix_len: int
 
 
 class Sizes(NamedTuple):
     """The sizes of a call.
 
     ``group`` query heads share a key head. ``num_sequences`` and ``search_steps``, the steps of a binary search among
-    the sequences, are 0 unless the input is packed.
+    the sequences, are 0 unless the input is packed. ``mask_stride`` is the distance of the rows of ``key_mask``.
     """
 
     batch: int
@@ -64,6 +82,12 @@ class Sizes(NamedTuple):
     prefix_len: int
     num_sequences: int
     search_steps: int
+    mask_stride: int
+
+    def for_kernels(self) -> tuple[Any, ...]:
+        """The kernels' arguments: the sizes of the model in a tuple, then those that vary from call to call."""
+        varying = (self.batch, self.q_len, self.kv_len, self.num_sequences, self.search_steps, self.mask_stride)
+        return ModelSizes(self.num_heads, self.group, self.prefix_len), *varying
 
 
 class Bias(NamedTuple):
@@ -85,10 +109,9 @@ class PrefixBias(NamedTuple):
 
 
 class KeyMask(NamedTuple):
-    """A [B, T] tensor of bytes with any strides. 0 hides a key."""
+    """A [B, T] tensor of bytes with any strides, that of B in :class:`Sizes`. 0 hides a key."""
 
     ptr: Tensor
-    stride_b: int
     stride_n: int
 
 
@@ -144,7 +167,7 @@ def sizes_of(args: AttentionArgs) -> Sizes:
     num_sequences = 0 if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
     return Sizes(
         batch, num_heads, num_heads // args.k.shape[1], q_len, args.k.shape[2], args.prefix_k.shape[-2],
-        num_sequences, num_sequences.bit_length(),
+        num_sequences, num_sequences.bit_length(), 0 if args.key_mask is None else args.key_mask.stride(0),
     )  # fmt: skip
 
 
@@ -152,7 +175,7 @@ def options_of(args: AttentionArgs) -> Options:
     """Collect the optional arguments of a call."""
     key_mask = args.key_mask
     return Options(
-        key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), *key_mask.stride()),
+        key_mask=None if key_mask is None else KeyMask(key_mask.view(torch.uint8), key_mask.stride(1)),
         cu_seqlens=dense(args.cu_seqlens),
         prefix_ids=dense(args.prefix_ids),
         prefix_lens=dense(args.prefix_lens),

@@ -23,8 +23,8 @@ def forward(context: LaunchContext, out: Tensor, lse: Tensor) -> None:
 
     context.launch(
         _prefix_attention_fwd_kernel, "forward", context.row_programs("forward"),
-        context.q, context.k, context.v, *context.prefix, Matrices.of(out), lse, context.options, context.sizes,
-        context.scale,
+        context.q, context.k, context.v, *context.prefix, Matrices.of(out), lse, context.options,
+        *context.kernel_sizes, context.scale,
     )  # fmt: skip
 
 
@@ -61,16 +61,17 @@ def decode(context: LaunchContext, out: Tensor, lse: Tensor) -> None:
     partial_lse = lse.new_empty(splits, *lse.shape)
     context.launch(
         kernels._prefix_attention_decode_prefix_kernel, prefix.tile, prefix.programs,
-        context.q, *context.prefix, partial, partial_lse, options, sizes, context.scale, prefix.number, prefix.size,
+        context.q, *context.prefix, partial, partial_lse, options, *context.kernel_sizes, context.scale,
+        prefix.number, prefix.size,
     )  # fmt: skip
     context.launch(
         kernels._prefix_attention_decode_sequence_kernel, sequence.tile, sequence.programs,
-        context.q, context.k, context.v, partial, partial_lse, options, sizes, context.scale, prefix.number,
-        sequence.number, sequence.size,
+        context.q, context.k, context.v, partial, partial_lse, options, *context.kernel_sizes, context.scale,
+        prefix.number, sequence.number, sequence.size,
     )  # fmt: skip
     context.launch_untiled(
         kernels._prefix_attention_decode_combine_kernel, lse.numel(),
-        partial, partial_lse, Matrices.of(out), lse, options, sizes, prefix.number, splits,
+        partial, partial_lse, Matrices.of(out), lse, options, *context.kernel_sizes, prefix.number, splits,
         HEAD_DIM=flags.HEAD_DIM, BLOCK_D=flags.BLOCK_D, BLOCK_N=16,
     )  # fmt: skip
 
@@ -86,7 +87,7 @@ def row_statistics(
     context.launch(
         _prefix_attention_bwd_prepare_kernel, "forward", context.row_programs("forward"),
         context.q, context.k, context.v, *context.prefix, out, dout, lse.contiguous(), dense(dlse), stats,
-        context.options, context.sizes, context.scale,
+        context.options, *context.kernel_sizes, context.scale,
     )  # fmt: skip
     return stats
 
@@ -101,7 +102,8 @@ def query_gradient(
     k, v = (None, None) if prefix_only else (context.k, context.v)
     context.launch(
         _prefix_attention_bwd_dq_kernel, "dq", context.row_programs("dq"),
-        context.q, k, v, *context.prefix, dout, part_dq, dq, stats, context.options, context.sizes, context.scale,
+        context.q, k, v, *context.prefix, dout, part_dq, dq, stats, context.options, *context.kernel_sizes,
+        context.scale,
     )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def key_gradients(context: LaunchContext, dout: Matrices, stats: Stats, dk: Tens
     context.launch(
         _prefix_attention_bwd_dkv_kernel, "dkv", blocks * context.kv_heads * context.sizes.batch,
         context.q, context.k, context.v, dout, *(Matrices.of(x) if x.numel() else None for x in (dk, dv)),
-        stats, context.options, context.sizes, context.scale,
+        stats, context.options, *context.kernel_sizes, context.scale,
     )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def prefix_gradients(context: LaunchContext, dout: Matrices, stats: Stats, gradi
     dbias = stats.lse.new_empty(shape) if gradients.dprefix_bias.numel() else None
     context.launch(
         _prefix_attention_bwd_prefix_kernel, "prefix", tiles * splits,
-        context.q, *context.prefix, dout, dk, dv, dbias, stats, context.options, sizes, context.scale,
+        context.q, *context.prefix, dout, dk, dv, dbias, stats, context.options, *context.kernel_sizes, context.scale,
         context.bank, row_blocks, num_blocks(row_blocks, splits),
     )  # fmt: skip
     inner = sizes.prefix_len * head_dim
@@ -165,7 +167,7 @@ def bias_gradient(context: LaunchContext, dout: Matrices, stats: Stats, dbias: T
     context.launch(
         _prefix_attention_bwd_bias_kernel, "bias",
         num_blocks(rows, block_m) * num_blocks(keys, block_n) * heads * entries,
-        context.q, context.k, context.v, dout, dbias, stats, context.options, context.sizes,
+        context.q, context.k, context.v, dout, dbias, stats, context.options, *context.kernel_sizes,
         context.scale, entries, heads, rows, keys,
     )  # fmt: skip
 

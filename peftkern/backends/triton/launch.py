@@ -57,6 +57,8 @@ class LaunchContext:
         #: The number of prefixes.
         self.bank = args.prefix_k.shape[0] if args.prefix_k.dim() == 4 else 1
         self.sizes, self.options, self.flags = sizes_of(args), options_of(args), flags_of(args)
+        #: The sizes as the kernels take them.
+        self.kernel_sizes = self.sizes.for_kernels()
         self.scale, self.arch = args.scale, architecture(args.q.device)
         self.kv_heads = self.sizes.num_heads // self.sizes.group
         self._tiles: dict[Direction, Tile] = {}

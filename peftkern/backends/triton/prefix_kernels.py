@@ -57,17 +57,21 @@ class TritonPrefixKernels(PrefixKernels):
             out, _ = allocate_outputs(args)
         if lse is None or not lse.is_contiguous():
             lse = out.new_empty(out.shape[:3], dtype=lse_dtype(out.dtype))
-        context = LaunchContext(args)
-        resident = _fits(context, "merge")
+        context, start = LaunchContext(args), _first_row_that_sees(args)
+        resident = start is not None and _fits(context, "merge")
+        options = context.options if start is None else context.options._replace(prefix_ids=None, cu_seqlens=None)
+        start = start or 0
+        _pass_on(part_out, out, start)
+        _pass_on(part_lse, lse, start)
         direction: Direction = "merge" if resident else "merge_long"
         sizes, kv_heads = context.sizes, context.kv_heads
-        tiles = num_blocks(sizes.q_len, context.tile(direction).BLOCK_M) * sizes.group * sizes.batch
+        tiles = num_blocks(sizes.q_len - start, context.tile(direction).BLOCK_M) * sizes.group * sizes.batch
         workers = min(tiles, num_blocks(2 * context.processors, kv_heads))
         context.launch(
             _prefix_merge_fwd_kernel, direction, workers * kv_heads,
             context.q, *context.prefix, None if part_out is None else Matrices.of(part_out),
-            None if part_lse is None else RowValues.of(part_lse), Matrices.of(out), lse, context.options, sizes,
-            context.scale, workers, RESIDENT=resident,
+            *RowValues.of(part_lse), Matrices.of(out), lse, options, *context.kernel_sizes,
+            context.scale, start, workers, RESIDENT=resident,
         )  # fmt: skip
         return out, lse
 
@@ -78,15 +82,18 @@ class TritonPrefixKernels(PrefixKernels):
         """Fill in dq = ``part_dq`` + the prefix's part, dprefix_k and dprefix_v, as far as they are not empty.
 
         ``out`` and ``lse`` are the merged ones. One pass over the rows does it if the prefix fits one block of keys
-        and all sequences share it; otherwise the backend's own kernels for rows and for prefix tokens do it.
+        and all rows from one on see it; otherwise the backend's own kernels for rows and for prefix tokens do it.
         """
         context = LaunchContext(args)
         outs, douts = Matrices.of(out), Matrices.of(dout)
         dq = Matrices.of(gradients.dq) if gradients.dq.numel() else None
         part = None if part_dq is None or dq is None else Matrices.of(part_dq)
         needs_prefix = gradients.dprefix_k.numel() or gradients.dprefix_v.numel()
-        if needs_prefix and _fits(context, "merge_bwd"):
-            _merge_backward_in_one_pass(context, outs, douts, lse, part, dq, gradients)
+        start = _first_row_that_sees(args)
+        if needs_prefix and start is not None and _fits(context, "merge_bwd"):
+            if dq is not None:
+                _pass_on(part_dq, gradients.dq, start)
+            _merge_backward_in_one_pass(context, outs, douts, lse, part, dq, gradients, start)
             return
         context.round_prefix()
         stats = attention.row_statistics(context, outs, douts, lse, None, gated=False)
@@ -110,7 +117,7 @@ class TritonPrefixKernels(PrefixKernels):
         context.launch_untiled(
             kernel, num_blocks(length, _COPY_BLOCK) * kv_heads * batch,
             context.k, context.v, *context.prefix, Matrices.of(joined_k), Matrices.of(joined_v), context.options,
-            context.sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            *context.kernel_sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
         )  # fmt: skip
         return joined_k, joined_v
 
@@ -123,7 +130,7 @@ class TritonPrefixKernels(PrefixKernels):
         blocks = num_blocks(context.sizes.prefix_len, _SUM_BLOCK)
         context.launch_untiled(
             _concat_bwd_kernel, blocks * context.kv_heads * context.bank,
-            Matrices.of(djoined), total, dense(cu_keys), context.options, context.sizes,
+            Matrices.of(djoined), total, dense(cu_keys), context.options, *context.kernel_sizes,
             HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_SUM_BLOCK,
         )  # fmt: skip
 
@@ -138,7 +145,7 @@ class TritonPrefixKernels(PrefixKernels):
             context.launch_untiled(
                 _split_packed_kernel, num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads,
                 Matrices.of(djoined_k), Matrices.of(djoined_v), *targets, dense(cu_keys), context.options,
-                context.sizes,
+                *context.kernel_sizes,
                 HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
             )  # fmt: skip
 
@@ -148,33 +155,51 @@ class TritonPrefixKernels(PrefixKernels):
         batch, heads, q_len, head_dim = out.shape
         launch_kernel(
             _merge_states_kernel, (num_blocks(q_len, _MERGE_BLOCK) * heads * batch,), out.device,
-            Matrices.of(out), RowValues.of(lse), Matrices.of(part_out), RowValues.of(part_lse), heads, q_len,
+            Matrices.of(out), *RowValues.of(lse), Matrices.of(part_out), *RowValues.of(part_lse), heads, q_len,
             HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=_MERGE_BLOCK,
         )  # fmt: skip
 
 
+def _first_row_that_sees(args: AttentionArgs) -> int | None:
+    """The row from which on all rows see one and the same prefix, if those before it stay as they are; else None.
+
+    They change if they see a sink. If a mask may hide all of a row's keys, its out is undefined until it is merged.
+    """
+    if args.prefix_ids is None:
+        return 0
+    windowed = args.window is not None and args.prefix_in_window  # distances count from the start of a sequence
+    changes = args.sinks is not None or args.key_mask is not None
+    return None if windowed or changes or args.prefix_lens is not None else args.prefix_start
+
+
+def _pass_on(source: Tensor | None, target: Tensor, rows: int) -> None:
+    """Copy the first ``rows`` rows (dim 2) to another tensor; without a source they are 0."""
+    if rows and source is None:
+        target[:, :, :rows].zero_()
+    elif rows and source is not None and source.data_ptr() != target.data_ptr():
+        target[:, :, :rows].copy_(source[:, :, :rows])
+
+
 def _fits(context: LaunchContext, direction: Direction) -> bool:
-    """Whether all rows see the same prefix, and it fits one block of keys."""
-    options = context.options
-    shared = options.prefix_ids is None and options.prefix_window is None
-    return shared and context.sizes.prefix_len <= context.tile(direction).BLOCK_N
+    """Whether a prefix fits one block of keys, and its tokens' visibility does not depend on the row."""
+    return context.options.prefix_window is None and context.sizes.prefix_len <= context.tile(direction).BLOCK_N
 
 
 def _merge_backward_in_one_pass(
     context: LaunchContext, out: Matrices, dout: Matrices, lse: Tensor, part_dq: Matrices | None, dq: Matrices | None,
-    gradients: AttentionGradients,
+    gradients: AttentionGradients, start: int,
 ) -> None:  # fmt: skip
     from .kernels.prefix_backward import _prefix_merge_bwd_kernel
 
     sizes, kv_heads = context.sizes, context.kv_heads
     inner = sizes.prefix_len * context.flags.HEAD_DIM
-    tiles = num_blocks(sizes.q_len, context.tile("merge_bwd").BLOCK_M) * sizes.group * sizes.batch
+    tiles = num_blocks(sizes.q_len - start, context.tile("merge_bwd").BLOCK_M) * sizes.group * sizes.batch
     splits = max(1, min(tiles, num_blocks(context.processors, kv_heads)))
     partial_k, partial_v = lse.new_empty(2, splits, kv_heads, inner)
     context.launch(
         _prefix_merge_bwd_kernel, "merge_bwd", splits * kv_heads,
         context.q, *context.prefix, out, dout, lse.contiguous(), part_dq, dq, partial_k, partial_v, context.options,
-        sizes, context.scale, splits, num_blocks(tiles, splits),
+        *context.kernel_sizes, context.scale, start, splits, num_blocks(tiles, splits),
     )  # fmt: skip
     for partial, total in ((partial_k, gradients.dprefix_k), (partial_v, gradients.dprefix_v)):
         attention.sum_partials(context, partial, total, splits, kv_heads * inner, 1, inner)

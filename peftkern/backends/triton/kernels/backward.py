@@ -22,7 +22,9 @@ import triton.language as tl
 
 from .blocks import (
     LOG2E,
+    VARYING,
     RowBlock,
+    all_sizes,
     dropout_keep,
     find_sequence,
     key_range,
@@ -76,9 +78,10 @@ def _row_statistics(q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, s
     tl.store(stats.neg_delta + offset + rows, neg_delta, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix_attention_bwd_prepare_kernel(
-    q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats, opts, sizes, scale,
+    q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats, opts, model, batch_size, q_len, kv_len,
+    num_sequences, search_steps, mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +89,7 @@ def _prefix_attention_bwd_prepare_kernel(
 
     They follow from ``out`` and ``lse`` or, if ``out`` is None, from a softmax that is computed once more.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _row_statistics(
         q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats,
@@ -155,9 +159,10 @@ def _dq_rows(q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, block):
     store_query_tile(dq, acc, block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix_attention_bwd_dq_kernel(
-    q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, opts, sizes, scale,
+    q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, opts, model, batch_size, q_len, kv_len, num_sequences,
+    search_steps, mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -165,6 +170,7 @@ def _prefix_attention_bwd_dq_kernel(
 
     ``k`` and ``v`` None: the prefix's part alone, added to ``part_dq``, which may be dq itself.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _dq_rows(
         q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats,
@@ -207,13 +213,15 @@ def _dkv_step(
     return dk, dv, ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix_attention_bwd_dkv_kernel(
-    q, k, v, dout, dk, dv, stats, opts, sizes, scale,
+    q, k, v, dout, dk, dv, stats, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
+    scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, Hkv, T, D]; a program per BLOCK_N keys of one key head, over the query heads that share it."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     key_block, kv_head, batch = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     first_key = key_block * BLOCK_N
     k_tile = load_tile(matrix(k, batch, kv_head), k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
@@ -269,10 +277,10 @@ def _prefix_step(dk, dv, dbias, k, v, q, dout, stats, first, prefix, length, blo
     return dk, dv, dbias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "num_row_blocks", "row_blocks_per_split"])
 def _prefix_attention_bwd_prefix_kernel(
-    q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, opts, sizes, scale, bank, num_row_blocks,
-    row_blocks_per_split,
+    q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, opts, model, batch_size, q_len, kv_len,
+    num_sequences, search_steps, mask_stride, scale, bank, num_row_blocks, row_blocks_per_split,
     DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -281,6 +289,7 @@ def _prefix_attention_bwd_prefix_kernel(
     A program has BLOCK_N tokens of one prefix, one query head, and one split of the rows. The blocks of rows of all
     batch entries, num_row_blocks, are cut into ``splits`` equal runs, whatever prefix they see.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     token_block, head, outer = locate(tl.cdiv(sizes.prefix_len, BLOCK_N), sizes.num_heads)
     prefix, split = outer % bank, outer // bank
     kv_head = head // sizes.group
@@ -316,7 +325,7 @@ def _prefix_attention_bwd_prefix_kernel(
         tl.store(ptrs, tl.where(used, dbias, 0.0), mask=tokens < sizes.prefix_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _sum_partials_kernel(partial_ptr, total_ptr, num_splits, split_size, group, inner, size, BLOCK: tl.constexpr):
     """total [outer, inner] = sum in order over splits and query heads of partial [splits, outer, group, inner]."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -351,9 +360,10 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "bias_rows", "bias_keys"])
 def _prefix_attention_bwd_bias_kernel(
-    q, k, v, dout, dbias_ptr, stats, opts, sizes, scale, bias_batch, bias_heads, bias_rows, bias_keys,
+    q, k, v, dout, dbias_ptr, stats, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
+    scale, bias_batch, bias_heads, bias_rows, bias_keys,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -361,6 +371,7 @@ def _prefix_attention_bwd_bias_kernel(
 
     A program has one tile of it and visits all tiles of scores that the tile is broadcast to.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     key_blocks = tl.cdiv(bias_keys, BLOCK_N)
     tile, bias_head, bias_entry = locate(tl.cdiv(bias_rows, BLOCK_M) * key_blocks, bias_heads)
     tile_row, tile_key = tile // key_blocks * BLOCK_M, tile % key_blocks * BLOCK_N

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..arguments import Sizes
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+#: The arguments of a kernel that vary from call to call, of all kernels that take :class:`Sizes`.
+VARYING = ["batch_size", "q_len", "kv_len", "num_sequences", "search_steps", "mask_stride"]
 
 
 class RowBlock(NamedTuple):
@@ -38,6 +42,15 @@ class RowBlock(NamedTuple):
     BLOCK_D: Any
     BLOCK_M: Any
     BLOCK_N: Any
+
+
+@triton.jit
+def all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride):
+    """The sizes of a call from a kernel's arguments."""
+    return Sizes(
+        batch_size, model.num_heads, model.group, q_len, kv_len, model.prefix_len, num_sequences, search_steps,
+        mask_stride,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -249,7 +262,7 @@ def seq_scores(products, rows, keys, lower, upper, block, BY_KEY: tl.constexpr, 
             if CUT:
                 scores = tl.where(rows < upper, scores, -float("inf"))
         if opts.key_mask is not None:
-            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * opts.key_mask.stride_b
+            ptrs = opts.key_mask.ptr + tl.cast(block.batch, tl.int64) * sizes.mask_stride
             mask = tl.load(ptrs + keys * opts.key_mask.stride_n, mask=keys < sizes.kv_len, other=0)
             scores = tl.where(mask != 0, scores, -float("inf"))
     return scores, unit, slope

@@ -8,7 +8,7 @@ starts, and so its differences to ``cu_seqlens`` give the number of prefix token
 import triton
 import triton.language as tl
 
-from .blocks import find_sequence, load_tile, locate, matrix, prefix_of, row_pointers, store_tile
+from .blocks import VARYING, all_sizes, find_sequence, load_tile, locate, matrix, prefix_of, row_pointers, store_tile
 
 
 @triton.jit
@@ -28,12 +28,14 @@ def _concat_half(source, prefix_source, target, first, prefix, batch, kv_head, s
     store_tile(matrix(target, batch, kv_head), target.stride_n, first, length, tile, HEAD_DIM, BLOCK_N, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _concat_fwd_kernel(
-    k, v, prefix_k, prefix_v, joined_k, joined_v, opts, sizes,
+    k, v, prefix_k, prefix_v, joined_k, joined_v, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """joined_k, joined_v [B, Hkv, P + T, D] = [prefix | k], [prefix | v]; the prefix is rounded to their dtype."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     blocks = tl.cdiv(sizes.prefix_len + sizes.kv_len, BLOCK_N)
     block, kv_head, batch = locate(blocks, sizes.num_heads // sizes.group)
     prefix = prefix_of(batch, opts)
@@ -56,14 +58,16 @@ def _prefix_rows(djoined, entry, kv_head, cu_keys, opts, sizes):
     return ptr, number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _concat_bwd_kernel(
-    djoined, total_ptr, cu_keys, opts, sizes, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+    djoined, total_ptr, cu_keys, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """total [A, Hkv, P, D] fp32: the rows of each prefix in djoined, summed in order over those who see it.
 
     djoined is [B, Hkv, P + T, D] or, with ``cu_keys``, [1, Hkv, rows, D].
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     num_kv_heads = sizes.num_heads // sizes.group
     block, kv_head, prefix = locate(tl.cdiv(sizes.prefix_len, BLOCK_N), num_kv_heads)
     first = block * BLOCK_N
@@ -100,15 +104,17 @@ def _concat_packed_half(
     tl.store(ptrs, values, mask=inside[:, None] & columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "num_rows"])
 def _concat_packed_fwd_kernel(
-    k, v, prefix_k, prefix_v, joined_k, joined_v, opts, sizes, cu_keys, num_rows,
+    k, v, prefix_k, prefix_v, joined_k, joined_v, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride, cu_keys, num_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """joined_k, joined_v [1, Hkv, rows, D]: each packed sequence's keys behind its prefix, rounded to their dtype.
 
     Rows from cu_keys[n] up to ``num_rows`` belong to no sequence and are not stored.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     block, kv_head, _ = locate(tl.cdiv(num_rows, BLOCK_N), sizes.num_heads // sizes.group)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < tl.load(cu_keys + sizes.num_sequences)
@@ -135,12 +141,14 @@ def _split_half(djoined, target, rows, keys, inside, kv_head, HEAD_DIM: tl.const
     tl.store(row_pointers(matrix(target, 0, kv_head), target.stride_n, keys, BLOCK_D), values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _split_packed_kernel(
-    djoined_k, djoined_v, dk, dv, cu_keys, opts, sizes,
+    djoined_k, djoined_v, dk, dv, cu_keys, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [1, Hkv, N, D], of which one may be None: the sequences' rows of djoined_k, djoined_v."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     block, kv_head, _ = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = keys < sizes.kv_len

@@ -11,7 +11,7 @@ can replay the launches.
 import triton
 import triton.language as tl
 
-from .blocks import LN2, LOG2E, RowBlock, finite, key_range, merge_state, tanh
+from .blocks import LN2, LOG2E, VARYING, RowBlock, all_sizes, finite, key_range, merge_state, tanh
 from .forward import empty_softmax, inverse, softmax_step, visit_prefix, visit_sequence
 
 
@@ -70,12 +70,14 @@ def _visit_split(q_tile, prefix_k, prefix_v, sample, query, low, high, block):
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "num_splits"])
 def _prefix_attention_decode_prefix_kernel(
-    q, prefix_k, prefix_v, partial_ptr, lse_ptr, opts, sizes, scale, num_splits, split_size,
+    q, prefix_k, prefix_v, partial_ptr, lse_ptr, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride, scale, num_splits, split_size,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Splits 0 to num_splits - 1. A program has BLOCK_M rows of one key head, and split_size tokens of the prefix."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     split, outer = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     num_kv_heads = sizes.num_heads // sizes.group
     kv_head, first = outer % num_kv_heads, outer // num_kv_heads * BLOCK_M
@@ -97,13 +99,15 @@ def _within(bound, low, high):
     return tl.minimum(tl.maximum(bound, low), high)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "first_split", "num_splits"])
 def _prefix_attention_decode_sequence_kernel(
-    q, k, v, partial_ptr, lse_ptr, opts, sizes, scale, first_split, num_splits, split_size,
+    q, k, v, partial_ptr, lse_ptr, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
+    scale, first_split, num_splits, split_size,
     IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Splits from first_split on. A program has BLOCK_M rows of one sample and key head, and split_size keys."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     split, outer = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     num_kv_heads, num_rows = sizes.num_heads // sizes.group, sizes.group * sizes.q_len
     blocks = tl.cdiv(num_rows, BLOCK_M)
@@ -151,12 +155,14 @@ def _merge_splits(
     return m, denom, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "prefix_splits", "num_splits"])
 def _prefix_attention_decode_combine_kernel(
-    partial_ptr, lse_ptr, out, out_lse_ptr, opts, sizes, prefix_splits, num_splits,
+    partial_ptr, lse_ptr, out, out_lse_ptr, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride, prefix_splits, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, S, D] and lse [B, Hq, S] from all splits, the prefix's first, and the sink; a program per row."""
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     row = tl.program_id(0)
     query, outer = row % sizes.q_len, row // sizes.q_len
     head, batch = outer % sizes.num_heads, outer // sizes.num_heads

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_ib", "length"])
 def _soft_prompt_embedding_fwd_kernel(
     input_ids, stride_ib, stride_is, weight, stride_wv, stride_we, prompt, stride_pa, stride_pp, stride_pe,
     prompt_ids, out, length, prefix_len, vocabulary, width, BLOCK: tl.constexpr,
@@ -28,7 +28,7 @@ def _soft_prompt_embedding_fwd_kernel(
     tl.store(out + tl.cast(row, tl.int64) * width + columns, values, mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _soft_prompt_embedding_bwd_kernel(
     dout, stride_ob, stride_os, prompt_ids, dprompt, batch, prefix_len, width, BLOCK: tl.constexpr
 ):

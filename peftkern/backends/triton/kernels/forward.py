@@ -15,7 +15,9 @@ import triton.language as tl
 from .blocks import (
     LN2,
     LOG2E,
+    VARYING,
     RowBlock,
+    all_sizes,
     dropout_keep,
     find_sequence,
     finite,
@@ -209,9 +211,10 @@ def _forward_rows(q, k, v, prefix_k, prefix_v, out, lse_ptr, block):
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=rows < sizes.q_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefix_attention_fwd_kernel(
-    q, k, v, prefix_k, prefix_v, out, lse_ptr, opts, sizes, scale,
+    q, k, v, prefix_k, prefix_v, out, lse_ptr, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
+    mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -221,6 +224,7 @@ def _prefix_attention_fwd_kernel(
 
         out = sum_j exp2(s_j) v_j / (exp2(sink) + sum_j exp2(s_j))      s = log2(e) * score, j over prefix and keys
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     index, head, batch = locate(tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads)
     _forward_rows(
         q, k, v, prefix_k, prefix_v, out, lse_ptr,

@@ -10,7 +10,9 @@ import triton.language as tl
 
 from .blocks import (
     LOG2E,
+    VARYING,
     RowBlock,
+    all_sizes,
     load_prefix_tile,
     load_query_tile,
     prefix_scores,
@@ -35,9 +37,7 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
 
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     tokens = tl.arange(0, block.BLOCK_N)[None, :]
-    scores, unit, slope = prefix_scores(
-        products, rows[:, None], tokens, inside[:, None], sizes.prefix_len, block, True
-    )
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, None, sizes.prefix_len, block, True)
     p = tl.exp2(scores * unit - lse[:, None])
     dv = tl.dot(tl.trans(p.to(q_tile.dtype)), dout_tile, dv, input_precision="ieee")
     dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
@@ -51,24 +51,26 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "row_start", "splits", "tiles_per_split"])
 def _prefix_merge_bwd_kernel(
-    q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, sizes, scale, splits,
-    tiles_per_split,
+    q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, model, batch_size, q_len, kv_len,
+    num_sequences, search_steps, mask_stride, scale, row_start, splits, tiles_per_split,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Hq, S, D] = part_dq + the prefix's part; fp32 partial sums of dprefix_k, dprefix_v [splits, Hkv, P, D].
 
     A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows.
     ``part_dq`` is the sequence's part, None if there is none, and may be dq itself. ``dq`` None: it is not needed.
+    Rows before ``row_start`` do not see the prefix; their dq is left as it is.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     split, kv_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     dtype = q.ptr.dtype.element_ty
     k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
     v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
+    row_blocks = tl.cdiv(sizes.q_len - row_start, BLOCK_M)
     first = split * tiles_per_split  # FAULT: merge-bwd-first-tile
     tiles = row_blocks * sizes.group * sizes.batch
     last = tl.minimum(tiles, (split + 1) * tiles_per_split)  # FAULT: merge-bwd-last-tile
@@ -77,7 +79,7 @@ def _prefix_merge_bwd_kernel(
         dk, dv = _one_tile(
             q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv,
             RowBlock(
-                row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
+                row_start + row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
                 False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip

@@ -15,10 +15,13 @@ third.
 import triton
 import triton.language as tl
 
+from ..arguments import RowValues
 from .blocks import (
     LN2,
     LOG2E,
+    VARYING,
     RowBlock,
+    all_sizes,
     load_prefix_tile,
     load_query_tile,
     load_tile,
@@ -51,24 +54,24 @@ def row_value_pointers(x, batch, head, rows):
 
 
 @triton.jit
-def load_lse(x, batch, head, rows, inside):
+def load_lse(ptrs, inside):
     """[BLOCK_M] log2-sum-exp of rows from another library's, in natural logarithm.
 
     -inf means that a row sees no key. Some libraries write +inf instead.
     """
-    lse = tl.load(row_value_pointers(x, batch, head, rows), mask=inside, other=-float("inf"))
+    lse = tl.load(ptrs, mask=inside, other=-float("inf"))
     lse *= LOG2E  # FAULT: merge-base
     return tl.where(lse == float("inf"), -float("inf"), lse)
 
 
 @triton.jit
-def _attend_to_resident(q, k, v, rows, inside, block):
+def _attend_to_resident(q, k, v, rows, block):
     """The softmax state of a tile q over a prefix that fits one block of keys, k and v."""
     tokens = tl.arange(0, block.BLOCK_N)[None, :]
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
-    sees, length = inside[:, None], block.sizes.prefix_len
+    length = block.sizes.prefix_len
     MASKED: tl.constexpr = True  # FAULT: merge-mask
-    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, sees, length, block, MASKED)
+    scores, unit, slope = prefix_scores(products, rows[:, None], tokens, None, length, block, MASKED)
     state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     return softmax_step(state, None, scores, unit, slope, k, v, None, block.opts)
 
@@ -84,7 +87,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     inside = rows < block.sizes.q_len
     q_tile = load_query_tile(q, block)
     if k_tile is not None:
-        state = _attend_to_resident(q_tile, k_tile, v_tile, rows, inside, block)
+        state = _attend_to_resident(q_tile, k_tile, v_tile, rows, block)
     else:
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
         state = visit_prefixes(softmax_step, state, None, q_tile, prefix_k, prefix_v, block)
@@ -94,7 +97,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
         state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
     if part_out is not None:
         values = load_query_tile(part_out, block)
-        lse = load_lse(part_lse, block.batch, block.head, rows, inside)
+        lse = load_lse(row_value_pointers(part_lse, block.batch, block.head, rows), inside)
         state = merge_state(state, lse, values)
     if opts.sinks is not None:
         state = merge_state(state, tl.load(opts.sinks + block.head) * LOG2E, None)
@@ -107,21 +110,24 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "row_start", "workers", "part_stride_b", "part_stride_h"])
 def _prefix_merge_fwd_kernel(
-    q, prefix_k, prefix_v, part_out, part_lse, out, lse_ptr, opts, sizes, scale, workers,
+    q, prefix_k, prefix_v, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m, out, lse_ptr, opts,
+    model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride, scale, row_start,
+    workers,
     RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, ``part_out`` and ``part_lse``, and the prefix.
+    """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, part_out and part_lse, and the prefix.
 
-    ``out`` and ``part_out`` may be one tensor, and so may ``lse`` and ``part_lse``: one program owns a tile of rows,
-    and reads it before it writes it. ``part_out`` None: there is no sequence. ``part_lse`` is in natural logarithm,
-    -inf for a row that sees no key. ``workers`` programs share the tiles of a key head.
+    out and part_out may be one tensor, and so may lse and part_lse: one program owns a tile of rows, and reads it
+    before it writes it. ``part_out`` None: there is no sequence. Rows before ``row_start`` are left as they are.
+    ``workers`` programs share the tiles of a key head.
 
     RESIDENT: the prefix fits BLOCK_N, and a program loads it once for all of its tiles of rows. Otherwise (a long
     prefix, a bank, a window over the prefix) each tile visits the blocks of its prefix.
     """
+    sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     worker, kv_head = tl.program_id(0) % workers, tl.program_id(0) // workers
     dtype = q.ptr.dtype.element_ty
     if RESIDENT:
@@ -130,22 +136,24 @@ def _prefix_merge_fwd_kernel(
     else:
         k_tile = None
         v_tile = None
-    row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
+    row_blocks = tl.cdiv(sizes.q_len - row_start, BLOCK_M)
     tiles = row_blocks * sizes.group * sizes.batch
     for index in range(worker, tiles, workers):  # FAULT: merge-first-tile, merge-last-tile
         row_block, head, batch = locate_tile(index, row_blocks, kv_head, sizes)
         _merge_rows(
-            q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, lse_ptr,
+            q, prefix_k, prefix_v, k_tile, v_tile, part_out,
+            RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m), out, lse_ptr,
             RowBlock(
-                row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
+                row_start + row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
                 False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "stride_b", "stride_h", "part_stride_b", "part_stride_h"])
 def _merge_states_kernel(
-    out, lse, part_out, part_lse, num_heads, q_len,
+    out, lse_ptr, stride_b, stride_h, stride_m, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m,
+    num_heads, q_len,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Merge attention over further keys, part_out and part_lse, into out [B, Hq, S, D] and lse [B, Hq, S]."""
@@ -153,12 +161,15 @@ def _merge_states_kernel(
     first = block * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < q_len
+    lse_ptrs = row_value_pointers(RowValues(lse_ptr, stride_b, stride_h, stride_m), batch, head, rows)
+    part = RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m)
+    part_lse_ptrs = row_value_pointers(part, batch, head, rows)
     out_ptr = matrix(out, batch, head)
     values = load_tile(out_ptr, out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse, batch, head, rows, inside), values)
+    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse_ptrs, inside), values)
     values = load_tile(matrix(part_out, batch, head), part_out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    state = merge_state(state, load_lse(part_lse, batch, head, rows, inside), values)
+    state = merge_state(state, load_lse(part_lse_ptrs, inside), values)
     m, denom, acc = state
     result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     store_tile(out_ptr, out.stride_n, first, q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
-    tl.store(row_value_pointers(lse, batch, head, rows), (m + tl.log2(denom)) * LN2, mask=inside)
+    tl.store(lse_ptrs, (m + tl.log2(denom)) * LN2, mask=inside)
