@@ -85,7 +85,7 @@ class Plan(ABC):
 class PrefixKernels(ABC):
     """Kernels that add a prefix to another library's attention, and the attention of the same backend."""
 
-    #: Whether there are kernels to concatenate packed sequences, to split their gradients and to merge two results.
+    #: Whether there are kernels to concatenate packed sequences, to split gradients and to merge two results.
     joins_parts: ClassVar[bool] = True
 
     @property
@@ -157,9 +157,15 @@ class PrefixKernels(ABC):
 
     @abstractmethod
     def split_gradient(
-        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+        self,
+        args: AttentionArgs,
+        djoined_k: Tensor,
+        djoined_v: Tensor,
+        cu_keys: Tensor | None,
+        dk: Tensor,
+        dv: Tensor,
     ) -> None:
-        """Write to dk and dv [1, Hkv, T, D], except those without elements, the sequences' rows of the gradients.
+        """Write to dk and dv [B, Hkv, T, D], except those without elements, the gradients' rows behind the prefixes.
 
         ``djoined_k`` and ``djoined_v`` are shaped like the result of :meth:`concat_prefix`. All have unit stride
         along D.

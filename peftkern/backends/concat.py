@@ -61,11 +61,12 @@ class ConcatPlan(CompositePlan):
         cu_keys, dq, dk, dv = self.on_kernel(
             args, lambda kernel: self._attention_backward(kernel, dout, out, lse, args)
         )
-        gradients = allocate_gradients(args, [False, *needs[1:]] if cu_keys is not None else [False] * 3 + needs[3:])
+        splits = self.prefix_kernels.joins_parts
+        gradients = allocate_gradients(args, [False, *needs[1:]] if splits else [False] * 3 + needs[3:])
         for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
             if total.numel():
                 self.prefix_kernels.sum_prefix_gradient(args, djoined, total, cu_keys)
-        if cu_keys is not None:
+        if splits:
             self.prefix_kernels.split_gradient(args, dk, dv, cu_keys, gradients.dk, gradients.dv)
             return with_sequence(gradients, (dq, gradients.dk, gradients.dv), needs)
         prefix_len = args.prefix_k.shape[-2]
@@ -172,7 +173,8 @@ class ConcatBackend(CompositeBackend):
         x, engine = sizes, prefix.name
         concat = Pass(engine, 1, 0.0, 2 * x.kv + x.prefix_each + x.prefix_once)
         sinks = [Pass(engine, 1, 0.0, 2 * x.q + 2 * x.lse)] if "sinks" in call.features else []
-        split = Pass(engine, 4, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)  # dk, dv; the prefix's sums
+        kernels = 3 if prefix.joins_parts else 4  # dk and dv together or apart, and the sums of the prefix
+        split = Pass(engine, kernels, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)
         return [*forward, concat, *sinks], [concat, *backward, split]
 
 

@@ -205,7 +205,13 @@ class CudaPrefixKernels(PrefixKernels):
             native.cuda.concat_backward(_aligned(djoined), args.prefix_ids, total)
 
     def split_gradient(
-        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+        self,
+        args: AttentionArgs,
+        djoined_k: Tensor,
+        djoined_v: Tensor,
+        cu_keys: Tensor | None,
+        dk: Tensor,
+        dv: Tensor,
     ) -> None:
         raise NotImplementedError("packed sequences: use the Triton kernels")
 

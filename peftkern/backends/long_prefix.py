@@ -125,7 +125,13 @@ class LongPrefixKernels(PrefixKernels):
         self.beside.sum_prefix_gradient(args, djoined, total, cu_keys)
 
     def split_gradient(
-        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+        self,
+        args: AttentionArgs,
+        djoined_k: Tensor,
+        djoined_v: Tensor,
+        cu_keys: Tensor | None,
+        dk: Tensor,
+        dv: Tensor,
     ) -> None:
         self.beside.split_gradient(args, djoined_k, djoined_v, cu_keys, dk, dv)
 

@@ -137,7 +137,7 @@ def test_kernels_of_concat_compile(arch):
 )
 def test_kernels_of_packed_concatenation_fit(arch, head_dim, dtype):
     compiled = [compile_launch(arch, x) for x in packed_prefix_launches(arch, head_dim, dtype)]
-    assert [c.kernel for c in compiled] == ["concat_packed_fwd", "split_packed", "concat_bwd", "merge_states"]
+    assert [c.kernel for c in compiled] == ["concat_packed_fwd", "split", "concat_bwd", "merge_states"]
     for c in compiled:
         _check_budgets(c, head_dim, dtype)
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import peftkern
+from peftkern.arguments import AttentionArgs
 from peftkern.backends import torch_attention
+from peftkern.backends.registry import plan_named
 from peftkern.backends.triton import attention, backend, launch, prefix_kernels
 from peftkern.testing.cases import Shape, feature, tensors
+from peftkern.validation import normalize_attention
 
 from . import stand_ins
 
@@ -27,6 +29,9 @@ _FREE = (
     "empty", "new_empty", "view", "transpose", "slice", "select", "as_strided", "unsqueeze", "squeeze", "detach",
     "expand", "alias", "permute", "unbind", "_unsafe_view", "unflatten", "prefix_attention", "is_same_size",
 )  # fmt: skip
+
+
+DEFAULTS = {"causal": True, "prefix_in_window": True, "dropout_p": 0.0}
 
 
 class _Launches(TorchDispatchMode):
@@ -63,16 +68,18 @@ def _install(monkeypatch, row: str) -> None:
 
 
 def _count(plan: str, shape: Shape, options: dict) -> tuple[list[str], list[str]]:
-    """The operators of one call, forward and backward, beside those of the calls before."""
-    dtype = torch.float16
-    inputs = {name: x.requires_grad_() for name, x in tensors(shape, dtype).items()}
-    dout = torch.ones(shape.B, shape.S, shape.Hq, shape.D, dtype=dtype).transpose(1, 2)
+    """The operators of a layer behind another one, forward and backward, with an fp32 prefix as PEFT keeps it."""
+    inputs = tensors(shape, torch.float16, torch.float32)
+    given = AttentionArgs(**dict.fromkeys(AttentionArgs._fields) | inputs | DEFAULTS | options)
+    args = normalize_attention(given, None)
+    dout = torch.ones(shape.B, shape.S, shape.Hq, shape.D, dtype=torch.float16).transpose(1, 2)
+    needs = [x is not None for x in args.differentiable]
 
     def run() -> tuple[list[str], list[str]]:
         with _Launches() as forward:
-            out = peftkern.prefix_attention(**inputs, **options, backend=plan)
+            out, lse = plan_named(plan).prefix_attention(args)
         with _Launches() as backward:
-            torch.autograd.grad(out, list(inputs.values()), dout)
+            plan_named(plan).prefix_attention_backward(dout, None, out, lse, args, needs)
         return forward.names, backward.names
 
     run()  # tensors that follow from the index tensors are computed once

@@ -90,7 +90,7 @@ FAULTS_BESIDE_OTHERS = [
 FAULTS_OF_PACKED = [
     Fault("packed-first-key", "keys >= tl", "keys > tl", "ragged bank", "concat"),
     Fault("packed-prefix-rows", "- keys", "", "ragged bank", "concat"),
-    Fault("packed-split-row", "keys + (", "keys + 1 + (", "ragged bank", "concat"),
+    Fault("packed-split-row", "keys + shift", "keys + 1 + shift", "ragged bank", "concat"),
 ]
 
 

@@ -135,15 +135,22 @@ class TritonPrefixKernels(PrefixKernels):
         )  # fmt: skip
 
     def split_gradient(
-        self, args: AttentionArgs, djoined_k: Tensor, djoined_v: Tensor, cu_keys: Tensor, dk: Tensor, dv: Tensor
+        self,
+        args: AttentionArgs,
+        djoined_k: Tensor,
+        djoined_v: Tensor,
+        cu_keys: Tensor | None,
+        dk: Tensor,
+        dv: Tensor,
     ) -> None:
-        from .kernels.concat import _split_packed_kernel
+        from .kernels.concat import _split_kernel
 
         context = LaunchContext(args)
         targets = [Matrices.of(x) if x.numel() else None for x in (dk, dv)]
         if any(targets):
             context.launch_untiled(
-                _split_packed_kernel, num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads,
+                _split_kernel,
+                num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads * context.sizes.batch,
                 Matrices.of(djoined_k), Matrices.of(djoined_v), *targets, dense(cu_keys), context.options,
                 *context.kernel_sizes,
                 HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,

@@ -133,28 +133,32 @@ def _concat_packed_fwd_kernel(
 
 
 @triton.jit
-def _split_half(djoined, target, rows, keys, inside, kv_head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _split_half(djoined, target, rows, keys, inside, batch, kv_head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Copy ``rows`` [BLOCK_N] of djoined to ``keys`` [BLOCK_N] of target."""
     mask = inside[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    ptrs = row_pointers(matrix(djoined, 0, kv_head), djoined.stride_n, rows, BLOCK_D)
+    ptrs = row_pointers(matrix(djoined, batch, kv_head), djoined.stride_n, rows, BLOCK_D)
     values = tl.load(ptrs, mask=mask, other=0.0).to(target.ptr.dtype.element_ty)
-    tl.store(row_pointers(matrix(target, 0, kv_head), target.stride_n, keys, BLOCK_D), values, mask=mask)
+    tl.store(row_pointers(matrix(target, batch, kv_head), target.stride_n, keys, BLOCK_D), values, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _split_packed_kernel(
+def _split_kernel(
     djoined_k, djoined_v, dk, dv, cu_keys, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
     mask_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [1, Hkv, N, D], of which one may be None: the sequences' rows of djoined_k, djoined_v."""
+    """dk, dv [B, Hkv, T, D], of which one may be None: the rows of djoined_k, djoined_v behind the prefixes."""
     sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
-    block, kv_head, _ = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
+    block, kv_head, batch = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = keys < sizes.kv_len
-    end = find_sequence(keys, opts.cu_seqlens, sizes) + 1
-    rows = keys + (tl.load(cu_keys + end) - tl.load(opts.cu_seqlens + end)).to(tl.int32)  # FAULT: packed-split-row
+    if cu_keys is None:
+        rows = keys + sizes.prefix_len
+    else:
+        end = find_sequence(keys, opts.cu_seqlens, sizes) + 1
+        shift = tl.load(cu_keys + end) - tl.load(opts.cu_seqlens + end)
+        rows = keys + shift.to(tl.int32)  # FAULT: packed-split-row
     if dk is not None:
-        _split_half(djoined_k, dk, rows, keys, inside, kv_head, HEAD_DIM, BLOCK_D)
+        _split_half(djoined_k, dk, rows, keys, inside, batch, kv_head, HEAD_DIM, BLOCK_D)
     if dv is not None:
-        _split_half(djoined_v, dv, rows, keys, inside, kv_head, HEAD_DIM, BLOCK_D)
+        _split_half(djoined_v, dv, rows, keys, inside, batch, kv_head, HEAD_DIM, BLOCK_D)
