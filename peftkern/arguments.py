@@ -129,7 +129,9 @@ def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradi
             gradients.append(nothing)
         elif argument is args.q or argument is args.k or argument is args.v:
             gradients.append(argument.new_empty_strided(*_bshd(argument)))
-        elif argument.dtype == fp and argument.is_contiguous():  # as below by the call above, which takes half as long
+        elif (
+            argument.dtype == fp and argument.is_contiguous()
+        ):  # as below by the call above, which takes half as long
             gradients.append(argument.new_empty_strided(argument.shape, argument.stride()))
         else:
             gradients.append(argument.new_empty(argument.shape, dtype=fp))
