@@ -144,7 +144,7 @@ def _attend(
             "cu_seq_lens_q: expected None, because the model cannot run packed sequences with a prefix, got a "
             "tensor; pass padded sequences with an attention_mask"
         )
-    options, packed = cache.options, cache.packed
+    options, packed, device = cache.options, cache.packed, query.device
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     if packed is not None:
         mask, mask_bias = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], packed.key_mask), None
@@ -154,7 +154,7 @@ def _attend(
     else:
         hideable = prefix_len if options.in_window else 0
         mask, mask_bias = _read_mask(attention_mask, query.dtype, num_keys, hideable, position_bias is not None)
-    prefix_bias, bias = _split(_on(query.device, mask_bias), num_keys, prefix_len, "attention_mask")
+    prefix_bias, bias = _split(_on(device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
         prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
@@ -162,11 +162,11 @@ def _attend(
         "causal": mask.causal,
         "window": mask.window,
         "prefix_in_window": options.in_window,
-        "key_mask": _on(query.device, mask.key_mask),
+        "key_mask": _on(device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        "cu_seqlens": None if packed is None else _on(query.device, packed.cu_seqlens),
-        "prefix_ids": _on(query.device, cache.ids),
+        "cu_seqlens": None if packed is None else _on(device, packed.cu_seqlens),
+        "prefix_ids": _on(device, cache.ids),
     }
     if packed is not None:
         sequence |= {"max_seqlen": packed.max_seqlen, "prefix_start": packed.prefix_start}
