@@ -45,7 +45,7 @@ def _flash_that_computes_nothing(monkeypatch):
     flash = next(row for row in torch_attention.KERNELS if row.name == "flash")
     ops = SimpleNamespace(_flash_attention_forward=_forward, _flash_attention_backward=_backward)
     monkeypatch.setattr(torch_attention, "_aten", ops)
-    monkeypatch.setattr(torch_attention, "KERNELS", [dataclasses.replace(flash, device="cpu", usable=True)])
+    monkeypatch.setattr(torch_attention, "KERNELS", [dataclasses.replace(flash.on_any_machine(), device="cpu")])
     backends.forget()
     yield
     backends.forget()
