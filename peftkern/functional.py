@@ -120,8 +120,8 @@ def prefix_attention(  # type: ignore[misc]
         prefix_start: a row at which a packed sequence starts, known on the host: the sequences before it have no
             prefix (``prefix_ids`` -1) and all others the only prefix of the bank (0). Checked for CPU tensors only.
         return_lse: also return lse [B, Hq, S] fp32, the natural logarithm of the denominator; differentiable.
-        backend: ``"auto"``, or the name of a backend (:func:`peftkern.available_backends`), which runs the call or
-            raises.
+        backend: ``"auto"``, or the name of a backend (:func:`peftkern.available_backends`) or of one of its plans
+            (``"merge/cudnn/triton"``), which runs the call or raises.
 
     Returns:
         out [B, Hq, S, D] (a transposed view of [B, S, Hq, D]), or (out, lse). A query that sees nothing gets out 0

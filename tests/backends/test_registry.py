@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 import peftkern
 from peftkern import backends
+from peftkern.backends import torch_attention
 from peftkern.testing.cases import Shape, tensors
 
 FP64 = tensors(Shape())
@@ -177,3 +179,29 @@ def test_explain_describes_the_call_that_would_run():
     assert peftkern.explain(call, backend="reference").requested == "reference"
     with pytest.raises(ValueError, match="explain: expected backend with a Call, got"):
         peftkern.explain(call, window=3)
+
+
+def test_a_kernel_that_is_not_deterministic_refuses_to_train_where_torch_must_be():
+    call = backends.Call("prefix_attention", torch.device("cuda"), torch.half, torch.half, (1, 1, 128, 64),
+                         (1, 1, 128, 64), (1, 8, 64), needs_grad=True)  # fmt: skip
+    cudnn = next(kernel for kernel in torch_attention.KERNELS if kernel.name == "cudnn").on_any_machine()
+    assert not cudnn.why_not(call, (), 128)
+    before = backends.registry._state(call.device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert cudnn.why_not(call, (), 128) == [
+            "its gradients are not deterministic, as torch.use_deterministic_algorithms requires"
+        ]
+        assert not cudnn.why_not(replace(call, needs_grad=False), (), 128)
+        assert backends.registry._state(call.device) != before, "a plan chosen before would be taken again"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_plan_can_be_requested_by_its_name():
+    with peftkern.use_backend("reference"):
+        assert peftkern.explain(**FP32).chosen_plan == "reference"
+    with pytest.raises(ValueError, match=r"plan: expected merge/KERNEL/PREFIX_KERNELS, got merge/flash"):
+        peftkern.prefix_attention(**FP32, backend="merge/flash")
+    with pytest.raises(peftkern.BackendUnavailable, match=r"merge/cpu flash/triton: "):
+        peftkern.prefix_attention(**FP32, backend="merge/cpu flash/triton")

@@ -428,3 +428,18 @@ def test_variable_length_kernels_launch_few_blocks_that_have_no_rows(backend, pr
         launched.append(stand_ins.blocks["launched"] / stand_ins.blocks["needed"])
     assert launched[0] > 15
     assert launched[1] <= 1.1
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_layers_that_pass_the_same_mask_share_its_dense_form(backend, monkeypatch):
+    """Two layers, forward and backward: one mask, and another one after a change in place."""
+    stand_ins.install(monkeypatch, "efficient")
+    built, build = [], dense_mask.additive_mask
+    monkeypatch.setattr(dense_mask, "additive_mask", lambda *args: built.append(1) or build(*args))
+    inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=3), torch.float32).items()}
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    for count in (1, 2):
+        mask[0, 0] = False
+        for _ in range(2):
+            peftkern.prefix_attention(**inputs, key_mask=mask, backend=backend).sum().backward()
+        assert len(built) == count
