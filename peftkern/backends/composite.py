@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -54,39 +54,39 @@ class CompositePlan(Plan):
         return self.prefix_kernels.title + beside
 
     def on_kernel(self, args: AttentionArgs, compute: Callable[[AttentionKernel], _Result]) -> _Result:
-        """``compute`` on the plan's kernel of torch or, if that refuses sizes at run time, on the next that can.
+        """``compute`` on the plan's kernel or, if that refuses sizes at run time, on the next that can run the call.
 
         cuDNN builds a plan for each set of sizes and raises if it finds none. A warning names both kernels, once.
         """
         assert self.kernel is not None
-        sizes = (tuple(args.q.shape), tuple(args.k.shape), tuple(args.prefix_k.shape), args.q.dtype, args.causal)
-        if (self.name, sizes) not in _refused:
+        sizes = self.name, *(x.shape for x in args[:5]), args.q.dtype, args.causal
+        if sizes not in _in_place:
             try:
                 return compute(self.kernel)
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            except RuntimeError as error:
-                reason = error
-            _refused.add((self.name, sizes))
-        else:
-            reason = RuntimeError(f"{self.kernel.name} has refused these sizes before")
-        for kernel in self._successors(args):
-            if (self.name, "") not in _refused:
-                _refused.add((self.name, ""))
-                warnings.warn(
-                    f"{self.kernel.title} attention refuses a call that it was expected to run, so "
-                    f"{kernel.name} runs it: {reason}",
-                    stacklevel=2,
-                )
-            return compute(kernel)
-        raise reason
+            except (RuntimeError, AssertionError) as error:
+                successor = self._successor(args)
+                if successor is None:
+                    raise
+                self._announce(successor, error)
+                _in_place[sizes] = successor
+        return compute(_in_place[sizes])
 
-    def _successors(self, args: AttentionArgs) -> Iterator[AttentionKernel]:
-        """The kernels that can run the call besides the plan's own, in order of preference."""
+    def _successor(self, args: AttentionArgs) -> AttentionKernel | None:
+        """The first kernel besides the plan's own that can run the call."""
         found = BACKENDS[self.backend].attention_kernels(attention_call(args, needs_grad=True))
-        for kernel in found.values():
-            if isinstance(kernel, AttentionKernel) and kernel is not self.kernel:
-                yield kernel
+        kernels = (kernel for kernel in found.values() if isinstance(kernel, AttentionKernel))
+        return next((kernel for kernel in kernels if kernel is not self.kernel), None)
+
+    def _announce(self, successor: AttentionKernel, error: Exception) -> None:
+        assert self.kernel is not None
+        if not any(name == self.name for name, *_ in _in_place):
+            warnings.warn(
+                f"{self.kernel.title} attention refuses a call that it was expected to run, so {successor.name} runs "
+                f"it: {error}",
+                stacklevel=2,
+            )
 
     def soft_prompt_embedding(
         self, input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None
@@ -106,8 +106,8 @@ class CompositePlan(Plan):
         return plan.soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
 
 
-#: The plans and sizes that a kernel of torch has refused at run time; with "" in place of sizes, that it was said.
-_refused: set[tuple[str, object]] = set()
+#: The kernels that run in place of a plan's own, by the plan's name and the sizes that its kernel has refused.
+_in_place: dict[tuple[object, ...], AttentionKernel] = {}
 #: The composite backends by name.
 BACKENDS: dict[str, CompositeBackend] = {}
 
