@@ -85,6 +85,20 @@ class AttentionGradients(NamedTuple):
     dgate: Tensor
 
 
+def constant(x: Tensor) -> Tensor:
+    """Mark ``x`` as a tensor that never changes again, and return it.
+
+    What backends compute from it, such as a dense mask, is shared by all calls that pass it.
+    """
+    x._peftkern_constant = True  # type: ignore[attr-defined]
+    return x
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether ``x`` has been marked by :func:`constant`."""
+    return hasattr(x, "_peftkern_constant")
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of softmax statistics and prefix gradients: fp64 for fp64 activations, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import ops
@@ -168,6 +169,8 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
     """
     if torch.compiler.is_compiling():
         return _prepare_uncached(inputs, dropout_seed, backend)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(inputs)
     try:
         if _maybe_autocast():
             inputs = autocast_attention(inputs)
@@ -182,6 +185,13 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
     if not prepared.is_bound:
         prepared.plan, prepared.is_bound = prepared.plan.bind(args), True
     return args, prepared.plan, needs_grad
+
+
+def _refuse_tangents(inputs: AttentionArgs) -> None:
+    """Raise NotImplementedError for inputs of forward-mode differentiation, whose tangents would be lost."""
+    for name, x in zip(AttentionArgs._fields, inputs.differentiable, strict=False):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: prefix_attention has no forward-mode derivative; use backward()")
 
 
 def _prepare_uncached(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[AttentionArgs, str, bool]:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
@@ -304,3 +305,13 @@ def test_a_hint_that_contradicts_the_tensors_raises(hints, message):
     options = {"cu_seqlens": torch.tensor([0, 2, 6]), "prefix_ids": torch.tensor([-1, 0])} | hints
     with pytest.raises(ValueError, match=re.escape(message)):
         prefix_attention(q, q, q, prefix, prefix, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_forward_mode_is_refused(backend):
+    """Its tangents would be lost silently."""
+    inputs = tensors(Shape(), torch.float32)
+    with forward_ad.dual_level():
+        inputs["q"] = forward_ad.make_dual(inputs["q"], torch.ones_like(inputs["q"]))
+        with pytest.raises(NotImplementedError, match="q: prefix_attention has no forward-mode derivative"):
+            prefix_attention(**inputs, backend=backend)

@@ -23,8 +23,8 @@ from . import plans
 from .context import Context, Finding, Items, LeftOut, Row
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Kernels of the CUDA library have names in this namespace, those of Triton names that contain it.
-OURS = "regex:prefix|peftkern"
+#: The names of our kernels: those of the CUDA library are in the namespace peftkern.
+OURS = "regex:peftkern|_prefix_|_concat_|_split_|_merge_states|_sum_partials|_soft_prompt"
 
 
 def sanitizer(context: Context) -> Items:

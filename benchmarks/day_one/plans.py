@@ -77,8 +77,8 @@ def on_its_own_kernel() -> Iterator[None]:
 
     The results of the block are then those of another plan.
     """
-    composite._refused.clear()
+    composite.successors.clear()
     yield
-    if composite._refused:
-        refused = sorted({name for name, _ in composite._refused})
+    if composite.successors:
+        refused = sorted({name for name, *_ in composite.successors})
         raise LeftOut(f"refused at run time, and another kernel took its place: {', '.join(refused)}")

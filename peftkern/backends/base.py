@@ -184,6 +184,23 @@ class PrefixKernels(ABC):
         """
 
 
+def first_row_with_prefix(args: AttentionArgs) -> int | None:
+    """The row from which on all rows see the whole of one prefix, and before which merging changes none; else None.
+
+    A row without a prefix changes if it sees a sink, or if a mask may hide all of its keys: torch's kernel leaves its
+    out undefined then. A window over the prefix counts from the start of each sequence.
+    """
+    windowed = args.window is not None and args.prefix_in_window
+    if windowed and args.cu_seqlens is not None:
+        return None
+    if args.prefix_ids is None:
+        return 0
+    changing = args.sinks, args.key_mask, args.bias
+    if windowed or args.prefix_lens is not None or any(x is not None for x in changing):
+        return None
+    return args.prefix_start
+
+
 class Backend(ABC):
     """One way to compute the ops."""
 

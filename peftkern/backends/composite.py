@@ -26,7 +26,7 @@ from .cost.model import (
     softmax_sums_pass,
 )
 from .kernel_table import attention_kernels, kernel_named, known_kernels
-from .torch_attention import AttentionKernel
+from .torch_attention import AttentionKernel, KernelInputs
 from .triton import TritonBackend
 
 _Result = TypeVar("_Result")
@@ -53,35 +53,49 @@ class CompositePlan(Plan):
         beside = f" beside {self.kernel.title}" if self.kernel else ""
         return self.prefix_kernels.title + beside
 
-    def on_kernel(self, args: AttentionArgs, compute: Callable[[AttentionKernel], _Result]) -> _Result:
-        """``compute`` on the plan's kernel or, if that refuses sizes at run time, on the next that can run the call.
+    @abstractmethod
+    def attention_inputs(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
+        """What a kernel is to compute."""
+
+    def on_kernel(
+        self, args: AttentionArgs, run: Callable[[AttentionKernel, KernelInputs], _Result]
+    ) -> tuple[KernelInputs, _Result]:
+        """``run`` the plan's kernel on its inputs or, if it refuses them at run time, the next that can run the call.
 
         cuDNN builds a plan for each set of sizes and raises if it finds none. A warning names both kernels, once.
         """
         assert self.kernel is not None
-        sizes = self.name, *(x.shape for x in args[:5]), args.q.dtype, args.causal
-        if sizes not in _in_place:
-            try:
-                return compute(self.kernel)
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
+        kernel = self.kernel
+        if successors:
+            kernel = successors.get(self._key(args), kernel)
+        inputs = self.attention_inputs(kernel, args)
+        try:
+            return inputs, run(kernel, inputs)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, AssertionError) as error:
+            successor = self._successor(args)
+            if kernel is not self.kernel or successor is None:
                 raise
-            except (RuntimeError, AssertionError) as error:
-                successor = self._successor(args)
-                if successor is None:
-                    raise
-                self._announce(successor, error)
-                _in_place[sizes] = successor
-        return compute(_in_place[sizes])
+            self._announce(successor, error)
+            successors[self._key(args)] = successor
+        return self.on_kernel(args, run)
+
+    def _key(self, args: AttentionArgs) -> tuple[object, ...]:
+        return self.name, attention_call(args, needs_grad=True), torch.are_deterministic_algorithms_enabled()
 
     def _successor(self, args: AttentionArgs) -> AttentionKernel | None:
-        """The first kernel besides the plan's own that can run the call."""
-        found = BACKENDS[self.backend].attention_kernels(attention_call(args, needs_grad=True))
-        kernels = (kernel for kernel in found.values() if isinstance(kernel, AttentionKernel))
-        return next((kernel for kernel in kernels if kernel is not self.kernel), None)
+        """The first kernel besides the plan's own that can run the call beside the same prefix kernels."""
+        for plan in BACKENDS[self.backend].plans(attention_call(args, needs_grad=True)).values():
+            if not isinstance(plan, CompositePlan) or plan.prefix_kernels.name != self.prefix_kernels.name:
+                continue
+            if plan.kernel and self.kernel and plan.kernel.name != self.kernel.name:
+                return plan.kernel
+        return None
 
     def _announce(self, successor: AttentionKernel, error: Exception) -> None:
         assert self.kernel is not None
-        if not any(name == self.name for name, *_ in _in_place):
+        if not any(name == self.name for name, *_ in successors):
             warnings.warn(
                 f"{self.kernel.title} attention refuses a call that it was expected to run, so {successor.name} runs "
                 f"it: {error}",
@@ -106,8 +120,13 @@ class CompositePlan(Plan):
         return plan.soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
 
 
-#: The kernels that run in place of a plan's own, by the plan's name and the sizes that its kernel has refused.
-_in_place: dict[tuple[object, ...], AttentionKernel] = {}
+class _Successors(dict[tuple[object, ...], AttentionKernel]):
+    """The kernels that run instead of a plan's own, by the plan's name and the call that its kernel has refused."""
+
+    cache_clear = dict.clear
+
+
+successors = _Successors()
 #: The composite backends by name.
 BACKENDS: dict[str, CompositeBackend] = {}
 

@@ -43,8 +43,8 @@ class ConcatPlan(CompositePlan):
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
             return self.prefix_kernels.merge_prefix(_only_sinks(args), None, None)
-        out, lse, has_empty_rows = self.on_kernel(args, lambda kernel: self._attention(kernel, args))
-        if args.sinks is not None or has_empty_rows:
+        inputs, (out, lse) = self.on_kernel(args, attention)
+        if args.sinks is not None or inputs.empty is not None:
             return self.prefix_kernels.merge_prefix(_only_sinks(args), out, lse)
         return as_bshd(out, args.q), lse.contiguous()
 
@@ -58,9 +58,10 @@ class ConcatPlan(CompositePlan):
             for x in gradients:
                 x.zero_()
             return gradients
-        cu_keys, dq, dk, dv = self.on_kernel(
-            args, lambda kernel: self._attention_backward(kernel, dout, out, lse, args)
+        inputs, (dq, dk, dv) = self.on_kernel(
+            args, lambda kernel, inputs: attention_backward(kernel, dout, out, lse, inputs)
         )
+        cu_keys = inputs.cu_keys
         splits = self.prefix_kernels.joins_parts
         gradients = allocate_gradients(args, [False, *needs[1:]] if splits else [False] * 3 + needs[3:])
         for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
@@ -72,19 +73,7 @@ class ConcatPlan(CompositePlan):
         prefix_len = args.prefix_k.shape[-2]
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
-    def _attention(self, kernel: AttentionKernel, args: AttentionArgs) -> tuple[Tensor, Tensor, bool]:
-        """(out, lse, whether a row may see no key, so that its out is undefined)."""
-        inputs = self._joined(kernel, args)
-        return *attention(kernel, inputs), inputs.empty is not None
-
-    def _attention_backward(
-        self, kernel: AttentionKernel, dout: Tensor, out: Tensor, lse: Tensor, args: AttentionArgs
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """(the offsets of the joined keys of packed sequences, dq, and dk and dv of the joined keys)."""
-        inputs = self._joined(kernel, args)
-        return inputs.cu_keys, *attention_backward(kernel, dout, out, lse, inputs)
-
-    def _joined(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
+    def attention_inputs(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
         """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
         prefix_len = args.prefix_k.shape[-2]
         window_skips_prefix = args.window is not None and not args.prefix_in_window

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import native
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients, allocate_outputs
-from .base import OnePlanBackend, Plan, PrefixKernels, Refusal
+from .base import OnePlanBackend, Plan, PrefixKernels, Refusal, first_row_with_prefix
 from .cost.model import Machine, Pass, attention_passes, embedding_passes, sizes_of
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -165,6 +165,8 @@ class CudaPrefixKernels(PrefixKernels):
             out = part_out if part_out.stride() == out.stride() else out
         if part_lse is not None and part_lse.stride() == lse.stride():
             lse = part_lse
+        if first_row_with_prefix(args) is None:
+            args = args._replace(prefix_start=None)
         native.cuda.merge_prefix(_aligned_args(args), part_out, part_lse, out, lse)
         return out, lse
 

@@ -4,8 +4,8 @@
 Written independently of :mod:`peftkern.reference`, so that one mistake cannot hide in both; the tests compare it with
 a loop over elements.
 
-The masks of a call depend on its sizes and its index tensors alone. All layers of a forward pass them, and its
-backward as well, so the masks are built once and remembered for as long as the index tensors live and stay unchanged.
+All layers of a forward pass the same ``key_mask`` and offsets, and the backward as well. Where the caller has marked
+them as :func:`~peftkern.arguments.constant`, their masks are built once.
 """
 
 from __future__ import annotations

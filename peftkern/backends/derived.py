@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that follow from a call's index tensors: computed once, shared by all layers that pass the same ones."""
+"""Tensors that follow from a call's masks and offsets: computed once for all layers that pass the same ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..arguments import is_constant
+
 _Value = TypeVar("_Value")
 
 
 class _Entry(NamedTuple):
-    """A remembered value, and the tensors and their versions that it was computed from."""
+    """A remembered value, and the tensors that it was computed from."""
 
     sources: tuple[weakref.ref[Tensor] | None, ...]
-    versions: tuple[int, ...]
     value: Any
 
 
@@ -34,9 +35,9 @@ def derived(
 ) -> _Value:
     """``compute()``, or its earlier result for the same tensors.
 
-    The result is dropped when a source is freed or changed in place. It is neither remembered for inference tensors,
-    which have no version, nor while a CUDA graph is captured, whose memory belongs to the graph. Each stream has its
-    own results.
+    It is remembered for sources that are marked as :func:`~peftkern.arguments.constant`, until one of them is freed.
+    Other tensors may change in ways that leave no trace. While a CUDA graph is captured, nothing is remembered,
+    because the memory belongs to the graph. Each stream has its own results.
 
     Args:
         what: names the computation.
@@ -45,19 +46,18 @@ def derived(
         compute: the computation.
     """
     present = [x for x in sources if x is not None]
-    if not present or any(x.is_inference() for x in present) or _is_capturing():
+    if not present or not all(map(is_constant, present)) or _is_capturing():
         return compute()
-    versions = tuple(x._version for x in present)
     key = (what, facts, tuple(map(id, sources)), _stream(present[0].device))
     with _lock:
         entry = _entries.get(key)
-        if entry and entry.versions == versions and _same(entry.sources, sources):
+        if entry and _same(entry.sources, sources):
             _entries.move_to_end(key)
             return entry.value  # type: ignore[no-any-return]
     value = compute()
     with _lock:
         references = tuple(None if x is None else weakref.ref(x, lambda _: _forget(key)) for x in sources)
-        _entries[key] = _Entry(references, versions, value)
+        _entries[key] = _Entry(references, value)
         _entries.move_to_end(key)
         while len(_entries) > _CAPACITY:
             _entries.popitem(last=False)

@@ -47,13 +47,13 @@ def with_long_prefixes(
     kernels = as_registered(torch_attention.KERNELS) if kernels is None else kernels
     found = torch_attention.candidates(rows, rows.features, call.prefix_shape[-2], kernels)
     long = [
-        LongPrefixKernels(kernel, kernels)
+        LongPrefixKernels(kernel, ours)
         for kernel in found.values()
         if isinstance(kernel, AttentionKernel) and kernel.ordered_sums
-        for kernels in beside.values()
-        if isinstance(kernels, PrefixKernels) and kernels.joins_parts
+        for ours in beside.values()
+        if isinstance(ours, PrefixKernels) and ours.joins_parts
     ]
-    return {**beside, **{kernels.name: kernels for kernels in long}}
+    return {**beside, **{x.name: x for x in long}}
 
 
 @dataclass(frozen=True)

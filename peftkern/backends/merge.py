@@ -37,7 +37,7 @@ class MergePlan(CompositePlan):
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
             return self.prefix_kernels.merge_prefix(args, None, None)
-        out, lse = self.on_kernel(args, lambda kernel: attention(kernel, _sequence(kernel, args)))
+        _, (out, lse) = self.on_kernel(args, attention)
         return self.prefix_kernels.merge_prefix(args, out, lse)
 
     def prefix_attention_backward(
@@ -52,24 +52,21 @@ class MergePlan(CompositePlan):
             gradients.dv.zero_()
             kernels.merge_prefix_backward(dout, out, lse, args, None, gradients)
             return gradients
-        sequence = self.on_kernel(
-            args, lambda kernel: attention_backward(kernel, dout, out, lse, _sequence(kernel, args))
-        )
+        _, sequence = self.on_kernel(args, lambda kernel, inputs: attention_backward(kernel, dout, out, lse, inputs))
         gradients = with_sequence(allocate_gradients(args, [False, False, False, *needs[3:]]), sequence, needs)
         kernels.merge_prefix_backward(dout, out, lse, args, gradients.dq, gradients)
         return gradients
 
-
-def _sequence(kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
-    """The attention over the sequence's keys, with a dense mask if the kernel needs one."""
-    inputs = KernelInputs(
-        args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, max_seqlen=args.max_seqlen,
-        softcap=args.softcap,
-    )  # fmt: skip
-    if args.key_mask is None and args.bias is None and not kernel.needs_mask(inputs):
-        return inputs
-    mask, empty = sequence_mask(args)
-    return inputs._replace(causal=False, window=None, cu_seqlens=None, mask=mask, empty=empty)
+    def attention_inputs(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
+        """The attention over the sequence's keys, with a dense mask if the kernel needs one."""
+        inputs = KernelInputs(
+            args.q, args.k, args.v, args.scale, args.causal, args.window, args.cu_seqlens, max_seqlen=args.max_seqlen,
+            softcap=args.softcap,
+        )  # fmt: skip
+        if args.key_mask is None and args.bias is None and not kernel.needs_mask(inputs):
+            return inputs
+        mask, empty = sequence_mask(args)
+        return inputs._replace(causal=False, window=None, cu_seqlens=None, mask=mask, empty=empty)
 
 
 class MergeBackend(CompositeBackend):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version, that of a beta among them: 4.0.0b10 -> (4, 0, 0, 10)."""
-    return tuple(map(int, re.findall(r"\d+", version)))
+def _numbers(version: str) -> tuple[float, ...]:
+    """A version as numbers in order, for comparison. A beta precedes its release: 4.0.0b10 -> (4, 0, 0, 10).
+
+    >>> _numbers("4.0.0b10") < _numbers("4.0.0") < _numbers("4.0.1+cu12")
+    True
+    """
+    release, _, beta = version.partition("+")[0].partition("b")
+    numbers = [*map(float, re.findall(r"\d+", release)), 0.0, 0.0][:3]
+    return (*numbers, float(beta) if beta.isdigit() else math.inf)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..arguments import Call
+from . import composite
 from .base import Backend, Plan, Refusal
 from .concat import ConcatBackend
 from .cost.model import Estimate, Machine, Pass, estimate
@@ -195,7 +196,7 @@ def choice(backend: str, on_cpu: bool) -> tuple[str, object]:
     return requested, (registered_flash(), torch.are_deterministic_algorithms_enabled())
 
 
-_caches: list[Any] = [_ranked, _ordered, _resolved, plan_named]
+_caches: list[Any] = [_ranked, _ordered, _resolved, plan_named, composite.successors]
 
 
 def forgettable(cached: _Cached) -> _Cached:

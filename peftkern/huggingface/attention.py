@@ -153,7 +153,8 @@ def _attend(
         mask, mask_bias = CompactMask(bool(causal), sliding_window if causal else None, None), None
     else:
         hideable = prefix_len if options.in_window else 0
-        mask, mask_bias = _read_mask(attention_mask, query.dtype, num_keys, hideable, position_bias is not None)
+        has_bias = position_bias is not None
+        mask, mask_bias = _read_mask(attention_mask, query.shape[0], query.dtype, num_keys, hideable, has_bias)
     prefix_bias, bias = _split(_on(device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
@@ -184,12 +185,13 @@ def _attend(
 
 
 def _read_mask(
-    mask: LazyMask | Tensor, dtype: torch.dtype, num_keys: int, prefix_len: int, has_position_bias: bool
+    mask: LazyMask | Tensor, batch: int, dtype: torch.dtype, num_keys: int, prefix_len: int, has_position_bias: bool
 ) -> tuple[CompactMask, Tensor | None]:
     """A mask in compact form, or as an additive bias [B, 1, S, T or P + T] where it has no compact form.
 
     Args:
         mask: as :func:`attention_forward` takes it.
+        batch: B.
         dtype: of the bias.
         num_keys: T.
         prefix_len: P if windows can hide the prefix, otherwise 0.
@@ -198,8 +200,8 @@ def _read_mask(
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             return _SEE_ALL, mask
-        if mask.shape[1:] == (1, 1, num_keys):  # a decoding step: all heads and queries see the same keys
-            return CompactMask(False, None, mask[:, 0, 0]), None
+        if mask.shape[1:] == (1, 1, num_keys):  # all heads and queries see the same keys, as in a decoding step
+            return CompactMask(False, None, mask[:, 0, 0].expand(batch, -1)), None
         return _SEE_ALL, additive(mask, dtype)
     compact = mask.compact(num_keys)
     # The compact form cannot express a window that hides prefix keys together with a bias that depends on the query.

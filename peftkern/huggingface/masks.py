@@ -21,6 +21,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..arguments import constant
+
 __all__ = ["CompactMask", "LazyMask", "additive", "mask_function"]
 
 
@@ -248,7 +250,7 @@ class LazyMask:
             return key_mask, False
         # One synchronisation per forward, as in the stock mask functions; every layer can then use the faster kernel.
         all_real, all_before = torch.stack([key_mask.all(), padding[:, :begin].all()]).tolist()
-        return None if all_real else key_mask, not all_before
+        return None if all_real else constant(key_mask), not all_before
 
 
 def mask_function(**request: Any) -> LazyMask | None:

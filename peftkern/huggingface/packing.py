@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..arguments import constant
 from .deferred import deferred_rows
 from .layout import IGNORED, Layout, indices_of
 
@@ -67,6 +68,7 @@ class PackedBatch:
         self.max_seqlen = max(layout.longest, self.prompt_len)
         self.prefix_start = self.prompt_len if self.num_prompts == 1 else None
         if prompts is None:
+            self._mark_constants()
             return
         device = layout.cu_seqlens.device
         begins = torch.arange(self.num_prompts, device=device, dtype=torch.int32) * self.prompt_len
@@ -74,6 +76,14 @@ class PackedBatch:
         self.prefix_ids = torch.cat([begins.new_full((self.num_prompts,), -1), self.sequence_prompts().int()])
         if self.key_mask is not None:
             self.key_mask = torch.nn.functional.pad(self.key_mask, (self.prompt_rows, 0), value=True)
+        self._mark_constants()
+
+    def _mark_constants(self) -> None:
+        """Let the layers share what backends compute from the offsets and masks, which belong to this batch."""
+        if not torch.compiler.is_compiling():
+            for x in (self.cu_seqlens, self.prefix_ids, self.key_mask):
+                if x is not None:
+                    constant(x)
 
     def sequence_prompts(self) -> Tensor:
         """[n], the prompt of each sequence."""
@@ -141,8 +151,8 @@ class PackedBatch:
 class _WithFirstRows(torch.autograd.Function):
     """x [1, Hkv, N, D] -> (x, its first rows [Hkv, num_rows, D]), both views.
 
-    Both are read by one attention, whose gradient of x nobody else holds. It is changed in place. Autograd itself
-    would fill two tensors of x's size with zeros and add the second one.
+    Both are read by one attention, which allocates its gradient of x; the rows' gradient is added to it in place.
+    Autograd itself would fill two tensors of x's size with zeros and add the second one.
     """
 
     @staticmethod
@@ -155,7 +165,10 @@ class _WithFirstRows(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dx: Tensor | None, drows: Tensor | None) -> tuple[Tensor | None, None]:
         if drows is not None:
-            dx = drows.new_zeros(ctx.shape) if dx is None else dx
+            if dx is None:
+                dx = drows.new_zeros(ctx.shape)
+            elif 0 in dx.stride():  # expanded
+                dx = dx.clone()
             dx[0, :, : ctx.num_rows].add_(drows)
         return dx, None
 

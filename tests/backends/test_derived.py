@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors derived from index tensors: computed once, and again as soon as a source changes or is another one."""
+"""Tensors derived from constants: computed once per tensor and stream, and freed with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 
+from peftkern.arguments import constant
 from peftkern.backends import derived as module
 from peftkern.backends.derived import derived
 
@@ -33,29 +34,42 @@ class _Counted:
         return derived("double", (x, None), facts, compute)
 
 
-def test_the_same_tensor_is_computed_once():
-    double, x = _Counted(), torch.arange(3)
+def test_the_same_constant_is_computed_once():
+    double, x = _Counted(), constant(torch.arange(3))
     assert double(x) is double(x)
     assert double.calls == 1
 
 
-def test_a_change_in_place_is_seen():
+def test_what_may_change_is_computed_each_time():
+    """Writes through ``data``, numpy or a collective leave no trace on a tensor."""
     double, x = _Counted(), torch.arange(3)
     double(x)
-    x.add_(1)
+    x.data.add_(1)
     assert double(x).tolist() == [2, 4, 6]
     assert double.calls == 2
 
 
-def test_an_equal_tensor_and_other_facts_are_computed_apart():
-    double, x = _Counted(), torch.arange(3)
-    for y, facts in ((x, ()), (x.clone(), ()), (x, (1,)), (x.view(3), ())):
+def test_another_tensor_other_facts_and_another_stream_are_computed_apart(monkeypatch):
+    double, x = _Counted(), constant(torch.arange(3))
+    for y, facts in ((x, ()), (constant(x.clone()), ()), (x, (1,)), (constant(x.view(3)), ())):
         double(y, facts)
     assert double.calls == 4
+    monkeypatch.setattr(module, "_stream", lambda device: 7)
+    double(x)
+    assert double.calls == 5
+
+
+def test_nothing_is_remembered_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(module, "_is_capturing", lambda: True)
+    double, x = _Counted(), constant(torch.arange(3))
+    double(x)
+    double(x)
+    assert double.calls == 2
+    assert not module._entries
 
 
 def test_results_are_freed_with_their_source():
-    double, x = _Counted(), torch.arange(3)
+    double, x = _Counted(), constant(torch.arange(3))
     double(x)
     assert len(module._entries) == 1
     del x
@@ -64,21 +78,12 @@ def test_results_are_freed_with_their_source():
 
 
 def test_at_most_eight_results_are_kept():
-    double, xs = _Counted(), [torch.arange(n) for n in range(20)]
+    double, xs = _Counted(), [constant(torch.arange(n)) for n in range(20)]
     for x in xs:
         double(x)
     assert len(module._entries) == 8
     double(xs[0])
     assert double.calls == 21
-
-
-def test_inference_tensors_have_no_version_and_are_not_remembered():
-    double = _Counted()
-    with torch.inference_mode():
-        x = torch.arange(3)
-        double(x)
-        x.add_(1)
-        assert double(x).tolist() == [2, 4, 6]
 
 
 def test_a_result_without_sources_is_not_remembered():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from peftkern.arguments import AttentionArgs
+from peftkern.arguments import AttentionArgs, constant
 from peftkern.backends import torch_attention
 from peftkern.backends.registry import plan_named
 from peftkern.backends.triton import attention, backend, launch, prefix_kernels
@@ -70,6 +70,7 @@ def _install(monkeypatch, row: str) -> None:
 def _count(plan: str, shape: Shape, options: dict) -> tuple[list[str], list[str]]:
     """The operators of a layer behind another one, forward and backward, with an fp32 prefix as PEFT keeps it."""
     inputs = tensors(shape, torch.float16, torch.float32)
+    options = {name: constant(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     given = AttentionArgs(**dict.fromkeys(AttentionArgs._fields) | inputs | DEFAULTS | options)
     args = normalize_attention(given, None)
     dout = torch.ones(shape.B, shape.S, shape.Hq, shape.D, dtype=torch.float16).transpose(1, 2)

@@ -16,7 +16,7 @@ import torch
 
 import peftkern
 from peftkern import ops
-from peftkern.arguments import allocate_gradients, allocate_outputs
+from peftkern.arguments import allocate_gradients, allocate_outputs, constant
 from peftkern.backends import dense_mask, registry, torch_attention
 from peftkern.backends.triton import TritonPrefixKernels, launch
 from peftkern.testing.bounds import ROUNDINGS, check_backend, ratios
@@ -383,7 +383,10 @@ def test_what_a_long_prefix_cannot_have_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_a_kernel_that_refuses_at_run_time_hands_over_once_and_says_so(backend, monkeypatch):
-    """cuDNN raises where it finds no plan for some sizes. The next kernel of the table runs forward and backward."""
+    """cuDNN raises where it finds no plan for some sizes. The next kernel that can run the call takes over.
+
+    A plain call goes to flash, one with a mask of the same sizes to a kernel that has masks.
+    """
     stand_ins.install(monkeypatch, "cudnn")
     calls = []
 
@@ -392,14 +395,16 @@ def test_a_kernel_that_refuses_at_run_time_hands_over_once_and_says_so(backend, 
         raise RuntimeError("No valid execution plans built.")
 
     refusing = dataclasses.replace(stand_ins.ROWS["cudnn"], forward=refuse, backward=refuse)
-    monkeypatch.setattr(torch_attention, "KERNELS", [refusing, stand_ins.ROWS["efficient"]])
+    table = [refusing, stand_ins.ROWS["flash"], stand_ins.ROWS["efficient"]]
+    monkeypatch.setattr(torch_attention, "KERNELS", table)
     registry.forget()
     plan, shape = f"{backend}/cudnn/triton", dataclasses.replace(SHAPE, S=9)
-    with pytest.warns(UserWarning, match=r"cudnn attention refuses .* efficient runs it: No valid execution plans"):
+    with pytest.warns(UserWarning, match=r"cudnn attention refuses .* flash runs it: No valid execution plans"):
         _check(plan, shape, {}, torch.float16)
-    assert calls == ["cudnn"], "the kernel is asked again for sizes that it has refused"
+    assert calls == ["cudnn"], "the kernel is asked again for a call that it has refused"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        _check(plan, *_feature("key_mask", shape), torch.float16)
         _check(plan, dataclasses.replace(shape, S=10), {}, torch.float16)
     monkeypatch.setattr(torch_attention, "KERNELS", [refusing])
     registry.forget()
@@ -432,14 +437,14 @@ def test_variable_length_kernels_launch_few_blocks_that_have_no_rows(backend, pr
 
 @pytest.mark.parametrize("backend", BOTH)
 def test_layers_that_pass_the_same_mask_share_its_dense_form(backend, monkeypatch):
-    """Two layers, forward and backward: one mask, and another one after a change in place."""
+    """Two layers, forward and backward, one mask: if the caller marks it as constant."""
     stand_ins.install(monkeypatch, "efficient")
     built, build = [], dense_mask.additive_mask
     monkeypatch.setattr(dense_mask, "additive_mask", lambda *args: built.append(1) or build(*args))
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=3), torch.float32).items()}
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    for count in (1, 2):
-        mask[0, 0] = False
+    for mark, count in ((constant, 1), (lambda x: x, 4)):
+        mask = mark(torch.ones(2, 5, dtype=torch.bool))
+        built.clear()
         for _ in range(2):
             peftkern.prefix_attention(**inputs, key_mask=mask, backend=backend).sum().backward()
         assert len(built) == count

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_outputs, lse_dtype
-from ..base import PrefixKernels
+from ..base import PrefixKernels, first_row_with_prefix
 from ..cost.model import Pass, sizes_of
 from . import attention
 from .arguments import Matrices, RowValues, block_d, dense
@@ -57,7 +57,7 @@ class TritonPrefixKernels(PrefixKernels):
             out, _ = allocate_outputs(args)
         if lse is None or not lse.is_contiguous():
             lse = out.new_empty(out.shape[:3], dtype=lse_dtype(out.dtype))
-        context, start = LaunchContext(args), _first_row_that_sees(args)
+        context, start = LaunchContext(args), first_row_with_prefix(args)
         resident = start is not None and _fits(context, "merge")
         options = context.options if start is None else context.options._replace(prefix_ids=None, cu_seqlens=None)
         start = start or 0
@@ -89,7 +89,7 @@ class TritonPrefixKernels(PrefixKernels):
         dq = Matrices.of(gradients.dq) if gradients.dq.numel() else None
         part = None if part_dq is None or dq is None else Matrices.of(part_dq)
         needs_prefix = gradients.dprefix_k.numel() or gradients.dprefix_v.numel()
-        start = _first_row_that_sees(args)
+        start = first_row_with_prefix(args)
         if needs_prefix and start is not None and _fits(context, "merge_bwd"):
             if dq is not None:
                 _pass_on(part_dq, gradients.dq, start)
@@ -167,23 +167,9 @@ class TritonPrefixKernels(PrefixKernels):
         )  # fmt: skip
 
 
-def _first_row_that_sees(args: AttentionArgs) -> int | None:
-    """The row from which on all rows see one and the same prefix, if those before it stay as they are; else None.
-
-    They change if they see a sink. If a mask may hide all of a row's keys, its out is undefined until it is merged.
-    """
-    if args.prefix_ids is None:
-        return 0
-    windowed = args.window is not None and args.prefix_in_window  # distances count from the start of a sequence
-    changes = args.sinks is not None or args.key_mask is not None
-    return None if windowed or changes or args.prefix_lens is not None else args.prefix_start
-
-
 def _pass_on(source: Tensor | None, target: Tensor, rows: int) -> None:
-    """Copy the first ``rows`` rows (dim 2) to another tensor; without a source they are 0."""
-    if rows and source is None:
-        target[:, :, :rows].zero_()
-    elif rows and source is not None and source.data_ptr() != target.data_ptr():
+    """Copy the first ``rows`` rows (dim 2) to another tensor, unless they are there."""
+    if rows and source is not None and source.data_ptr() != target.data_ptr():
         target[:, :, :rows].copy_(source[:, :, :rows])
 
 
