@@ -33,6 +33,8 @@ __all__ = ["prefix_attention", "soft_prompt_embedding"]
 _maybe_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _NUM_DIFFERENTIABLE = len(AttentionGradients._fields)
 _NUM_TENSORS = AttentionArgs._fields.index("scale")
+_NO_FLAGS = (False,) * _NUM_DIFFERENTIABLE
+_NO_GRADIENTS = (None,) * (_NUM_TENSORS - _NUM_DIFFERENTIABLE)
 
 
 @overload
@@ -147,9 +149,9 @@ def prefix_attention(  # type: ignore[misc]
     )  # fmt: skip
     args, plan, needs_grad = prepare(inputs, dropout_seed, backend)
     if needs_grad:
-        out, lse = _PrefixAttention.apply(plan, args[_NUM_TENSORS:], *_given(args))
-    else:
-        out, lse = ops.attention(args, plan)
+        call = plan, args[_NUM_TENSORS:], return_lse
+        return _PrefixAttention.apply(call, *_given(args))  # type: ignore[no-any-return]
+    out, lse = ops.attention(args, plan)
     return (out, lse) if return_lse else out
 
 
@@ -180,8 +182,7 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
         return _prepare_uncached(inputs, dropout_seed, backend)
     if not prepared.is_normal:
         return normalize_attention(inputs, dropout_seed), prepared.plan, needs_grad
-    tensors: Any = inputs[: _NUM_TENSORS - 1]
-    args = AttentionArgs(*tensors, None, *prepared.numbers)  # type: ignore[call-arg]
+    args = _args(inputs[: _NUM_TENSORS - 1], prepared.numbers)
     if not prepared.is_bound:
         prepared.plan, prepared.is_bound = prepared.plan.bind(args), True
     return args, prepared.plan, needs_grad
@@ -259,30 +260,43 @@ def needs_backward(args: AttentionArgs) -> bool:
 class _PrefixAttention(torch.autograd.Function):
     """Saves the inputs, out and lse. Gradients of unused outputs arrive as None, so an unused lse costs nothing.
 
-    Every input costs time. The tensors are therefore passed without the None behind the last one, the numbers as one.
+    Every input and output costs time. The tensors are therefore passed without the None behind the last one, all else
+    as one, and lse is returned only if the caller asks for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan | str, numbers: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, call: tuple[Plan | str, tuple[Any, ...], bool], *tensors: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        plan, numbers, return_lse = call
         out, lse = ops.attention(_args(tensors, numbers), plan)
         ctx.save_for_backward(out, lse, *tensors)
-        ctx.numbers, ctx.plan = numbers, plan
+        ctx.plan, ctx.numbers = plan, numbers
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        elif dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        needs = [*ctx.needs_input_grad[2:], *[False] * _NUM_DIFFERENTIABLE][:_NUM_DIFFERENTIABLE]
-        args = _args(tensors, ctx.numbers)
-        gradients = ops.attention_backward(dout, dlse, out, lse, args, needs, ctx.plan)
-        wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-        return None, None, *[*wanted, *[None] * (_NUM_TENSORS - _NUM_DIFFERENTIABLE)][: len(tensors)]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph; without it, the decorator changes nothing but takes time
+            return _once_differentiable_gradients(ctx, dout, dlse)  # type: ignore[no-any-return]
+        return _gradients(ctx, dout, dlse)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs of :class:`_PrefixAttention`."""
+    out, lse, *tensors = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    elif dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    flags = ctx.needs_input_grad[1:]
+    needs = [*flags, *_NO_FLAGS][:_NUM_DIFFERENTIABLE]
+    gradients = ops.attention_backward(dout, dlse, out, lse, _args(tensors, ctx.numbers), needs, ctx.plan)
+    wanted = zip((*gradients, *_NO_GRADIENTS), flags, strict=False)
+    return None, *[g if need else None for g, need in wanted]
+
+
+_once_differentiable_gradients = once_differentiable(_gradients)
 
 
 def _given(args: AttentionArgs) -> tuple[Tensor | None, ...]:
@@ -295,7 +309,7 @@ def _given(args: AttentionArgs) -> tuple[Tensor | None, ...]:
 
 def _args(tensors: Sequence[Any], numbers: tuple[Any, ...]) -> AttentionArgs:
     """The arguments whose :func:`_given` tensors and numbers these are."""
-    return AttentionArgs(*tensors, *[None] * (_NUM_TENSORS - len(tensors)), *numbers)  # type: ignore[arg-type]
+    return AttentionArgs._make((*tensors, *[None] * (_NUM_TENSORS - len(tensors)), *numbers))
 
 
 def soft_prompt_embedding(

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkern import backends, dispatcher, ops, prefix_attention
+from peftkern import backends, dispatcher, functional, ops, prefix_attention
+from peftkern.arguments import HINTS, AttentionArgs
 from peftkern.testing.cases import Shape, tensors
 
 NAMES = ["peftkern.prefix_attention.default", "peftkern.prefix_attention_backward.default"]
@@ -178,6 +179,58 @@ def test_a_call_depends_on_strides_and_threads(inputs):
     torch.set_num_threads(threads + 1)
     assert torch.equal(prefix_attention(**plain), want)
     torch.set_num_threads(threads)
+
+
+def _padded(x):
+    """A copy with gaps between the rows."""
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_depends_on_strides_and_needs(inputs, dtype):
+    """A backward prepared for another one of equal sizes would read and write elsewhere."""
+    options = {
+        "bias": torch.randn(2, 1, 7, 7), "prefix_bias": torch.randn(4, 5), "key_mask": torch.rand(2, 7) < 0.7,
+    }  # fmt: skip
+    inputs = {n: x.detach().to(dtype).requires_grad_() for n, x in inputs.items()}
+    leaves = inputs | {n: x.requires_grad_() for n, x in options.items() if n != "key_mask"}
+    names = [name for name in AttentionArgs._fields if name not in HINTS]
+    given = AttentionArgs(
+        **dict.fromkeys(names) | {"causal": True, "prefix_in_window": True, "dropout_p": 0.0} | leaves | options
+    )
+    args, plan, _ = functional.prepare(given, None, "cpu")
+    out, lse = ops.attention(args, plan)
+    call = {
+        "dout": torch.randn(2, 7, 4, 8, dtype=dtype).transpose(1, 2),
+        "dlse": torch.randn(lse.shape),
+        "out": out,
+        "lse": lse,
+    }
+    everything = [True] * 5 + [False, True, True, False]
+
+    def check(call, args, needs):
+        got, want = (
+            p.prefix_attention_backward(*call.values(), args, needs)
+            for p in (plan, backends.registry.plan_named("cpu"))
+        )
+        for a, b, need in zip(got, want, needs, strict=True):
+            assert (a.numel() > 0) == (b.numel() > 0) == need
+            assert not need or ((a.stride(), a.dtype) == (b.stride(), b.dtype) and torch.equal(a, b))
+
+    for _ in range(2):  # the second one finds all prepared
+        check(call, args, everything)
+    for name, x in call.items():
+        check(call | {name: _padded(x)}, args, everything)
+        check(call, args, everything)
+    check(call | {"dlse": None}, args, everything)
+    for name in ("q", "k", "v", "prefix_k", "prefix_v", "bias", "prefix_bias", "key_mask"):
+        check(call, args, everything)
+        check(call, args._replace(**{name: _padded(getattr(args, name))}), everything)
+    for i, _ in enumerate(everything):
+        check(call, args, [need and i != j for j, need in enumerate(everything)])
+    only_prefix = [3 <= i <= 4 for i in range(9)]  # reads out
+    check(call, args, only_prefix)
+    check(call | {"out": _padded(out)}, args, only_prefix)
 
 
 def test_without_torch_s_private_names_every_call_is_dispatched():

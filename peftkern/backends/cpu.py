@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from .cost.model import Machine, Pass, attention_passes, embedding_passes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
+_Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+#: Stands for a gradient that nobody needs.
+_NOTHING = torch.empty(0, device="cpu")
 
 
 class CpuPlan(Plan):
@@ -42,8 +47,7 @@ class CpuPlan(Plan):
         self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
     ) -> AttentionGradients:
         gradients = allocate_gradients(args, needs)
-        wanted = [need and argument is not None for need, argument in zip(needs, args[: len(needs)], strict=True)]
-        native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, wanted)
+        native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients)
         return gradients
 
     def soft_prompt_embedding(
@@ -73,8 +77,29 @@ class CpuPlan(Plan):
         return dweight, dprompt
 
 
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """What backwards share whose tensors have the same strides, and that compute the same gradients.
+
+    Attributes:
+        key: :func:`_backward_key` of such a backward.
+        layouts: (size, strides) of the nine gradients, None for those that nobody needs.
+        constants: of the native call.
+    """
+
+    key: tuple[Any, ...]
+    layouts: tuple[_Layout | None, ...]
+    constants: native.fill.BackwardConstants
+
+
 class _BoundCpuPlan(CpuPlan):
-    """The plan for forwards like one call: it fills in addresses only."""
+    """The plan for calls like one: it fills in addresses only.
+
+    Backwards may differ from each other in strides and in the gradients that are needed. What the last one was
+    prepared with is kept.
+    """
+
+    _last: _Backward | None = None
 
     def __init__(self, args: AttentionArgs) -> None:
         self._out, self._lse = output_layouts(args)
@@ -87,6 +112,43 @@ class _BoundCpuPlan(CpuPlan):
         out, lse = q.new_empty_strided(*self._out), q.new_empty_strided(*self._lse, **self._lse_dtype)
         native.cpu.prefix_attention(args, out, lse, constants=self._constants)
         return out, lse
+
+    def prefix_attention_backward(
+        self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, args: AttentionArgs, needs: list[bool]
+    ) -> AttentionGradients:
+        key, last = _backward_key(dout, dlse, out, args, needs), self._last
+        if last is None or last.key != key:
+            gradients = allocate_gradients(args, needs)
+            layouts = tuple([(tuple(g.shape), g.stride()) if g.shape != _NOTHING.shape else None for g in gradients])
+            constants = native.fill.backward_constants(dout, dlse, out, args, gradients)
+            self._last = _Backward(key, layouts, constants)
+        else:
+            gradients, constants = self._allocate(args.q, last.layouts), last.constants
+        native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, constants=constants)
+        return gradients
+
+    def _allocate(self, q: Tensor, layouts: tuple[_Layout | None, ...]) -> AttentionGradients:
+        """What :func:`allocate_gradients` allocates, but gradients without elements are shared between calls."""
+        new, dtype = q.new_empty_strided, self._lse_dtype
+        if not dtype:
+            return AttentionGradients._make([_NOTHING if x is None else new(*x) for x in layouts])
+        return AttentionGradients(
+            *[_NOTHING if layout is None else new(*layout) for layout in layouts[:3]],
+            *[_NOTHING if layout is None else new(*layout, **dtype) for layout in layouts[3:]],
+        )
+
+
+def _backward_key(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, args: AttentionArgs, needs: list[bool]
+) -> tuple[Any, ...]:
+    """What backwards of calls with the same sizes, dtypes and numbers can differ in."""
+    q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask = args[:10]
+    return (
+        dout.stride(), out.stride(), q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride(),
+        dlse if dlse is None else dlse.stride(), bias if bias is None else bias.stride(),
+        prefix_bias if prefix_bias is None else prefix_bias.stride(),
+        key_mask if key_mask is None else key_mask.stride(), tuple(needs), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 class CpuBackend(OnePlanBackend):

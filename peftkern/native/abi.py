@@ -160,12 +160,16 @@ ATTENTION = Struct(
     _embedded("options", ATTENTION_OPTIONS),
 )
 GRADIENT_TENSORS = Struct("", _pointers("dout dlse dq dk dv dprefix_k dprefix_v dsinks dbias dprefix_bias dgate"))
+GRADIENT_LAYOUT = Struct(
+    "",
+    _int64("dout_stride[3] dlse_stride[3] dq_stride[3] dk_stride[3] dv_stride[3]"),
+    _int64("bias_size[4] prefix_bias_size[2]"),
+)
 ATTENTION_BACKWARD = Struct(
     "peftkern_attention_backward",
     _embedded("forward", ATTENTION),
     _embedded("tensors", GRADIENT_TENSORS),
-    _int64("dout_stride[3] dlse_stride[3] dq_stride[3] dk_stride[3] dv_stride[3]"),
-    _int64("bias_size[4] prefix_bias_size[2]"),
+    _embedded("layout", GRADIENT_LAYOUT),
 )
 EMBEDDING = Struct(
     "peftkern_embedding",

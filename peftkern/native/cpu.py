@@ -131,48 +131,37 @@ def prefix_attention_backward(
     lse: Tensor,
     args: AttentionArgs,
     gradients: AttentionGradients,
-    needs: list[bool],
     isa: str = "auto",
+    constants: fill.BackwardConstants | None = None,
 ) -> None:
-    """Write those of the nine ``gradients`` whose flag in ``needs`` is set.
+    """Write those of the nine ``gradients`` that have elements.
 
     Args:
         out: the forward's result, as is ``lse``.
         isa: a key of :data:`ISAS`.
+        constants: those of :func:`.fill.backward_constants` for such a call, if known.
 
     Raises:
         NativeError: with the library's reason.
     """
     lse = lse.contiguous()
-    forward, _copies = fill.attention(args, out, lse, isa)
-    dq, dk, dv, dprefix_k, dprefix_v, dsinks, dbias, dprefix_bias, dgate = [
-        g.data_ptr() if need else 0 for g, need in zip(gradients, needs, strict=True)
-    ]
-    tensors = abi.GRADIENT_TENSORS.pack(
+    forward, layout = constants or fill.backward_constants(dout, dlse, out, args, gradients, isa)
+    tensors, _copies = fill.attention_tensors(args, out, lse)
+    dq, dk, dv, dprefix_k, dprefix_v, dsinks, dbias, dprefix_bias, dgate = gradients
+    gradient_tensors = abi.GRADIENT_TENSORS.pack(
         dout=dout.data_ptr(),
         dlse=0 if dlse is None else dlse.data_ptr(),
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        dprefix_k=dprefix_k,
-        dprefix_v=dprefix_v,
-        dsinks=dsinks,
-        dbias=dbias,
-        dprefix_bias=dprefix_bias,
-        dgate=dgate,
+        dq=dq.data_ptr(),  # 0 without elements
+        dk=dk.data_ptr(),
+        dv=dv.data_ptr(),
+        dprefix_k=dprefix_k.data_ptr(),
+        dprefix_v=dprefix_v.data_ptr(),
+        dsinks=dsinks.data_ptr(),
+        dbias=dbias.data_ptr(),
+        dprefix_bias=dprefix_bias.data_ptr(),
+        dgate=dgate.data_ptr(),
     )
-    packed = abi.ATTENTION_BACKWARD.pack(
-        forward=forward,
-        tensors=tensors,
-        dout_stride=dout.stride()[:3],
-        dlse_stride=(0, 0, 0) if dlse is None else dlse.stride(),
-        dq_stride=gradients.dq.stride()[:3] if dq else (0, 0, 0),
-        dk_stride=gradients.dk.stride()[:3] if dk else (0, 0, 0),
-        dv_stride=gradients.dv.stride()[:3] if dv else (0, 0, 0),
-        bias_size=(0, 0, 0, 0) if args.bias is None else args.bias.shape,
-        prefix_bias_size=(0, 0) if args.prefix_bias is None else args.prefix_bias.shape,
-    )
-    _call("prefix_attention_backward", packed)
+    _call("prefix_attention_backward", tensors + forward + gradient_tensors + layout)
 
 
 def soft_prompt_embedding(

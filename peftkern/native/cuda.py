@@ -227,9 +227,7 @@ def _attention_backward(
         dprefix_bias=fill.pointer(dprefix_bias),
         dgate=0,
     )
-    packed = abi.ATTENTION_BACKWARD.pack(
-        forward=forward,
-        tensors=tensors,
+    layout = abi.GRADIENT_LAYOUT.pack(
         dout_stride=fill.strides(dout),
         dlse_stride=fill.strides(dlse),
         dq_stride=fill.strides(dq),
@@ -238,7 +236,7 @@ def _attention_backward(
         bias_size=(0, 0, 0, 0),
         prefix_bias_size=(0, 0),
     )
-    return packed, copies
+    return forward + tensors + layout, copies
 
 
 def _backward(

@@ -16,12 +16,15 @@ from . import abi
 from .abi import DTYPES, ISAS
 
 if TYPE_CHECKING:
-    from ..arguments import AttentionArgs
+    from ..arguments import AttentionArgs, AttentionGradients
 
 __all__ = [
-    "attention", "attention_constants", "attention_tensors", "contiguous", "dtype_code", "embedding", "pointer",
-    "strides",
+    "BackwardConstants", "attention", "attention_constants", "attention_tensors", "backward_constants", "contiguous",
+    "dtype_code", "embedding", "pointer", "strides",
 ]  # fmt: skip
+
+#: The parts of ``peftkern_attention_backward`` without addresses: of the forward, of the gradients.
+BackwardConstants = tuple[bytes, bytes]
 
 
 def pointer(x: Tensor | None) -> int:
@@ -183,6 +186,32 @@ def _attention_options(
         softcap=softcap,
         dropout_p=dropout_p,
     )
+
+
+def backward_constants(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    args: AttentionArgs,
+    gradients: AttentionGradients,
+    isa: str = "auto",
+) -> BackwardConstants:
+    """What calls share whose tensors have the same sizes, strides and dtypes, and whose numbers are the same."""
+    layout = abi.GRADIENT_LAYOUT.pack(
+        dout_stride=strides(dout),
+        dlse_stride=strides(dlse),
+        dq_stride=_gradient_strides(gradients.dq),
+        dk_stride=_gradient_strides(gradients.dk),
+        dv_stride=_gradient_strides(gradients.dv),
+        bias_size=(0, 0, 0, 0) if args.bias is None else args.bias.shape,
+        prefix_bias_size=(0, 0) if args.prefix_bias is None else args.prefix_bias.shape,
+    )
+    return attention_constants(args, out.stride(), isa), layout
+
+
+def _gradient_strides(gradient: Tensor) -> tuple[int, ...]:
+    """The first three strides in elements, zeros for a gradient without elements."""
+    return strides(gradient if gradient.numel() else None)
 
 
 def embedding(
