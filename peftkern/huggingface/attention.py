@@ -153,8 +153,7 @@ def _attend(
         mask, mask_bias = CompactMask(bool(causal), sliding_window if causal else None, None), None
     else:
         hideable = prefix_len if options.in_window else 0
-        has_bias = position_bias is not None
-        mask, mask_bias = _read_mask(attention_mask, query.shape[0], query.dtype, num_keys, hideable, has_bias)
+        mask, mask_bias = _read_mask(attention_mask, query, num_keys, hideable, position_bias is not None)
     prefix_bias, bias = _split(_on(device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
@@ -185,14 +184,13 @@ def _attend(
 
 
 def _read_mask(
-    mask: LazyMask | Tensor, batch: int, dtype: torch.dtype, num_keys: int, prefix_len: int, has_position_bias: bool
+    mask: LazyMask | Tensor, query: Tensor, num_keys: int, prefix_len: int, has_position_bias: bool
 ) -> tuple[CompactMask, Tensor | None]:
     """A mask in compact form, or as an additive bias [B, 1, S, T or P + T] where it has no compact form.
 
     Args:
         mask: as :func:`attention_forward` takes it.
-        batch: B.
-        dtype: of the bias.
+        query: [B, Hq, S, D]; the bias has its dtype.
         num_keys: T.
         prefix_len: P if windows can hide the prefix, otherwise 0.
         has_position_bias: whether the layer has a bias that depends on the query.
@@ -201,12 +199,12 @@ def _read_mask(
         if mask.dtype != torch.bool:
             return _SEE_ALL, mask
         if mask.shape[1:] == (1, 1, num_keys):  # all heads and queries see the same keys, as in a decoding step
-            return CompactMask(False, None, mask[:, 0, 0].expand(batch, -1)), None
-        return _SEE_ALL, additive(mask, dtype)
+            return CompactMask(False, None, mask[:, 0, 0].expand(query.shape[0], -1)), None
+        return _SEE_ALL, additive(mask, query.dtype)
     compact = mask.compact(num_keys)
     # The compact form cannot express a window that hides prefix keys together with a bias that depends on the query.
     if compact is None or (compact.window is not None and has_position_bias):
-        return _SEE_ALL, mask.bias(num_keys, prefix_len, dtype)
+        return _SEE_ALL, mask.bias(num_keys, prefix_len, query.dtype)
     return compact, None
 
 

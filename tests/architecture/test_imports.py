@@ -31,7 +31,7 @@ ALLOWED = {
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "model_info"},
-    "huggingface": {"functional", "modules", "model_info", "backends.registry"},
+    "huggingface": {"arguments", "functional", "modules", "model_info", "backends.registry"},
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
