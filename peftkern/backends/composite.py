@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, attention_call
 from . import prefix_kernels, torch_attention
-from .base import Backend, Plan, PrefixKernels, Refusal
+from .base import Backend, Plan, PrefixKernels, Refusal, caller_level
 from .cost.model import (
     Machine,
     Pass,
@@ -99,7 +99,7 @@ class CompositePlan(Plan):
             warnings.warn(
                 f"{self.kernel.title} attention refuses a call that it was expected to run, so {successor.name} runs "
                 f"it: {error}",
-                stacklevel=2,
+                stacklevel=caller_level(),
             )
 
     def soft_prompt_embedding(

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 
 from ..arguments import Call
 from . import composite
-from .base import Backend, Plan, Refusal
+from .base import Backend, Plan, Refusal, caller_level
 from .concat import ConcatBackend
 from .cost.model import Estimate, Machine, Pass, estimate
 from .cpu import CpuBackend
@@ -403,13 +402,5 @@ def _warn_slow(device_type: str) -> None:
         warnings.warn(
             f"peftkern runs its eager reference on {device_type}, which is correct but slow. `peftkern doctor` lists "
             "what the other backends need.",
-            stacklevel=_caller_level(),
+            stacklevel=caller_level(),
         )
-
-
-def _caller_level() -> int:
-    """The ``stacklevel`` of the first frame outside of this package, for a warning in the calling function."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("peftkern"):
-        level, frame = level + 1, frame.f_back
-    return level
