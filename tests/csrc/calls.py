@@ -68,20 +68,21 @@ class Recorder:
         packed: dict[str, bytes] = {}
         originals = {op: getattr(native.cpu, op) for op in _OPS}
 
-        def pack(op, *args) -> bytes:
-            originals[op](*args)
+        def pack(op, *args, **kwargs) -> bytes:
+            originals[op](*args, **kwargs)
             return packed[op]
 
         def given(xs) -> list[Tensor]:
             return [x for x in xs if isinstance(x, Tensor) and x.dim()]  # but for the seed, which is a number here
 
-        def forward(args, out, lse):
-            call = pack(_OPS[0], args, out, lse)
+        def forward(args, out, lse, **prepared):
+            call = pack(_OPS[0], args, out, lse, **prepared)
             answers = _REFERENCE.prefix_attention(args)
             self._native(_OPS[0], call, given(args), list(zip((out, lse), answers, strict=True)))
 
-        def backward(dout, dlse, out, lse, args, gradients, needs):
-            call = pack(_OPS[1], dout, dlse, out, lse, args, gradients, needs)
+        def backward(dout, dlse, out, lse, args, gradients, **prepared):
+            call = pack(_OPS[1], dout, dlse, out, lse, args, gradients, **prepared)
+            needs = [bool(x.numel()) for x in gradients]
             answers = _REFERENCE.prefix_attention_backward(dout, dlse, out, lse, args, needs)
             wanted = [(x, y) for x, y, need in zip(gradients, answers, needs, strict=True) if need]
             self._native(_OPS[1], call, given([*args, dout, dlse, out, lse]), wanted)

@@ -67,7 +67,7 @@ _HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 # the same for the kernels of the prefix alone, which keep up to BLOCK_N tokens on chip, except "merge_long"
 _MERGE_HALF: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": {
-        64: ((64, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 1)),
+        64: ((64, 128, 4, 2), (64, 64, 8, 2), (16, 128, 4, 1)),
         128: ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
         256: ((64, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
     },
