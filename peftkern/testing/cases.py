@@ -160,7 +160,7 @@ FEATURES: dict[str, Feature] = {
         lambda s, g: {"prefix_ids": _prefix_ids(s, g), "prefix_lens": torch.tensor([s.P, 0, max(0, s.P - 2)])},
         lambda s: {"A": 3},
     ),
-    "packed_window": Feature(lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "window": 4}, lambda s: {"B": 1}),
+    "packed_window": Feature(lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "window": s.P + 4}, lambda s: {"B": 1}),
     "packed_bank": Feature(
         lambda s, g: {"cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([1, 0, -1], dtype=torch.int32)},
         lambda s: {"B": 1, "A": 2},
