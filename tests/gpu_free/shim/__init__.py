@@ -107,6 +107,7 @@ def _compile(source: Path, flags: list[str]) -> Path:
 
 def _made(target: Path, arguments: list[str]) -> Path:
     if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run(["g++", "-o", str(temporary), *arguments], capture_output=True, text=True)
         assert done.returncode == 0, f"{target.name} does not build for the shim:\n{done.stderr[:4000]}"
