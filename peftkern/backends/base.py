@@ -83,11 +83,8 @@ class Plan(ABC):
         """Compute (dweight, dprompt): fp32 (fp64 for fp64 weights), contiguous, empty where ``needs`` is false."""
 
 
-class PrefixKernels(ABC):
-    """Kernels that add a prefix to another library's attention, and the attention of the same backend."""
-
-    #: Whether there are kernels to concatenate packed sequences, to split gradients and to merge two results.
-    joins_parts: ClassVar[bool] = True
+class MergeKernels(ABC):
+    """Kernels that merge a prefix into another library's attention, and the attention of the same backend."""
 
     @property
     @abstractmethod
@@ -133,6 +130,25 @@ class PrefixKernels(ABC):
         gradients: AttentionGradients,
     ) -> None:
         """Write dq = ``part_dq`` + the prefix's share, dprefix_k and dprefix_v, except those without elements."""
+
+
+class PrefixKernels(MergeKernels):
+    """Kernels that also concatenate a prefix and the keys of another library's attention."""
+
+    @abstractmethod
+    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+        """Compute [prefix | k] and [prefix | v] in k's dtype: [B, Hkv, P + T, D], in memory [B, P + T, Hkv, D]."""
+
+    @abstractmethod
+    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
+        """Write to ``total``, shaped like a prefix, the sum of its rows in ``djoined`` over the samples.
+
+        The sum is in fp32 and in a fixed order. ``djoined`` has the shape that :meth:`concat_prefix` returns.
+        """
+
+
+class JoiningKernels(PrefixKernels):
+    """Kernels that also concatenate packed sequences, split gradients and merge two results."""
 
     @abstractmethod
     def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, attention_call
 from . import prefix_kernels, torch_attention
-from .base import Backend, Plan, PrefixKernels, Refusal, caller_level
+from .base import Backend, MergeKernels, Plan, Refusal, caller_level
 from .cost.model import (
     Machine,
     Pass,
@@ -40,7 +40,7 @@ class CompositePlan(Plan):
     """An attention kernel of torch and the prefix kernels beside it. An embedding needs no attention kernel."""
 
     kernel: AttentionKernel | None
-    prefix_kernels: PrefixKernels
+    prefix_kernels: MergeKernels
     backend: ClassVar[str]
 
     @property
@@ -188,16 +188,16 @@ class CompositeBackend(Backend):
             for beside_name, prefix in beside.items()
         }
 
-    def beside(self, call: Call) -> dict[str, PrefixKernels | Refusal]:
+    def beside(self, call: Call) -> dict[str, MergeKernels | Refusal]:
         """The prefix kernels by name, or why they cannot run a call on this machine."""
         return prefix_kernels.candidates(call)
 
-    def beside_anywhere(self, call: Call) -> dict[str, PrefixKernels]:
+    def beside_anywhere(self, call: Call) -> dict[str, MergeKernels]:
         """The prefix kernels by name that can run a call on some machine."""
         return prefix_kernels.supported(call)
 
     def _pair(
-        self, call: Call, kernel: AttentionKernel | Refusal | None, prefix: PrefixKernels | Refusal
+        self, call: Call, kernel: AttentionKernel | Refusal | None, prefix: MergeKernels | Refusal
     ) -> Plan | Refusal:
         if isinstance(kernel, Refusal) or isinstance(prefix, Refusal):
             refusals = [x for x in (kernel, prefix) if isinstance(x, Refusal)]
@@ -205,7 +205,7 @@ class CompositeBackend(Backend):
         reasons = [] if kernel is None else self.why_not_together(call, kernel, prefix)
         return Refusal(tuple(reasons)) if reasons else self.plan_type(kernel, prefix)
 
-    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: PrefixKernels) -> list[str]:
+    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: MergeKernels) -> list[str]:
         """Reasons why a kernel and prefix kernels that can each run a call cannot do so together."""
         return []
 
@@ -224,7 +224,7 @@ class CompositeBackend(Backend):
         kernel, kernels = choices
         return self.plan_type(kernel_named(kernel) if kernel else None, self.beside_named(kernels))
 
-    def beside_named(self, name: str) -> PrefixKernels:
+    def beside_named(self, name: str) -> MergeKernels:
         """The prefix kernels with this name. Raises ValueError if there are none."""
         return prefix_kernels.kernels_named(name)
 
@@ -243,7 +243,7 @@ class CompositeBackend(Backend):
             if not self.why_not_together(call, kernel, prefix)
         }
 
-    def _passes(self, call: Call, machine: Machine, kernel: AttentionKernel, prefix: PrefixKernels) -> list[Pass]:
+    def _passes(self, call: Call, machine: Machine, kernel: AttentionKernel, prefix: MergeKernels) -> list[Pass]:
         sizes, features, num_keys = sizes_of(call), self.kernel_features(call.features), self.num_keys(call)
         own = _kernel_passes(call, sizes, machine, kernel, features, num_keys)
         forward, backward = self.passes(call, sizes, prefix, *own)
@@ -257,7 +257,7 @@ class CompositeBackend(Backend):
 
     @abstractmethod
     def passes(
-        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: MergeKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
         """The passes forward and backward with these prefix kernels, given those of torch's kernel."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
-from .base import PrefixKernels, Refusal
+from .base import JoiningKernels, MergeKernels, PrefixKernels, Refusal
 from .composite import CompositeBackend, CompositePlan, as_bshd, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import joined_mask
@@ -39,6 +39,7 @@ class ConcatPlan(CompositePlan):
     """Runs torch's kernel on the concatenation of prefix and sequence."""
 
     backend = "concat"
+    prefix_kernels: PrefixKernels
 
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         if _is_empty(args):
@@ -61,32 +62,36 @@ class ConcatPlan(CompositePlan):
         inputs, (dq, dk, dv) = self.on_kernel(
             args, lambda kernel, inputs: attention_backward(kernel, dout, out, lse, inputs)
         )
-        cu_keys = inputs.cu_keys
-        splits = self.prefix_kernels.joins_parts
-        gradients = allocate_gradients(args, [False, *needs[1:]] if splits else [False] * 3 + needs[3:])
+        kernels, cu_keys = self.prefix_kernels, inputs.cu_keys
+        if isinstance(kernels, JoiningKernels):
+            gradients = allocate_gradients(args, [False, *needs[1:]])
+            for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
+                if total.numel():
+                    kernels.sum_prefix_gradient(args, djoined, total, cu_keys)
+            kernels.split_gradient(args, dk, dv, cu_keys, gradients.dk, gradients.dv)
+            return with_sequence(gradients, (dq, gradients.dk, gradients.dv), needs)
+        gradients = allocate_gradients(args, [False, False, False, *needs[3:]])
         for djoined, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
             if total.numel():
-                self.prefix_kernels.sum_prefix_gradient(args, djoined, total, cu_keys)
-        if splits:
-            self.prefix_kernels.split_gradient(args, dk, dv, cu_keys, gradients.dk, gradients.dv)
-            return with_sequence(gradients, (dq, gradients.dk, gradients.dv), needs)
+                kernels.sum_prefix_gradient(args, djoined, total)
         prefix_len = args.prefix_k.shape[-2]
         return with_sequence(gradients, (dq, dk[:, :, prefix_len:], dv[:, :, prefix_len:]), needs)
 
     def attention_inputs(self, kernel: AttentionKernel, args: AttentionArgs) -> KernelInputs:
         """The attention over [prefix | sequence], with a dense mask if the kernel needs one."""
-        prefix_len = args.prefix_k.shape[-2]
+        kernels, prefix_len = self.prefix_kernels, args.prefix_k.shape[-2]
         window_skips_prefix = args.window is not None and not args.prefix_in_window
         masked = window_skips_prefix or any(x is not None for x in (args.key_mask, args.bias, args.prefix_bias))
-        if args.cu_seqlens is not None and "cu_seqlens" in kernel.native and not masked:
-            cu_keys = _cu_keys(args, args.cu_seqlens)
-            joined_k, joined_v = self.prefix_kernels.concat_prefix(args, cu_keys)
+        lays_out = args.cu_seqlens is not None and "cu_seqlens" in kernel.native and not masked
+        if lays_out and isinstance(kernels, JoiningKernels):
+            cu_keys = _cu_keys(args)
+            joined_k, joined_v = kernels.concat_prefix(args, cu_keys)
             longest = args.q.shape[2] if args.max_seqlen is None else args.max_seqlen
             return KernelInputs(
                 args.q, joined_k, joined_v, args.scale, args.causal, args.window, args.cu_seqlens,
                 max_seqlen=longest, cu_keys=cu_keys, max_keys=longest + prefix_len, softcap=args.softcap,
             )  # fmt: skip
-        joined_k, joined_v = self.prefix_kernels.concat_prefix(args)
+        joined_k, joined_v = kernels.concat_prefix(args)
         inputs = KernelInputs(
             args.q, joined_k, joined_v, args.scale, args.causal, args.window, None, softcap=args.softcap
         )
@@ -97,9 +102,10 @@ class ConcatPlan(CompositePlan):
         return inputs._replace(causal=False, window=None, mask=mask, empty=empty)
 
 
-def _cu_keys(args: AttentionArgs, cu_seqlens: Tensor) -> Tensor:
+def _cu_keys(args: AttentionArgs) -> Tensor:
     """int32 [n + 1]: the offsets of the packed sequences' keys, with each one's prefix before them."""
-    prefix_len, ids = args.prefix_k.shape[-2], args.prefix_ids
+    cu_seqlens, prefix_len, ids = args.cu_seqlens, args.prefix_k.shape[-2], args.prefix_ids
+    assert cu_seqlens is not None
 
     def offsets() -> Tensor:
         num_sequences = cu_seqlens.shape[0] - 1
@@ -143,8 +149,8 @@ class ConcatBackend(CompositeBackend):
             for name, kernel in found.items()
         }
 
-    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: PrefixKernels) -> list[str]:
-        if prefix.joins_parts or "cu_seqlens" not in kernel.native.intersection(call.features):
+    def why_not_together(self, call: Call, kernel: AttentionKernel, prefix: MergeKernels) -> list[str]:
+        if isinstance(prefix, JoiningKernels) or "cu_seqlens" not in kernel.native.intersection(call.features):
             return []
         return [f"{prefix.title}: no concatenation of packed sequences"]
 
@@ -157,12 +163,13 @@ class ConcatBackend(CompositeBackend):
         return call.kv_shape[2] + call.prefix_shape[-2]
 
     def passes(
-        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: MergeKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
         x, engine = sizes, prefix.name
         concat = Pass(engine, 1, 0.0, 2 * x.kv + x.prefix_each + x.prefix_once)
         sinks = [Pass(engine, 1, 0.0, 2 * x.q + 2 * x.lse)] if "sinks" in call.features else []
-        kernels = 3 if prefix.joins_parts else 4  # dk and dv together or apart, and the sums of the prefix
+        # dk and dv together or apart, and the sums of the prefix
+        kernels = 3 if isinstance(prefix, JoiningKernels) else 4
         split = Pass(engine, kernels, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)
         return [*forward, concat, *sinks], [concat, *backward, split]
 

@@ -141,7 +141,6 @@ class CudaPrefixKernels(PrefixKernels):
     name = "cuda"
     title = "CUDA C++"
     attention = CudaPlan()
-    joins_parts = False
 
     def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
         """Forward: q and the parts are read, out and lse written, and the prefix read, once each.
@@ -187,9 +186,7 @@ class CudaPrefixKernels(PrefixKernels):
         aligned = _aligned_args(args)
         native.cuda.merge_prefix_backward(_aligned(dout), None, _aligned(out), lse, aligned, gradients)
 
-    def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if cu_keys is not None:
-            raise NotImplementedError("packed sequences: use the Triton kernels")
+    def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
         batch, kv_heads, kv_len, head_dim = args.k.shape
         length = args.prefix_k.shape[-2] + kv_len
         joined_k, joined_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
@@ -198,27 +195,9 @@ class CudaPrefixKernels(PrefixKernels):
         native.cuda.concat(aligned, joined_k, joined_v)
         return joined_k, joined_v
 
-    def sum_prefix_gradient(
-        self, args: AttentionArgs, djoined: Tensor, total: Tensor, cu_keys: Tensor | None = None
-    ) -> None:
-        if cu_keys is not None:
-            raise NotImplementedError("packed sequences: use the Triton kernels")
+    def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
         if total.numel():
             native.cuda.concat_backward(_aligned(djoined), args.prefix_ids, total)
-
-    def split_gradient(
-        self,
-        args: AttentionArgs,
-        djoined_k: Tensor,
-        djoined_v: Tensor,
-        cu_keys: Tensor | None,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        raise NotImplementedError("packed sequences: use the Triton kernels")
-
-    def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-        raise NotImplementedError("merge of two results: use the Triton kernels")
 
 
 def _missing(device: torch.device) -> tuple[list[str], bool]:

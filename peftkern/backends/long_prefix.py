@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call
 from . import torch_attention
-from .base import Plan, PrefixKernels, Refusal
+from .base import JoiningKernels, MergeKernels, Plan, Refusal
 from .composite import as_bshd
 from .cost.model import Pass, sizes_of
 from .flash_registration import as_registered
@@ -27,8 +27,8 @@ _UNSUPPORTED = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks"}
 
 
 def with_long_prefixes(
-    call: Call, beside: dict[str, PrefixKernels | Refusal], kernels: Sequence[AttentionKernel] | None = None
-) -> dict[str, PrefixKernels | Refusal]:
+    call: Call, beside: dict[str, MergeKernels | Refusal], kernels: Sequence[AttentionKernel] | None = None
+) -> dict[str, MergeKernels | Refusal]:
     """``beside`` and, if they can run ``call``, the same prefix kernels with torch's kernels on the prefix.
 
     Args:
@@ -51,17 +51,17 @@ def with_long_prefixes(
         for kernel in found.values()
         if isinstance(kernel, AttentionKernel) and kernel.ordered_sums
         for ours in beside.values()
-        if isinstance(ours, PrefixKernels) and ours.joins_parts
+        if isinstance(ours, JoiningKernels)
     ]
     return {**beside, **{x.name: x for x in long}}
 
 
 @dataclass(frozen=True)
-class LongPrefixKernels(PrefixKernels):
-    """A kernel of torch on the prefix, and other prefix kernels for all else."""
+class LongPrefixKernels(MergeKernels):
+    """A kernel of torch on the prefix. Other kernels merge its result, and run where there is no sequence."""
 
     kernel: AttentionKernel
-    beside: PrefixKernels
+    beside: JoiningKernels
 
     @property
     def name(self) -> str:
@@ -115,28 +115,6 @@ class LongPrefixKernels(PrefixKernels):
         for x, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
             if total.numel():
                 total.copy_(x[0])
-
-    def concat_prefix(self, args: AttentionArgs, cu_keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.beside.concat_prefix(args, cu_keys)
-
-    def sum_prefix_gradient(
-        self, args: AttentionArgs, djoined: Tensor, total: Tensor, cu_keys: Tensor | None = None
-    ) -> None:
-        self.beside.sum_prefix_gradient(args, djoined, total, cu_keys)
-
-    def split_gradient(
-        self,
-        args: AttentionArgs,
-        djoined_k: Tensor,
-        djoined_v: Tensor,
-        cu_keys: Tensor | None,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        self.beside.split_gradient(args, djoined_k, djoined_v, cu_keys, dk, dv)
-
-    def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-        self.beside.merge_states(out, lse, part_out, part_lse)
 
 
 def _prefix_inputs(args: AttentionArgs) -> KernelInputs:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, allocate_gradients
 from . import torch_attention
-from .base import PrefixKernels, Refusal
+from .base import JoiningKernels, MergeKernels, Refusal
 from .composite import CompositeBackend, CompositePlan, needs_exact_softmax, with_sequence
 from .cost.model import Pass, Sizes
 from .dense_mask import sequence_mask
@@ -75,18 +75,22 @@ class MergeBackend(CompositeBackend):
     name = "merge"
     plan_type = MergePlan
 
-    def beside(self, call: Call) -> dict[str, PrefixKernels | Refusal]:
+    def beside(self, call: Call) -> dict[str, MergeKernels | Refusal]:
         return with_long_prefixes(call, super().beside(call))
 
-    def beside_anywhere(self, call: Call) -> dict[str, PrefixKernels]:
+    def beside_anywhere(self, call: Call) -> dict[str, MergeKernels]:
         anywhere = [kernel.on_any_machine() for kernel in torch_attention.KERNELS]
         found = with_long_prefixes(call, {**super().beside_anywhere(call)}, anywhere)
-        return {name: kernels for name, kernels in found.items() if isinstance(kernels, PrefixKernels)}
+        return {name: kernels for name, kernels in found.items() if isinstance(kernels, MergeKernels)}
 
-    def beside_named(self, name: str) -> PrefixKernels:
+    def beside_named(self, name: str) -> MergeKernels:
         kernel, plus, beside = name.rpartition("+")
         kernels = super().beside_named(beside)
-        return LongPrefixKernels(kernel_named(kernel), kernels) if plus else kernels
+        if not plus:
+            return kernels
+        if not isinstance(kernels, JoiningKernels):
+            raise ValueError(f"plan: expected prefix kernels that merge two results behind '+', got {beside!r}")
+        return LongPrefixKernels(kernel_named(kernel), kernels)
 
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in features if name not in _PREFIX_FEATURES)
@@ -95,7 +99,7 @@ class MergeBackend(CompositeBackend):
         return call.kv_shape[2]
 
     def passes(
-        self, call: Call, sizes: Sizes, prefix: PrefixKernels, forward: list[Pass], backward: list[Pass]
+        self, call: Call, sizes: Sizes, prefix: MergeKernels, forward: list[Pass], backward: list[Pass]
     ) -> tuple[list[Pass], list[Pass]]:
         merge, merge_backward = prefix.merge_costs(call)
         return [*forward, merge], [*backward, merge_backward]

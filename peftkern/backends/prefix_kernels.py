@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..arguments import Call
-from .base import OnePlanBackend, PrefixKernels, Refusal
+from .base import MergeKernels, OnePlanBackend, PrefixKernels, Refusal
 from .cuda import CudaBackend, CudaPrefixKernels
 from .triton import TritonBackend, TritonPrefixKernels
 
@@ -20,9 +20,9 @@ PREFIX_KERNELS: list[tuple[PrefixKernels, OnePlanBackend]] = [
 ]
 
 
-def candidates(call: Call) -> dict[str, PrefixKernels | Refusal]:
+def candidates(call: Call) -> dict[str, MergeKernels | Refusal]:
     """The prefix kernels by name, or why they cannot run ``call`` on this machine."""
-    found: dict[str, PrefixKernels | Refusal] = {}
+    found: dict[str, MergeKernels | Refusal] = {}
     for kernels, backend in PREFIX_KERNELS:
         plan = backend.plan(_as_prefix_kernels_see(call))
         found[kernels.name] = (
@@ -33,7 +33,7 @@ def candidates(call: Call) -> dict[str, PrefixKernels | Refusal]:
     return found
 
 
-def refusal(found: dict[str, PrefixKernels | Refusal]) -> Refusal | None:
+def refusal(found: dict[str, MergeKernels | Refusal]) -> Refusal | None:
     """Why none of the :func:`candidates` can run a call; None if one can."""
     refusals = [kernels for kernels in found.values() if isinstance(kernels, Refusal)]
     if len(refusals) < len(found):
@@ -42,7 +42,7 @@ def refusal(found: dict[str, PrefixKernels | Refusal]) -> Refusal | None:
     return Refusal((f"no prefix kernels can run this call ({reasons})",), all(r.other_device for r in refusals))
 
 
-def supported(call: Call) -> dict[str, PrefixKernels]:
+def supported(call: Call) -> dict[str, MergeKernels]:
     """The prefix kernels by name that can run ``call`` on some machine."""
     seen = _as_prefix_kernels_see(call)
     return {kernels.name: kernels for kernels, backend in PREFIX_KERNELS if not backend.limits(seen)}
@@ -59,7 +59,7 @@ def _as_prefix_kernels_see(call: Call) -> Call:
     return replace(call, features=tuple(name for name in call.features if name != "bias"))
 
 
-def kernels_named(name: str) -> PrefixKernels:
+def kernels_named(name: str) -> MergeKernels:
     """The prefix kernels with this name.
 
     Raises:

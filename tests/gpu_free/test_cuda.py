@@ -28,7 +28,7 @@ REFUSED = ("bias", "bias_row", "dropout")
 SUPPORTED = [name for name in FEATURES if name not in REFUSED]
 OF_THE_PREFIX = (
     "plain", "non_causal", "scale", "kv_cache", "window", "window_after_prefix", "softcap", "sinks", "packed", "bank",
-    "ragged_bank", "packed_bank", "packed_prompt",
+    "ragged_bank", "packed_window", "packed_bank", "packed_prompt",
 )  # fmt: skip
 
 

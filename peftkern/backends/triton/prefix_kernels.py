@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...arguments import AttentionArgs, AttentionGradients, Call, allocate_outputs, lse_dtype
-from ..base import PrefixKernels, first_row_with_prefix
+from ..base import JoiningKernels, first_row_with_prefix
 from ..cost.model import Pass, sizes_of
 from . import attention
 from .arguments import Matrices, RowValues, block_d, dense
@@ -24,7 +24,7 @@ _SUM_BLOCK = 16
 _MERGE_BLOCK = 32
 
 
-class TritonPrefixKernels(PrefixKernels):
+class TritonPrefixKernels(JoiningKernels):
     """The kernels that ``merge`` and ``concat`` put beside another library's attention."""
 
     name = "triton"
