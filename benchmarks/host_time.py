@@ -79,7 +79,7 @@ def part_calls() -> Calls:
     from peftkern.arguments import AttentionArgs, allocate_outputs
     from peftkern.backends import registry
 
-    given = AttentionArgs(*inputs(False), *[None] * 10, True, None, True, None, 0.0)  # type: ignore[call-arg, arg-type]
+    given = AttentionArgs(*inputs(False), *[None] * 11, True, None, True, None, 0.0)  # type: ignore[call-arg, arg-type]
     signature, (requested, state) = functional._signature(given), registry.choice("auto", True)
     args, _, _ = functional.prepare(given, None, "auto")
     out, lse = allocate_outputs(args)

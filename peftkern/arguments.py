@@ -16,9 +16,9 @@ from torch import Tensor
 OpName = Literal["prefix_attention", "soft_prompt_embedding"]
 
 
-#: Arguments that repeat on the host what ``cu_seqlens`` and ``prefix_ids`` say on the device. Backends may ignore
-#: them.
-HINTS = ("max_seqlen", "prefix_start")
+#: Arguments that repeat on the host what ``cu_seqlens`` and the prefixes' tensors say on the device. Backends may
+#: ignore them.
+HINTS = ("max_seqlen", "prefix_start", "max_prefix_len")
 
 
 class AttentionArgs(NamedTuple):
@@ -43,6 +43,7 @@ class AttentionArgs(NamedTuple):
     cu_seqlens: Tensor | None
     prefix_ids: Tensor | None
     prefix_lens: Tensor | None
+    prefix_starts: Tensor | None
     dropout_seed: Tensor | None
     scale: float
     causal: bool
@@ -52,6 +53,13 @@ class AttentionArgs(NamedTuple):
     dropout_p: float
     max_seqlen: int | None = None
     prefix_start: int | None = None
+    max_prefix_len: int | None = None
+
+    @property
+    def has_chains(self) -> bool:
+        """Whether a sequence may see several prefixes, or one that lies in k and v."""
+        ids = self.prefix_ids
+        return ids is not None and (len(ids.shape) == 2 or self.prefix_starts is not None)
 
     def without_hints(self) -> dict[str, Any]:
         """The arguments that define the result, by name: all but the :data:`HINTS`."""
@@ -60,12 +68,15 @@ class AttentionArgs(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors: ``q`` to ``dropout_seed``."""
-        return cast("tuple[Tensor | None, ...]", self[:14])
+        return cast("tuple[Tensor | None, ...]", self[:_NUM_TENSORS])
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The nine arguments that may have a gradient: ``q`` to ``gate``."""
         return cast("tuple[Tensor | None, ...]", self[: len(AttentionGradients._fields)])
+
+
+_NUM_TENSORS = AttentionArgs._fields.index("scale")
 
 
 class AttentionGradients(NamedTuple):
@@ -85,13 +96,27 @@ class AttentionGradients(NamedTuple):
     dgate: Tensor
 
 
-def constant(x: Tensor) -> Tensor:
+def constant(x: Tensor, host: Tensor | None = None) -> Tensor:
     """Mark ``x`` as a tensor that never changes again, and return it.
 
     What backends compute from it, such as a dense mask, is shared by all calls that pass it.
+
+    Args:
+        host: the values of ``x`` on the CPU, if they are known there. Whoever needs them does not wait for the device
+            then.
     """
     x._peftkern_constant = True  # type: ignore[attr-defined]
+    if host is not None:
+        x._peftkern_host = host  # type: ignore[attr-defined]
     return x
+
+
+def host_values(x: Tensor) -> Tensor:
+    """The values of ``x`` on the CPU. For a device tensor without those of :func:`constant`, this waits for them."""
+    if x.device.type == "cpu":
+        return x
+    host: Tensor | None = getattr(x, "_peftkern_host", None)
+    return x.cpu() if host is None else host
 
 
 def is_constant(x: Tensor) -> bool:
@@ -213,8 +238,21 @@ def attention_call(args: AttentionArgs, needs_grad: bool = False) -> Call:
     features = tuple(name for name, is_used in _FEATURES if is_used(args))
     return Call(
         "prefix_attention", args.q.device, args.q.dtype, args.prefix_k.dtype, tuple(args.q.shape),
-        tuple(args.k.shape), tuple(args.prefix_k.shape), features, needs_grad,
+        tuple(args.k.shape), _prefix_shape(args), features, needs_grad,
     )  # fmt: skip
+
+
+def _prefix_shape(args: AttentionArgs) -> tuple[int, ...]:
+    """The shape of ``prefix_k`` or, for chains, that of the bank which they become, as far as the host knows it."""
+    if not args.has_chains:
+        return tuple(args.prefix_k.shape)
+    ids = args.prefix_ids
+    assert ids is not None
+    bank, num_kv_heads, prefix_len, head_dim = args.prefix_k.shape
+    longest = args.max_prefix_len
+    if longest is None:
+        longest = args.k.shape[2] if args.prefix_starts is not None else ids.shape[1] * prefix_len
+    return ids.shape[0], num_kv_heads, longest, head_dim
 
 
 _FEATURES: tuple[tuple[str, Callable[[AttentionArgs], bool]], ...] = (
@@ -222,7 +260,8 @@ _FEATURES: tuple[tuple[str, Callable[[AttentionArgs], bool]], ...] = (
     ("key_mask", lambda args: args.key_mask is not None),
     ("cu_seqlens", lambda args: args.cu_seqlens is not None),
     ("bank", lambda args: args.prefix_ids is not None),
-    ("prefix_lens", lambda args: args.prefix_lens is not None),
+    ("prefix_lens", lambda args: args.prefix_lens is not None or args.has_chains),
+    ("gathered prefixes", lambda args: args.has_chains),
     ("window", lambda args: args.window is not None),
     ("prefix outside window", lambda args: args.window is not None and not args.prefix_in_window),
     ("softcap", lambda args: bool(args.softcap)),

@@ -33,6 +33,8 @@ __all__ = ["prefix_attention", "soft_prompt_embedding"]
 _maybe_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _NUM_DIFFERENTIABLE = len(AttentionGradients._fields)
 _NUM_TENSORS = AttentionArgs._fields.index("scale")
+#: ``prefix_ids``, ``prefix_lens`` and ``prefix_starts`` of a call with one prefix for all.
+_NO_PREFIXES = [None, None, None]
 _NO_FLAGS = (False,) * _NUM_DIFFERENTIABLE
 _NO_GRADIENTS = (None,) * (_NUM_TENSORS - _NUM_DIFFERENTIABLE)
 
@@ -60,6 +62,7 @@ def prefix_attention(  # type: ignore[misc]
     cu_seqlens: Tensor | None = None,
     prefix_ids: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    prefix_starts: Tensor | None = None,
     window: int | None = None,
     prefix_in_window: bool = True,
     softcap: float | None = None,
@@ -71,6 +74,7 @@ def prefix_attention(  # type: ignore[misc]
     dropout_seed: int | Tensor | None = None,
     max_seqlen: int | None = None,
     prefix_start: int | None = None,
+    max_prefix_len: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -103,15 +107,22 @@ def prefix_attention(  # type: ignore[misc]
         key_mask: bool [B, T], false hides a sequence key (padding).
         cu_seqlens: int32 or int64 [n + 1], offsets from 0 to S of n packed sequences; needs B = 1 and S = T. Each
             sequence sees the prefix and itself.
-        prefix_ids: int [B] (with cu_seqlens [n]), which prefix of the bank a sequence sees; -1 for none.
+        prefix_ids: int [B] (with cu_seqlens [n]), which prefix of the bank a sequence sees; -1 for none. Or [B, K]
+            (with cu_seqlens [n, K]): a sequence sees up to K prefixes as one, concatenated in the order of its row;
+            -1 may stand anywhere in a row and adds nothing.
         prefix_lens: int [A], the number of valid tokens of each prefix in the bank. Tokens behind it are ignored.
+            With prefix_starts int [A + C], required.
+        prefix_starts: int [C], with cu_seqlens and a bank (A and P may be 0): C further prefixes that lie in k and v.
+            Prefix A + c consists of the prefix_lens[A + c] rows from prefix_starts[c] on. dk and dv contain what the rows contribute as prefixes, summed in fp32 in a fixed order. Rows that
+            key_mask hides must not lie in a prefix: the mask hides keys of the sequences, not of prefixes.
         window: hides sequence keys that lie ``window`` or more positions before the query.
         prefix_in_window: if true, the prefix occupies the ``P`` positions before the sequence and the window counts
-            them, as in ``transformers``. If false, the prefix is always visible.
+            them, as in ``transformers``. If false, the prefix is always visible; prefix_starts needs an empty bank
+            then. Of several prefixes, their concatenation counts.
         softcap: c in the formula above (Gemma 2), or None to disable it.
         sinks: [Hq] logits that join the softmax's denominator without a value (GPT-OSS).
         bias: float with 4 dims, broadcastable to [B, Hq, S, T]. -inf hides a key; values below -1e38 may do so too.
-        prefix_bias: float [Hq, P] (each dim may be 1).
+        prefix_bias: float [Hq, P] (each dim may be 1), for one prefix per sequence.
         gate: [Hq]; the prefix gets a softmax of its own, times tanh(gate), added to the sequence's attention
             (LLaMA-Adapter, Zhang et al. 2023).
         dropout_p: probability of dropping an attention weight.
@@ -122,6 +133,9 @@ def prefix_attention(  # type: ignore[misc]
             that is too small leaves rows uncomputed.
         prefix_start: a row at which a packed sequence starts, known on the host: the sequences before it have no
             prefix (``prefix_ids`` -1) and all others the only prefix of the bank (0). Checked for CPU tensors only.
+        max_prefix_len: an upper bound of the number of prefix tokens that a sequence sees, known on the host, for
+            prefix_ids with two dims or prefix_starts. It tells the choice of a backend how long the prefixes are.
+            Checked for CPU tensors only.
         return_lse: also return lse [B, Hq, S] fp32, the natural logarithm of the denominator; differentiable.
         backend: ``"auto"``, or the name of a backend (:func:`peftkern.available_backends`) or of one of its plans
             (``"merge/cudnn/triton"``), which runs the call or raises.
@@ -144,8 +158,8 @@ def prefix_attention(  # type: ignore[misc]
     """
     inputs = AttentionArgs(
         q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens,
-        None, scale, causal, window, prefix_in_window, softcap, dropout_p,  # type: ignore[arg-type]
-        max_seqlen, prefix_start,
+        prefix_starts, None, scale, causal, window, prefix_in_window, softcap, dropout_p,  # type: ignore[arg-type]
+        max_seqlen, prefix_start, max_prefix_len,
     )  # fmt: skip
     args, plan, needs_grad = prepare(inputs, dropout_seed, backend)
     if needs_grad:
@@ -209,6 +223,7 @@ class _Prepared:
         plan: the plan, bound to such calls once one has run.
         numbers: the numbers as backends receive them.
         is_normal: whether the tensors are as backends receive them.
+        is_bound: whether the plan is bound, or never will be.
     """
 
     plan: Plan
@@ -221,8 +236,8 @@ def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
     """What validation and the choice of a plan depend on, as a hashable key: flat, since that is hashed fastest."""
     tensors: Any = inputs[: _NUM_TENSORS - 1]
     q, k, v, prefix_k, prefix_v, *optional = tensors
-    sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens = optional
-    if sinks is bias is prefix_bias is gate is key_mask is cu_seqlens is prefix_ids is prefix_lens is None:
+    sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, *prefixes = optional
+    if sinks is bias is prefix_bias is gate is key_mask is cu_seqlens is None and prefixes == _NO_PREFIXES:
         described: tuple[Any, ...] = ()
     else:
         described = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in optional])
@@ -241,11 +256,12 @@ def _prepared(signature: tuple[Any, ...], needs_grad: bool, requested: str, stat
     """Validate and choose. ``state`` is the state of torch that the choice depends on (:func:`.registry.choice`)."""
     described, numbers = signature[20:22]
     infos: list[Any] = [TensorInfo(*signature[i : i + 4]) for i in range(0, 20, 4)]
-    infos += [x and TensorInfo(*x) for x in described or [None] * 8]
+    infos += [x and TensorInfo(*x) for x in described or [None] * (_NUM_TENSORS - 6)]
     args = AttentionArgs(*infos, None, *numbers)  # type: ignore[call-arg]
     check_attention(args)
     plan = registry.plan_named(registry.resolve(attention_call(args, needs_grad), requested))
-    return _Prepared(plan, normalize_numbers(args), has_normal_tensors(args))
+    # a plan is bound to what it is given, which for chains is another call for each set of values
+    return _Prepared(plan, normalize_numbers(args), has_normal_tensors(args), is_bound=args.has_chains)
 
 
 def needs_backward(args: AttentionArgs) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import dispatcher
 from .arguments import AttentionArgs, AttentionGradients, allocate_gradients, allocate_outputs, lse_dtype
+from .backends import gather
 from .backends.base import Plan
 from .backends.registry import plan_named
 
@@ -50,9 +51,10 @@ def _check_index(name: str, index: Tensor | None, low: int, high: int) -> None:
 
 
 def _check_values(args: AttentionArgs) -> None:
-    if args.prefix_ids is not None:
+    if args.has_chains:
+        _check_chains(args)
+    elif args.prefix_ids is not None:
         _check_index("prefix_ids", args.prefix_ids, -1, args.prefix_k.shape[0])
-    if args.prefix_lens is not None:
         _check_index("prefix_lens", args.prefix_lens, 0, args.prefix_k.shape[-2] + 1)
     cu_seqlens = args.cu_seqlens
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
@@ -63,6 +65,32 @@ def _check_values(args: AttentionArgs) -> None:
                 f"cu_seqlens: expected non-decreasing offsets from 0 to S = {total}, got {cu_seqlens.tolist()}"
             )
         _check_hints(args, cu_seqlens)
+
+
+def _check_chains(args: AttentionArgs) -> None:
+    """Raise if prefixes do not exist, or do not lie in the bank or in k and v. CPU only."""
+    ids, lens, starts = args.prefix_ids, args.prefix_lens, args.prefix_starts
+    assert ids is not None
+    if ids.device.type != "cpu":
+        return
+    bank, prefix_len, kv_len = args.prefix_k.shape[0], args.prefix_k.shape[2], args.k.shape[2]
+    num_prefixes = bank + (0 if starts is None else starts.shape[0])
+    _check_index("prefix_ids", ids, -1, num_prefixes)
+    lengths = torch.full((bank,), prefix_len) if lens is None else lens.long()
+    _check_index("prefix_lens", lengths[:bank], 0, prefix_len + 1)
+    if starts is not None:
+        _check_index("prefix_lens", lengths[bank:], 0, kv_len + 1)
+        _check_index("prefix_starts", starts, 0, kv_len + 1)
+        ends = starts + lengths[bank:]
+        if bool((ends > kv_len).any()):
+            raise ValueError(f"prefix_starts: expected prefixes that end by T = {kv_len}, got ends {ends.tolist()}")
+    if args.max_prefix_len is not None and ids.numel() and num_prefixes:
+        seen = torch.where(ids >= 0, lengths[ids.clamp(min=0)], 0).reshape(ids.shape[0], -1)
+        longest = int(seen.sum(1).max())
+        if args.max_prefix_len < longest:
+            raise ValueError(
+                f"max_prefix_len: expected at least what a sequence sees, {longest}, got {args.max_prefix_len}"
+            )
 
 
 def _check_hints(args: AttentionArgs, cu_seqlens: Tensor) -> None:
@@ -86,7 +114,7 @@ def attention(args: AttentionArgs, plan: Plan | str) -> tuple[Tensor, Tensor]:
     if isinstance(plan, str) or dispatcher.is_needed(args.tensors):
         return prefix_attention(*args, plan if isinstance(plan, str) else plan.name)  # type: ignore[no-any-return]
     _check_values(args)
-    return plan.prefix_attention(args)
+    return gather.prefix_attention(plan, args)
 
 
 def attention_backward(
@@ -102,14 +130,14 @@ def attention_backward(
     if isinstance(plan, str) or dispatcher.is_needed((dout, dlse, out, lse, *args.tensors)):
         name = plan if isinstance(plan, str) else plan.name
         return prefix_attention_backward(dout, dlse, out, lse, *args, needs, name)  # type: ignore[no-any-return]
-    return plan.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+    return gather.prefix_attention_backward(plan, dout, dlse, out, lse, args, needs)
 
 
 def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]
     *values, plan = inputs
     args = AttentionArgs(*values)
     _check_values(args)
-    return plan_named(plan).prefix_attention(args)
+    return gather.prefix_attention(plan_named(plan), args)
 
 
 def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
@@ -119,7 +147,8 @@ def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
 
 def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, plan = inputs
-    gradients = plan_named(plan).prefix_attention_backward(dout, dlse, out, lse, AttentionArgs(*values), needs)
+    args = AttentionArgs(*values)
+    gradients = gather.prefix_attention_backward(plan_named(plan), dout, dlse, out, lse, args, needs)
     return _distinct(gradients)
 
 

@@ -8,6 +8,7 @@ matrix.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def prefix_attention(
     cu_seqlens: Tensor | None = None,
     prefix_ids: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    prefix_starts: Tensor | None = None,
     window: int | None = None,
     prefix_in_window: bool = True,
     softcap: float | None = None,
@@ -53,12 +55,15 @@ def prefix_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if prefix_k.dim() == 3:  # a bank of one
         prefix_k, prefix_v = prefix_k[None], prefix_v[None]
-    bank, _, prefix_len, _ = prefix_k.shape
     heads = (num_kv_heads, num_heads // num_kv_heads)  # key head, query head within its group
 
-    q = q.to(fp).unflatten(1, heads)
-    k, v = k.to(fp), v.to(fp)
+    q, k, v = q.to(fp).unflatten(1, heads), k.to(fp), v.to(fp)
     prefix_k, prefix_v = (_round_to(x, dtype).to(fp) for x in (prefix_k, prefix_v))
+    if prefix_ids is not None and (prefix_ids.dim() == 2 or prefix_starts is not None):
+        chains = prefix_chains(prefix_ids, prefix_lens, prefix_starts, prefix_k.shape)
+        prefix_k, prefix_v = join_prefixes(chains, prefix_k, k), join_prefixes(chains, prefix_v, v)
+        prefix_ids, prefix_lens = chain_ids_and_lens(chains, q.device)
+    bank, _, prefix_len, _ = prefix_k.shape
 
     seq_scores = _softcap(torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale, softcap).flatten(1, 2)  # [B, Hq, S, T]
     prefix_scores = _softcap(torch.einsum("bhgsd,ahpd->bhgsap", q, prefix_k) * scale, softcap).flatten(1, 2)
@@ -74,16 +79,69 @@ def prefix_attention(
     prefix_weights, seq_weights, lse = _attention_weights(prefix_scores, seq_scores, sinks, gate)
     prefix_weights = prefix_weights.unflatten(3, (bank, prefix_len))
     if dropout_p > 0.0:
-        assert dropout_seed is not None
-        shape, keep_p = (batch, num_heads, q_len), 1 - dropout_p
-        prefix_keep = dropout_keep(dropout_seed, (*shape, prefix_len), dropout_p, part=1).unsqueeze(3)
-        seq_weights = seq_weights * dropout_keep(dropout_seed, (*shape, kv_len), dropout_p, part=0) / keep_p
-        prefix_weights = prefix_weights * prefix_keep / keep_p
+        seq_weights, prefix_weights = _dropout(seq_weights, prefix_weights, dropout_seed, dropout_p)
 
     seq_weights, prefix_weights = (w.unflatten(1, heads) for w in (seq_weights, prefix_weights))
     out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)
     out = out + torch.einsum("bhgsap,ahpd->bhgsd", prefix_weights, prefix_v)
     return out.flatten(1, 2).to(dtype), lse
+
+
+class Piece(NamedTuple):
+    """One prefix of a sequence: ``rows`` of an entry of the bank or, if ``entry`` is None, of k and v.
+
+    In the concatenation of the sequence's prefixes it begins at token ``offset``.
+    """
+
+    entry: int | None
+    rows: slice
+    offset: int
+
+    @property
+    def place(self) -> slice:
+        """The tokens of the concatenation."""
+        return slice(self.offset, self.offset + self.rows.stop - self.rows.start)
+
+
+def prefix_chains(
+    prefix_ids: Tensor, prefix_lens: Tensor | None, prefix_starts: Tensor | None, bank_shape: torch.Size
+) -> list[list[Piece]]:
+    """The prefixes of each sequence in the order in which it sees them. ``bank_shape`` is [A, Hkv, P, D]."""
+    bank, prefix_len = bank_shape[0], bank_shape[2]
+    lens = [prefix_len] * bank if prefix_lens is None else prefix_lens.tolist()
+    starts = [0] * bank + ([] if prefix_starts is None else prefix_starts.tolist())
+    chains = []
+    for row in prefix_ids.reshape(prefix_ids.shape[0], -1).tolist():
+        chain, length = [], 0
+        for i in row:
+            if i >= 0 and lens[i] > 0:
+                chain.append(Piece(i if i < bank else None, slice(starts[i], starts[i] + lens[i]), length))
+                length += lens[i]
+        chains.append(chain)
+    return chains
+
+
+def chain_ids_and_lens(chains: list[list[Piece]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(prefix_ids [n], prefix_lens [n]) for a bank with one entry per sequence, its concatenated prefixes."""
+    lens = [chain[-1].place.stop if chain else 0 for chain in chains]
+    return torch.arange(len(chains), device=device), torch.tensor(lens, dtype=torch.int64, device=device)
+
+
+def join_prefixes(chains: list[list[Piece]], prefix: Tensor, sequence: Tensor) -> Tensor:
+    """Concatenate the prefixes of each sequence: [n, Hkv, longest, D], zeros behind shorter ones.
+
+    Args:
+        chains: the prefixes of the n sequences.
+        prefix: keys or values of the bank [A, Hkv, P, D].
+        sequence: keys or values of the packed sequences [1, Hkv, T, D].
+    """
+    longest = max([chain[-1].place.stop for chain in chains if chain], default=0)
+    joined = prefix.new_zeros(len(chains), prefix.shape[1], longest, prefix.shape[3])
+    for i, chain in enumerate(chains):
+        for piece in chain:
+            source = sequence[0] if piece.entry is None else prefix[piece.entry]
+            joined[i, :, piece.place] = source[:, piece.rows]
+    return joined
 
 
 def _attention_weights(
@@ -148,6 +206,15 @@ def visibility(
         distance = position[:, None, None] + lens[:, None] - tokens  # [S, A, P]
         prefix_visible = prefix_visible & (distance < window)
     return seq_visible, prefix_visible
+
+
+def _dropout(seq_weights: Tensor, prefix_weights: Tensor, seed: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """Weights [B, Hq, S, T] and [B, Hq, S, A, P] after dropout, the same for every prefix of a bank."""
+    assert seed is not None
+    batch, num_heads, q_len, _ = seq_weights.shape
+    keep = dropout_keep(seed, (batch, num_heads, q_len, seq_weights.shape[-1]), p, part=0)
+    prefix_keep = dropout_keep(seed, (batch, num_heads, q_len, prefix_weights.shape[-1]), p, part=1).unsqueeze(3)
+    return seq_weights * keep / (1 - p), prefix_weights * prefix_keep / (1 - p)
 
 
 def _softcap(scores: Tensor, softcap: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import AttentionArgs, lse_dtype
+from .arguments import HINTS, AttentionArgs, lse_dtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: Device types that support autocast; others raise when asked whether it is enabled. A constant, so that
@@ -49,7 +49,10 @@ def check_tensors(args: AttentionArgs) -> None:
             raise argument_error(name, "a tensor or None", type(x).__name__)
 
 
-_OPTIONAL_TENSORS = ("sinks", "bias", "prefix_bias", "gate", "key_mask", "cu_seqlens", "prefix_ids", "prefix_lens")
+_OPTIONAL_TENSORS = (
+    "sinks", "bias", "prefix_bias", "gate", "key_mask", "cu_seqlens", "prefix_ids", "prefix_lens",
+    "prefix_starts",
+)  # fmt: skip
 
 
 def autocast_attention(inputs: AttentionArgs) -> AttentionArgs:
@@ -102,7 +105,7 @@ def _check_prefix(args: AttentionArgs) -> None:
             raise argument_error("prefix_ids", "the prefix of each sequence, since prefix_k is a bank", None)
     else:
         _check_shape("prefix_k", prefix_k, num_kv_heads, "P", head_dim)
-        for name in ("prefix_ids", "prefix_lens"):
+        for name in ("prefix_ids", "prefix_lens", "prefix_starts"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "None, since prefix_k [Hkv, P, D] is a single prefix", "a tensor")
     _check_shape("prefix_v", args.prefix_v, *prefix_k.shape)
@@ -123,9 +126,14 @@ def _check_indices(args: AttentionArgs) -> None:
             raise argument_error("cu_seqlens", "at least the offset 0", "an empty tensor")
         sequences = args.cu_seqlens.shape[0] - 1
     if args.prefix_ids is not None:
-        _check_index_tensor("prefix_ids", args.prefix_ids, sequences)
+        several = ("K",) if len(args.prefix_ids.shape) == 2 else ()
+        _check_index_tensor("prefix_ids", args.prefix_ids, sequences, *several)
+    num_prefixes = args.prefix_k.shape[0]
+    if args.prefix_starts is not None:
+        _check_starts(args)
+        num_prefixes += args.prefix_starts.shape[0]
     if args.prefix_lens is not None:
-        _check_index_tensor("prefix_lens", args.prefix_lens, args.prefix_k.shape[0])
+        _check_index_tensor("prefix_lens", args.prefix_lens, num_prefixes)
     _check_hints(args)
     if args.key_mask is not None:
         if args.key_mask.dtype != torch.bool:
@@ -133,19 +141,42 @@ def _check_indices(args: AttentionArgs) -> None:
         _check_shape("key_mask", args.key_mask, batch, kv_len)
 
 
+def _check_starts(args: AttentionArgs) -> None:
+    assert args.prefix_starts is not None
+    _check_index_tensor("prefix_starts", args.prefix_starts, "C")
+    if args.cu_seqlens is None:
+        raise argument_error("prefix_starts", "None, since the input is not packed (cu_seqlens)", "a tensor")
+    if args.prefix_lens is None:
+        raise argument_error("prefix_lens", "the length of each prefix, since prefix_starts is given", None)
+    if args.window is not None and not args.prefix_in_window and args.prefix_k.shape[0] > 0:
+        reason = "None, since prefix_in_window is False: the window does not tell the bank's prefixes from others"
+        raise argument_error("prefix_starts", reason, "a tensor")
+
+
 def _check_hints(args: AttentionArgs) -> None:
-    for name, value in (("max_seqlen", args.max_seqlen), ("prefix_start", args.prefix_start)):
+    for name in HINTS:
+        value = getattr(args, name)
         if value is None:
             continue
-        if args.cu_seqlens is None:
+        if args.cu_seqlens is None and name != "max_prefix_len":
             raise argument_error(name, "None, since the input is not packed (cu_seqlens)", value)
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
             raise argument_error(name, "None or a non-negative int", repr(value))
     if args.prefix_start is not None:
         if args.prefix_ids is None or args.prefix_k.shape[0] != 1:
             raise argument_error("prefix_start", "None, since there is no bank of one prefix", args.prefix_start)
+        if args.has_chains:
+            raise argument_error("prefix_start", f"None, since {_why_chains(args)}", args.prefix_start)
         if args.prefix_start > args.q.shape[2]:
             raise argument_error("prefix_start", f"at most S = {args.q.shape[2]}", args.prefix_start)
+    if args.max_prefix_len is not None and not args.has_chains:
+        reason = "None, since prefix_ids does not have two dims and prefix_starts is None"
+        raise argument_error("max_prefix_len", reason, args.max_prefix_len)
+
+
+def _why_chains(args: AttentionArgs) -> str:
+    """Which argument makes :attr:`.AttentionArgs.has_chains` true."""
+    return "prefix_ids has two dims" if args.prefix_starts is None else "prefix_starts is given"
 
 
 def _check_numbers(args: AttentionArgs) -> None:
@@ -167,6 +198,8 @@ def _check_biases(args: AttentionArgs) -> None:
             _check_dtype(name, x, *FLOATS)
             _check_shape(name, x, num_heads)
     if args.prefix_bias is not None:
+        if args.has_chains:
+            raise argument_error("prefix_bias", f"None, since {_why_chains(args)}", "a tensor")
         _check_dtype("prefix_bias", args.prefix_bias, *FLOATS)
         _check_broadcastable("prefix_bias", args.prefix_bias, num_heads, args.prefix_k.shape[-2])
     if args.bias is not None:
@@ -191,20 +224,21 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
         v if v.stride(-1) == 1 else _unit_stride(v),
         prefix_k if prefix_k.stride(-1) == 1 else _unit_stride(prefix_k),
         prefix_v if prefix_v.stride(-1) == 1 else _unit_stride(prefix_v),
-        sinks, bias, prefix_bias, gate, *args[9:13],
+        sinks, bias, prefix_bias, gate, *args[9:14],
         _dropout_seed(dropout_seed, q.device) if args.dropout_p > 0.0 else None,
         *normalize_numbers(args),
     )  # fmt: skip
 
 
 def normalize_numbers(args: AttentionArgs) -> tuple[Any, ...]:
-    """Checked numbers as backends receive them: ``scale`` to ``prefix_start``."""
+    """Checked numbers as backends receive them: ``scale`` to ``max_prefix_len``."""
     scale = args.scale
     if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
         raise argument_error("scale", "None or a finite number", repr(scale))
     return (
         float(args.q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window, args.prefix_in_window,
         float(args.softcap or 0.0), float(args.dropout_p), args.max_seqlen, args.prefix_start,
+        args.max_prefix_len,
     )  # fmt: skip
 
 
@@ -283,9 +317,9 @@ def _check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
         raise argument_error(argument, " or ".join(str(d) for d in dict.fromkeys(expected)), x.dtype)
 
 
-def _check_index_tensor(argument: str, x: Tensor, size: int | str) -> None:
+def _check_index_tensor(argument: str, x: Tensor, *sizes: int | str) -> None:
     _check_dtype(argument, x, torch.int32, torch.int64)
-    _check_shape(argument, x, size)
+    _check_shape(argument, x, *sizes)
 
 
 def _check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:

@@ -256,7 +256,7 @@ def test_both_ways_return_the_same(backend, inputs, monkeypatch):
 
 
 def test_outputs_of_the_op_are_distinct(inputs):
-    args = (*_detached(inputs).values(), *[None] * 9, 0.25, True, None, True, 0.0, 0.0, None, None)
+    args = (*_detached(inputs).values(), *[None] * 10, 0.25, True, None, True, 0.0, 0.0, None, None, None)
     out, lse = ops.prefix_attention(*args, "cpu")
     gradients = ops.prefix_attention_backward(out, None, out, lse, *args, [True, *[False] * 8], "cpu")
     assert len({id(g) for g in gradients}) == len(gradients)

@@ -35,6 +35,10 @@ class Plan(ABC):
     out by :func:`~peftkern.arguments.allocate_outputs` and :func:`~peftkern.arguments.allocate_gradients`.
     """
 
+    #: Whether it takes sequences with several prefixes, or with prefixes in k and v. For other plans, the prefixes
+    #: are gathered first (:mod:`.gather`).
+    reads_chains: ClassVar[bool] = False
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -26,6 +26,8 @@ from .torch_attention import AttentionKernel, KernelInputs, attention, attention
 
 #: Features with which the keys of packed sequences cannot be laid out without a mask.
 _NOT_LAID_OUT = frozenset({"key_mask", "bias", "prefix_bias", "prefix outside window"})
+#: Features that torch's kernel does not see where the keys are laid out without a mask.
+_LAID_OUT = frozenset({"sinks", "bank", "prefix_lens", "gathered prefixes"})
 #: Features that need a mask here even if torch's op has an argument of that name, as messages call them.
 _MASKED_FEATURES = {
     "cu_seqlens": "packed sequences behind one prefix",
@@ -156,8 +158,9 @@ class ConcatBackend(CompositeBackend):
 
     def kernel_features(self, features: tuple[str, ...]) -> tuple[str, ...]:
         if "cu_seqlens" in features and _NOT_LAID_OUT.isdisjoint(features):
-            return tuple(name for name in features if name not in ("sinks", "bank", "prefix_lens"))
-        return tuple(_MASKED_FEATURES.get(name, name) for name in features if name != "sinks")
+            return tuple(name for name in features if name not in _LAID_OUT)
+        own = ("sinks", "gathered prefixes")
+        return tuple(_MASKED_FEATURES.get(name, name) for name in features if name not in own)
 
     def num_keys(self, call: Call) -> int:
         return call.kv_shape[2] + call.prefix_shape[-2]

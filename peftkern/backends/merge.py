@@ -26,7 +26,9 @@ from .long_prefix import LongPrefixKernels, with_long_prefixes
 from .torch_attention import AttentionKernel, KernelInputs, attention, attention_backward
 
 #: Features of the prefix alone: the prefix kernels have them, so torch's kernel need not.
-_PREFIX_FEATURES = frozenset({"bank", "prefix_lens", "prefix_bias", "gate", "sinks", "prefix outside window"})
+_PREFIX_FEATURES = frozenset({
+    "bank", "prefix_lens", "gathered prefixes", "prefix_bias", "gate", "sinks", "prefix outside window",
+})  # fmt: skip
 
 
 class MergePlan(CompositePlan):

@@ -18,6 +18,7 @@ class ReferencePlan(Plan):
     """Runs :mod:`peftkern.reference` and differentiates it in closed form."""
 
     name = "reference"
+    reads_chains = True
 
     @torch.no_grad()
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -111,6 +112,8 @@ def _attention_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dic
     of its own: its own delta without dlse, and dout times tanh(gate). The softmax is computed again: p from the saved
     lse would carry the rounding of a large fp32 lse. (Dao et al., FlashAttention, 2022, appendix B.4.)
     """
+    if args.has_chains:
+        return _chain_gradients(dout, dlse, args)
     prefix, seq = _key_parts(args)
     heads = (args.k.shape[1], args.q.shape[1] // args.k.shape[1])
     dout = dout.to(seq.scores.dtype).unflatten(1, heads)  # [B, Hkv, G, S, D]
@@ -160,6 +163,32 @@ def _summed_gradients(
     for name, x in zip(("dprefix_k", "dprefix_v"), dprefix, strict=True):
         x = x.sum(0).unflatten(1, by_prefix).transpose(0, 1)
         gradients[name] = x if args.prefix_k.dim() == 4 else x[0]
+    return gradients
+
+
+def _chain_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dict[str, Tensor]:
+    """All gradients of sequences with several prefixes, or with prefixes in k and v.
+
+    Each sequence gets the concatenation of its prefixes, whose gradient is then added up where the prefixes lie.
+    """
+    assert args.prefix_ids is not None
+    dtype = args.q.dtype
+    chains = reference.prefix_chains(args.prefix_ids, args.prefix_lens, args.prefix_starts, args.prefix_k.shape)
+    ids, lens = reference.chain_ids_and_lens(chains, args.q.device)
+    joined = args._replace(
+        prefix_k=reference.join_prefixes(chains, args.prefix_k.to(dtype), args.k),
+        prefix_v=reference.join_prefixes(chains, args.prefix_v.to(dtype), args.v),
+        prefix_ids=ids, prefix_lens=lens, prefix_starts=None,
+    )  # fmt: skip
+    gradients = _attention_gradients(dout, dlse, joined)
+    for name in ("k", "v"):
+        djoined, dsequence = gradients[f"dprefix_{name}"], gradients[f"d{name}"]
+        dprefix = djoined.new_zeros(args.prefix_k.shape)
+        for i, chain in enumerate(chains):
+            for piece in chain:
+                target = dsequence[0] if piece.entry is None else dprefix[piece.entry]
+                target[:, piece.rows] += djoined[i, :, piece.place]
+        gradients[f"dprefix_{name}"] = dprefix
     return gradients
 
 

@@ -21,7 +21,7 @@ def sizes_of(name: str, **sizes) -> tuple[Shape, dict]:
 
 
 def args_of(given: dict, **options) -> AttentionArgs:
-    values = dict.fromkeys(AttentionArgs._fields[5:14]) | given
+    values = dict.fromkeys(AttentionArgs._fields[5:15]) | given
     values |= {
         "scale": 0.125,
         "causal": True,

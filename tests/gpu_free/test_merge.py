@@ -279,7 +279,7 @@ def _large(monkeypatch):
     """Arguments with so many rows that the prefix, which each program reads once, counts little."""
     shape = Shape(B=6, Hq=8, Hkv=1, S=256, P=128, D=16)
     inputs = tensors(shape, torch.float32)
-    args = ops.AttentionArgs(**inputs, **dict.fromkeys(ops.AttentionArgs._fields[5:14]), scale=0.25, causal=True,
+    args = ops.AttentionArgs(**inputs, **dict.fromkeys(ops.AttentionArgs._fields[5:15]), scale=0.25, causal=True,
                              window=None, prefix_in_window=True, softcap=0.0, dropout_p=0.0)  # fmt: skip
     q, prefix = 4 * shape.B * shape.Hq * shape.S * shape.D, 2 * 4 * shape.Hkv * shape.P * shape.D
     return args, q, q // shape.D, prefix

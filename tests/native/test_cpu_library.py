@@ -27,7 +27,7 @@ PHILOX = [
 
 
 def _args(shape: Shape | None = None, **options) -> AttentionArgs:
-    values = dict.fromkeys(AttentionArgs._fields[5:14]) | tensors(shape or Shape(), torch.float32)
+    values = dict.fromkeys(AttentionArgs._fields[5:15]) | tensors(shape or Shape(), torch.float32)
     values |= {"scale": 0.25, "causal": True, "window": None, "prefix_in_window": True, "softcap": 0.0}
     return AttentionArgs(**{**values, "dropout_p": 0.0, **options})
 

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sequences with several prefixes, or with prefixes in k and v, for plans that take one prefix each.
+
+The prefixes that a sequence sees are its chain. Each chain that occurs becomes an entry of a ragged bank: its rows are
+copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. Its gradients are then added up
+where the rows came from.
+
+A row may lie in several chains, as the beginning of a document does that many questions share. The chains are
+therefore cut into pieces so that two pieces are the same rows or have none in common. The gradients of a piece are
+summed in fp32 over the chains that contain it, in a fixed order, and written by an index without repetitions. No
+atomic operation is needed, so the gradients are bitwise repeatable.
+
+All indices are computed on the host, once for all layers and the backward if the tensors are
+:func:`~peftkern.arguments.constant`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import AttentionArgs, AttentionGradients, constant, host_values
+from .base import Plan
+from .derived import derived
+
+__all__ = ["prefix_attention", "prefix_attention_backward"]
+
+
+def prefix_attention(plan: Plan, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """:meth:`.Plan.prefix_attention`, with the prefixes gathered if the plan needs that."""
+    if args.has_chains and not plan.reads_chains:
+        args = _gathered(args, _rows_of(args))
+    return plan.prefix_attention(args)
+
+
+def prefix_attention_backward(
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    args: AttentionArgs,
+    needs: list[bool],
+) -> AttentionGradients:
+    """:meth:`.Plan.prefix_attention_backward`, with the prefixes gathered if the plan needs that."""
+    if not args.has_chains or plan.reads_chains:
+        return plan.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+    rows = _rows_of(args)
+    _, dk, dv, dprefix_k, dprefix_v, *_ = needs
+    in_sequence = rows.of_sequence is not None
+    inner = [*needs[:3], dprefix_k or (in_sequence and dk), dprefix_v or (in_sequence and dv), *needs[5:]]
+    found = plan.prefix_attention_backward(dout, dlse, out, lse, _gathered(args, rows), inner)
+    for dgathered in (found.dprefix_k, found.dprefix_v):
+        if dgathered.numel():
+            rows.fold(dgathered)
+    if in_sequence and dk:
+        rows.add_to_sequence(found.dprefix_k, found.dk)
+    if in_sequence and dv:
+        rows.add_to_sequence(found.dprefix_v, found.dv)
+    return found._replace(
+        dprefix_k=rows.to_bank(found.dprefix_k, args.prefix_k) if dprefix_k else out.new_empty(0),
+        dprefix_v=rows.to_bank(found.dprefix_v, args.prefix_v) if dprefix_v else out.new_empty(0),
+    )
+
+
+def _gathered(args: AttentionArgs, rows: _Rows) -> AttentionArgs:
+    """The call with the bank of its chains, one prefix per sequence, and no prefix in k and v."""
+    return args._replace(
+        prefix_k=rows.gather(args.prefix_k, args.k), prefix_v=rows.gather(args.prefix_v, args.v),
+        prefix_ids=rows.ids, prefix_lens=rows.lens, prefix_starts=None, max_prefix_len=None,
+    )  # fmt: skip
+
+
+class _Piece(NamedTuple):
+    """``length`` rows from row ``first`` on: of an entry of the bank or, if ``entry`` is None, of k and v."""
+
+    entry: int | None
+    first: int
+    length: int
+
+
+class _Place(NamedTuple):
+    """Where a piece begins in the gathered bank."""
+
+    chain: int
+    token: int
+
+
+class _Copies(NamedTuple):
+    """Rows of a source and their places in the gathered bank. All are int64 on the device, one number per row.
+
+    Attributes:
+        entries: of the bank; 0 for k and v, whose batch size is 1.
+        rows: of that entry.
+        chains: of the gathered bank.
+        tokens: of that chain.
+    """
+
+    entries: Tensor
+    rows: Tensor
+    chains: Tensor
+    tokens: Tensor
+
+
+class _Source(NamedTuple):
+    """What comes from the bank, or from k and v.
+
+    Attributes:
+        every: all copies.
+        first: the first copy of each row.
+    """
+
+    every: _Copies
+    first: _Copies
+
+
+class _Fold(NamedTuple):
+    """Chains that contain the same piece at the same token as each other.
+
+    Attributes:
+        chains: the chains, int64 on the device.
+        tokens: the piece's tokens in them.
+        first: the chain that contains the piece first.
+        first_tokens: the piece's tokens in that chain.
+    """
+
+    chains: Tensor
+    tokens: slice
+    first: int
+    first_tokens: slice
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a gathered bank of C chains.
+
+    Attributes:
+        ids: int32 [n], the chain of each sequence, -1 for none.
+        lens: int32 [C].
+        longest: the largest of ``lens``.
+        is_full: whether all chains have this length.
+        view: all rows, if they lie behind each other and need no copy.
+        of_bank: what comes from the bank, None if nothing does.
+        of_sequence: what comes from k and v, None if nothing does.
+        folds: the pieces that occur more than once.
+    """
+
+    ids: Tensor
+    lens: Tensor
+    longest: int
+    is_full: bool
+    view: _Piece | None
+    of_bank: _Source | None
+    of_sequence: _Source | None
+    folds: Sequence[_Fold]
+
+    def gather(self, prefix: Tensor, sequence: Tensor) -> Tensor:
+        """Keys or values [C, Hkv, longest, D] of the chains in the dtype of k, zeros behind shorter chains.
+
+        Args:
+            prefix: those of the bank [A, Hkv, P, D].
+            sequence: those of the packed sequences [1, Hkv, T, D].
+        """
+        if self.view is not None:
+            entry, first, length = self.view
+            source = sequence if entry is None else prefix[entry, None]
+            return source[:, :, first : first + length]
+        sources = [(x, found.every) for x, found in ((prefix, self.of_bank), (sequence, self.of_sequence)) if found]
+        shape = (self.lens.shape[0], self.longest, sequence.shape[1], sequence.shape[3])
+        if self.is_full and len(sources) == 1:
+            ((x, copies),) = sources
+            return _by_row(x)[copies.entries, copies.rows].to(sequence.dtype).view(shape).transpose(1, 2)
+        gathered = sequence.new_zeros(shape)  # kernels read the rows behind a chain too, so they must be finite
+        for x, copies in sources:
+            gathered[copies.chains, copies.tokens] = _by_row(x)[copies.entries, copies.rows].to(sequence.dtype)
+        return gathered.transpose(1, 2)
+
+    def fold(self, dgathered: Tensor) -> None:
+        """Add up the gradients of each piece's copies in the first one.
+
+        Args:
+            dgathered: the gradient of what :meth:`gather` returns, [C, Hkv, longest, D] in fp32. Changed in place.
+        """
+        for fold in self.folds:
+            dgathered[fold.first, :, fold.first_tokens] += dgathered[fold.chains, :, fold.tokens].sum(0)
+
+    def add_to_sequence(self, dgathered: Tensor, dsequence: Tensor) -> None:
+        """Add the folded gradient's rows to the gradient of k or v, which is rounded once more."""
+        assert self.of_sequence is not None
+        copies, target = self.of_sequence.first, _by_row(dsequence)
+        terms = _by_row(dgathered)[copies.chains, copies.tokens]
+        total = target[copies.entries, copies.rows].to(terms.dtype) + terms
+        target[copies.entries, copies.rows] = total.to(target.dtype)
+
+    def to_bank(self, dgathered: Tensor, prefix: Tensor) -> Tensor:
+        """The gradient of ``prefix`` [A, Hkv, P, D] in the dtype of the folded gradient."""
+        dprefix = dgathered.new_zeros(prefix.shape)
+        if self.of_bank is not None:
+            copies = self.of_bank.first
+            _by_row(dprefix)[copies.entries, copies.rows] = _by_row(dgathered)[copies.chains, copies.tokens]
+        return dprefix
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """[N, H, L, D] as [N, L, H, D], a view."""
+    return x.transpose(1, 2)
+
+
+def _rows_of(args: AttentionArgs) -> _Rows:
+    ids, lens, starts = args.prefix_ids, args.prefix_lens, args.prefix_starts
+    assert ids is not None
+    bank, _, prefix_len, _ = args.prefix_k.shape
+
+    def compute() -> _Rows:
+        prefixes = _prefixes(bank, prefix_len, lens, starts)
+        return _rows(host_values(ids).reshape(ids.shape[0], -1).tolist(), prefixes, ids.device)
+
+    return derived("gathered prefixes", (ids, lens, starts), (bank, prefix_len), compute)
+
+
+def _prefixes(bank: int, prefix_len: int, lens: Tensor | None, starts: Tensor | None) -> list[list[_Piece]]:
+    """The pieces of each prefix: those in k and v are cut where another one of them begins or ends."""
+    lengths = [prefix_len] * bank if lens is None else host_values(lens).tolist()
+    firsts = [] if starts is None else host_values(starts).tolist()
+    spans = [(first, first + length) for first, length in zip(firsts, lengths[bank:], strict=True)]
+    cuts = sorted({end for span in spans for end in span})
+    prefixes = [[_Piece(entry, 0, length)] if length else [] for entry, length in enumerate(lengths[:bank])]
+    for first, end in spans:
+        ends = cuts[bisect_left(cuts, first) : bisect_right(cuts, end)]
+        prefixes.append([_Piece(None, a, b - a) for a, b in zip(ends, ends[1:], strict=False)])
+    return prefixes
+
+
+def _rows(ids: list[list[int]], prefixes: list[list[_Piece]], device: torch.device) -> _Rows:
+    chains: dict[tuple[_Piece, ...], int] = {}
+    numbers = []
+    for row in ids:
+        chain = tuple(piece for i in row if i >= 0 for piece in prefixes[i])
+        numbers.append(chains.setdefault(chain, len(chains)) if chain else -1)
+    lens = [sum(piece.length for piece in chain) for chain in chains] or [0]
+    places: dict[_Piece, list[_Place]] = {}
+    for number, chain in enumerate(chains):
+        token = 0
+        for piece in chain:
+            places.setdefault(piece, []).append(_Place(number, token))
+            token += piece.length
+    return _Rows(
+        constant(torch.tensor(numbers, dtype=torch.int32).to(device)),
+        constant(torch.tensor(lens, dtype=torch.int32).to(device)),
+        max(lens), min(lens) == max(lens), _as_view(list(chains)),
+        _source(places, False, device), _source(places, True, device), _folds(places, device),
+    )  # fmt: skip
+
+
+def _as_view(chains: list[tuple[_Piece, ...]]) -> _Piece | None:
+    """The rows of the only chain, if its pieces lie behind each other."""
+    if len(chains) != 1:
+        return None
+    first, *others = chains[0]
+    length = first.length
+    for piece in others:
+        if (piece.entry, piece.first) != (first.entry, first.first + length):
+            return None
+        length += piece.length
+    return first._replace(length=length)
+
+
+def _source(places: dict[_Piece, list[_Place]], in_sequence: bool, device: torch.device) -> _Source | None:
+    """The copies from k and v if ``in_sequence``, else those from the bank."""
+    found = {piece: at for piece, at in places.items() if (piece.entry is None) == in_sequence}
+    if not found:
+        return None
+    every = sorted((place, piece) for piece, at in found.items() for place in at)
+    first = [(at[0], piece) for piece, at in found.items()]
+    return _Source(_copies(every, device), _copies(first, device))
+
+
+def _copies(placed: list[tuple[_Place, _Piece]], device: torch.device) -> _Copies:
+    """One number per row of the pieces."""
+    pieces = torch.tensor([(piece.entry or 0, piece.first, *place, piece.length) for place, piece in placed])
+    *starts, lengths = pieces.unbind(1)
+    index = torch.repeat_interleave(lengths)  # the piece of each row
+    within = torch.arange(index.shape[0]) - (lengths.cumsum(0) - lengths)[index]
+    entries, rows, chains, tokens = (x[index] for x in starts)
+    return _Copies(*torch.stack([entries, rows + within, chains, tokens + within]).to(device))
+
+
+def _folds(places: dict[_Piece, list[_Place]], device: torch.device) -> list[_Fold]:
+    folds = []
+    for piece, (first, *others) in places.items():
+        by_token: dict[int, list[int]] = {}
+        for place in others:
+            by_token.setdefault(place.token, []).append(place.chain)
+        for token, chains in by_token.items():
+            tokens, first_tokens = (slice(start, start + piece.length) for start in (token, first.token))
+            folds.append(_Fold(torch.tensor(chains).to(device), tokens, first.chain, first_tokens))
+    return folds
