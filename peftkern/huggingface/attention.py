@@ -167,9 +167,13 @@ def _attend(
         "bias": bias,
         "cu_seqlens": None if packed is None else _on(device, packed.cu_seqlens),
         "prefix_ids": _on(device, cache.ids),
+        "prefix_lens": _on(device, cache.lens),
     }
     if packed is not None:
         sequence |= {"max_seqlen": packed.max_seqlen, "prefix_start": packed.prefix_start}
+    if packed is not None and packed.layout.segments is not None:
+        sequence |= packed.chains(prefix_len, device)
+        prefix = prefix[0][None], prefix[1][None]
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     if prefix_bias is None:
         prefix_k, prefix_v = prefix

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 
 from .packing import PackedBatch
 
-__all__ = ["PrefixCache", "PrefixLayer", "PrefixOptions", "PromptCache"]
+__all__ = ["PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -87,7 +87,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         offset_outside: whether the offset also counts between two forwards, as PEFT's ``generate`` expects. If False,
             callers of the model see a cache of the sequence alone.
         options: passed on to the attention function.
-        ids: [B], index into the bank for each sample.
+        ids: [B], index into the bank for each sample, -1 for none.
+        lens: [A], the number of tokens of each prefix in the bank; None if all have P.
         static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
             None to store the sequence in tensors that grow.
 
@@ -106,15 +107,17 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         offset_outside: bool,
         options: PrefixOptions,
         ids: Tensor | None = None,
+        lens: Tensor | None = None,
         static_layers: Sequence[StaticLayer] | None = None,
     ) -> None:
         layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
         Cache.__init__(self, layers=layers)
         self.is_static = static_layers is not None
-        self.prefix = list(prefix)
+        self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.stores = stores
         self.options = options
         self.ids = ids
+        self.lens = lens
         self.packed: PackedBatch | None = None
         #: Prefix tokens of the longest layer; relative position biases cover them.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
@@ -202,6 +205,19 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """Whether a layer has a prefix."""
         return self.prefix[layer] is not None
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of the sequence.
+
+        Raises:
+            ValueError: if it has fewer tokens. Those of a prefix cannot be removed.
+        """
+        if -tokens_to_remove > self.num_tokens:
+            raise ValueError(
+                f"tokens_to_remove: expected at most the {self.num_tokens} tokens behind the prefix, got "
+                f"{-tokens_to_remove}"
+            )
+        super().crop(tokens_to_remove)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
         super().reorder_cache(beam_idx)
@@ -288,12 +304,40 @@ class _PackedLayer(PrefixLayer):
         self.__dict__["values"] = values
 
 
-class PromptCache(PrefixCache):
-    """The cache of a packed batch with prompts: the keys of the prompts' rows are the prefix of the other rows.
+class _GatheredPairs(Sequence[KeyValue | None]):
+    """Per layer, keys and values [A, Hkv, P, D] of given rows, copied when they are first read.
+
+    A forward whose caller does not continue the sequence, as in evaluation, never copies them.
+
+    Args:
+        pairs: per layer, keys and values [1, Hkv, N, D]; None for a layer without any.
+        rows: [A, P].
+    """
+
+    def __init__(self, pairs: list[KeyValue | None], rows: Tensor) -> None:
+        self._pairs = pairs
+        self._rows = rows
+        self._gathered = [False] * len(pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, layer: Any) -> Any:
+        pair = self._pairs[layer]
+        if pair is not None and not self._gathered[layer]:
+            rows = self._rows.to(pair[0].device)
+            key, value = (x[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1) for x in pair)
+            pair = self._pairs[layer] = key, value
+            self._gathered[layer] = True
+        return pair
+
+
+class PackedCache(PrefixCache):
+    """The cache of a packed batch whose prefixes are rows of it: prompts, or text that sequences share.
 
     Args:
         num_layers: number of layers of the cache.
-        packed: the packed batch, with prompts.
+        packed: the packed batch, with prompts or segments.
         stores: whether :meth:`unpacked` will be called.
         options: passed on to the attention function.
     """
@@ -317,10 +361,39 @@ class PromptCache(PrefixCache):
         return True
 
     def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue]:
-        """``key`` and ``value`` [1, Hkv, N, D], and the prompts' rows of them as banks [A, Hkv, P, D]."""
+        """``key`` and ``value`` [1, Hkv, N, D], and the prompts' rows of them as banks [A, Hkv, P, D].
+
+        With segments, attention reads the prompts where they lie in ``key`` and ``value``.
+        """
+        if self.packed.layout.segments is not None:
+            return (key, value), (key[0, :, :0], value[0, :, :0])
         key, bank_k = self.packed.with_bank(key)
         value, bank_v = self.packed.with_bank(value)
         return (key, value), (bank_k, bank_v)
+
+    def as_padded(self) -> DynamicCache:
+        """The same keys and values as a stock cache of the padded batch."""
+        cache = DynamicCache()
+        cache.layers = [
+            _PackedLayer(self.packed, layer.keys, layer.values) if layer.is_initialized else PrefixLayer(True)
+            for layer in self.layers
+        ]
+        return cache
+
+    def as_bank(self) -> PrefixCache:
+        """The same keys and values as a bank of prefixes: one of each different text.
+
+        Callers count the tokens of the batch, with their padding, as they do with a stock cache.
+        """
+        rows, lens, ids = self.packed.texts()
+        pairs = [(layer.keys, layer.values) if layer.is_initialized else None for layer in self.layers]
+        device = next(pair[0].device for pair in pairs if pair is not None)
+        cache = PrefixCache(
+            [None] * len(pairs), offset=self.packed.layout.shape[1], stores=True, offset_outside=True,
+            options=self.options, ids=ids.to(device), lens=lens.to(device),
+        )  # fmt: skip
+        cache.prefix, cache.span = _GatheredPairs(pairs, rows), rows.shape[1]
+        return cache
 
     def unpacked(self) -> PrefixCache:
         """The same keys and values as a cache of the padded batch, with the prompts as a shared prefix."""

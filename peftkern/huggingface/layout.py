@@ -6,7 +6,7 @@ This module knows nothing about models; it maps tensors to tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 __all__ = [
-    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "indices_of", "next_labels", "pad_labels", "targets_of",
+    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "Segments", "indices_of", "next_labels", "pad_labels", "targets_of",
 ]  # fmt: skip
 
 #: The label that losses ignore.
@@ -220,20 +220,47 @@ class LayoutBuilder:
 
 
 @dataclass(frozen=True, eq=False)
+class Segments:
+    """The tree of the segments of which sequences consist that share text (:mod:`.sharing`).
+
+    Attributes:
+        offsets: [m + 1], the first row of each segment, and T.
+        ancestors: [m, K] the segments before each one, the outermost first, followed by -1.
+        owners: [m] a sample that each segment belongs to.
+        last: [n] the segment in which each sequence ends, -1 for an empty one.
+        repeated: [X] flat indices of the tokens whose row predicts a label and is that of another token.
+
+    All are on the CPU.
+    """
+
+    offsets: Tensor
+    ancestors: Tensor
+    owners: Tensor
+    last: Tensor
+    repeated: Tensor
+
+    def chain(self, last: int) -> list[int]:
+        """The segments of the text that ends with the segment ``last``."""
+        return [*(i for i in self.ancestors[last].tolist() if i >= 0), last]
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Maps the tokens of a batch [B, S] to the T rows of a packed batch (not counting prompts).
 
     Attributes:
         shape: (B, S).
-        tokens: [T] flat index of each row's token in the batch; None if all B * S are there, in order.
+        tokens: [T] flat index of each row's token in the batch; None if all B * S are there, in order. Of tokens that
+            share a row, one is named.
         rows: [B, S] the row of each token. Padding without a row has the nearest row before it in its sequence, or
             the first one.
         positions: [T] of each row within its sequence, from 0.
-        cu_seqlens: int32 [n + 1], the first rows of the n sequences, and T.
-        longest: the number of rows of the longest sequence.
+        cu_seqlens: int32 [n + 1], the first rows of the n sequences, and T; with segments, int32 [m + 1], theirs.
+        longest: the number of rows of the longest sequence, or segment.
         owners: [n], the sample of each sequence; None if there is one sequence per sample, in order.
         firsts: [n] flat index of each sequence's first token in the batch.
         key_mask: bool [T], false for rows of padding that are kept for their loss; None if there are none.
+        segments: if sequences share rows, the tree of their segments.
     """
 
     shape: tuple[int, int]
@@ -245,6 +272,12 @@ class Layout:
     owners: Tensor | None
     firsts: Tensor
     key_mask: Tensor | None
+    segments: Segments | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.positions.shape[0]
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device, **facts: Any) -> Layout:
@@ -258,6 +291,11 @@ class Layout:
     def several_per_row(self) -> bool:
         """Whether a row of the batch contains several sequences."""
         return self.owners is not None and self.owners.shape[0] > self.shape[0]
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on ``device``, without waiting for it. The segments stay where they are."""
+        changes = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changes)
 
     def targets(self, labels: Tensor) -> Tensor:
         """[B, S] -> [B, S], the label that each row predicts: see :func:`targets_of`."""

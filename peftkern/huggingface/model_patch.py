@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +36,33 @@ from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, watch_tables
 from .probing import quiet
 from .relative_bias import SpanningBias
+from .sharer import Sharer
 from .survey import PrefixLayerInfo, find_backbone, survey
 from .trial import Trial
 from .wiring import Patch, Source
 
-__all__ = ["LogitsError", "ModelPatch"]
+__all__ = ["CallOptions", "LogitsError", "ModelPatch"]
 
 
 class LogitsError(ValueError):
     """The model does not support ``logits="labelled"``."""
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """How the calls of a patched model run: see :func:`peftkern.patch`.
+
+    Attributes:
+        packing: pack batches where this removes rows.
+        logits: ``"all"``, or ``"labelled"`` to compute only the logits that predict a label, in training steps.
+        strict: raise for a call that would run a slower fallback.
+        share: run text that the rows of a batch share once.
+    """
+
+    packing: bool = True
+    logits: str = "all"
+    strict: bool = False
+    share: bool = False
 
 
 class ModelPatch(Patch):
@@ -57,14 +76,13 @@ class ModelPatch(Patch):
         base: the Hugging Face model in it.
         source: provides the prefix or prompt.
         options: for the attention function.
-        packing: pack batches where this removes rows.
-        logits: ``"all"``, or ``"labelled"`` to compute only the logits that predict a label, in training steps.
-        strict: raise for a call that would run a slower fallback.
+        calls: how calls run.
 
     Attributes:
         prefix_layers: the attention modules that read the prefix.
         packer: decides how calls are packed.
         tables: the tables of learned positions.
+        sharer: finds the text that rows share; None without ``share``.
     """
 
     def __init__(
@@ -73,17 +91,13 @@ class ModelPatch(Patch):
         base: PreTrainedModel,
         source: Source,
         options: PrefixOptions,
-        *,
-        packing: bool = True,
-        logits: str = "all",
-        strict: bool = False,
+        calls: CallOptions,
     ) -> None:
         super().__init__(model, base)
         self.source = source
         self.options = options
-        self.packing = packing
-        self.logits = logits
-        self.strict = strict
+        self.calls = calls
+        self.sharer: Sharer | None = None
         self.backbone = find_backbone(base)
         self.arguments = forward_arguments(self.backbone)
         self.base_arguments = forward_arguments(base)
@@ -135,9 +149,10 @@ class ModelPatch(Patch):
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
                 self.packer = Packer(self.base, self.backbone, self.prefix_layers, self.tables)
+                self.sharer = Sharer(self.packer) if self.calls.share else None
                 self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
-            if self.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
+            if self.calls.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]
                 raise LogitsError(f"logits: expected 'all', got 'labelled'; {'; '.join(reasons)}")
             self.source.wire(self)
@@ -176,14 +191,25 @@ class ModelPatch(Patch):
         Raises:
             ValueError: if the patch is strict.
         """
-        if self.strict:
+        if self.calls.strict:
             raise ValueError(f"model: {reason}; {how}, which strict=True rules out")
         self.notice(reason, how)
+
+    @property
+    def shared_rows(self) -> tuple[int, int] | None:
+        """Rows that the last call would have run as usual, and those that it ran; None if it shared none."""
+        return None if self.sharer is None else self.sharer.rows
 
     @property
     def is_training_step(self) -> bool:
         """Whether the current forward will be followed by a backward."""
         return self.backbone.training and torch.is_grad_enabled()
+
+    def stores(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the output of a call contains a cache."""
+        uses_cache = kwargs.get("use_cache")
+        uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
+        return bool(uses_cache) and not self.is_training_step
 
     # Hooks on the base model
 
@@ -220,7 +246,7 @@ class ModelPatch(Patch):
 
     def selects_labels(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call computes only the logits that predict a label."""
-        if self.logits != "labelled" or not self.is_training_step or kwargs.get("labels") is None:
+        if self.calls.logits != "labelled" or not self.is_training_step or kwargs.get("labels") is None:
             return False
         if self.packer.head_runs_on_rows():
             return True

@@ -65,12 +65,13 @@ class Packer:
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
 
-    def try_out(self, trial: Trial, *, prompts: bool) -> None:
+    def try_out(self, trial: Trial, *, prompts: bool = False, shared: bool = False) -> None:
         """Run packed batches of a few rows. Sets :attr:`reasons`, :attr:`head_forward` and :attr:`head`.
 
         Args:
             trial: a trial that has tried the prefix.
             prompts: also try packed batches that start with a prompt.
+            shared: also try packed batches with text that rows share.
         """
         if self.reasons:
             return
@@ -82,6 +83,8 @@ class Packer:
             table.reads_mask &= self.count_mask
         if reason is None and prompts:
             reason = trial.try_prompt(self._layout_of)
+        if reason is None and shared:
+            reason = trial.try_shared(self._layout_of)
         if reason is not None:
             self.reasons = [reason]
             return
@@ -158,6 +161,7 @@ class Packer:
         from_first: bool = False,
         pools_last_column: bool = False,
         count_labels: bool = False,
+        without_padding: bool = False,
     ) -> LayoutBuilder:
         """Prepares the layout of a call's batch.
 
@@ -169,10 +173,11 @@ class Packer:
             from_first: a sequence starts at its first token instead of at column 0.
             pools_last_column: a classification head reads the last column.
             count_labels: also request the number of labels.
+            without_padding: remove padding that has no label, even if nothing shows that its outputs are not used.
         """
         tokens = tokens_of(kwargs)
         labels = kwargs.get("labels")
-        keep_padding, needed = self._padding(kwargs, tokens, pools_last_column)
+        keep_padding, needed = self._padding(kwargs, tokens, pools_last_column, without_padding)
         return LayoutBuilder(
             (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
@@ -181,21 +186,21 @@ class Packer:
         )  # fmt: skip
 
     def _padding(
-        self, kwargs: Mapping[str, Any], tokens: Tensor, pools_last_column: bool
+        self, kwargs: Mapping[str, Any], tokens: Tensor, pools_last_column: bool, without_padding: bool
     ) -> tuple[bool, Tensor | None]:
         """(whether all padding is kept, bool [B, S] of padding that is kept otherwise)."""
         labels, loss_type = kwargs.get("labels"), getattr(self.base, "loss_type", None)
         shows_hidden = kwargs.get("output_hidden_states", getattr(self.base.config, "output_hidden_states", False))
-        if tokens.shape[1] == 0 or shows_hidden:
+        if tokens.shape[1] == 0 or (shows_hidden and not without_padding):
             return True, None
         if pools_last_column:
             return False, None
         if self.accepts_logits_to_keep and labels is not None:
-            if not (self.head_runs_on_rows() or self._has_trl_head()):
+            if not (without_padding or self.head_runs_on_rows() or self._has_trl_head()):
                 return True, None
             return False, next_labels(labels) != IGNORED
         keep = kwargs.get("logits_to_keep")
-        if self.accepts_logits_to_keep and isinstance(keep, int) and keep > 0:
+        if self.accepts_logits_to_keep and isinstance(keep, int) and keep > 0 and not without_padding:
             columns = torch.arange(tokens.shape[1], device=tokens.device)
             return False, (columns >= tokens.shape[1] - keep).expand(tokens.shape[:2])
         if loss_type == "ForTokenClassification" and labels is not None:
@@ -204,7 +209,7 @@ class Packer:
             ids, pad = kwargs.get("input_ids"), self.base.config.get_text_config().pad_token_id
             if ids is not None and pad is not None:
                 return False, ids != pad
-        return True, None
+        return not without_padding, None
 
 
 def _reasons_against(

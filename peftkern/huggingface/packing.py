@@ -13,6 +13,9 @@ Under causal attention the hidden states of a prompt do not depend on the tokens
 once instead of once per sample. Embeddings are packed before the first layer, all layers run on the packed batch, and
 hidden states or logits are unpacked after the last layer. A prefix of keys and values needs no rows; A is 0 then.
 
+Text that sequences share lies in the packed batch once, if the layout has segments (:mod:`.sharing`). Each segment
+attends to its ancestors, which are rows of the packed batch, and to itself.
+
 This module knows nothing about models; it maps tensors to tensors.
 """
 
@@ -24,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import constant
+from ..arguments import constant, host_values
 from .deferred import deferred_rows
-from .layout import IGNORED, Layout, indices_of
+from .layout import IGNORED, Layout, Segments, indices_of
 
 __all__ = ["LogitRows", "PackedBatch"]
 
@@ -42,7 +45,7 @@ class PackedBatch:
 
     Attributes:
         cu_seqlens, prefix_ids, key_mask, max_seqlen, prefix_start: arguments of :func:`peftkern.prefix_attention` for
-            the packed batch; prompts are sequences without a prefix.
+            the packed batch; prompts are sequences without a prefix. With segments, :meth:`chains` replaces the last.
         used: whether the model has run on it.
         logit_rows: the rows that the output layer runs on; None if it sees the unpacked batch.
     """
@@ -66,14 +69,17 @@ class PackedBatch:
         self.num_prompts, self.prompt_len = (0, 0) if prompts is None else (prompts.shape[0], prompts.shape[1])
         self.prompt_rows = self.num_prompts * self.prompt_len
         self.max_seqlen = max(layout.longest, self.prompt_len)
-        self.prefix_start = self.prompt_len if self.num_prompts == 1 else None
+        has_segments = layout.segments is not None
+        self.prefix_start = self.prompt_len if self.num_prompts == 1 and not has_segments else None
+        self._chains: dict[tuple[int, torch.device], dict[str, Any]] = {}
         if prompts is None:
             self._mark_constants()
             return
         device = layout.cu_seqlens.device
         begins = torch.arange(self.num_prompts, device=device, dtype=torch.int32) * self.prompt_len
         self.cu_seqlens = torch.cat([begins, self.prompt_rows + layout.cu_seqlens])
-        self.prefix_ids = torch.cat([begins.new_full((self.num_prompts,), -1), self.sequence_prompts().int()])
+        if not has_segments:
+            self.prefix_ids = torch.cat([begins.new_full((self.num_prompts,), -1), self.sequence_prompts().int()])
         if self.key_mask is not None:
             self.key_mask = torch.nn.functional.pad(self.key_mask, (self.prompt_rows, 0), value=True)
         self._mark_constants()
@@ -91,6 +97,55 @@ class PackedBatch:
         if self.prompt_ids is None:
             return torch.zeros_like(self.layout.firsts)
         return self.prompt_ids if owners is None else self.prompt_ids[owners]
+
+    def chains(self, prefix_len: int, device: torch.device) -> dict[str, Any]:
+        """Arguments of :func:`peftkern.prefix_attention` for a layout with segments.
+
+        Prefix 0 is the learned one of ``prefix_len`` tokens. The others are the prompts and then the segments, which
+        lie in the rows of the packed batch.
+        """
+        segments, key = self.layout.segments, (prefix_len, device)
+        assert segments is not None
+        if key not in self._chains:
+            prompts = torch.arange(self.num_prompts)
+            offsets = self.prompt_rows + segments.offsets
+            starts = torch.cat([prompts * self.prompt_len, offsets[:-1]])
+            lens = torch.cat([torch.tensor([prefix_len]), torch.full_like(prompts, self.prompt_len), offsets.diff()])
+            ids = self._chain_ids(segments)
+            lengths = torch.where(ids < 0, 0, lens[ids]).sum(1)
+            tensors = {"prefix_ids": ids, "prefix_starts": starts, "prefix_lens": lens}
+            moved = {name: constant(x.int().to(device), host=x.int()) for name, x in tensors.items()}
+            self._chains[key] = {**moved, "max_prefix_len": int(lengths.max())}
+        return self._chains[key]
+
+    def _chain_ids(self, segments: Segments) -> Tensor:
+        """[A + m, K] the prefixes of the prompts, which have none, and of the segments."""
+        chain = [torch.zeros_like(segments.owners)]
+        if self.num_prompts:
+            ids = chain[0] if self.prompt_ids is None else host_values(self.prompt_ids)
+            chain.append(1 + (ids if self.prompt_ids is None else ids[segments.owners]))
+        ancestors = torch.where(segments.ancestors < 0, -1, segments.ancestors + (1 + self.num_prompts))
+        ids = torch.cat([torch.stack(chain, 1), ancestors], 1)
+        return torch.cat([ids.new_full((self.num_prompts, ids.shape[1]), -1), ids])
+
+    def texts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The different texts of a batch with segments and one sequence per sample.
+
+        Returns:
+            ([C, longest] the rows of each text, [C] their lengths, [B] the text of each sample, -1 for an empty one);
+            behind shorter texts, row 0.
+        """
+        segments = self.layout.segments
+        assert segments is not None
+        used = segments.last[segments.last >= 0].unique()
+        offsets = segments.offsets.tolist()
+        texts = [
+            torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in segments.chain(last)])
+            for last in used.tolist()
+        ]
+        rows = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        ids = torch.where(segments.last < 0, -1, torch.searchsorted(used, segments.last))
+        return rows + self.prompt_rows, torch.tensor([len(text) for text in texts]), ids
 
     def embeddings(self, sequences: Tensor) -> Tensor:
         """[1, T, E], the embeddings of the sequences -> [1, N, E], with those of the prompts before them."""
@@ -144,8 +199,41 @@ class PackedBatch:
         """[1, N, E] -> [B, S or P + S, E]; padding shows the row before it."""
         if self.prompts is None and self.layout.tokens is None:
             return x.view(*self.layout.shape, x.shape[-1])
-        rows = self.shown_rows().to(x.device)
-        return x[0].index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+        return take_rows(x[0], self.shown_rows(), repeat=self.layout.segments is not None)
+
+
+def take_rows(x: Tensor, rows: Tensor, *, repeat: bool) -> Tensor:
+    """``x[rows]``.
+
+    Args:
+        x: [N, E].
+        rows: [...], from 0 to N - 1.
+        repeat: whether a row is likely to occur many times. Its gradient is then summed in fp32.
+
+    Returns:
+        [..., E].
+    """
+    rows = rows.to(x.device)
+    if repeat and x.requires_grad and x.dtype != torch.float64:
+        return _RepeatedRows.apply(x, rows)  # type: ignore[no-any-return]
+    return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+
+
+class _RepeatedRows(torch.autograd.Function):
+    """:func:`take_rows` with a gradient that is summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x.shape[0]
+        return torch.embedding(x, rows)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        dx = torch.ops.aten.embedding_dense_backward(dout.float(), rows, ctx.num_rows, -1, False)
+        return dx.to(dout.dtype), None
 
 
 class _WithFirstRows(torch.autograd.Function):
@@ -205,6 +293,7 @@ class LogitRows:
         self.labels: Tensor | None = None
         #: [B, S or P + S], index into ``rows`` of the row shown at each place; None if outputs stay packed.
         self._shown: Tensor | None = None
+        self._repeat = packed.layout.segments is not None
         if labels is not None:
             self._select_labelled(packed, labels.to(packed.cu_seqlens.device), labelled, num_labelled)
             return
@@ -221,8 +310,16 @@ class LogitRows:
 
     def _select_labelled(self, packed: PackedBatch, labels: Tensor, labelled: bool, count: int | None) -> None:
         layout, num_shown = packed.layout, packed.prompt_rows if packed.show_prompts else 0
-        targets = layout.pack(layout.targets(labels))[0]
-        rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
+        if labelled:  # each label, even if several tokens share a row
+            targets = layout.targets(labels).flatten()
+            rows = packed.prompt_rows + layout.rows.flatten()
+        else:
+            targets = layout.pack(layout.targets(labels))[0]
+            rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
+        if layout.segments is not None and not labelled:
+            repeated = layout.segments.repeated.to(rows.device)
+            rows = torch.cat([rows, packed.prompt_rows + layout.rows.flatten()[repeated]])
+            targets = torch.cat([targets, layout.targets(labels).flatten()[repeated]])
         num_before = 0
         if packed.prompts is not None:
             last = (packed.sequence_prompts() + 1) * packed.prompt_len - 1
@@ -240,7 +337,7 @@ class LogitRows:
 
     def select(self, hidden: Tensor) -> Tensor:
         """[1, N, E] -> [1, M, E]."""
-        return hidden if self.rows is None else hidden.index_select(1, self.rows.to(hidden.device))
+        return hidden if self.rows is None else take_rows(hidden[0], self.rows, repeat=self._repeat)[None]
 
     def unpack(self, logits: Tensor, *, deferred: bool = False) -> Tensor:
         """[1, M, V] -> [B, S or P + S, V]; with ``labelled``, [1, M - 1, V], one row per label, in order.
@@ -254,4 +351,4 @@ class LogitRows:
         shown = self._shown.to(logits.device)
         if deferred:
             return deferred_rows(logits[0], shown)
-        return logits[0].index_select(0, shown.flatten()).view(*shown.shape, logits.shape[-1])
+        return take_rows(logits[0], shown, repeat=self._repeat)

@@ -14,10 +14,11 @@ from ..backends.registry import get_backend
 from .cache import PrefixOptions
 from .concatenation_patch import ConcatenationPatch
 from .fallback_patch import FallbackPatch
-from .model_patch import LogitsError
+from .model_patch import CallOptions, LogitsError
 from .peft_model import has_prompt, is_peft_model
 from .prefix_patch import PrefixPatch
 from .prompt_patch import PromptPatch
+from .share_patch import NoPrefix, SharePatch
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
 from .sources.module_prompt import ModulePrompt, is_embedding_prompt
 from .sources.peft_prefix import KEY_VALUE_TYPES, PeftPrefix
@@ -41,6 +42,7 @@ def patch(
     logits: str = "all",
     peft_bugs: bool = False,
     strict: bool = False,
+    share: str | None = None,
     backend: str = "auto",
 ) -> Model:
     """Makes a model compute its attention with :func:`peftkern.prefix_attention`, which reads the prefix in place.
@@ -99,6 +101,8 @@ def patch(
             PEFT's own code then runs such calls. By default they are computed correctly, with one warning.
         strict: raise where the default is to run PEFT's own code, or to put a prompt before every sample, with one
             warning. This applies to the model here, and to each later call that needs it.
+        share: ``"prefixes"``: text with which several rows of a batch begin runs once, with or without a prefix or
+            prompt. See :ref:`shared-text`. Calls may pass ``group_ids`` [B]; rows of different groups share nothing.
         backend: as in :func:`peftkern.prefix_attention`.
 
     Returns:
@@ -123,10 +127,13 @@ def patch(
         raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
+    if share not in (None, "prefixes"):
+        raise ValueError(f"share: expected None or 'prefixes', got {share!r}")
     if backend != "auto":
         get_backend(backend)  # raises here and not in the first forward
     # A window can hide the prefix only if the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
+    calls = CallOptions(packing=packing, logits=logits, strict=strict, share=share is not None)
     is_prompt = _adapts_prompt(model) if prefix is None else is_embedding_prompt(prefix)
     if is_prompt and not (shift_positions and prefix_in_window and packing):
         raise ValueError(
@@ -135,6 +142,9 @@ def patch(
         )
     if peft_bugs and not (is_prompt and prefix is None):
         raise ValueError("peft_bugs: expected False except for a PEFT model with a prompt, got True")
+    if prefix is None and share and not _adapts_prefix(model):
+        SharePatch(model, _find_base(model), NoPrefix(), options, calls).install()
+        return model
     if prefix is None:
         if not is_peft_model(model):
             raise ValueError(
@@ -144,9 +154,9 @@ def patch(
             raise ValueError("shift_positions: expected True, because PEFT counts the prefix's positions, got False")
         _check_adapters(model)
         if is_prompt:
-            _patch_peft_prompt(model, peft_bugs, options, logits, strict)
+            _patch_peft_prompt(model, peft_bugs, options, calls)
         else:
-            _patch_peft_prefix(model, fix_seq2seq_layout, options, packing, logits, strict)
+            _patch_peft_prefix(model, fix_seq2seq_layout, options, calls)
         return model
     if fix_seq2seq_layout:
         raise ValueError(
@@ -155,10 +165,10 @@ def patch(
         )
     base = _find_base(model)
     if is_embedding_prompt(prefix):
-        _patch_prompt(model, base, ModulePrompt(prefix, base, freeze=freeze), options, logits, strict)
+        _patch_prompt(model, base, ModulePrompt(prefix, base, freeze=freeze), options, calls)
     elif is_layer_prefix(prefix):
         source = ModulePrefix(prefix, shift_positions=shift_positions, freeze=freeze)
-        PrefixPatch(model, base, source, options, packing=packing, logits=logits, strict=strict).install()
+        PrefixPatch(model, base, source, options, calls).install()
     else:
         raise ValueError(f"prefix: expected a PrefixKV or a SoftPrompt, got {type(prefix).__name__}")
     return model
@@ -214,6 +224,14 @@ def _adapts_prompt(model: nn.Module) -> bool:
     )
 
 
+def _adapts_prefix(model: nn.Module) -> bool:
+    """Whether a PEFT model has adapters that are prefixes or prompts."""
+    return is_peft_model(model) and any(
+        config.peft_type.value in (*KEY_VALUE_TYPES, *PROMPT_TYPES)
+        for config in cast(Any, model).peft_config.values()
+    )
+
+
 def _check_adapters(model: nn.Module) -> None:
     """Raise ValueError unless peftkern supports the adapters of a PEFT model."""
     known = (*KEY_VALUE_TYPES, *PROMPT_TYPES)
@@ -226,34 +244,39 @@ def _check_adapters(model: nn.Module) -> None:
             )
 
 
-def _fall_back(
-    model: nn.Module, way: str, error: ValueError, logits: str, strict: bool, keeps_bugs: bool = False
-) -> None:
+def _fall_back(model: nn.Module, way: str, error: ValueError, calls: CallOptions, keeps_bugs: bool = False) -> None:
     """Have a PEFT model run PEFT's own code, or raise."""
     reason = str(error).removeprefix("model: ")
-    if strict:
+    if calls.strict:
         raise ValueError(f"model: {reason}; PEFT's own code would run it, which strict=True rules out") from error
-    if logits != "all":
-        raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
+    _refuse(calls, reason, error)
     FallbackPatch(model, way, reason, keeps_bugs=keeps_bugs).install()
 
 
+def _refuse(calls: CallOptions, reason: str, error: ValueError) -> None:
+    """Raise for options that need packed batches, which the model cannot run."""
+    if calls.logits != "all":
+        raise ValueError(f"logits: expected 'all', got {calls.logits!r}; {reason}") from error
+    if calls.share:
+        raise ValueError(f"share: expected None, got 'prefixes'; {reason}") from error
+
+
 def _patch_peft_prefix(
-    model: nn.Module, fix_seq2seq_layout: bool, options: PrefixOptions, packing: bool, logits: str, strict: bool
+    model: nn.Module, fix_seq2seq_layout: bool, options: PrefixOptions, calls: CallOptions
 ) -> None:
     base = _outermost(model)
     try:
         source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout)
-        PrefixPatch(model, base, source, options, packing=packing, logits=logits, strict=strict).install()
+        PrefixPatch(model, base, source, options, calls).install()
     except LogitsError:
         raise
     except ValueError as error:
         if fix_seq2seq_layout:
             raise
-        _fall_back(model, "the prefix is copied for every sample", error, logits, strict)
+        _fall_back(model, "the prefix is copied for every sample", error, calls)
 
 
-def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions, logits: str, strict: bool) -> None:
+def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions, calls: CallOptions) -> None:
     for name, config in cast(Any, model).peft_config.items():
         if config.task_type is None:
             raise ValueError(
@@ -262,26 +285,25 @@ def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions
             )
     try:
         source = PeftPrompt(model, peft_bugs=peft_bugs)
-        PromptPatch(model, _outermost(model), source, options, logits=logits, strict=strict).install()
+        PromptPatch(model, _outermost(model), source, options, calls).install()
     except LogitsError:
         raise
     except ValueError as error:
-        _fall_back(model, "the prompt is put before every sample", error, logits, strict, peft_bugs)
+        _fall_back(model, "the prompt is put before every sample", error, calls, peft_bugs)
 
 
 def _patch_prompt(
-    model: nn.Module, base: PreTrainedModel, source: ModulePrompt, options: PrefixOptions, logits: str, strict: bool
+    model: nn.Module, base: PreTrainedModel, source: ModulePrompt, options: PrefixOptions, calls: CallOptions
 ) -> None:
     try:
-        PromptPatch(model, base, source, options, logits=logits, strict=strict).install()
+        PromptPatch(model, base, source, options, calls).install()
     except LogitsError:
         raise
     except ValueError as error:
         reason = str(error).removeprefix("model: ")
-        if strict:
+        if calls.strict:
             raise ValueError(f"model: the prompt cannot run once for all samples: {reason}") from error
-        if logits != "all":
-            raise ValueError(f"logits: expected 'all', got {logits!r}; {reason}") from error
+        _refuse(calls, reason, error)
         ConcatenationPatch(model, base, source, reason).install()
 
 

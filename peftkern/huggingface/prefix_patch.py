@@ -57,17 +57,28 @@ class PrefixPatch(ModelPatch):
         self.source.check(self)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
-        if self.packing:
-            self.packer.try_out(trial, prompts=False)
+        if self.calls.packing:
+            self.packer.try_out(trial, shared=self.calls.share)
         else:
             self.packer.reasons = ["packing=False"]
+        if not self.calls.share:
+            return
+        if self.packer.reasons:
+            raise ValueError(f"share: expected None, because {'; '.join(self.packer.reasons)}, got 'prefixes'")
+        if self.packer.has_windows and not self.options.in_window:
+            raise ValueError(
+                "share: expected None, because windows count shared text but not the prefix (prefix_in_window=False "
+                "or shift_positions=False), got 'prefixes'"
+            )
 
     def explain(self) -> str:
         """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
         layers = len({info.layer for info in self.prefix_layers.values()})
-        return f"{type(self.base).__name__}: a prefix in {layers} layers, read in place; training batches run {how}"
+        shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
+        prefix = f"a prefix in {layers} layers, read in place"
+        return f"{type(self.base).__name__}: {prefix}; training batches run {how}{shared}"
 
     def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Raise ValueError unless a prefix of this shape fits the model."""
@@ -110,7 +121,8 @@ class PrefixPatch(ModelPatch):
         raise ValueError(f"use_reentrant: expected False, as {reason}, got True; use {advice}")
 
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
-        """Pack a training step whose batch has padding, or several sequences per row."""
+        """Pack a training step whose batch has padding, several sequences per row, or text that rows share."""
+        sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
         if isinstance(cache, PrefixCache):
             if cache.stores:
@@ -124,23 +136,28 @@ class PrefixPatch(ModelPatch):
         if position_ids is not None:
             position_ids = position_ids - offset
         sequence = {**kwargs, "attention_mask": mask, "position_ids": position_ids}
-        if mask is None and position_ids is None and self.logits != "labelled":
+        plain = mask is None and position_ids is None and sharer is None
+        if plain and self.calls.logits != "labelled":
             return None
         if self.packer.why_unpackable(sequence) is not None:
             return None
         if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None
         selects = self.selects_labels(kwargs)
-        if mask is None and position_ids is None and not selects:
+        if plain and not selects:
             return None
-        builder = self.packer.layout_builder(sequence, numbers, count_labels=selects)
+        host = None if sharer is None else sharer.on_host(sequence, group_ids=groups)
+        builder = self.packer.layout_builder(
+            host or sequence, numbers, count_labels=selects, without_padding=host is not None
+        )
         numbers.fetch()
-        if not selects and not builder.saves_rows:
+        layout = builder.build() if sharer is None or host is None else sharer.build(builder, host)
+        if layout.segments is None and not selects and not builder.saves_rows:
             if builder.is_all_real:
                 kwargs["attention_mask"] = None  # so that the mask function need not check it again
             running.leave_note(self, _ONE_SEQUENCE_PER_ROW)
             return None
-        packed = PackedBatch(builder.build())
+        packed = PackedBatch(layout.to(tokens_of(kwargs).device))
         if self.packer.head_runs_on_rows():
             self.pack_logits(packed, kwargs, numbers)
         return packed

@@ -8,13 +8,14 @@ with every sample.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from .cache import PrefixCache, PromptCache
+from .cache import PackedCache, PrefixCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
 from .concatenation import Concatenated, concatenate, count_concatenated_prompt, shows_prompt
@@ -36,15 +37,15 @@ class PromptPatch(ModelPatch):
         """Raise ValueError unless the model can run packed batches and decode with the prompt's keys as a prefix."""
         if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
             self.packer.reasons = [reason]
-        self.packer.try_out(trial, prompts=True)
+        self.packer.try_out(trial, prompts=True, shared=self.calls.share)
         if self.packer.reasons:
             raise ValueError("; ".join(self.packer.reasons))
 
     def explain(self) -> str:
         """One line: how batches run."""
-        return (
-            f"{type(self.base).__name__}: the prompt runs once per batch, before the sequences without their padding"
-        )
+        shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
+        how = f"the prompt runs once per batch, before the sequences without their padding{shared}"
+        return f"{type(self.base).__name__}: {how}"
 
     def selects_labels(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call computes only the logits that predict a label."""
@@ -83,14 +84,16 @@ class PromptPatch(ModelPatch):
 
     def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch:
         labels = kwargs.get("labels")
-        uses_cache = kwargs.get("use_cache")
-        uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
-        stores = bool(uses_cache) and not self.is_training_step
+        stores = self.stores(kwargs)
         # A cache keeps padding, and windows count it when the sequence continues, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
+        sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
+        host = None if sharer is None else sharer.on_host(kwargs, group_ids=groups, prompt_ids=prompt.ids)
+        if host is not None:
+            prompt = replace(prompt, ids=host.pop("prompt_ids", None))
         builder = self.packer.layout_builder(
-            kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
-            count_labels=self.selects_labels(kwargs),
+            host or kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
+            count_labels=self.selects_labels(kwargs), without_padding=host is not None,
         )  # fmt: skip
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.shape[1] and not is_tracing(mask):
@@ -99,7 +102,8 @@ class PromptPatch(ModelPatch):
         prompt.request(numbers)
         numbers.fetch()
         self.source.notice_differences(numbers)
-        layout = builder.build()
+        layout = builder.build() if sharer is None or host is None else sharer.build(builder, host)
+        layout = layout.to(tokens_of(kwargs).device)
         kwargs["use_cache"] = stores and not layout.several_per_row
         rows, ids = prompt.used(numbers)
         packs_head = self.packer.head_runs_on_rows()
@@ -126,7 +130,7 @@ class PromptPatch(ModelPatch):
         """The cache of a packed batch, or of a sequence that continues."""
         if packed is not None:
             num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
-            return PromptCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
+            return PackedCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
         cache = self_attention_cache(kwargs)
         if isinstance(cache, PrefixCache):
             return cache
@@ -136,7 +140,7 @@ class PromptPatch(ModelPatch):
 
     def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
         """The cache of a packed batch, unpacked."""
-        if not isinstance(cache, PromptCache) or not cache.stores:
+        if not isinstance(cache, PackedCache) or not cache.stores:
             return None
         unpacked = cache.unpacked()
         unpacked.from_first = not self.packer.has_windows

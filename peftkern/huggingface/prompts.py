@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
+from ..arguments import constant
 from .layout import HostNumbers, indices_of
 from .wiring import Patch, Source
 
@@ -74,11 +75,13 @@ def used_prompts(rows: Tensor, ids: Tensor, count: int, per_sample: bool) -> tup
     Returns:
         ([count, P, E] in the order of their ids, [B] the index of each sample's prompt)
     """
+    host = ids.unique(return_inverse=True)[1] if ids.device.type == "cpu" else None
     ids = ids.to(rows.device)
     order = ids.sort()
     firsts = indices_of(first_of_each(order.values), count)
     used = order.values[firsts]
-    return rows[order.indices[firsts] if per_sample else used], torch.searchsorted(used, ids)
+    chosen = rows[order.indices[firsts] if per_sample else used]
+    return chosen, constant(torch.searchsorted(used, ids), host=host)
 
 
 class PromptSource(Source):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model_info import cache_argument
-from .cache import KeyValue, PrefixCache, PrefixOptions, PromptCache
+from .cache import KeyValue, PackedCache, PrefixCache, PrefixOptions
 from .layout import IGNORED, Layout, next_labels
 from .packing import PackedBatch
 from .probing import is_transient, some_tokens
+from .sharing import share_rows
 from .survey import PrefixLayerInfo
 
 __all__ = ["Trial", "try_head"]
@@ -125,12 +126,34 @@ class Trial:
                 moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
                 rounding = _rounding(moved_outputs, want, padded)
             packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
-            cache = PromptCache(len(self.prefix), packed, stores=False, options=self.options)
-            got = self._run_packed(cache, packed, tokens)
+            got = self._run_packed(self._packed_cache(packed), packed, tokens)
             what = f"{self.kind} on packed rows with a prompt"
             return _compare(what, got, want, padded, rounding)
 
         return self._guarded(run, "on packed rows with a prompt")
+
+    def try_shared(self, layout_of: LayoutOf) -> str | None:
+        """How a packed batch with shared text differs from the padded batch; None if it does not."""
+
+        def run() -> str | None:
+            a, b, c, d, e, f = some_tokens(self.backbone, 6).tolist()
+            ids = torch.tensor([[a, b, c, d], [a, b, c, e], [a, b, f, f]], device=self.ids.device)
+            mask = torch.ones_like(ids)
+            mask[2, -1] = 0
+            tokens = self.backbone.get_input_embeddings()(ids)
+            want = self._recorded(inputs_embeds=tokens, attention_mask=mask, use_cache=False)
+            moved = self._recorded(inputs_embeds=_round_otherwise(tokens), attention_mask=mask, use_cache=False)
+            rounding = _rounding(moved, want, mask)
+            layout = share_rows(layout_of(ids.cpu(), mask.cpu(), False), ids.cpu(), min_saved=1)
+            assert layout is not None
+            packed = PackedBatch(layout.to(ids.device))
+            got = self._run_packed(self._packed_cache(packed), packed, tokens)
+            return _compare(f"{self.kind} on packed rows with shared text", got, want, mask, rounding)
+
+        return self._guarded(run, "on packed rows with shared text")
+
+    def _packed_cache(self, packed: PackedBatch) -> PackedCache:
+        return PackedCache(len(self.prefix), packed, stores=False, options=self.options)
 
     def _guarded(self, run: Callable[[], str | None], what: str) -> str | None:
         try:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch for models without a prefix, in which text that rows share runs once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import PackedCache, PrefixCache
+from .call_arguments import is_plain, self_attention_cache, tokens_of
+from .layout import HostNumbers
+from .model_patch import ModelPatch
+from .packing import PackedBatch
+from .sharer import Sharer
+from .trial import Trial
+from .wiring import Patch, Source
+
+__all__ = ["NoPrefix", "SharePatch"]
+
+
+class NoPrefix(Source):
+    """Stands for the prefix of a model that has none."""
+
+    is_given = True
+
+    def wire(self, patch: Patch) -> None:
+        """Nothing to install."""
+
+
+class SharePatch(ModelPatch):
+    """Runs text that the rows of a batch share once."""
+
+    sharer: Sharer
+
+    def check(self, trial: Trial) -> None:
+        """Raise ValueError unless packed batches with shared text agree with the stock model."""
+        if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
+            self.packer.reasons = [reason]
+        self.packer.try_out(trial, shared=True)
+        if self.packer.reasons:
+            raise ValueError(f"share: expected None, because {'; '.join(self.packer.reasons)}, got 'prefixes'")
+
+    def explain(self) -> str:
+        """One line: how batches run."""
+        return f"{type(self.base).__name__}: {self.sharer.explain()}"
+
+    def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
+        """Pack a call that starts sequences, if they share enough text."""
+        groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
+        if not is_plain(cache, static=False) or (cache is not None and cache.get_seq_length() > 0):
+            return None  # it continues sequences
+        host = self.sharer.on_host(kwargs, group_ids=groups)
+        if host is None:
+            return None
+        selects = self.selects_labels(kwargs)
+        builder = self.packer.layout_builder(host, numbers, count_labels=selects, without_padding=True)
+        numbers.fetch()
+        tokens = tokens_of(kwargs)
+        layout = self.sharer.build(builder, host, tokens.shape[0] * tokens.shape[1])
+        if layout.segments is None and not selects:
+            return None
+        kwargs["use_cache"] = self.stores(kwargs)
+        packed = PackedBatch(layout.to(tokens.device))
+        if self.packer.head_runs_on_rows():
+            self.pack_logits(packed, kwargs, numbers)
+        return packed
+
+    def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
+        """The cache of a packed batch, or of sequences that continue one."""
+        if packed is None:
+            cache = self_attention_cache(kwargs)
+            return self._continued(cache, kwargs) if isinstance(cache, PrefixCache) else None
+        num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
+        return PackedCache(num_layers, packed, stores=bool(kwargs["use_cache"]), options=self.options)
+
+    def _continued(self, cache: PrefixCache, kwargs: dict[str, Any]) -> PrefixCache:
+        """``cache``, for a call whose mask covers its texts and their padding, which they do not contain."""
+        mask, before = kwargs.get("attention_mask"), cache.prefix_positions
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            if self.packer.count_mask and kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = (mask.cumsum(1) - 1)[:, -tokens_of(kwargs).shape[1] :]
+            kwargs["attention_mask"] = torch.nn.functional.pad(mask[:, before:], (before, 0), value=1)
+        return cache
+
+    def unpack_cache(self, cache: PrefixCache) -> Any:
+        """A cache that continues the batch: of the different texts if possible, else a stock one."""
+        if not isinstance(cache, PackedCache) or not cache.stores:
+            return None
+        layout = cache.packed.layout
+        has_texts = layout.segments is not None and layout.owners is None and layout.key_mask is None
+        return cache.as_bank() if has_texts else cache.as_padded()

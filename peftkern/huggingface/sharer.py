@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides whether the rows of a call share text (:mod:`.sharing`), with one host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+from .layout import Layout, LayoutBuilder
+from .packer import Packer
+from .sharing import share_rows
+
+__all__ = ["Sharer"]
+
+#: A batch runs as usual unless sharing leaves at most this part of its rows.
+MAX_ROWS = 0.9
+
+#: Arguments of a call whose values decide what is shared.
+_READ = ("input_ids", "attention_mask", "position_ids", "labels")
+
+#: Packages whose hooks on the token embeddings treat equal tokens equally.
+_EQUAL = ("transformers.modeling_utils", "peft.", "accelerate.", "torch.", "peftkern.")
+
+
+class Sharer:
+    """Finds the text that the rows of a call share.
+
+    Args:
+        packer: of the model.
+
+    Attributes:
+        rows: rows that the last call would have run as usual, and those that it ran; None if it shared nothing.
+        reason: why the last call shared nothing; empty if it did.
+    """
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+        self.rows: tuple[int, int] | None = None
+        self.reason = "no call yet"
+        self._groups: Tensor | None = None
+
+    def on_host(self, kwargs: Mapping[str, Any], **groups: Tensor | None) -> dict[str, Any] | None:
+        """The arguments of a call, those on the CPU whose values decide what is shared; None if it cannot share rows.
+
+        Args:
+            kwargs: of the call; they describe the sequence alone.
+            groups: names and tensors [B]. Rows share text only where all of these are equal.
+        """
+        self.rows = None
+        self.reason = self._why_not(kwargs) or ""
+        if self.reason:
+            return None
+        tensors = {name: kwargs[name] for name in _READ if isinstance(kwargs.get(name), Tensor)}
+        given = {name: x for name, x in groups.items() if x is not None}
+        host = _to_host(tensors | given)
+        self._groups = torch.stack([host[name].long() for name in given], 1) if given else None
+        return {**kwargs, **host}
+
+    def _why_not(self, kwargs: Mapping[str, Any]) -> str | None:
+        ids: Tensor | None = kwargs.get("input_ids")
+        if ids is None:
+            return "it was called with inputs_embeds"
+        if is_tracing(ids):
+            return "torch.compile traced it; compile the layers of the model instead"
+        if (reason := self.packer.why_unpackable(kwargs)) is not None:
+            return reason
+        embedding = self.packer.base.get_input_embeddings()
+        if embedding.training and any(map(_is_foreign, embedding._forward_hooks.values())):
+            return "hooks on the token embeddings may change equal tokens differently"
+        return None
+
+    def build(self, builder: LayoutBuilder, host: Mapping[str, Any], usual_rows: int | None = None) -> Layout:
+        """The layout of a call on the CPU, with shared rows where this saves enough.
+
+        Args:
+            builder: of the layout, made of ``host``; its numbers have been fetched.
+            host: arguments of the call, as :meth:`on_host` returned them.
+            usual_rows: rows that the call runs without sharing; default: those of the layout without it.
+        """
+        layout = builder.build()
+        usual_rows = layout.num_rows if usual_rows is None else usual_rows
+        ids, labels = host["input_ids"], host.get("labels")
+        per_token = labels is not None and labels.shape == ids.shape
+        groups = self._groups
+        if groups is not None:
+            groups = groups.unique(dim=0, return_inverse=True)[1]
+        shared = share_rows(layout, ids, groups, labels if per_token else None)
+        if shared is None:
+            self.reason = "its rows begin differently"
+            return layout
+        if shared.num_rows > MAX_ROWS * usual_rows:
+            self.reason = f"sharing would run {shared.num_rows} rows instead of {usual_rows}"
+            return layout
+        self.rows = usual_rows, shared.num_rows
+        return shared
+
+    def explain(self) -> str:
+        """What the last call shared."""
+        if self.rows is None:
+            return f"text that rows share runs once; the last call shared none: {self.reason}"
+        usual, rows = self.rows
+        return f"text that rows share runs once; the last call ran {rows} rows instead of {usual}"
+
+
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Integer tensors on the CPU, with one transfer."""
+    if all(x.device.type == "cpu" for x in tensors.values()):
+        return tensors
+    device = next(x.device for x in tensors.values() if x.device.type != "cpu")
+    flat = torch.cat([x.to(device).flatten().long() for x in tensors.values()]).cpu()
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook on the embeddings may treat equal tokens differently, as NEFTune's noise does."""
+    return not (getattr(hook, "__module__", None) or "").startswith(_EQUAL)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds text with which several sequences of a batch begin, and lays it out once.
+
+::
+
+    sequences                 segments                       rows of the packed batch
+
+    a b c d e                 a b ─┬─ c ─┬─ d e              a b | c | d e | f | g h
+    a b c f                        │     └─ f
+    a b g h                        └─ g h
+
+The sequences form a tree. Each of its segments is a sequence of the packed batch that sees its ancestors as prefixes,
+so that a row is computed once however many sequences contain it. This is exact under causal attention: the hidden
+state of a token depends only on the tokens before it.
+
+This module knows nothing about models; it maps tensors on the CPU to tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import IGNORED, Layout, Segments
+
+__all__ = ["share_rows"]
+
+#: A segment has to save at least this many rows: attention to one more prefix costs about as much as a few rows.
+MIN_SAVED_ROWS = 16
+
+
+@dataclass(eq=False)
+class _Node:
+    """A text with which at least one sequence begins.
+
+    Attributes:
+        end: its length.
+        some: the number of a sequence that begins with it.
+        children: the longer texts that continue it.
+        sequences: the numbers of the sequences that end here.
+    """
+
+    end: int
+    some: int
+    children: list[_Node] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Segment:
+    """A segment of the tree: rows ``begin`` to ``end`` of sequence ``some``, behind its ancestors."""
+
+    begin: int
+    end: int
+    some: int
+    ancestors: tuple[int, ...]
+
+
+def share_rows(
+    layout: Layout,
+    input_ids: Tensor,
+    groups: Tensor | None = None,
+    labels: Tensor | None = None,
+    min_saved: int | None = None,
+) -> Layout | None:
+    """The layout in which text that sequences share lies once; None if no text is worth sharing.
+
+    Sequences share tokens at equal positions. Rows that the mask hides are not shared.
+
+    Args:
+        layout: of the batch without sharing, on the CPU.
+        input_ids: [B, S], on the CPU.
+        groups: [B], samples of different groups share nothing; None for one group.
+        labels: [B, S]; if given, the layout says which tokens have a label but no row of their own.
+        min_saved: rows that a segment has to save; default :data:`MIN_SAVED_ROWS`.
+    """
+    lengths = layout.cu_seqlens.diff().tolist()
+    if len(lengths) < 2:
+        return None
+    root = _tree(layout, input_ids, groups, lengths)
+    segments, paths = _segments(root, len(lengths), MIN_SAVED_ROWS if min_saved is None else min_saved)
+    if sum(x.end - x.begin for x in segments) == layout.num_rows:
+        return None
+    return _lay_out(layout, segments, paths, labels)
+
+
+def _tree(layout: Layout, input_ids: Tensor, groups: Tensor | None, lengths: list[int]) -> _Node:
+    """The tree of all sequences: they are sorted, so that those with a common beginning are neighbours."""
+    tokens = layout.pack(input_ids)[0].long()
+    keys = (tokens << 32 | layout.positions.long() + 1).numpy()
+    starts = layout.cu_seqlens.tolist()
+    visible = lengths if layout.key_mask is None else _lengths_before_hidden(layout.key_mask, starts)
+    group = [0] * len(lengths)
+    if groups is not None:
+        group = (groups if layout.owners is None else groups[layout.owners]).tolist()
+    rows = [keys[start : start + length] for start, length in zip(starts, visible, strict=False)]
+    order = sorted(range(len(rows)), key=lambda i: (group[i], rows[i].tobytes()))
+    root = _Node(0, order[0])
+    path = [root]
+    for previous, i in zip([None, *order], order, strict=False):
+        shares = previous is not None and group[previous] == group[i]
+        common = _common_length(rows[previous], rows[i]) if shares else 0
+        behind = None
+        while path[-1].end > common:
+            behind = path.pop()
+        if path[-1].end < common:  # the common text ends within a node
+            assert behind is not None
+            path[-1].children[-1] = middle = _Node(common, i, [behind])
+            path.append(middle)
+        for end in (len(rows[i]), lengths[i]):  # hidden rows follow the visible ones, and are not shared
+            if end > path[-1].end:
+                child = _Node(end, i)
+                path[-1].children.append(child)
+                path.append(child)
+        path[-1].sequences.append(i)
+        while path[-1].end > len(rows[i]):
+            path.pop()
+    return root
+
+
+def _lengths_before_hidden(key_mask: Tensor, starts: list[int]) -> list[int]:
+    """Per sequence, the number of rows before its first hidden one."""
+    ends, hidden = np.array(starts[1:]), (~key_mask).numpy().nonzero()[0]
+    np.minimum.at(ends, np.searchsorted(starts, hidden, side="right") - 1, hidden)
+    return (ends - np.array(starts[:-1])).tolist()  # type: ignore[no-any-return]
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """The number of equal elements with which two arrays begin."""
+    shorter = min(len(a), len(b))
+    different = (a[:shorter] != b[:shorter]).nonzero()[0]
+    return int(different[0]) if len(different) else shorter
+
+
+def _segments(root: _Node, num_sequences: int, min_saved: int) -> tuple[list[_Segment], list[list[int]]]:
+    """(the segments, those of each sequence in order). Ancestors come before their descendants.
+
+    A text that saves too few rows is repeated in the segments of the texts that continue it.
+    """
+    segments: list[_Segment] = []
+    paths: list[list[int]] = [[] for _ in range(num_sequences)]
+    stack: list[tuple[_Node, int, tuple[int, ...]]] = [(root, 0, ())]
+    while stack:
+        node, begin, ancestors = stack.pop()
+        uses = len(node.children) + bool(node.sequences)
+        if node.end > begin and (not node.children or (uses - 1) * (node.end - begin) >= min_saved):
+            segments.append(_Segment(begin, node.end, node.some, ancestors))
+            begin, ancestors = node.end, (*ancestors, len(segments) - 1)
+        elif node.end > begin and node.sequences:
+            segments.append(_Segment(begin, node.end, node.some, ancestors))
+            for i in node.sequences:
+                paths[i] = [*ancestors, len(segments) - 1]
+            stack += [(child, begin, ancestors) for child in reversed(node.children)]
+            continue
+        for i in node.sequences:
+            paths[i] = list(ancestors)
+        stack += [(child, begin, ancestors) for child in reversed(node.children)]
+    return segments, paths
+
+
+def _lay_out(layout: Layout, segments: list[_Segment], paths: list[list[int]], labels: Tensor | None) -> Layout:
+    """The layout of the segments, from that of the sequences."""
+    starts, sizes = layout.cu_seqlens.tolist(), [x.end - x.begin for x in segments]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    source = np.concatenate([np.arange(starts[x.some] + x.begin, starts[x.some] + x.end) for x in segments])
+    target = np.empty(layout.num_rows, dtype=np.int64)  # the new row of each row
+    for i, path in enumerate(paths):
+        for j in path:
+            begin = starts[i] + segments[j].begin
+            target[begin : begin + sizes[j]] = np.arange(offsets[j], offsets[j + 1])
+    old, rows = torch.from_numpy(source), torch.from_numpy(target)[layout.rows]
+    tokens = old if layout.tokens is None else layout.tokens[old]
+    depth = max(len(x.ancestors) for x in segments)
+    padded = [[*x.ancestors, *[-1] * (depth - len(x.ancestors))] for x in segments]
+    ancestors = torch.tensor(padded, dtype=torch.long).view(len(segments), depth)
+    owners = torch.tensor([x.some for x in segments])
+    owners = owners if layout.owners is None else layout.owners[owners]
+    last = torch.tensor([path[-1] if path else -1 for path in paths])
+    cu_seqlens = torch.from_numpy(offsets)
+    return replace(
+        layout, tokens=tokens, rows=rows, positions=layout.positions[old],
+        cu_seqlens=cu_seqlens.to(torch.int32), longest=max(sizes),
+        key_mask=None if layout.key_mask is None else layout.key_mask[old],
+        segments=Segments(cu_seqlens, ancestors, owners, last, _repeated(layout, tokens, labels)),
+    )  # fmt: skip
+
+
+def _repeated(layout: Layout, tokens: Tensor, labels: Tensor | None) -> Tensor:
+    """[X], the flat indices of the tokens whose row predicts a label and is that of another token."""
+    if labels is None:
+        return tokens[:0]
+    predicts = layout.targets(labels).flatten() != IGNORED
+    predicts[tokens] = False
+    return predicts.nonzero().flatten()

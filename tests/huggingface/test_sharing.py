@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that the rows of a batch share runs once: as in the stock model, which runs it in every row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftkern
+from peftkern.huggingface import sharer, sharing
+from peftkern.huggingface.layout import Layout
+from tests.huggingface import models
+from tests.huggingface.models import FAMILIES, VOCAB
+
+pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+
+LLAMA = FAMILIES["llama (GQA)"]
+SHAREABLE = [
+    name
+    for name, family in FAMILIES.items()
+    if family.task == "CAUSAL_LM" and name not in ("llama4 (chunks)", "gemma3n (shared KV)")
+]
+_g = torch.Generator().manual_seed(3)
+A, B, C, D, E, F = (torch.randint(3, VOCAB, (n,), generator=_g).tolist() for n in (6, 5, 4, 3, 2, 4))
+
+#: Rows of tokens by case, shorter ones padded.
+BATCHES = {
+    "a group": [A + B, A + C, A + D],
+    "a tree": [A + B + C, A + B + D, A + B + E, A + C + D, A + C + E, D + F],
+    "two groups": [A + C, A + D, B + F, B + E],
+    "equal rows": [A + B, A + B, A + B],
+    "a row that begins another": [A, A + B, A + B + C, A + D],
+    "nothing in common": [A, B, C + D, F],
+    "one row": [A + B],
+    "an empty completion": [A + B, A, A + C],
+}
+
+
+@pytest.fixture(autouse=True)
+def share_every_row(monkeypatch):
+    """The batches here are small: share whatever they have in common."""
+    monkeypatch.setattr(sharing, "MIN_SAVED_ROWS", 1)
+    monkeypatch.setattr(sharer, "MAX_ROWS", 0.99)
+
+
+def padded(rows, side="right"):
+    """(input_ids, attention_mask), [B, S]."""
+    length = max(map(len, rows))
+    pads = [length - len(row) for row in rows]
+    if side == "right":
+        ids, mask = (
+            [row + [0] * n for row, n in zip(rows, pads)],
+            [[1] * len(r) + [0] * n for r, n in zip(rows, pads)],
+        )
+    else:
+        ids, mask = (
+            [[0] * n + row for row, n in zip(rows, pads)],
+            [[0] * n + [1] * len(r) for r, n in zip(rows, pads)],
+        )
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def inputs_of(rows, side="right"):
+    """Arguments of a call; every second row has labels behind its third token only."""
+    ids, mask = padded(rows, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[::2, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def step(model, inputs):
+    """(logits at real tokens, loss from them, gradients of all parameters)."""
+    model.train()
+    model.zero_grad()
+    out = model(**inputs)
+    real = inputs["attention_mask"].bool()
+    targets = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    loss = torch.nn.functional.cross_entropy(out.logits[real].double(), targets[real])
+    loss.backward()
+    return out.logits[real].detach(), out.loss.detach(), loss.detach(), gradients(model)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def differ(got, want):
+    """The largest relative difference of two equal structures of tensors."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        return max(differ(got[name], want[name]) for name in want)
+    return float((got - want).norm() / want.norm().clamp(min=1e-8))  # the gradient of a bias of keys is 0
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("name", SHAREABLE)
+def test_shared_rows_equal_those_of_the_stock_model(name, case):
+    """In fp64: logits, loss and every gradient."""
+    family, inputs = FAMILIES[name], inputs_of(BATCHES[case])
+    with models.fp64_throughout():
+        want = step(models.base_model(family, torch.float64), inputs)
+        model = peftkern.patch(models.base_model(family, torch.float64), share="prefixes")
+        got = step(model, inputs)
+    shares = case not in ("nothing in common", "one row")
+    assert (model._peftkern_patch.shared_rows is not None) == shares, peftkern.explain(model)
+    for x, y in zip(got, want, strict=True):
+        assert differ(x, y) <= 1e-10
+
+
+def test_a_layout_names_every_token():
+    ids, mask = padded(BATCHES["a tree"])
+    layout = sharing.share_rows(Layout.of(ids.shape, ids.device, mask=mask), ids)
+    assert layout.num_rows == len(A + B + C + D + E) + len(C + D + E) + len(D + F)
+    assert torch.equal(ids.flatten()[layout.tokens][layout.rows][mask.bool()], ids[mask.bool()])
+
+
+GENERATES = ["llama (GQA)", "mistral (window 4)", "gemma2 (softcap)", "gpt-oss (sinks)", "gpt2", "opt"]
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", GENERATES)
+def test_generation_is_token_identical(name, way):
+    """Behind shared prompts of different lengths, and behind each row's own."""
+    family = FAMILIES[name]
+    rows = [A + B] if way == "lookup" else [A + B, A + B, A + C, D]
+    ids, mask = padded(rows, "left")
+    options = {"max_new_tokens": 6, "pad_token_id": 0, **({} if "do_sample" in WAYS[way] else {"do_sample": False})}
+    tokens = {}
+    for shares in (False, True):
+        model = models.base_model(family).eval()
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        torch.manual_seed(0)
+        tokens[shares] = model.generate(input_ids=ids, attention_mask=mask, **options, **WAYS[way])
+        assert way == "lookup" or not shares or model._peftkern_patch.shared_rows is not None
+    assert torch.equal(tokens[True], tokens[False])
