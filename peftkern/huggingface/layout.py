@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 __all__ = [
-    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "Segments", "indices_of", "next_labels", "pad_labels", "targets_of",
+    "IGNORED", "HostNumbers", "Layout", "LayoutBuilder", "Segments", "indices_of", "next_labels", "pad_labels",
+    "targets_of",
 ]  # fmt: skip
 
 #: The label that losses ignore.
@@ -294,7 +295,9 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The layout on ``device``, without waiting for it. The segments stay where they are."""
-        changes = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        changes: dict[str, Any] = {
+            name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
         return replace(self, **changes)
 
     def targets(self, labels: Tensor) -> Tensor:
