@@ -295,10 +295,9 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The layout on ``device``, without waiting for it. The segments stay where they are."""
-        changes: dict[str, Any] = {
-            name: x.to(device, non_blocking=True) for name, x in vars(self).items() if isinstance(x, Tensor)
-        }
-        return replace(self, **changes)
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return replace(self, **moved)
 
     def targets(self, labels: Tensor) -> Tensor:
         """[B, S] -> [B, S], the label that each row predicts: see :func:`targets_of`."""

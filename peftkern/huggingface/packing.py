@@ -139,10 +139,8 @@ class PackedBatch:
         assert segments is not None
         used = segments.last[segments.last >= 0].unique()
         offsets = segments.offsets.tolist()
-        texts = [
-            torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in segments.chain(last)])
-            for last in used.tolist()
-        ]
+        chains = [segments.chain(last) for last in used.tolist()]
+        texts = [torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in chain]) for chain in chains]
         rows = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         ids = torch.where(segments.last < 0, -1, torch.searchsorted(used, segments.last))
         return rows + self.prompt_rows, torch.tensor([len(text) for text in texts]), ids

@@ -18,6 +18,7 @@ This module knows nothing about models; it maps tensors on the CPU to tensors on
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -100,8 +101,8 @@ def _tree(layout: Layout, input_ids: Tensor, groups: Tensor | None, lengths: lis
     order = sorted(range(len(rows)), key=lambda i: (group[i], rows[i].tobytes()))
     root = _Node(0, order[0])
     path = [root]
-    for previous, i in zip([None, *order], order, strict=False):
-        shares = previous is not None and group[previous] == group[i]
+    for previous, i in itertools.pairwise([-1, *order]):
+        shares = previous >= 0 and group[previous] == group[i]
         common = _common_length(rows[previous], rows[i]) if shares else 0
         behind = None
         while path[-1].end > common:

@@ -46,18 +46,11 @@ def share_every_row(monkeypatch):
 def padded(rows, side="right"):
     """(input_ids, attention_mask), [B, S]."""
     length = max(map(len, rows))
-    pads = [length - len(row) for row in rows]
-    if side == "right":
-        ids, mask = (
-            [row + [0] * n for row, n in zip(rows, pads)],
-            [[1] * len(r) + [0] * n for r, n in zip(rows, pads)],
-        )
-    else:
-        ids, mask = (
-            [[0] * n + row for row, n in zip(rows, pads)],
-            [[0] * n + [1] * len(r) for r, n in zip(rows, pads)],
-        )
-    return torch.tensor(ids), torch.tensor(mask)
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        places = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, places], mask[i, places] = torch.tensor(row), 1
+    return ids, mask
 
 
 def inputs_of(rows, side="right"):
