@@ -291,6 +291,8 @@ class LogitRows:
         self.labels: Tensor | None = None
         #: [B, S or P + S], index into ``rows`` of the row shown at each place; None if outputs stay packed.
         self._shown: Tensor | None = None
+        #: [B, keep] if the rows are those shown, in order.
+        self._shape: torch.Size | None = None
         self._repeat = packed.layout.segments is not None
         if labels is not None:
             self._select_labelled(packed, labels.to(packed.cu_seqlens.device), labelled, num_labelled)
@@ -298,8 +300,7 @@ class LogitRows:
         shown = packed.shown_rows()
         if isinstance(keep, Tensor) or keep != 0:
             shown = shown[:, keep.to(shown.device)] if isinstance(keep, Tensor) else shown[:, -keep:]
-            self.rows = shown.flatten()
-            self._shown = torch.arange(self.rows.shape[0], device=shown.device).view(shown.shape)
+            self.rows, self._shape = shown.flatten(), shown.shape
         elif packed.prompts is not None and not packed.show_prompts:
             self.rows = packed.prompt_rows + torch.arange(packed.layout.positions.shape[0], device=shown.device)
             self._shown = shown - packed.prompt_rows
@@ -344,6 +345,8 @@ class LogitRows:
             logits: of the rows that the output layer has run on.
             deferred: copy rows when an operation first reads them (:mod:`.deferred`).
         """
+        if self._shape is not None:
+            return logits.view(*self._shape, logits.shape[-1])
         if self._shown is None:
             return logits[:, :-1]
         shown = self._shown.to(logits.device)
