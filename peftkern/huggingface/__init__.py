@@ -8,6 +8,7 @@ Suggested reading order:
   prefixes and prompts, :mod:`.sources` provides the prefix or prompt, and :mod:`.wiring` undoes all changes.
 - :mod:`.attention`: the attention function of the layers, with its :mod:`.cache` and its :mod:`.masks`.
 - :mod:`.packing` and :mod:`.layout`: packed batches. :mod:`.packer` decides when to use them.
+- :mod:`.sharing`: text that rows share; :mod:`.sharer` decides when, and :mod:`.share_patch` needs no prefix for it.
 - :mod:`.survey` and :mod:`.trial`: examine a model by running it on a few tokens.
 - :mod:`.concatenation_patch` and :mod:`.fallback_patch`: for models that cannot run a prompt once per batch, and for
   PEFT models that keep PEFT's code.

@@ -18,6 +18,7 @@ ENDS = {
     "own_model": None,
     "peft_model": "loss of the checkpoint in PEFT: ",
     "prefix_kv": "generated with the loaded prefix: ",
+    "score_choices": "largest difference of the scores: ",
     "soft_prompt_trainer": "saved: SoftPrompt(length=16, embed_dim=64)",
 }
 
@@ -33,7 +34,7 @@ def _module(path: Path) -> ModuleType:
 def test_script_runs(path, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    _module(path).main(["--steps", "4"])
+    _module(path).main(["--questions" if path.stem == "score_choices" else "--steps", "4"])
     printed = capsys.readouterr().out
     if ENDS[path.stem] is None:
         assert "step 3: loss " in printed
