@@ -146,19 +146,18 @@ def _segments(root: _Node, num_sequences: int, min_saved: int) -> tuple[list[_Se
     stack: list[tuple[_Node, int, tuple[int, ...]]] = [(root, 0, ())]
     while stack:
         node, begin, ancestors = stack.pop()
-        uses = len(node.children) + bool(node.sequences)
-        if node.end > begin and (not node.children or (uses - 1) * (node.end - begin) >= min_saved):
-            segments.append(_Segment(begin, node.end, node.some, ancestors))
-            begin, ancestors = node.end, (*ancestors, len(segments) - 1)
-        elif node.end > begin and node.sequences:
-            segments.append(_Segment(begin, node.end, node.some, ancestors))
+        behind, length = node.children, node.end - begin
+        uses = len(behind) + bool(node.sequences)
+        if length and behind and (uses - 1) * length < min_saved:
+            if node.sequences:
+                behind = [*behind, _Node(node.end, node.some, [], node.sequences)]
+        else:
+            if length:
+                segments.append(_Segment(begin, node.end, node.some, ancestors))
+                begin, ancestors = node.end, (*ancestors, len(segments) - 1)
             for i in node.sequences:
-                paths[i] = [*ancestors, len(segments) - 1]
-            stack += [(child, begin, ancestors) for child in reversed(node.children)]
-            continue
-        for i in node.sequences:
-            paths[i] = list(ancestors)
-        stack += [(child, begin, ancestors) for child in reversed(node.children)]
+                paths[i] = list(ancestors)
+        stack += [(child, begin, ancestors) for child in reversed(behind)]
     return segments, paths
 
 
