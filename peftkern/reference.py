@@ -129,7 +129,7 @@ def prefix_chains(
     lens = [prefix_len] * bank if prefix_lens is None else prefix_lens.tolist()
     starts = [0] * bank + ([] if prefix_starts is None else prefix_starts.tolist())
     chains = []
-    for row in prefix_ids.reshape(prefix_ids.shape[0], -1).tolist():
+    for row in prefix_ids.reshape(prefix_ids.shape[0], prefix_ids.shape[1:].numel()).tolist():
         chain, length = [], 0
         for i in row:
             if i >= 0 and lens[i] > 0:

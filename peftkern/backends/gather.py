@@ -223,7 +223,8 @@ def _rows_of(args: AttentionArgs) -> _Rows:
 
     def compute() -> _Rows:
         prefixes = _prefixes(bank, prefix_len, lens, starts)
-        return _rows(host_values(ids).reshape(ids.shape[0], -1).tolist(), prefixes, ids.device)
+        by_sequence = host_values(ids).reshape(ids.shape[0], ids.shape[1:].numel())
+        return _rows(by_sequence.tolist(), prefixes, ids.device)
 
     return derived("gathered prefixes", (ids, lens, starts), (bank, prefix_len), compute)
 
