@@ -43,6 +43,7 @@ NAMES = {
     "bias": "bias (T5), differentiable", "prefix_bias": "prefix bias", "gate": "gate (LLaMA-Adapter)",
     "dropout": "dropout, equal on every backend", "packed": "packed sequences (`cu_seqlens`)",
     "bank": "bank of prefixes, one per sample", "ragged_bank": "bank of prefixes of different lengths",
+    "several_prefixes": "several prefixes per sample", "packed_shared": "prefixes in k and v (`prefix_starts`)",
 }  # fmt: skip
 
 

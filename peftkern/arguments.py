@@ -248,7 +248,7 @@ def _prefix_shape(args: AttentionArgs) -> tuple[int, ...]:
         return tuple(args.prefix_k.shape)
     ids = args.prefix_ids
     assert ids is not None
-    bank, num_kv_heads, prefix_len, head_dim = args.prefix_k.shape
+    num_kv_heads, prefix_len, head_dim = args.prefix_k.shape[1:]
     longest = args.max_prefix_len
     if longest is None:
         longest = args.k.shape[2] if args.prefix_starts is not None else ids.shape[1] * prefix_len

@@ -113,8 +113,9 @@ def prefix_attention(  # type: ignore[misc]
         prefix_lens: int [A], the number of valid tokens of each prefix in the bank. Tokens behind it are ignored.
             With prefix_starts int [A + C], required.
         prefix_starts: int [C], with cu_seqlens and a bank (A and P may be 0): C further prefixes that lie in k and v.
-            Prefix A + c consists of the prefix_lens[A + c] rows from prefix_starts[c] on. dk and dv contain what the rows contribute as prefixes, summed in fp32 in a fixed order. Rows that
-            key_mask hides must not lie in a prefix: the mask hides keys of the sequences, not of prefixes.
+            Prefix A + c consists of the prefix_lens[A + c] rows from prefix_starts[c] on. dk and dv contain what the
+            rows contribute as prefixes, summed in fp32 in a fixed order. Rows that key_mask hides must not lie in a
+            prefix: the mask hides keys of the sequences, not of prefixes.
         window: hides sequence keys that lie ``window`` or more positions before the query.
         prefix_in_window: if true, the prefix occupies the ``P`` positions before the sequence and the window counts
             them, as in ``transformers``. If false, the prefix is always visible; prefix_starts needs an empty bank

@@ -85,8 +85,8 @@ def _check_chains(args: AttentionArgs) -> None:
         if bool((ends > kv_len).any()):
             raise ValueError(f"prefix_starts: expected prefixes that end by T = {kv_len}, got ends {ends.tolist()}")
     if args.max_prefix_len is not None and ids.numel() and num_prefixes:
-        seen = torch.where(ids >= 0, lengths[ids.clamp(min=0)], 0).reshape(ids.shape[0], -1)
-        longest = int(seen.sum(1).max())
+        seen = torch.where(ids >= 0, lengths[ids.clamp(min=0)], 0)
+        longest = int(seen.sum(1).max() if ids.dim() == 2 else seen.max())
         if args.max_prefix_len < longest:
             raise ValueError(
                 f"max_prefix_len: expected at least what a sequence sees, {longest}, got {args.max_prefix_len}"

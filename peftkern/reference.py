@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["dropout_keep", "prefix_attention", "soft_prompt_embedding", "softmax", "visibility"]
+__all__ = [
+    "chain_ids_and_lens", "dropout_keep", "join_prefixes", "one_prefix_each", "prefix_attention", "prefix_chains",
+    "soft_prompt_embedding", "softmax", "visibility",
+]  # fmt: skip
 
 _INF = float("inf")
 
@@ -60,9 +63,9 @@ def prefix_attention(
     q, k, v = q.to(fp).unflatten(1, heads), k.to(fp), v.to(fp)
     prefix_k, prefix_v = (_round_to(x, dtype).to(fp) for x in (prefix_k, prefix_v))
     if prefix_ids is not None and (prefix_ids.dim() == 2 or prefix_starts is not None):
-        chains = prefix_chains(prefix_ids, prefix_lens, prefix_starts, prefix_k.shape)
-        prefix_k, prefix_v = join_prefixes(chains, prefix_k, k), join_prefixes(chains, prefix_v, v)
-        prefix_ids, prefix_lens = chain_ids_and_lens(chains, q.device)
+        prefix_k, prefix_v, prefix_ids, prefix_lens = one_prefix_each(
+            prefix_k, prefix_v, k, v, prefix_ids, prefix_lens, prefix_starts
+        )
     bank, _, prefix_len, _ = prefix_k.shape
 
     seq_scores = _softcap(torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale, softcap).flatten(1, 2)  # [B, Hq, S, T]
@@ -85,6 +88,21 @@ def prefix_attention(
     out = torch.einsum("bhgst,bhtd->bhgsd", seq_weights, v)
     out = out + torch.einsum("bhgsap,ahpd->bhgsd", prefix_weights, prefix_v)
     return out.flatten(1, 2).to(dtype), lse
+
+
+def one_prefix_each(
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_ids: Tensor,
+    prefix_lens: Tensor | None,
+    prefix_starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prefix_k, prefix_v, prefix_ids and prefix_lens of a bank that holds each sequence's prefixes, concatenated."""
+    chains = prefix_chains(prefix_ids, prefix_lens, prefix_starts, prefix_k.shape)
+    joined = join_prefixes(chains, prefix_k, k), join_prefixes(chains, prefix_v, v)
+    return *joined, *chain_ids_and_lens(chains, k.device)
 
 
 class Piece(NamedTuple):
@@ -111,7 +129,7 @@ def prefix_chains(
     lens = [prefix_len] * bank if prefix_lens is None else prefix_lens.tolist()
     starts = [0] * bank + ([] if prefix_starts is None else prefix_starts.tolist())
     chains = []
-    for row in prefix_ids.reshape(prefix_ids.shape[0], -1).tolist():
+    for row in prefix_ids.reshape(prefix_ids.shape[0], prefix_ids.shape[1:].numel()).tolist():
         chain, length = [], 0
         for i in row:
             if i >= 0 and lens[i] > 0:

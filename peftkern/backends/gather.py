@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences with several prefixes, or with prefixes in k and v, for plans that take one prefix each.
 
-The prefixes that a sequence sees are its chain. Each chain that occurs becomes an entry of a ragged bank: its rows are
-copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. Its gradients are then added up
-where the rows came from.
+The prefixes that a sequence sees are its chain. Each chain that occurs becomes an entry of a ragged bank: its rows
+are copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. Its gradients are then
+added up where the rows came from.
 
 A row may lie in several chains, as the beginning of a document does that many questions share. The chains are
 therefore cut into pieces so that two pieces are the same rows or have none in common. The gradients of a piece are
@@ -16,6 +16,7 @@ All indices are computed on the host, once for all layers and the backward if th
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ from ..arguments import AttentionArgs, AttentionGradients, constant, host_values
 from .base import Plan
 from .derived import derived
 
-__all__ = ["prefix_attention", "prefix_attention_backward"]
+__all__ = ["gathered", "prefix_attention", "prefix_attention_backward"]
 
 
 def prefix_attention(plan: Plan, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """:meth:`.Plan.prefix_attention`, with the prefixes gathered if the plan needs that."""
     if args.has_chains and not plan.reads_chains:
-        args = _gathered(args, _rows_of(args))
+        args = gathered(args)
     return plan.prefix_attention(args)
 
 
@@ -54,7 +55,7 @@ def prefix_attention_backward(
     _, dk, dv, dprefix_k, dprefix_v, *_ = needs
     in_sequence = rows.of_sequence is not None
     inner = [*needs[:3], dprefix_k or (in_sequence and dk), dprefix_v or (in_sequence and dv), *needs[5:]]
-    found = plan.prefix_attention_backward(dout, dlse, out, lse, _gathered(args, rows), inner)
+    found = plan.prefix_attention_backward(dout, dlse, out, lse, _with_bank(args, rows), inner)
     for dgathered in (found.dprefix_k, found.dprefix_v):
         if dgathered.numel():
             rows.fold(dgathered)
@@ -68,8 +69,12 @@ def prefix_attention_backward(
     )
 
 
-def _gathered(args: AttentionArgs, rows: _Rows) -> AttentionArgs:
-    """The call with the bank of its chains, one prefix per sequence, and no prefix in k and v."""
+def gathered(args: AttentionArgs) -> AttentionArgs:
+    """A call that has chains as one with a bank of these: one prefix per sequence, and none in k and v."""
+    return _with_bank(args, _rows_of(args))
+
+
+def _with_bank(args: AttentionArgs, rows: _Rows) -> AttentionArgs:
     return args._replace(
         prefix_k=rows.gather(args.prefix_k, args.k), prefix_v=rows.gather(args.prefix_v, args.v),
         prefix_ids=rows.ids, prefix_lens=rows.lens, prefix_starts=None, max_prefix_len=None,
@@ -218,7 +223,8 @@ def _rows_of(args: AttentionArgs) -> _Rows:
 
     def compute() -> _Rows:
         prefixes = _prefixes(bank, prefix_len, lens, starts)
-        return _rows(host_values(ids).reshape(ids.shape[0], -1).tolist(), prefixes, ids.device)
+        by_sequence = host_values(ids).reshape(ids.shape[0], ids.shape[1:].numel())
+        return _rows(by_sequence.tolist(), prefixes, ids.device)
 
     return derived("gathered prefixes", (ids, lens, starts), (bank, prefix_len), compute)
 
@@ -232,7 +238,7 @@ def _prefixes(bank: int, prefix_len: int, lens: Tensor | None, starts: Tensor | 
     prefixes = [[_Piece(entry, 0, length)] if length else [] for entry, length in enumerate(lengths[:bank])]
     for first, end in spans:
         ends = cuts[bisect_left(cuts, first) : bisect_right(cuts, end)]
-        prefixes.append([_Piece(None, a, b - a) for a, b in zip(ends, ends[1:], strict=False)])
+        prefixes.append([_Piece(None, a, b - a) for a, b in itertools.pairwise(ends)])
     return prefixes
 
 

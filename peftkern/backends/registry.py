@@ -281,6 +281,10 @@ class Explanation:
 
     def __str__(self) -> str:
         lines, others = [f"{self.call.op}: {self.call}"], [f"for devices other than {self.call.device.type}:"]
+        if "gathered prefixes" in self.call.features:
+            lines.append(
+                "  every backend but reference copies the prefixes into a bank first, which the times leave out"
+            )
         for name, plan in self.plans.items():
             group = others if isinstance(plan, Refusal) and plan.other_device else lines
             group.append(f"  {name}: {self._line(name, plan)}")

@@ -129,6 +129,20 @@ def _prefix_ids(s: Shape, g: torch.Generator) -> Tensor:
     return ids
 
 
+def _shared_rows(s: Shape, lens: list[int], starts: list[int], ids: list[list[int]]) -> dict[str, Any]:
+    """Three packed sequences with prefixes of a bank, of which ``lens`` are the first, and with rows of the first.
+
+    ``starts`` are offsets from which on the rows of the first sequence are a prefix.
+    """
+    first = s.S // 3
+    starts = [min(start, first) for start in starts]
+    return {
+        "cu_seqlens": _cu_seqlens(s, torch.Generator()), "prefix_ids": torch.tensor(ids),
+        "prefix_lens": torch.tensor([*lens, *(first - start for start in starts)]),
+        "prefix_starts": torch.tensor(starts),
+    }  # fmt: skip
+
+
 class Feature(NamedTuple):
     """How a feature is turned on."""
 
@@ -172,6 +186,24 @@ FEATURES: dict[str, Feature] = {
         },
         lambda s: {"B": 1, "A": 1},
     ),
+    "several_prefixes": Feature(
+        lambda s, g: {"prefix_ids": torch.stack([_prefix_ids(s, g), -torch.ones(s.B).long(), _prefix_ids(s, g)], 1)},
+        lambda s: {"A": 3},
+    ),
+    "packed_several": Feature(
+        lambda s, g: {
+            "cu_seqlens": _cu_seqlens(s, g), "prefix_ids": torch.tensor([[1, 0], [0, -1], [0, 1]], dtype=torch.int32),
+            "prefix_lens": torch.tensor([s.P, max(0, s.P - 2)], dtype=torch.int32), "max_prefix_len": 2 * s.P,
+        },
+        lambda s: {"B": 1, "A": 2},
+    ),
+    "packed_shared": Feature(
+        lambda s, g: _shared_rows(s, [s.P], [0], [[0, -1], [0, -1], [0, 1]]), lambda s: {"B": 1, "A": 1}
+    ),
+    "packed_shared_window": Feature(
+        lambda s, g: {**_shared_rows(s, [], [0, 1], [[-1, -1], [0, -1], [1, 0]]), "window": s.S // 3 + 3},
+        lambda s: {"B": 1, "A": 0},
+    ),
 }  # fmt: skip
 
 
@@ -193,6 +225,17 @@ def feature(name: str, shape: Shape, seed: int = 0) -> tuple[Shape, dict[str, An
     """
     shape = replace(shape, **FEATURES[name].sizes(shape))
     return shape, FEATURES[name].options(shape, torch.Generator().manual_seed(seed))
+
+
+def _chains(s: Shape, options: dict[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """Up to three prefixes per sequence of a call with a bank, some of them in k and v if the call allows it."""
+    num_prefixes, changes = s.A or 0, {}
+    if "cu_seqlens" in options and options.get("prefix_in_window", True):
+        starts = torch.randint(0, s.S + 1, (2,), generator=g)
+        lens = torch.cat([torch.randint(0, s.P + 1, (num_prefixes,), generator=g), (s.S - starts) // 2])
+        num_prefixes, changes = num_prefixes + 2, {"prefix_starts": starts, "prefix_lens": lens}
+    changes["prefix_ids"] = torch.randint(-1, num_prefixes, (len(options["prefix_ids"]), 3), generator=g)
+    return changes
 
 
 def combination(seed: int) -> tuple[Shape, dict[str, Any]]:
@@ -226,4 +269,6 @@ def combination(seed: int) -> tuple[Shape, dict[str, Any]]:
         options["prefix_ids"] = torch.randint(-1, shape.A, (count,), generator=g)
         if pick(True, False):
             options["prefix_lens"] = torch.randint(0, shape.P + 1, (shape.A,), generator=g)
+        if "prefix_bias" not in options and pick(True, False):
+            options.update(_chains(shape, options, g))
     return shape, options

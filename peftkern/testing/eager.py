@@ -33,6 +33,9 @@ def eager_attention(
     group = q.shape[1] // k.shape[1]
     if prefix_k.dim() == 3:
         prefix_k, prefix_v = prefix_k[None], prefix_v[None]
+    ids, lens, starts = (options.get(f"prefix_{name}") for name in ("ids", "lens", "starts"))
+    if ids is not None and (ids.dim() == 2 or starts is not None):
+        prefix_k, prefix_v, ids, lens = reference.one_prefix_each(prefix_k, prefix_v, k, v, ids, lens, starts)
     bank, _, prefix_len, _ = prefix_k.shape
     batch, num_heads, q_len, _ = q.shape
     kv_len = k.shape[2]
@@ -52,8 +55,7 @@ def eager_attention(
         prefix_scores = prefix_scores + prefix_bias[:, None, :].expand_as(prefix_scores).to(dtype)
     seq_visible, prefix_visible = reference.visibility(
         (batch, q_len, kv_len, bank, prefix_len), q.device, options.get("causal", True), options.get("key_mask"),
-        options.get("cu_seqlens"), options.get("prefix_ids"), options.get("prefix_lens"), numbers["window"],
-        options.get("prefix_in_window", True),
+        options.get("cu_seqlens"), ids, lens, numbers["window"], options.get("prefix_in_window", True),
     )  # fmt: skip
     seq_scores = seq_scores.masked_fill(~seq_visible, -torch.inf)
     prefix_scores = prefix_scores.masked_fill(~prefix_visible.flatten(3), -torch.inf)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from .rounding import (
     DEFAULT_ROUNDINGS,
     LAST_PLACES,
@@ -66,6 +67,18 @@ def deviations(
     >>> expected["dprefix_k"].shape == inputs["prefix_k"].shape
     True
     """
+    if options.get("prefix_starts") is not None or getattr(options.get("prefix_ids"), "ndim", 1) == 2:
+        variances = _chain_variances(tensors, options, dout, dlse, roundings)
+    else:
+        variances, _ = _variances(tensors, options, dout, dlse, roundings)
+    return {name: variance.sqrt() for name, variance in variances.items()}
+
+
+def _variances(
+    tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None, dlse: Tensor | None,
+    roundings: Roundings,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """The variances of the results, and the exact gradients of keys and values, both by name."""
     dtype = tensors["q"].dtype
     exact = {name: tensors[name].to(dtype).double() for name in ("q", "k", "v", "prefix_k", "prefix_v")}
     if exact["prefix_k"].dim() == 3:
@@ -85,6 +98,7 @@ def deviations(
     rounding, fp32_rounding, spread = _out_variances(x, parts, gains, num_prefix_keys, dtype)
     lse = parts[-1].lse_variance.squeeze(-1)
     result = {"out": rounding + spread, "lse": lse + 2.0**-28 / 3 if half_torch_kernel else lse}
+    totals: dict[str, Tensor] = {}
     if dout is not None:
         dout = dout.double()
         lse_grad = 0.0 if dlse is None else dlse.double()[..., None]
@@ -96,9 +110,49 @@ def deviations(
         sizes = (bank, num_kv_heads, prefix_len)
         backward = _Backward(x, parts, exact["q"], dout, options, dtype, roundings, sizes)
         result |= backward.variances({name: x.dtype for name, x in tensors.items()})
+        totals = backward.totals
         if tensors["prefix_k"].dim() == 3:
             result |= {name: result[name][0] for name in ("dprefix_k", "dprefix_v")}
-    return {name: variance.sqrt() for name, variance in result.items()}
+    return result, totals
+
+
+def _chain_variances(
+    tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None, dlse: Tensor | None,
+    roundings: Roundings,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The variances of the results where sequences see several prefixes, or prefixes in k and v.
+
+    They are those of a call with the concatenated prefixes of each sequence, whose gradients are then summed in fp32
+    where the prefixes lie, and rounded.
+    """
+    dtype, prefix, sums = tensors["q"].dtype, tensors["prefix_k"], torch.float32
+    chains = reference.prefix_chains(
+        options["prefix_ids"], options.get("prefix_lens"), options.get("prefix_starts"), prefix.shape
+    )
+    ids, lens = reference.chain_ids_and_lens(chains, prefix.device)
+    joined = {
+        f"prefix_{x}": reference.join_prefixes(chains, tensors[f"prefix_{x}"].to(dtype).to(sums), tensors[x])
+        for x in "kv"
+    }
+    options = {**options, "prefix_ids": ids, "prefix_lens": lens, "prefix_starts": None}
+    variances, totals = _variances({**tensors, **joined}, options, dout, dlse, roundings)
+    if dout is None:
+        return variances
+    for x in "kv":
+        by_token, terms = variances[f"dprefix_{x}"], totals[f"dprefix_{x}"]
+        bank = [torch.zeros(prefix.shape, dtype=torch.float64) for _ in range(4)]
+        own = totals[f"d{x}"]
+        sequence = [variances[f"d{x}"].clone(), own.clone(), own**2, torch.ones_like(own)]
+        for i, chain in enumerate(chains):
+            for piece in chain:
+                values = (y[i, :, piece.place] for y in (by_token, terms, terms**2, torch.ones_like(terms)))
+                for total, value in zip(sequence if piece.entry is None else bank, values, strict=True):
+                    total[piece.entry or 0, :, piece.rows] += value
+        for name, (variance, total, squares, count), stored in (
+            (f"dprefix_{x}", bank, prefix.dtype), (f"d{x}", sequence, dtype)
+        ):  # fmt: skip
+            variances[name] = variance + sum_variance(total, squares, count) + storage_variance(total, stored)
+    return variances
 
 
 def _out_variances(
@@ -169,6 +223,7 @@ class _Backward:
         weights_rounding = storage_variance(weights, self.dtype) * x.visible
         dscores, dscores_variance = self.dproducts * self.scale, square * (self.dproducts_variance + common)
         dscores_rounding = square * self.dproducts_rounding
+        self.totals: dict[str, Tensor] = {}
         result = {"dq": self._dq()}
         result |= self._dkv("k", dscores, dscores_variance, dscores_rounding, self.q, self.scale_variance, dtypes)
         result |= self._dkv("v", weights, weights_variance, weights_rounding, self.dout, 0.0, dtypes)
@@ -204,18 +259,21 @@ class _Backward:
         relative variance of a constant that multiplies the sum.
         """
         by_sum, by_heads, total = self._over_rows(slice(self.num_prefix_keys, -1), factors, variance + rounding, rows)
+        self.totals[f"d{name}"] = total
         sequence = by_sum + by_heads + relative * total**2 + storage_variance(total, self.dtype)
         if self.roundings.prefix_terms:
             variance = variance + rounding
         prefix_keys = slice(0, self.num_prefix_keys)
         by_sum, by_heads, total = self._over_rows(prefix_keys, factors, variance, rows, over_batch=True)
+        by_prefix = (self.bank, self.prefix_len)
+        self.totals[f"dprefix_{name}"] = total.unflatten(1, by_prefix).transpose(0, 1)
         prefix = by_sum + relative * total**2 + storage_variance(total, dtypes[f"prefix_{name}"])
         prefix = prefix + 2 * rounding_variance(total)
         if self.roundings.prefix_samples:
             prefix = prefix + by_heads
         return {
             f"d{name}": sequence,
-            f"dprefix_{name}": prefix.unflatten(1, (self.bank, self.prefix_len)).transpose(0, 1),
+            f"dprefix_{name}": prefix.unflatten(1, by_prefix).transpose(0, 1),
         }
 
     def _over_rows(

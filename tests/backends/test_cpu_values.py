@@ -162,6 +162,8 @@ def test_rows_that_see_nothing(name, dtype):
     if shape.T is not None:
         shape = Shape(**{**vars(shape), "T": 90})
     options["key_mask"] = torch.zeros(shape.B, shape.kv_len, dtype=torch.bool)
+    if "prefix_starts" in options:  # prefixes in k and v are not masked
+        options["prefix_lens"].zero_()
     got = _results("cpu", tensors(shape, dtype), options)
     assert (got["out"] == 0).all()
     sinks = options.get("sinks", torch.full((shape.Hq,), -torch.inf))

@@ -11,6 +11,7 @@ import torch
 import peftkern
 from peftkern import reference, validation
 from peftkern.arguments import AttentionArgs
+from peftkern.backends import gather
 from peftkern.backends.dense_mask import additive_mask, visibility
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
@@ -19,7 +20,8 @@ def _args(shape: Shape, options: dict) -> AttentionArgs:
     given = inspect.signature(peftkern.prefix_attention).bind(**tensors(shape, torch.float32), **options)
     given.apply_defaults()
     inputs = AttentionArgs(**{name: given.arguments[name] for name in AttentionArgs._fields})
-    return validation.validate_attention(inputs._replace(dropout_seed=None), inputs.dropout_seed)
+    args = validation.validate_attention(inputs._replace(dropout_seed=None), inputs.dropout_seed)
+    return gather.gathered(args) if args.has_chains else args
 
 
 def _sequence_of(args: AttentionArgs, row: int) -> tuple[int, int]:

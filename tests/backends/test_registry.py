@@ -16,7 +16,7 @@ import torch
 import peftkern
 from peftkern import backends
 from peftkern.backends import torch_attention
-from peftkern.testing.cases import Shape, tensors
+from peftkern.testing.cases import Shape, feature, tensors
 
 FP64 = tensors(Shape())
 FP32 = tensors(Shape(), torch.float32)
@@ -100,6 +100,14 @@ def test_explain_reads_like_a_table():
     assert "reference: ok, chosen by 'auto'" in text
     with pytest.raises(ValueError, match="got an unexpected keyword argument 'windw'"):
         peftkern.explain(**FP64, windw=3)
+
+
+def test_explain_says_that_prefixes_are_gathered():
+    gathered = "every backend but reference copies the prefixes into a bank first"
+    for name in ("packed_several", "packed_shared", "packed_bank"):
+        shape, options = feature(name, Shape())
+        text = str(peftkern.explain(**tensors(shape, torch.float32), **options))
+        assert (gathered in text) == (name != "packed_bank")
 
 
 def test_explain_names_the_backend_that_runs(monkeypatch):

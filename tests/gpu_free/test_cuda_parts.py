@@ -19,10 +19,12 @@ from . import stand_ins
 from .shim import Shim
 
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=19, P=7, D=64)
+#: Packed sequences with prefixes of their own.
+PACKED = {name for name in FEATURES if name.startswith("packed_")} - {"packed_window"}
 #: What one of the backends or the kernels refuses; a bias' gradient is the fused kernels'.
 REFUSED = {
     "merge": {"softcap", "dropout", "bias", "bias_row"},
-    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", "packed_bank", "packed_prompt"},
+    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", *PACKED},
 }
 
 

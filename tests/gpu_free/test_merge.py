@@ -29,14 +29,18 @@ pytestmark = pytest.mark.interpreter
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=33, P=19, D=20)  # two blocks of rows, of which the second is ragged
 BOTH = ["merge", "concat"]
 
+#: Packed sequences with prefixes of their own, which torch's flash attention has, as it takes offsets of queries and
+#: keys.
+PACKED = {name for name in FEATURES if name.startswith("packed_")} - {"packed_window"}
 #: What each backend refuses: features, by torch's kernel where a mask cannot be had.
-REFUSED = {"merge": {"softcap", "dropout"}, "concat": {"softcap", "dropout", "gate", "packed_bank", "packed_prompt"}}
+REFUSED = {"merge": {"softcap", "dropout"}, "concat": {"softcap", "dropout", "gate", *PACKED}}
 UNMASKED = {
     "merge": {"key_mask", "bias", "bias_row"},
-    "concat": {"key_mask", "bias", "bias_row", "prefix_bias", "bank", "ragged_bank", "window_after_prefix"},
-}
-#: What torch's flash attention has in addition, since it takes offsets of queries and keys.
-PACKED = {"packed_bank", "packed_prompt"}
+    "concat": {
+        "key_mask", "bias", "bias_row", "prefix_bias", "bank", "ragged_bank", "several_prefixes",
+        "window_after_prefix",
+    },
+}  # fmt: skip
 
 
 def _feature(name: str, shape: Shape = SHAPE):
@@ -74,7 +78,7 @@ def test_every_feature_on_torchs_cpu_kernel(backend, dtype, name):
 #: Features in which the rows' own code differs.
 OF_A_ROW = {
     "plain", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix", "packed", "packed_bank",
-    "packed_prompt", "bank", "ragged_bank",
+    "packed_prompt", "packed_shared", "bank", "ragged_bank",
 }  # fmt: skip
 
 

@@ -140,6 +140,8 @@ def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, rounding
     values = {"out": (eager.out, true.out), "lse": (eager.lse, true.lse)}
     values |= {f"d{n}": (x, true.gradients[n]) for n, x in eager.gradients.items()}
     for quantity, (got, expected) in values.items():
+        if not got.numel():  # a bank without prefixes
+            continue
         error, deviation = (x.double().square().mean().sqrt() for x in (got - expected, allowed[quantity]))
         factor = 3 if quantity.startswith("d") else 2
         if quantity.startswith("dprefix") and not roundings.prefix_terms:

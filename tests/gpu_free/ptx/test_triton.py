@@ -43,7 +43,10 @@ def _feature(name: str, shape: Shape = SHAPE):
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
 
 
-SECOND = {"non_causal", "window_after_prefix", "bias_row", "prefix_bias", "bank", "packed_bank"}  # like another one
+SECOND = {  # like another one
+    "non_causal", "window_after_prefix", "bias_row", "prefix_bias", "bank", "packed_bank", "several_prefixes",
+    "packed_several", "packed_shared_window",
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned")
