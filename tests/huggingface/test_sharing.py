@@ -100,6 +100,52 @@ def test_shared_rows_equal_those_of_the_stock_model(name, case):
         assert differ(x, y) <= 1e-10
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_rows_are_found_again(seed):
+    """Every token has its row, every row its ancestors, and no text lies twice unless that saves too little."""
+    g = torch.Generator().manual_seed(seed)
+    number, length = (int(torch.randint(1, n, (), generator=g)) for n in (12, 9))
+    ids = torch.randint(0, 2, (number, length), generator=g)
+    lengths = torch.randint(0, length + 1, (number,), generator=g)
+    groups = torch.randint(0, 2, (number,), generator=g)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    layout = Layout.of(ids.shape, ids.device, mask=mask)
+    texts = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    different = {
+        (int(group), *text[: i + 1]) for group, text in zip(groups, texts, strict=True) for i in range(len(text))
+    }
+    for min_saved in (0, 4):
+        shared = sharing.share_rows(layout, ids, groups, min_saved=min_saved)
+        if shared is None:
+            assert min_saved or len(different) == sum(map(len, texts))
+            continue
+        assert shared.num_rows == len(different) or (min_saved and shared.num_rows > len(different))
+        assert shared.num_rows < layout.num_rows
+        offsets, tokens = shared.segments.offsets.tolist(), ids.flatten()[shared.tokens].tolist()
+        for i, text in enumerate(texts):
+            last = int(shared.segments.last[i])
+            chain = shared.segments.chain(last) if last >= 0 else []
+            rows = [row for j in chain for row in range(offsets[j], offsets[j + 1])]
+            assert [tokens[row] for row in rows] == text
+            assert shared.rows[i, : len(text)].tolist() == rows
+            assert shared.positions[rows].tolist() == list(range(len(text)))
+
+
+@pytest.mark.parametrize("name", ["llama4 (chunks)", "bert", "t5"])
+def test_a_model_that_cannot_share_is_refused_by_name(name):
+    family = FAMILIES[name]
+    model = models.base_model(family)
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match="share: expected None, because"):
+        peftkern.patch(model, share="prefixes")
+    assert model.__dict__.keys() == before.keys()
+
+
+def test_an_unknown_way_to_share_is_refused():
+    with pytest.raises(ValueError, match="share: expected None or 'prefixes', got 'rows'"):
+        peftkern.patch(models.base_model(LLAMA), share="rows")
+
+
 def test_a_layout_names_every_token():
     ids, mask = padded(BATCHES["a tree"])
     layout = sharing.share_rows(Layout.of(ids.shape, ids.device, mask=mask), ids)
