@@ -89,5 +89,5 @@ class SharePatch(ModelPatch):
         if not isinstance(cache, PackedCache) or not cache.stores:
             return None
         layout = cache.packed.layout
-        has_texts = layout.segments is not None and layout.owners is None and layout.key_mask is None
+        has_texts = layout.segments is not None and not layout.several_per_row and layout.key_mask is None
         return cache.as_bank() if has_texts else cache.as_padded()

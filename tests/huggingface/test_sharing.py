@@ -178,3 +178,18 @@ def test_generation_is_token_identical(name, way):
         tokens[shares] = model.generate(input_ids=ids, attention_mask=mask, **options, **WAYS[way])
         assert way == "lookup" or not shares or model._peftkern_patch.shared_rows is not None
     assert torch.equal(tokens[True], tokens[False])
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, len(A + B), dtype=torch.long)])
+def test_equal_prompts_are_stored_once(mask):
+    """The cache holds the prompt's keys once, and behind them one token a row."""
+    model = peftkern.patch(models.base_model(LLAMA).eval(), share="prefixes")
+    ids = torch.tensor([A + B])
+    output = model.generate(
+        ids, attention_mask=mask, num_return_sequences=4, do_sample=True, max_new_tokens=2, min_new_tokens=2,
+        pad_token_id=0, return_dict_in_generate=True,
+    )  # fmt: skip
+    cache = output.past_key_values
+    assert cache.prefix[0][0].shape == (1, 2, len(A + B), 16)
+    assert cache.layers[0].keys.shape == (4, 2, 1, 16)
+    assert cache.get_seq_length() == len(A + B) + 1
