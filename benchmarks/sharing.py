@@ -75,7 +75,7 @@ def default_dtype() -> str:
 
 def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest |x - y| / |y| over pairs of tensors, by their norms. Pairs of zeros are equal."""
-    differences = []
+    differences: list[float] = []
     for x, y in zip(found, expected, strict=True):
         difference, size = (x - y).norm().item(), y.norm().item()
         differences.append(difference / size if size else difference)
