@@ -340,16 +340,21 @@ class PackedCache(PrefixCache):
         packed: the packed batch, with prompts or segments.
         stores: whether :meth:`unpacked` will be called.
         options: passed on to the attention function.
+        given: the caller's empty cache, which :meth:`fill` fills.
     """
 
     packed: PackedBatch
 
-    def __init__(self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions) -> None:
+    def __init__(
+        self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions,
+        given: Cache | None = None,
+    ) -> None:  # fmt: skip
         nothing: list[KeyValue | None] = [None] * num_layers
         super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
         self.packed = packed
         self.ids = packed.prefix_ids
         self.span = packed.prompt_len
+        self._given = given
 
     @property
     def consumed_positions(self) -> int:
@@ -365,7 +370,7 @@ class PackedCache(PrefixCache):
 
         With segments, attention reads the prompts where they lie in ``key`` and ``value``.
         """
-        if self.packed.layout.segments is not None:
+        if self.packed.layout.segments is not None or self.packed.prompts is None:
             return (key, value), (key[0, :, :0], value[0, :, :0])
         key, bank_k = self.packed.with_bank(key)
         value, bank_v = self.packed.with_bank(value)
@@ -379,6 +384,11 @@ class PackedCache(PrefixCache):
             for layer in self.layers
         ]
         return cache
+
+    def fill(self) -> None:
+        """Store the same keys and values in the caller's cache, which the caller may read instead of the output's."""
+        if self._given is not None:
+            self._given.layers = self.as_padded().layers
 
     def as_bank(self) -> PrefixCache:
         """The same keys and values as a bank of prefixes: one of each different text.

@@ -19,7 +19,7 @@ from .positions import PositionTable
 from .survey import PrefixLayerInfo
 from .trial import Trial, try_head
 
-__all__ = ["Packer"]
+__all__ = ["Packer", "innermost"]
 
 _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
@@ -111,7 +111,7 @@ class Packer:
             return False
         if type(self.base).forward is not self.head_forward or _has_foreign_hooks(self.backbone):
             return False
-        return "forward" not in self.base.__dict__ or _innermost(self.base.forward) is self.head_forward
+        return "forward" not in self.base.__dict__ or innermost(self.base.forward) is self.head_forward
 
     def why_head_needs_batch(self) -> str:
         """Why the output layer cannot run on packed rows."""
@@ -162,6 +162,7 @@ class Packer:
         pools_last_column: bool = False,
         count_labels: bool = False,
         without_padding: bool = False,
+        behind_prefix: bool = True,
     ) -> LayoutBuilder:
         """Prepares the layout of a call's batch.
 
@@ -174,6 +175,7 @@ class Packer:
             pools_last_column: a classification head reads the last column.
             count_labels: also request the number of labels.
             without_padding: remove padding that has no label, even if nothing shows that its outputs are not used.
+            behind_prefix: whether a prefix or prompt lies before the sequences.
         """
         tokens = tokens_of(kwargs)
         labels = kwargs.get("labels")
@@ -181,7 +183,7 @@ class Packer:
         return LayoutBuilder(
             (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
-            keep_gaps=self.has_windows, from_first=from_first, count_mask=self.count_mask,
+            keep_gaps=self.has_windows, keep_lead=behind_prefix, from_first=from_first, count_mask=self.count_mask,
             pool_last=pools_last_column, labels=labels if count_labels else None,
         )  # fmt: skip
 
@@ -272,7 +274,7 @@ def _has_foreign_hooks(backbone: nn.Module) -> bool:
     return any(not home.startswith(("peftkern.", "torch.")) for home in homes)
 
 
-def _innermost(function: Any) -> Any:
+def innermost(function: Any) -> Any:
     """The function that wrappers which keep shapes finally call; any other wrapper itself."""
     while True:
         function = getattr(function, "__func__", function)

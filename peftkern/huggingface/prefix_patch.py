@@ -124,6 +124,8 @@ class PrefixPatch(ModelPatch):
         """Pack a training step whose batch has padding, several sequences per row, or text that rows share."""
         sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
+        if sharer is not None:
+            sharer.skip("behind a prefix, only training steps share text")
         if isinstance(cache, PrefixCache):
             if cache.stores:
                 return None

@@ -53,7 +53,7 @@ class PromptPatch(ModelPatch):
 
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Pack every call with a prompt that does not continue a sequence."""
-        cache = self_attention_cache(kwargs)
+        groups, cache = kwargs.pop("group_ids", None) if self.calls.share else None, self_attention_cache(kwargs)
         continues = isinstance(cache, PrefixCache) or (
             not self.source.is_given and count_concatenated_prompt(cache, kwargs)
         )
@@ -64,7 +64,7 @@ class PromptPatch(ModelPatch):
             self._concatenate(prompt, kwargs, reason)
             return None
         check_replaceable(cache)
-        return self._pack(prompt, kwargs, numbers)
+        return self._pack(prompt, groups, kwargs, numbers)
 
     def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
         """Put the prompt before every sample."""
@@ -82,13 +82,17 @@ class PromptPatch(ModelPatch):
         running.leave_note(self, concatenate(running.module(self, self.base), rows, kwargs))
         self.fall_back(reason, self.source.concatenates)
 
-    def _pack(self, prompt: Prompt, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch:
+    def _pack(
+        self, prompt: Prompt, groups: Tensor | None, kwargs: dict[str, Any], numbers: HostNumbers
+    ) -> PackedBatch:
         labels = kwargs.get("labels")
         stores = self.stores(kwargs)
         # A cache keeps padding, and windows count it when the sequence continues, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
-        sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
-        host = None if sharer is None else sharer.on_host(kwargs, group_ids=groups, prompt_ids=prompt.ids)
+        sharer, host = self.sharer, None
+        if sharer is not None:
+            sequence = kwargs if prompt.input_ids is None else {**kwargs, "input_ids": prompt.input_ids}
+            host = sharer.on_host(sequence, group_ids=groups, prompt_ids=prompt.ids)
         if host is not None:
             prompt = replace(prompt, ids=host.pop("prompt_ids", None))
         builder = self.packer.layout_builder(

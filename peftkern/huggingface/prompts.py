@@ -29,6 +29,7 @@ class Prompt:
         shown: whether outputs have rows for the prompt, as in PEFT.
         given: the caller's arguments, if they count the prompt. They are restored for a call that concatenates the
             prompt with every sample.
+        input_ids: [B, S], if the caller's arguments contain their embeddings instead.
     """
 
     rows: Tensor
@@ -36,6 +37,7 @@ class Prompt:
     per_sample: bool = False
     shown: bool = False
     given: dict[str, Any] | None = None
+    input_ids: Tensor | None = None
 
     def request(self, numbers: HostNumbers) -> None:
         """Request the number of different prompts in the batch."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 from .cache import PackedCache, PrefixCache
 from .call_arguments import is_plain, self_attention_cache, tokens_of
@@ -47,19 +48,26 @@ class SharePatch(ModelPatch):
         return f"{type(self.base).__name__}: {self.sharer.explain()}"
 
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
-        """Pack a call that starts sequences, if they share enough text."""
+        """Pack a call that starts sequences, if they share enough text or several of them are in one row."""
         groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
-        if not is_plain(cache, static=False) or (cache is not None and cache.get_seq_length() > 0):
-            return None  # it continues sequences
-        host = self.sharer.on_host(kwargs, group_ids=groups)
-        if host is None:
+        if not is_plain(cache, static=False):
+            self.sharer.skip(f"it stores keys in a {type(cache).__name__}")
             return None
-        selects = self.selects_labels(kwargs)
-        builder = self.packer.layout_builder(host, numbers, count_labels=selects, without_padding=True)
+        if cache is not None and cache.get_seq_length() > 0:
+            return None  # it continues sequences
+        tokens, host = tokens_of(kwargs), self.sharer.on_host(kwargs, group_ids=groups)
+        packs = host is not None or not (is_tracing(tokens) or self.packer.why_unpackable(kwargs))
+        selects = packs and self.selects_labels(kwargs)
+        if host is None and not selects:
+            return None
+        builder = self.packer.layout_builder(
+            host or kwargs, numbers, count_labels=selects, without_padding=True, behind_prefix=False
+        )
         numbers.fetch()
-        tokens = tokens_of(kwargs)
-        layout = self.sharer.build(builder, host, tokens.shape[0] * tokens.shape[1])
-        if layout.segments is None and not selects:
+        usual_rows = tokens.shape[0] * tokens.shape[1]
+        layout = builder.build() if host is None else self.sharer.build(builder, host, usual_rows)
+        # Not all stock models separate several sequences of a row, so they run packed even if they share nothing.
+        if layout.segments is None and not selects and not layout.several_per_row:
             return None
         kwargs["use_cache"] = self.stores(kwargs)
         packed = PackedBatch(layout.to(tokens.device))
@@ -73,7 +81,8 @@ class SharePatch(ModelPatch):
             cache = self_attention_cache(kwargs)
             return self._continued(cache, kwargs) if isinstance(cache, PrefixCache) else None
         num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
-        return PackedCache(num_layers, packed, stores=bool(kwargs["use_cache"]), options=self.options)
+        given = self_attention_cache(kwargs)
+        return PackedCache(num_layers, packed, stores=bool(kwargs["use_cache"]), options=self.options, given=given)
 
     def _continued(self, cache: PrefixCache, kwargs: dict[str, Any]) -> PrefixCache:
         """``cache``, for a call whose mask covers its texts and their padding, which they do not contain."""
@@ -88,6 +97,9 @@ class SharePatch(ModelPatch):
         """A cache that continues the batch: of the different texts if possible, else a stock one."""
         if not isinstance(cache, PackedCache) or not cache.stores:
             return None
-        layout = cache.packed.layout
-        has_texts = layout.segments is not None and not layout.several_per_row and layout.key_mask is None
-        return cache.as_bank() if has_texts else cache.as_padded()
+        cache.fill()
+        layout, segments = cache.packed.layout, cache.packed.layout.segments
+        if segments is None or layout.several_per_row or layout.key_mask is not None:
+            return cache.as_padded()
+        # Windows count the padding between a text and the tokens that continue it.
+        return cache.as_bank() if segments.aligned or not self.packer.has_windows else cache.as_padded()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from .layout import Layout, LayoutBuilder
-from .packer import Packer
+from .packer import Packer, innermost
 from .sharing import share_rows
 
 __all__ = ["Sharer"]
@@ -41,24 +41,27 @@ class Sharer:
         self.packer = packer
         self.rows: tuple[int, int] | None = None
         self.reason = "no call yet"
-        self._groups: Tensor | None = None
 
     def on_host(self, kwargs: Mapping[str, Any], **groups: Tensor | None) -> dict[str, Any] | None:
         """The arguments of a call, those on the CPU whose values decide what is shared; None if it cannot share rows.
 
         Args:
             kwargs: of the call; they describe the sequence alone.
-            groups: names and tensors [B]. Rows share text only where all of these are equal.
+            groups: names and tensors [B]. Rows share text only where all of these are equal. The result contains them
+                and, as ``groups``, [B, G] of all that are given.
         """
-        self.rows = None
-        self.reason = self._why_not(kwargs) or ""
+        self.skip(self._why_not(kwargs) or "")
         if self.reason:
             return None
         tensors = {name: kwargs[name] for name in _READ if isinstance(kwargs.get(name), Tensor)}
         given = {name: x for name, x in groups.items() if x is not None}
         host = _to_host(tensors | given)
-        self._groups = torch.stack([host[name].long() for name in given], 1) if given else None
+        host["groups"] = torch.stack([host[name].long() for name in given], 1) if given else None
         return {**kwargs, **host}
+
+    def skip(self, reason: str) -> None:
+        """Record why a call shares nothing."""
+        self.rows, self.reason = None, reason
 
     def _why_not(self, kwargs: Mapping[str, Any]) -> str | None:
         ids: Tensor | None = kwargs.get("input_ids")
@@ -69,7 +72,8 @@ class Sharer:
         if (reason := self.packer.why_unpackable(kwargs)) is not None:
             return reason
         embedding = self.packer.base.get_input_embeddings()
-        if embedding.training and any(map(_is_foreign, embedding._forward_hooks.values())):
+        hooks = (*embedding._forward_pre_hooks.values(), *embedding._forward_hooks.values())
+        if any(map(_is_foreign, hooks)) or innermost(embedding.forward) is not type(embedding).forward:
             return "hooks on the token embeddings may change equal tokens differently"
         return None
 
@@ -85,7 +89,7 @@ class Sharer:
         usual_rows = layout.num_rows if usual_rows is None else usual_rows
         ids, labels = host["input_ids"], host.get("labels")
         per_token = labels is not None and labels.shape == ids.shape
-        groups = self._groups
+        groups = host["groups"]
         if groups is not None:
             groups = groups.unique(dim=0, return_inverse=True)[1]
         shared = share_rows(layout, ids, groups, labels if per_token else None)
@@ -106,10 +110,10 @@ class Sharer:
         return f"text that rows share runs once; the last call ran {rows} rows instead of {usual}"
 
 
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Integer tensors on the CPU, with one transfer."""
     if all(x.device.type == "cpu" for x in tensors.values()):
-        return tensors
+        return {**tensors}
     device = next(x.device for x in tensors.values() if x.device.type != "cpu")
     flat = torch.cat([x.to(device).flatten().long() for x in tensors.values()]).cpu()
     parts = flat.split([x.numel() for x in tensors.values()])

@@ -184,8 +184,15 @@ def _lay_out(layout: Layout, segments: list[_Segment], paths: list[list[int]], l
         layout, tokens=tokens, rows=rows, positions=layout.positions[old],
         cu_seqlens=cu_seqlens.to(torch.int32), longest=max(sizes),
         key_mask=None if layout.key_mask is None else layout.key_mask[old],
-        segments=Segments(cu_seqlens, ancestors, owners, last, _repeated(layout, tokens, labels)),
+        segments=Segments(cu_seqlens, ancestors, owners, last, _repeated(layout, tokens, labels), _aligned(layout)),
     )  # fmt: skip
+
+
+def _aligned(layout: Layout) -> bool:
+    """Whether all sequences that are not empty end in the last column of the batch."""
+    ends = layout.cu_seqlens[1:][layout.cu_seqlens.diff() > 0].long() - 1
+    ends = ends if layout.tokens is None else layout.tokens[ends]
+    return bool(((ends + 1) % layout.shape[1] == 0).all())
 
 
 def _repeated(layout: Layout, tokens: Tensor, labels: Tensor | None) -> Tensor:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import peftkern
-from peftkern.huggingface import sharer, sharing
+from peftkern.huggingface import sharing
 from peftkern.huggingface.layout import Layout
 from tests.huggingface import models
-from tests.huggingface.models import FAMILIES, VOCAB
+from tests.huggingface.models import FAMILIES
+from tests.huggingface.shared_rows import A, B, C, D, E, F, differ, gradients, inputs_of, padded, share_everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
@@ -20,9 +21,6 @@ SHAREABLE = [
     for name, family in FAMILIES.items()
     if family.task == "CAUSAL_LM" and name not in ("llama4 (chunks)", "gemma3n (shared KV)")
 ]
-_g = torch.Generator().manual_seed(3)
-A, B, C, D, E, F = (torch.randint(3, VOCAB, (n,), generator=_g).tolist() for n in (6, 5, 4, 3, 2, 4))
-
 #: Rows of tokens by case, shorter ones padded.
 BATCHES = {
     "a group": [A + B, A + C, A + D],
@@ -38,27 +36,7 @@ BATCHES = {
 
 @pytest.fixture(autouse=True)
 def share_every_row(monkeypatch):
-    """The batches here are small: share whatever they have in common."""
-    monkeypatch.setattr(sharing, "MIN_SAVED_ROWS", 1)
-    monkeypatch.setattr(sharer, "MAX_ROWS", 0.99)
-
-
-def padded(rows, side="right"):
-    """(input_ids, attention_mask), [B, S]."""
-    length = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        places = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[i, places], mask[i, places] = torch.tensor(row), 1
-    return ids, mask
-
-
-def inputs_of(rows, side="right"):
-    """Arguments of a call; every second row has labels behind its third token only."""
-    ids, mask = padded(rows, side)
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[::2, :3] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    share_everything(monkeypatch)
 
 
 def step(model, inputs):
@@ -71,18 +49,6 @@ def step(model, inputs):
     loss = torch.nn.functional.cross_entropy(out.logits[real].double(), targets[real])
     loss.backward()
     return out.logits[real].detach(), out.loss.detach(), loss.detach(), gradients(model)
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def differ(got, want):
-    """The largest relative difference of two equal structures of tensors."""
-    if isinstance(want, dict):
-        assert got.keys() == want.keys()
-        return max(differ(got[name], want[name]) for name in want)
-    return float((got - want).norm() / want.norm().clamp(min=1e-8))  # the gradient of a bias of keys is 0
 
 
 @pytest.mark.parametrize("case", BATCHES)

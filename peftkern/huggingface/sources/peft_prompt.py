@@ -102,10 +102,12 @@ class OuterCall:
     Attributes:
         position_ids: [B, S], which PEFT drops.
         peft_way: run PEFT's own code for the call.
+        input_ids: [B, S], of which PEFT passes the embeddings; None unless rows may share text.
     """
 
     position_ids: Tensor | None
     peft_way: bool
+    input_ids: Tensor | None = None
 
 
 class PeftPrompt(PromptSource):
@@ -171,9 +173,10 @@ class PeftPrompt(PromptSource):
         position_ids = None if peft_way else kwargs.pop("position_ids", None)
         if position_ids is not None:
             self.patch.notice("position_ids", "they are used; PEFT drops them", _BUGS)
-        if position_ids is None and not peft_way:
+        input_ids = kwargs.get("input_ids") if self.patch.calls.share else None
+        if position_ids is None and input_ids is None and not peft_way:
             return None  # a wrapper of PEFT's forward may not accept another argument
-        kwargs["peftkern_call"] = OuterCall(position_ids, peft_way)
+        kwargs["peftkern_call"] = OuterCall(position_ids, peft_way, input_ids)
         return (), kwargs
 
     def _is_peft_bug(self, kwargs: dict[str, Any]) -> bool:
@@ -227,7 +230,8 @@ class PeftPrompt(PromptSource):
             self.patch.notice(
                 "TOKEN_CLS", "labels are those of tokens; PEFT raises, because its outputs include the prompt", _BUGS
             )
-        return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given)
+        input_ids = None if call is None else call.input_ids
+        return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given, input_ids=input_ids)
 
     def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
         """(the prompt in a call's embeddings, the embeddings after it)."""

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four ways to put a prefix or a prompt before a model, each as a trial."""
+"""The four ways to put a prefix or a prompt before a model, and shared text without either, each as a trial."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import peftkern
 from peftkern import PrefixKV, SoftPrompt
+from peftkern.huggingface import sharer, sharing
 from tests.huggingface.families import runs, tiny
 from tests.huggingface.families.limits import attempt
 from tests.huggingface.families.runs import MASKS, Step
 from tests.huggingface.families.trials import Cell, Run, Trial, refusal, relative, runs_peft
-from tests.huggingface.models import LEFT, ONES, PREFIX, RIGHT
+from tests.huggingface.models import LEFT, ONES, PREFIX, RIGHT, patch_of
 
-__all__ = ["NativePrefix", "NativePrompt", "PeftPrefix", "PeftPrompt"]
+__all__ = ["NativePrefix", "NativePrompt", "PeftPrefix", "PeftPrompt", "SharedText"]
 
 
 def _steps(step: Callable[[Tensor | None], Step]) -> dict[str, Run]:
@@ -191,3 +193,38 @@ class NativePrompt(NativeTrial):
         """
         counts = runs_peft(self.how) or (check == "left tokens" and runs.has_window(self.stock))
         return [check, f"{check} padded"] if check in ("left", "left tokens", "tokens") and counts else [check]
+
+
+class SharedText(Trial):
+    """Text that rows share runs once, in the plain model. Compared are the gradients of all its parameters."""
+
+    cannot = "stock cannot"
+
+    def build(self) -> None:
+        self.stock = tiny.tiny_model(self.family, self.dtype)
+
+    def _runs(self, model: Any) -> dict[str, Run]:
+        return {
+            name: functools.partial(runs.sharing_step, model, mask) for name, mask in runs.SHARING_MASKS.items()
+        } | {
+            "tokens": lambda: runs.generate(model, ONES, runs.SHARING_IDS),
+            "left tokens": lambda: runs.generate(model, runs.SHARING_LEFT, runs.SHARING_IDS),
+        }
+
+    def truths(self) -> dict[str, Run]:
+        return {**self._runs(self.stock), "unpatched": lambda: runs.bare(self.stock, RIGHT)}
+
+    def patch(self) -> None:
+        self.model = peftkern.patch(tiny.tiny_model(self.family, self.dtype), share="prefixes")
+        self.how = str(peftkern.explain(self.model))
+
+    def _sharing(self, run: Run) -> Any:
+        """The result of a run, all of whose calls that start sequences share what they can."""
+        with mock.patch.object(sharing, "MIN_SAVED_ROWS", 1), mock.patch.object(sharer, "MAX_ROWS", 0.99):
+            result = run()
+        assert patch_of(self.model).shared_rows is not None, peftkern.explain(self.model)
+        return result
+
+    def calls(self) -> dict[str, Run]:
+        sharing_runs = {name: functools.partial(self._sharing, run) for name, run in self._runs(self.model).items()}
+        return {**sharing_runs, "unpatched": lambda: runs.bare(peftkern.unpatch(self.model), RIGHT)}

@@ -73,7 +73,8 @@ gradients without padding and with padding on either side, greedy tokens, and a 
 - **DIFFERENT**, **RAISES**: faults.
 
 "prefix" and "prompt" are PREFIX_TUNING and PROMPT_TUNING of PEFT. `PrefixKV` and `SoftPrompt` are patched into the
-plain model. Numbers in brackets refer to the messages below. Messages that differ only in names are listed once.
+plain model. `share` is the plain model with `share="prefixes"`, on rows that begin alike, with the gradients of all
+its parameters. Numbers in brackets refer to the messages below. Messages that differ only in names are listed once.
 
 One flaw of stock PEFT is corrected for the comparison: it looks for the cache under one name, and loses the prefix in
 generation with models that use another.

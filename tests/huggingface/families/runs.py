@@ -23,12 +23,17 @@ from tests.huggingface.families import tiny
 from tests.huggingface.models import BATCH, IDS, LEFT, ONES, PREFIX, RIGHT, SEQ
 
 __all__ = [
-    "MASKS", "NEW_TOKENS", "Step", "bare", "cached_geometry", "copies", "generate", "generate_alone",
-    "generate_behind_cache", "generate_behind_prompt", "has_window", "peft_model", "prefix_by_hand", "prompt_by_hand",
-    "step", "step_alone", "without_adapter",
+    "MASKS", "NEW_TOKENS", "SHARING_IDS", "SHARING_LEFT", "SHARING_MASKS", "Step", "bare", "cached_geometry",
+    "copies", "generate", "generate_alone", "generate_behind_cache", "generate_behind_prompt", "has_window",
+    "peft_model", "prefix_by_hand", "prompt_by_hand", "sharing_step", "step", "step_alone", "without_adapter",
 ]  # fmt: skip
 
 MASKS: dict[str, Tensor | None] = {"none": None, "right": RIGHT, "left": LEFT}
+#: Rows that begin with the same four tokens. Behind padding on the left, only those with equal padding do.
+SHARED = 4
+SHARING_IDS = torch.cat([IDS[:1, :SHARED].expand(BATCH, -1), IDS[:, SHARED:]], 1)
+SHARING_LEFT = LEFT[[0, 0, 2]]
+SHARING_MASKS: dict[str, Tensor | None] = {"none": None, "right": RIGHT, "left": SHARING_LEFT}
 NEW_TOKENS = 5
 _GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 
@@ -77,9 +82,9 @@ def cached_geometry(model: Any) -> dict[str, int]:
     return {"num_layers": len(cache.layers), "num_kv_heads": key.shape[1], "head_dim": key.shape[3]}
 
 
-def labels_behind(mask: Tensor | None) -> Tensor:
+def labels_behind(mask: Tensor | None, ids: Tensor = IDS) -> Tensor:
     """The tokens, ignored at padding."""
-    return IDS if mask is None else IDS.masked_fill(mask == 0, -100)
+    return ids if mask is None else ids.masked_fill(mask == 0, -100)
 
 
 def _prepare(model: nn.Module, *, trains: bool = True) -> None:
@@ -110,6 +115,20 @@ def step(model: nn.Module, trained: nn.Module, mask: Tensor | None) -> Step:
     _prepare(model)
     out = model(input_ids=IDS, labels=labels_behind(mask), **({} if mask is None else {"attention_mask": mask}))
     return _finish(out.loss, _at_tokens(out.logits, mask), trained)
+
+
+def sharing_step(model: nn.Module, mask: Tensor | None) -> Step:
+    """A training step of a plain model, or of a patched one, on rows that begin alike; labels are what follows.
+
+    The gradients of all parameters are one tensor: those of biases before a softmax are 0 but for rounding.
+    """
+    _prepare(model)
+    labels = labels_behind(mask, SHARING_IDS).clone()
+    labels[:, :SHARED] = -100
+    out = model(input_ids=SHARING_IDS, labels=labels, **({} if mask is None else {"attention_mask": mask}))
+    result = _finish(out.loss, _at_tokens(out.logits, mask), model)
+    known = {name: gradient for name, gradient in result.gradients.items() if gradient is not None}
+    return Step(result.loss, result.logits, {",".join(known): torch.cat([x.flatten() for x in known.values()])})
 
 
 def _weighted(model: nn.Module, trained: nn.Module, mask: Tensor, run: Any) -> Step:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One family: each way to put a prefix or a prompt before its tiny model, patched beside stock.
 
-Four cells: ``prefix`` and ``prompt`` are PEFT's adapters, ``PrefixKV`` and ``SoftPrompt`` the package's modules in
-the plain model. A cell has checks: training steps with no padding, on the right and on the left (loss, logits at
-tokens, gradients of the prefix or prompt), greedy tokens without padding and with padding on the left, and a step
-after ``unpatch``, which has to be equal to the bit.
+Five cells: ``prefix`` and ``prompt`` are PEFT's adapters, ``PrefixKV`` and ``SoftPrompt`` the package's modules
+in the plain model, and ``share`` is the plain model whose rows begin alike, with ``share="prefixes"``. A cell has
+checks: training steps with no padding, on the right and on the left (loss, logits at tokens, gradients of the
+prefix or prompt; with ``share``, of the model), greedy tokens without padding and with padding on the left, and a
+step after ``unpatch``, which has to be equal to the bit.
 
 Behind a prompt, PEFT leaves padding on the left between prompt and text. Patched models have each sample as it is
 alone and without padding, and PEFT's numbers with ``peft_bugs=True``; both are checked.
@@ -22,7 +23,7 @@ import warnings
 import torch
 
 from tests.huggingface.families import tiny
-from tests.huggingface.families.cells import NativePrefix, NativePrompt, PeftPrefix, PeftPrompt
+from tests.huggingface.families.cells import NativePrefix, NativePrompt, PeftPrefix, PeftPrompt, SharedText
 from tests.huggingface.families.limits import attempt, message_of
 from tests.huggingface.families.trials import AGREE, FAILURES, Cell, Trial
 from tests.huggingface.models import IDS
@@ -34,6 +35,7 @@ CELLS: dict[str, type[Trial]] = {
     "prompt": PeftPrompt,
     "PrefixKV": NativePrefix,
     "SoftPrompt": NativePrompt,
+    "share": SharedText,
 }
 
 

@@ -58,6 +58,8 @@ class Cell:
             return "concatenated (PEFT's way)"
         if "once per batch" in self.how:
             return "padding-free, prompt once"
+        if "text that rows share runs once" in self.how:
+            return "shared text once"
         return "padding-free" if "without their padding" in self.how else "with padding" if self.how else ""
 
 
