@@ -74,6 +74,7 @@ class LayoutBuilder:
         needed: bool [B, S], padding whose rows are kept although no other row attends to them.
         keep_padding: keep all rows. While tracing all rows are kept, because T must not depend on values.
         keep_gaps: keep the padding between kept rows, because sliding windows count it.
+        keep_before: with ``keep_gaps``, also keep the padding before them, which separates them from a prefix.
         from_first: a sequence starts at its first token instead of at column 0.
         count_mask: positions count the tokens of the mask, and padding has position -1 everywhere (OPT).
         pool_last: padding shows the last token of its row, for heads that pool the last column.
@@ -94,6 +95,7 @@ class LayoutBuilder:
         needed: Tensor | None = None,
         keep_padding: bool = False,
         keep_gaps: bool = False,
+        keep_before: bool = True,
         from_first: bool = False,
         count_mask: bool = False,
         pool_last: bool = False,
@@ -114,7 +116,9 @@ class LayoutBuilder:
         if mask is None and self._position is not None:
             self._find_sequences(self._position)
         elif mask is not None:
-            self._read_mask(mask.to(device=device, dtype=torch.bool), needed, from_first, count_mask, keep_gaps)
+            self._read_mask(mask.to(device=device, dtype=torch.bool), needed, from_first, count_mask)
+            if keep_gaps:
+                self._fill_gaps(keep_before)
             if keep_padding or is_tracing(mask):
                 self._keep = None
             elif self._keep is not None:
@@ -141,9 +145,7 @@ class LayoutBuilder:
         starts = torch.where(self._begins, self._steps, 0).cummax(1).values
         self.numbers.request("longest", (self._steps - starts + 1).max() if starts.numel() else starts.sum())
 
-    def _read_mask(
-        self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool, keep_gaps: bool
-    ) -> None:
+    def _read_mask(self, real: Tensor, needed: Tensor | None, from_first: bool, count_mask: bool) -> None:
         self._real = real
         length, steps = self.shape[1], self._steps
         # argmax: the first of equal values; 0 for a row without tokens. Empty rows have no argmax.
@@ -153,11 +155,17 @@ class LayoutBuilder:
             self._position = torch.where(real, real.long().cumsum(1) - 1, -1)
         elif self._position is None:
             self._position = (steps - self._first[:, None]).clamp(min=0)
-        keep = (real if needed is None else real | needed.to(real.device)) & (steps >= self._first[:, None])
-        if keep_gaps:
-            last = torch.where(keep, steps, -1).amax(1, keepdim=True) if length else self._first[:, None]
-            keep = (steps >= self._first[:, None]) & (steps <= last)
-        self._keep = keep
+        self._keep = (real if needed is None else real | needed.to(real.device)) & (steps >= self._first[:, None])
+
+    def _fill_gaps(self, before: bool) -> None:
+        """Keep the padding between kept rows, and with ``before`` that from the start of a sequence."""
+        keep, steps = self._keep, self._steps
+        assert keep is not None
+        if not steps.numel():
+            return
+        last = torch.where(keep, steps, -1).amax(1, keepdim=True)
+        first = self._first[:, None] if before else torch.where(keep, steps, steps.numel()).amin(1, keepdim=True)
+        self._keep = (steps >= first) & (steps <= last)
 
     @property
     def saves_rows(self) -> bool:
@@ -230,6 +238,7 @@ class Segments:
         owners: [m] a sample that each segment belongs to.
         last: [n] the segment in which each sequence ends, -1 for an empty one.
         repeated: [X] flat indices of the tokens whose row predicts a label and is that of another token.
+        reach_end: whether every sequence reaches the last column of the batch, without padding behind it.
 
     All are on the CPU.
     """
@@ -239,6 +248,7 @@ class Segments:
     owners: Tensor
     last: Tensor
     repeated: Tensor
+    reach_end: bool
 
     def chain(self, last: int) -> list[int]:
         """The segments of the text that ends with the segment ``last``."""

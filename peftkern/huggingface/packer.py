@@ -162,6 +162,7 @@ class Packer:
         pools_last_column: bool = False,
         count_labels: bool = False,
         without_padding: bool = False,
+        without_prefix: bool = False,
     ) -> LayoutBuilder:
         """Prepares the layout of a call's batch.
 
@@ -174,6 +175,7 @@ class Packer:
             pools_last_column: a classification head reads the last column.
             count_labels: also request the number of labels.
             without_padding: remove padding that has no label, even if nothing shows that its outputs are not used.
+            without_prefix: no prefix or prompt comes before the sequences.
         """
         tokens = tokens_of(kwargs)
         labels = kwargs.get("labels")
@@ -181,8 +183,8 @@ class Packer:
         return LayoutBuilder(
             (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
-            keep_gaps=self.has_windows, from_first=from_first, count_mask=self.count_mask,
-            pool_last=pools_last_column, labels=labels if count_labels else None,
+            keep_gaps=self.has_windows, keep_before=not without_prefix, from_first=from_first,
+            count_mask=self.count_mask, pool_last=pools_last_column, labels=labels if count_labels else None,
         )  # fmt: skip
 
     def _padding(

@@ -55,7 +55,9 @@ class SharePatch(ModelPatch):
         if host is None:
             return None
         selects = self.selects_labels(kwargs)
-        builder = self.packer.layout_builder(host, numbers, count_labels=selects, without_padding=True)
+        builder = self.packer.layout_builder(
+            host, numbers, count_labels=selects, without_padding=True, without_prefix=True
+        )  # fmt: skip
         numbers.fetch()
         tokens = tokens_of(kwargs)
         layout = self.sharer.build(builder, host, tokens.shape[0] * tokens.shape[1])
@@ -85,9 +87,13 @@ class SharePatch(ModelPatch):
         return cache
 
     def unpack_cache(self, cache: PrefixCache) -> Any:
-        """A cache that continues the batch: of the different texts if possible, else a stock one."""
+        """A cache that continues the batch: of the different texts if possible, else a stock one.
+
+        In a stock one, windows count the padding between a text and what continues it.
+        """
         if not isinstance(cache, PackedCache) or not cache.stores:
             return None
         layout = cache.packed.layout
-        has_texts = layout.segments is not None and layout.owners is None and layout.key_mask is None
-        return cache.as_bank() if has_texts else cache.as_padded()
+        if layout.segments is None or layout.owners is not None or layout.key_mask is not None:
+            return cache.as_padded()
+        return cache.as_bank() if layout.segments.reach_end or not self.packer.has_windows else cache.as_padded()

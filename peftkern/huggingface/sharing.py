@@ -184,8 +184,14 @@ def _lay_out(layout: Layout, segments: list[_Segment], paths: list[list[int]], l
         layout, tokens=tokens, rows=rows, positions=layout.positions[old],
         cu_seqlens=cu_seqlens.to(torch.int32), longest=max(sizes),
         key_mask=None if layout.key_mask is None else layout.key_mask[old],
-        segments=Segments(cu_seqlens, ancestors, owners, last, _repeated(layout, tokens, labels)),
+        segments=Segments(cu_seqlens, ancestors, owners, last, _repeated(layout, tokens, labels), _reach_end(layout)),
     )  # fmt: skip
+
+
+def _reach_end(layout: Layout) -> bool:
+    """Whether the last column has no padding, which would show the row of the column before it."""
+    last, before = layout.rows[:, -1:], layout.rows[:, -2:-1]
+    return not before.numel() or not bool((last == before).any())
 
 
 def _repeated(layout: Layout, tokens: Tensor, labels: Tensor | None) -> Tensor:

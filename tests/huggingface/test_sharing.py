@@ -178,3 +178,35 @@ def test_generation_is_token_identical(name, way):
         tokens[shares] = model.generate(input_ids=ids, attention_mask=mask, **options, **WAYS[way])
         assert way == "lookup" or not shares or model._peftkern_patch.shared_rows is not None
     assert torch.equal(tokens[True], tokens[False])
+
+
+WINDOWS = ["mistral (window 4)", "gemma2 (softcap)", "gpt-oss (sinks)"]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_padding_before_a_row_leaves_what_it_shares(name):
+    """Windows count padding between tokens, and nothing is before the first one."""
+    ids, mask = padded([A + B, A + B, A + C, D], "left")
+    model = peftkern.patch(models.base_model(FAMILIES[name]).eval(), share="prefixes")
+    model(input_ids=ids, attention_mask=mask)
+    assert model._peftkern_patch.shared_rows == (ids.numel(), len(A + B) + len(A + C) + len(D))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama (GQA)", *WINDOWS])
+@torch.no_grad()
+def test_a_padded_batch_continues(name, side):
+    """Windows count the padding between a row and what continues it."""
+    ids, mask = padded([A + B, A + B, A + C, D], side)
+    steps = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(1))
+    logits = {}
+    for shares in (False, True):
+        model = models.base_model(FAMILIES[name]).eval()
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        cache, seen, outputs = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values, mask, []
+        assert not shares or model._peftkern_patch.shared_rows is not None
+        for step in steps.split(1, 1):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            outputs.append(model(input_ids=step, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
+        logits[shares] = torch.cat(outputs, 1)
+    assert models.difference(logits[True], logits[False]) <= models.FP32_TOLERANCE
