@@ -49,7 +49,10 @@ class SharePatch(ModelPatch):
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Pack a call that starts sequences, if they share enough text."""
         groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
-        if not is_plain(cache, static=False) or (cache is not None and cache.get_seq_length() > 0):
+        if not is_plain(cache, static=False):
+            self.sharer.skip(f"its keys go into a {type(cache).__name__}, which has a place for each row")
+            return None
+        if cache is not None and cache.get_seq_length() > 0:
             return None  # it continues sequences
         host = self.sharer.on_host(kwargs, group_ids=groups)
         if host is None:

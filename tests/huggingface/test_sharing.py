@@ -210,3 +210,27 @@ def test_a_padded_batch_continues(name, side):
             outputs.append(model(input_ids=step, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
         logits[shares] = torch.cat(outputs, 1)
     assert models.difference(logits[True], logits[False]) <= models.FP32_TOLERANCE
+
+
+def test_explain_reports_the_last_call_and_all_calls():
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]).eval(), share="prefixes")
+    assert peftkern.explain(model).endswith("the last call shared none: no call yet")
+    shared = padded(BATCHES["a group"])[0]
+    model(input_ids=shared)
+    usual, rows = model._peftkern_patch.shared_rows
+    assert peftkern.explain(model).endswith(f"the last call ran {rows} rows instead of {usual}")
+    model(input_ids=shared)
+    model(input_ids=padded(BATCHES["nothing in common"])[0])
+    assert peftkern.explain(model).endswith(
+        f"shared none: its rows begin differently; 2 of 3 calls shared text and saved {2 * (usual - rows)} rows"
+    )
+
+
+def test_explain_names_a_cache_that_has_a_place_for_each_row():
+    """Also after a call that has shared text."""
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]).eval(), share="prefixes")
+    ids = padded(BATCHES["equal rows"])[0]
+    model(input_ids=ids)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0, **options)
+    assert "shared none: its keys go into a StaticCache" in peftkern.explain(model)
