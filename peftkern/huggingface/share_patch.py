@@ -39,6 +39,7 @@ class SharePatch(ModelPatch):
         if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
             self.packer.reasons = [reason]
         self.packer.try_out(trial, shared=True)
+        self.packer.unpacks_routers = True
         if self.packer.reasons:
             raise ValueError(f"share: expected None, because {'; '.join(self.packer.reasons)}, got 'prefixes'")
 

@@ -234,3 +234,26 @@ def test_explain_names_a_cache_that_has_a_place_for_each_row():
     options = {"cache_implementation": "static", "disable_compile": True}
     model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0, **options)
     assert "shared none: its keys go into a StaticCache" in peftkern.explain(model)
+
+
+@pytest.mark.parametrize("case", ["a group", "a tree", "an empty completion"])
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_auxiliary_loss_of_experts_counts_every_token(case, return_dict, masked):
+    """In fp64: the loss with it, the router logits of tokens, and every gradient."""
+    inputs, steps = inputs_of(BATCHES[case]), []
+    real = inputs["attention_mask"].flatten().bool()
+    if not masked:
+        inputs["attention_mask"] = None
+        real = torch.ones_like(real)
+    with models.fp64_throughout():
+        for shares in (False, True):
+            model = models.base_model(FAMILIES["gpt-oss (sinks)"], torch.float64, router_aux_loss_coef=10.0)
+            model = peftkern.patch(model, share="prefixes") if shares else model
+            out = model(**inputs, output_router_logits=True, return_dict=return_dict)
+            loss, routers = (out.loss, out.router_logits) if return_dict else (out[0], out[-1])
+            loss.backward()
+            assert not shares or model._peftkern_patch.shared_rows is not None, peftkern.explain(model)
+            steps.append((loss.detach(), torch.stack(routers).detach()[:, real], gradients(model)))
+    for want, got in zip(*steps, strict=True):
+        assert differ(got, want) <= 1e-10

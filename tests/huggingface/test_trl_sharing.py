@@ -175,6 +175,8 @@ def assert_same(got: Run, want: Run) -> None:
 
 
 TWO_PROMPTS = {**GROUPS, "per_device_train_batch_size": 8}
+#: Of experts, TRL requests the router logits for their auxiliary loss.
+EXPERTS = FAMILIES["gpt-oss (sinks)"]
 WINDOWED = FAMILIES["mistral (window 4)"]
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4}
 
@@ -197,6 +199,8 @@ CASES: dict[str, tuple[Case, int, int, bool]] = {
     "GRPO by name": (Case("GRPO", given="name", patch="after", settings=GROUPS), 20, 20, True),
     "GRPO of two prompts": (Case("GRPO", settings=TWO_PROMPTS), 20, 20, True),
     "GRPO of two prompts, windows": (Case("GRPO", family=WINDOWED, settings=TWO_PROMPTS), 20, 20, True),
+    "GRPO of experts": (Case("GRPO", family=EXPERTS, settings=GROUPS), 20, 20, True),
+    "DPO of experts": (Case("DPO", family=EXPERTS, patch="both"), 20, 20, True),
     "GRPO, checkpointing": (Case("GRPO", settings={**GROUPS, "gradient_checkpointing": True}), 20, 20, True),
     "Reward": (Case("Reward"), 20, 0, False),
     "Reward, LoRA": (Case("Reward", lora=True), 20, 0, True),
