@@ -39,3 +39,24 @@ def namespace() -> dict:
         "batch": {"input_ids": ids, "labels": ids},
         "trainer": SimpleNamespace(train=train),
     }
+
+
+def trl_namespace() -> dict:
+    """Fresh objects for one block that trains with TRL; rows share prompts of 20 tokens."""
+    from tests.huggingface import models, trl_runs
+
+    prompts = [trl_runs.words(i, 20) for i in range(6)]
+    pairs = [{"prompt": x, "chosen": " w1 w2 w3", "rejected": " w4 w5"} for x in prompts]
+    config = models.FAMILIES["llama (GQA)"].arguments
+
+    def reward(completions: list[str], **_: object) -> list[float]:
+        return [float(len(set(text))) for text in completions]
+
+    return {
+        "model": transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)),
+        "classifier": transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**config, num_labels=1)),
+        "tokenizer": trl_runs.tokenizer(),
+        "prompts": trl_runs.datasets.Dataset.from_list([{"prompt": x} for x in prompts]),
+        "preferences": trl_runs.datasets.Dataset.from_list(pairs),
+        "reward": reward,
+    }

@@ -25,11 +25,16 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS)
 def test_python_blocks_run(name, block, monkeypatch, tmp_path):
-    """Blocks share nothing but the tiny models and the batch that readme_namespace gives them."""
-    from .readme_namespace import namespace
+    """Blocks share nothing but the tiny models and the data that readme_namespace gives them."""
+    from .readme_namespace import namespace, trl_namespace
 
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, name, "exec"), namespace())
+    variables = namespace()
+    if "from trl import" in block:
+        pytest.importorskip("trl")
+        pytest.importorskip("datasets")
+        variables |= trl_namespace()
+    exec(compile(block, name, "exec"), variables)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/recipes.md"])

@@ -276,8 +276,8 @@ class ModelPatch(Patch):
         Training steps rarely read the logits of the whole batch, because the model has computed the loss.
         """
         deferred = has_loss and self.is_training_step and not torch.compiler.is_compiling()
-        if isinstance(output, tuple):
-            place = 1 if has_loss else 0
+        if isinstance(output, tuple):  # the logits follow the losses, which are scalars
+            place = next(i for i, x in enumerate(output) if x.dim() > 2)
             return (*output[:place], rows.unpack(output[place], deferred=deferred), *output[place + 1 :])
         output["logits"] = rows.unpack(output["logits"], deferred=deferred)
         return output
@@ -372,8 +372,9 @@ class ModelPatch(Patch):
             others = (self.unpack_cache(cache) if x is cache else _unpack_all(packed, x) for x in output[1:])
             return (first(output[0]), *others)
         output["last_hidden_state"] = first(output["last_hidden_state"])
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = _unpack_all(packed, output["hidden_states"])
+        for field in ("hidden_states", "router_logits"):
+            if output.get(field) is not None:
+                output[field] = _unpack_all(packed, output[field])
         name = cache_name(output.keys())
         if name is not None and output[name] is cache:
             output[name] = self.unpack_cache(cache)
@@ -385,10 +386,12 @@ class ModelPatch(Patch):
 
 
 def _unpack_all(packed: PackedBatch, x: Any) -> Any:
-    """Hidden states, or a tuple of them, unpacked."""
+    """Hidden states [1, N, E], the logits of a router [N, X], or a tuple of them, unpacked: [B, S, E], [B * S, X]."""
     if isinstance(x, tuple):
         return tuple(_unpack_all(packed, y) for y in x)
-    return packed.unpack(x) if isinstance(x, Tensor) else x
+    if not isinstance(x, Tensor):
+        return x
+    return packed.unpack(x) if x.dim() > 2 else packed.unpack(x[None]).flatten(0, 1)
 
 
 def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:

@@ -46,6 +46,8 @@ class Packer:
         accepts_logits_to_keep: whether the base model takes ``logits_to_keep``, as causal language models do.
         has_windows: whether a layer has a sliding window.
         count_mask: whether positions count the tokens of the mask.
+        unpacks_routers: whether the router logits of packed rows are unpacked for the auxiliary loss, which counts
+            the tokens of the mask. It would count prompts too.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Packer:
         patterns = [info.pattern for info in prefix_layers.values()]
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
+        self.unpacks_routers = False
         self.reasons = _reasons_against(base, backbone, prefix_layers)
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
@@ -144,7 +147,8 @@ class Packer:
             return "logits_to_keep is given together with labels"
         if kwargs.get("output_attentions", getattr(self.base.config, "output_attentions", False)):
             return "output_attentions are requested"
-        if kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False)):
+        wants_routers = kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False))
+        if wants_routers and not self.unpacks_routers:
             return "output_router_logits are requested, whose loss counts prompts and padding"
         return _why_layers_need_samples(self._first_layer)
 

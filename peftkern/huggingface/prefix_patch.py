@@ -125,7 +125,7 @@ class PrefixPatch(ModelPatch):
         sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
         if sharer is not None:
-            sharer.skip("behind a prefix, only training steps share text")
+            sharer.rows, sharer.reason = None, "behind a prefix, only training steps share text"
         if isinstance(cache, PrefixCache):
             if cache.stores:
                 return None

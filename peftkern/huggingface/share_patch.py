@@ -40,6 +40,7 @@ class SharePatch(ModelPatch):
         if not self.packer.reasons and (reason := trial.try_prefix()) is not None:
             self.packer.reasons = [reason]
         self.packer.try_out(trial, shared=True)
+        self.packer.unpacks_routers = True
         if self.packer.reasons:
             raise ValueError(f"share: expected None, because {'; '.join(self.packer.reasons)}, got 'prefixes'")
 
@@ -51,7 +52,7 @@ class SharePatch(ModelPatch):
         """Pack a call that starts sequences, if they share enough text or several of them are in one row."""
         groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
         if not is_plain(cache, static=False):
-            self.sharer.skip(f"it stores keys in a {type(cache).__name__}")
+            self.sharer.skip(f"its keys go into a {type(cache).__name__}, which has a place for each row")
             return None
         if cache is not None and cache.get_seq_length() > 0:
             return None  # it continues sequences
@@ -94,7 +95,10 @@ class SharePatch(ModelPatch):
         return cache
 
     def unpack_cache(self, cache: PrefixCache) -> Any:
-        """A cache that continues the batch: of the different texts if possible, else a stock one."""
+        """A cache that continues the batch: of the different texts if possible, else a stock one.
+
+        In a stock one, windows count the padding between a text and what continues it.
+        """
         if not isinstance(cache, PackedCache) or not cache.stores:
             return None
         cache.fill()

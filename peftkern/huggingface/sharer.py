@@ -35,12 +35,15 @@ class Sharer:
     Attributes:
         rows: rows that the last call would have run as usual, and those that it ran; None if it shared nothing.
         reason: why the last call shared nothing; empty if it did.
+        num_calls, num_shared: the number of calls so far, and of those that shared text.
+        saved_rows: rows that these have not run.
     """
 
     def __init__(self, packer: Packer) -> None:
         self.packer = packer
         self.rows: tuple[int, int] | None = None
         self.reason = "no call yet"
+        self.num_calls = self.num_shared = self.saved_rows = 0
 
     def on_host(self, kwargs: Mapping[str, Any], **groups: Tensor | None) -> dict[str, Any] | None:
         """The arguments of a call, those on the CPU whose values decide what is shared; None if it cannot share rows.
@@ -60,8 +63,10 @@ class Sharer:
         return {**kwargs, **host}
 
     def skip(self, reason: str) -> None:
-        """Record why a call shares nothing."""
+        """Record a call that shares nothing for this reason; empty if it may share text."""
         self.rows, self.reason = None, reason
+        if not torch.compiler.is_compiling():  # a number that changes would be traced again
+            self.num_calls += 1
 
     def _why_not(self, kwargs: Mapping[str, Any]) -> str | None:
         ids: Tensor | None = kwargs.get("input_ids")
@@ -100,14 +105,19 @@ class Sharer:
             self.reason = f"sharing would run {shared.num_rows} rows instead of {usual_rows}"
             return layout
         self.rows = usual_rows, shared.num_rows
+        self.num_shared += 1
+        self.saved_rows += usual_rows - shared.num_rows
         return shared
 
     def explain(self) -> str:
-        """What the last call shared."""
-        if self.rows is None:
-            return f"text that rows share runs once; the last call shared none: {self.reason}"
-        usual, rows = self.rows
-        return f"text that rows share runs once; the last call ran {rows} rows instead of {usual}"
+        """What the last call shared, and all calls together."""
+        last = f"shared none: {self.reason}"
+        if self.rows is not None:
+            last = f"ran {self.rows[1]} rows instead of {self.rows[0]}"
+        text = f"text that rows share runs once; the last call {last}"
+        if self.num_calls <= 1:
+            return text
+        return f"{text}; {self.num_shared} of {self.num_calls} calls shared text and saved {self.saved_rows} rows"
 
 
 def _to_host(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -159,3 +159,82 @@ def test_equal_prompts_are_stored_once(mask):
     assert cache.prefix[0][0].shape == (1, 2, len(A + B), 16)
     assert cache.layers[0].keys.shape == (4, 2, 1, 16)
     assert cache.get_seq_length() == len(A + B) + 1
+
+
+WINDOWS = ["mistral (window 4)", "gemma2 (softcap)", "gpt-oss (sinks)"]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_padding_before_a_row_leaves_what_it_shares(name):
+    """Windows count padding between tokens, and nothing is before the first one."""
+    ids, mask = padded([A + B, A + B, A + C, D], "left")
+    model = peftkern.patch(models.base_model(FAMILIES[name]).eval(), share="prefixes")
+    model(input_ids=ids, attention_mask=mask)
+    assert model._peftkern_patch.shared_rows == (ids.numel(), len(A + B) + len(A + C) + len(D))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama (GQA)", *WINDOWS])
+@torch.no_grad()
+def test_a_padded_batch_continues(name, side):
+    """Windows count the padding between a row and what continues it."""
+    ids, mask = padded([A + B, A + B, A + C, D], side)
+    steps = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(1))
+    logits = {}
+    for shares in (False, True):
+        model = models.base_model(FAMILIES[name]).eval()
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        cache, seen, outputs = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values, mask, []
+        assert not shares or model._peftkern_patch.shared_rows is not None
+        for step in steps.split(1, 1):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            outputs.append(model(input_ids=step, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
+        logits[shares] = torch.cat(outputs, 1)
+    assert models.difference(logits[True], logits[False]) <= models.FP32_TOLERANCE
+
+
+def test_explain_reports_the_last_call_and_all_calls():
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]).eval(), share="prefixes")
+    assert peftkern.explain(model).endswith("the last call shared none: no call yet")
+    shared = padded(BATCHES["a group"])[0]
+    model(input_ids=shared)
+    usual, rows = model._peftkern_patch.shared_rows
+    assert peftkern.explain(model).endswith(f"the last call ran {rows} rows instead of {usual}")
+    model(input_ids=shared)
+    model(input_ids=padded(BATCHES["nothing in common"])[0])
+    assert peftkern.explain(model).endswith(
+        f"shared none: its rows begin differently; 2 of 3 calls shared text and saved {2 * (usual - rows)} rows"
+    )
+
+
+def test_explain_names_a_cache_that_has_a_place_for_each_row():
+    """Also after a call that has shared text."""
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]).eval(), share="prefixes")
+    ids = padded(BATCHES["equal rows"])[0]
+    model(input_ids=ids)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0, **options)
+    assert "shared none: its keys go into a StaticCache" in peftkern.explain(model)
+
+
+@pytest.mark.parametrize("case", ["a group", "a tree", "an empty completion"])
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_auxiliary_loss_of_experts_counts_every_token(case, return_dict, masked):
+    """In fp64: the loss with it, the router logits of tokens, and every gradient."""
+    inputs, steps = inputs_of(BATCHES[case]), []
+    real = inputs["attention_mask"].flatten().bool()
+    if not masked:
+        inputs["attention_mask"] = None
+        real = torch.ones_like(real)
+    with models.fp64_throughout():
+        for shares in (False, True):
+            model = models.base_model(FAMILIES["gpt-oss (sinks)"], torch.float64, router_aux_loss_coef=10.0)
+            model = peftkern.patch(model, share="prefixes") if shares else model
+            out = model(**inputs, output_router_logits=True, return_dict=return_dict)
+            loss, routers = (out.loss, out.router_logits) if return_dict else (out[0], out[-1])
+            loss.backward()
+            assert not shares or model._peftkern_patch.shared_rows is not None, peftkern.explain(model)
+            steps.append((loss.detach(), torch.stack(routers).detach()[:, real], gradients(model)))
+    for want, got in zip(*steps, strict=True):
+        assert differ(got, want) <= 1e-10
