@@ -165,14 +165,9 @@ def _attend(
         "key_mask": _on(device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        "cu_seqlens": None if packed is None else _on(device, packed.cu_seqlens),
-        "prefix_ids": _on(device, cache.ids),
-        "prefix_lens": _on(device, cache.lens),
+        **_places(cache, prefix_len, device),
     }
-    if packed is not None:
-        sequence |= {"max_seqlen": packed.max_seqlen, "prefix_start": packed.prefix_start}
     if packed is not None and packed.layout.segments is not None:
-        sequence |= packed.chains(prefix_len, device)
         prefix = prefix[0][None], prefix[1][None]
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     if prefix_bias is None:
@@ -185,6 +180,17 @@ def _attend(
             "got another pattern; generate without torch.compile"
         )
     return _attend_with_query_bias(query, key, value, *prefix, prefix_bias, sequence, common).transpose(1, 2)
+
+
+def _places(cache: PrefixCache, prefix_len: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of attention that tell packed sequences, and the prefixes of each one."""
+    packed, prefixes = cache.packed, {"prefix_ids": _on(device, cache.ids), "prefix_lens": _on(device, cache.lens)}
+    if packed is None:
+        return prefixes
+    offsets = {"cu_seqlens": _on(device, packed.cu_seqlens), "max_seqlen": packed.max_seqlen}
+    if packed.layout.segments is not None:
+        return {**offsets, **packed.chains(prefix_len, device)}
+    return {**offsets, **prefixes, "prefix_start": packed.prefix_start}
 
 
 def _read_mask(

@@ -143,16 +143,15 @@ def patch(
     if peft_bugs and not (is_prompt and prefix is None):
         raise ValueError("peft_bugs: expected False except for a PEFT model with a prompt, got True")
     if prefix is None and share and not _adapts_prefix(model):
+        if freeze or fix_seq2seq_layout or not (shift_positions and prefix_in_window and packing):
+            raise ValueError(
+                "freeze, fix_seq2seq_layout, shift_positions, prefix_in_window, packing: expected their defaults, "
+                "because there is no prefix, got others"
+            )
         SharePatch(model, _find_base(model), NoPrefix(), options, calls).install()
         return model
     if prefix is None:
-        if not is_peft_model(model):
-            raise ValueError(
-                f"prefix: expected a PrefixKV, because {type(model).__name__} is not a PEFT model, got None"
-            )
-        if not shift_positions:
-            raise ValueError("shift_positions: expected True, because PEFT counts the prefix's positions, got False")
-        _check_adapters(model)
+        _check_peft_model(model, shift_positions)
         if is_prompt:
             _patch_peft_prompt(model, peft_bugs, options, calls)
         else:
@@ -232,8 +231,12 @@ def _adapts_prefix(model: nn.Module) -> bool:
     )
 
 
-def _check_adapters(model: nn.Module) -> None:
-    """Raise ValueError unless peftkern supports the adapters of a PEFT model."""
+def _check_peft_model(model: nn.Module, shift_positions: bool) -> None:
+    """Raise ValueError unless ``model`` is a PEFT model with adapters that peftkern supports."""
+    if not is_peft_model(model):
+        raise ValueError(f"prefix: expected a PrefixKV, because {type(model).__name__} is not a PEFT model, got None")
+    if not shift_positions:
+        raise ValueError("shift_positions: expected True, because PEFT counts the prefix's positions, got False")
     known = (*KEY_VALUE_TYPES, *PROMPT_TYPES)
     for name, config in cast(Any, model).peft_config.items():
         kind = config.peft_type.value

@@ -107,6 +107,11 @@ def test_a_model_that_cannot_share_is_refused_by_name(name):
     assert model.__dict__.keys() == before.keys()
 
 
+def test_options_of_a_prefix_are_refused_without_one():
+    with pytest.raises(ValueError, match="expected their defaults, because there is no prefix"):
+        peftkern.patch(models.base_model(LLAMA), share="prefixes", freeze=True)
+
+
 def test_an_unknown_way_to_share_is_refused():
     with pytest.raises(ValueError, match="share: expected None or 'prefixes', got 'rows'"):
         peftkern.patch(models.base_model(LLAMA), share="rows")
@@ -179,7 +184,7 @@ def test_padding_before_a_row_leaves_what_it_shares(name):
 def test_a_padded_batch_continues(name, side):
     """Windows count the padding between a row and what continues it."""
     ids, mask = padded([A + B, A + B, A + C, D], side)
-    steps = torch.randint(3, VOCAB, (4, 6), generator=torch.Generator().manual_seed(1))
+    steps = torch.randint(3, models.VOCAB, (4, 6), generator=torch.Generator().manual_seed(1))
     logits = {}
     for shares in (False, True):
         model = models.base_model(FAMILIES[name]).eval()
