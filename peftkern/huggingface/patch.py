@@ -123,14 +123,7 @@ def patch(
     >>> ids = torch.ones(2, 6, dtype=torch.long)
     >>> loss = peftkern.patch(model)(ids, labels=ids).loss
     """
-    if any(PATCH in module.__dict__ for module in model.modules()):
-        raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
-    if logits not in ("all", "labelled"):
-        raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
-    if share not in (None, "prefixes"):
-        raise ValueError(f"share: expected None or 'prefixes', got {share!r}")
-    if backend != "auto":
-        get_backend(backend)  # raises here and not in the first forward
+    _check_options(model, logits, share, backend)
     # A window can hide the prefix only if the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
     calls = CallOptions(packing=packing, logits=logits, strict=strict, share=share is not None)
@@ -229,6 +222,18 @@ def _adapts_prefix(model: nn.Module) -> bool:
         config.peft_type.value in (*KEY_VALUE_TYPES, *PROMPT_TYPES)
         for config in cast(Any, model).peft_config.values()
     )
+
+
+def _check_options(model: nn.Module, logits: str, share: str | None, backend: str) -> None:
+    """Raise ValueError for a patched model, or for names that are unknown."""
+    if any(PATCH in module.__dict__ for module in model.modules()):
+        raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
+    if logits not in ("all", "labelled"):
+        raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
+    if share not in (None, "prefixes"):
+        raise ValueError(f"share: expected None or 'prefixes', got {share!r}")
+    if backend != "auto":
+        get_backend(backend)  # raises here and not in the first forward
 
 
 def _check_peft_model(model: nn.Module, shift_positions: bool) -> None:
