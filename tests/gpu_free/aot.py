@@ -131,8 +131,8 @@ def packed_prefix_launches(arch: str, head_dim: int, dtype: torch.dtype):
     starts, lse = torch.zeros(3, dtype=torch.int32), torch.empty(1, 4, 64)
     args = AttentionArgs(
         out, key, key, prefix.float(), prefix.float(), None, None, None, None, None, cu_seqlens=starts,
-        prefix_ids=starts[1:], prefix_lens=None, dropout_seed=None, scale=1.0, causal=True, window=None,
-        prefix_in_window=True, softcap=0.0, dropout_p=0.0,
+        prefix_ids=starts[1:], prefix_lens=None, prefix_starts=None, dropout_seed=None, scale=1.0, causal=True,
+        window=None, prefix_in_window=True, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
     with recorded_launches(arch) as launches:
         joined = kernels.concat_prefix(args, starts)
