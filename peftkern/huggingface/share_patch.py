@@ -52,7 +52,8 @@ class SharePatch(ModelPatch):
         """Pack a call that starts sequences, if they share enough text or several of them are in one row."""
         groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
         if not is_plain(cache, static=False):
-            self.sharer.skip(f"its keys go into a {type(cache).__name__}, which has a place for each row")
+            if tokens_of(kwargs).shape[1] > 1:  # it starts sequences
+                self.sharer.skip(f"its keys go into a {type(cache).__name__}, which has a place for each row")
             return None
         if cache is not None and cache.get_seq_length() > 0:
             return None  # it continues sequences

@@ -220,6 +220,7 @@ def test_explain_names_a_cache_that_has_a_place_for_each_row():
     options = {"cache_implementation": "static", "disable_compile": True}
     model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=0, **options)
     assert "shared none: its keys go into a StaticCache" in peftkern.explain(model)
+    assert "; 1 of 2 calls shared text" in peftkern.explain(model)
 
 
 @pytest.mark.parametrize("case", ["a group", "a tree", "an empty completion"])
