@@ -60,7 +60,7 @@ class SharePatch(ModelPatch):
         tokens, host = tokens_of(kwargs), self.sharer.on_host(kwargs, group_ids=groups)
         packs = host is not None or not (is_tracing(tokens) or self.packer.why_unpackable(kwargs))
         selects = packs and self.selects_labels(kwargs)
-        if host is None and not selects:
+        if not selects and (host is None or self.sharer.is_hopeless(host)):
             return None
         builder = self.packer.layout_builder(
             host or kwargs, numbers, count_labels=selects, without_padding=True, behind_prefix=False

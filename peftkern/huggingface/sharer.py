@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .layout import Layout, LayoutBuilder
 from .packer import Packer, innermost
-from .sharing import share_rows
+from .sharing import most_saved, share_rows
 
 __all__ = ["Sharer"]
 
@@ -81,6 +81,21 @@ class Sharer:
         if any(map(_is_foreign, hooks)) or innermost(embedding.forward) is not type(embedding).forward:
             return "hooks on the token embeddings may change equal tokens differently"
         return None
+
+    def is_hopeless(self, host: Mapping[str, Any]) -> bool:
+        """Whether the rows of a call certainly share too little; a fast answer for most batches without shared text.
+
+        Args:
+            host: arguments of the call, as :meth:`on_host` returned them.
+        """
+        ids, mask = host["input_ids"], host.get("attention_mask")
+        if mask is None and host.get("position_ids") is not None:  # several sequences in a row
+            return False
+        num_tokens = ids.numel() if mask is None else int((mask != 0).sum())
+        if num_tokens - most_saved(ids, mask) <= MAX_ROWS * ids.numel():
+            return False
+        self.reason = "its rows begin differently"
+        return True
 
     def build(self, builder: LayoutBuilder, host: Mapping[str, Any], usual_rows: int | None = None) -> Layout:
         """The layout of a call on the CPU, with shared rows where this saves enough.

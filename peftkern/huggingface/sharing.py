@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .layout import IGNORED, Layout, Segments
 
-__all__ = ["share_rows"]
+__all__ = ["most_saved", "share_rows"]
 
 #: A segment has to save at least this many rows: attention to one more prefix costs about as much as a few rows.
 MIN_SAVED_ROWS = 16
@@ -86,6 +86,21 @@ def share_rows(
     if sum(x.end - x.begin for x in segments) == layout.num_rows:
         return None
     return _lay_out(layout, segments, paths, labels)
+
+
+def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
+    """A bound of the rows that sharing saves: a fraction of the time that :func:`share_rows` takes.
+
+    Args:
+        input_ids: [B, S], one sequence per row, on the CPU.
+        mask: [B, S], 0 for padding, on the CPU.
+    """
+    keys = (input_ids if mask is None else torch.where(mask != 0, input_ids, -1)).numpy()
+    if keys.size == 0:
+        return 0
+    order = sorted(range(len(keys)), key=lambda i: keys[i].tobytes())
+    equal = keys[order[1:]] == keys[order[:-1]]
+    return int(np.where(equal.all(1), keys.shape[1], equal.argmin(1)).sum())
 
 
 def _tree(layout: Layout, input_ids: Tensor, groups: Tensor | None, lengths: list[int]) -> _Node:
