@@ -201,6 +201,10 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._running, self._used = None, True
         return [name for name in names if name not in served]
 
+    def prefix_lens(self) -> set[int]:
+        """The different numbers of prefix tokens that layers read."""
+        return {0 if kv is None else kv[0].shape[-2] for kv in self.prefix}
+
     def has_prefix(self, layer: int) -> bool:
         """Whether a layer has a prefix."""
         return self.prefix[layer] is not None

@@ -330,6 +330,9 @@ class ModelPatch(Patch):
         kwargs["position_ids"] = packed.positions(cache.offset)
         kwargs["attention_mask"] = None
         kwargs[self.cache_name] = cache
+        if packed.layout.segments is not None:
+            for prefix_len in cache.prefix_lens():  # here, because compiled layers cannot read values
+                packed.chains(prefix_len, packed.cu_seqlens.device)
         packed.used = True
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
