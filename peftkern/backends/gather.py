@@ -179,10 +179,12 @@ class _Rows:
         shape = (self.lens.shape[0], self.longest, sequence.shape[1], sequence.shape[3])
         if self.is_full and len(sources) == 1:
             ((x, copies),) = sources
-            return _taken(x, copies).to(sequence.dtype).view(shape).transpose(1, 2)
+            taken = _taken(x, copies.entries, copies.rows)
+            return taken.to(sequence.dtype).view(shape).transpose(1, 2)
         gathered = sequence.new_zeros(shape)  # kernels read the rows behind a chain too, so they must be finite
         for x, copies in sources:
-            gathered[copies.chains, copies.tokens] = _taken(x, copies).to(sequence.dtype)
+            taken = _taken(x, copies.entries, copies.rows)
+            gathered[copies.chains, copies.tokens] = taken.to(sequence.dtype)
         return gathered.transpose(1, 2)
 
     def fold(self, dgathered: Tensor) -> None:
@@ -198,24 +200,34 @@ class _Rows:
         """Add the folded gradient's rows to the gradient of k or v, which is rounded once more."""
         assert self.of_sequence is not None
         copies, target = self.of_sequence.first, _by_row(dsequence)
-        terms = _by_row(dgathered)[copies.chains, copies.tokens]
-        total = _taken(dsequence, copies).to(terms.dtype) + terms
+        terms = _taken(dgathered, copies.chains, copies.tokens)
+        total = _taken(dsequence, copies.entries, copies.rows).to(terms.dtype) + terms
         target[copies.entries, copies.rows] = total.to(target.dtype)
 
     def to_bank(self, dgathered: Tensor, prefix: Tensor) -> Tensor:
         """The gradient of ``prefix`` [A, Hkv, P, D], contiguous, in the dtype of the folded gradient."""
-        dprefix = dgathered.new_zeros(_by_row(prefix).shape)  # rows are written several times faster than columns
+        dprefix = dgathered.new_zeros(prefix.shape)
         if self.of_bank is not None:
-            copies = self.of_bank.first
-            dprefix[copies.entries, copies.rows] = _by_row(dgathered)[copies.chains, copies.tokens]
-        return dprefix.transpose(1, 2).contiguous()
+            copies, head_dim = self.of_bank.first, prefix.shape[3]
+            taken = _taken(dgathered, copies.chains, copies.tokens).view(-1, head_dim)
+            dprefix.view(-1, head_dim).index_copy_(0, _flat_index(dprefix, copies.entries, copies.rows), taken)
+        return dprefix
 
 
-def _taken(x: Tensor, copies: _Copies) -> Tensor:
-    """The rows [R, H, D] of x [N, H, L, D]."""
-    if x.shape[0] == 1:  # index_select reads several times faster
-        return _by_row(x)[0].index_select(0, copies.rows)
-    return _by_row(x)[copies.entries, copies.rows]
+def _taken(x: Tensor, entries: Tensor, rows: Tensor) -> Tensor:
+    """The rows [R, H, D] of x [N, H, L, D], by index_select where x allows it, which is several times faster."""
+    if x.is_contiguous():
+        taken = x.view(-1, x.shape[3]).index_select(0, _flat_index(x, entries, rows))
+        return taken.view(-1, x.shape[1], x.shape[3])
+    if x.shape[0] == 1:
+        return _by_row(x)[0].index_select(0, rows)
+    return _by_row(x)[entries, rows]
+
+
+def _flat_index(x: Tensor, entries: Tensor, rows: Tensor) -> Tensor:
+    """Where the rows of x [N, H, L, D], each with all H heads, lie among its N * H * L rows of D elements."""
+    heads = torch.arange(x.shape[1], device=x.device)
+    return ((entries[:, None] * x.shape[1] + heads) * x.shape[2] + rows[:, None]).flatten()
 
 
 def _by_row(x: Tensor) -> Tensor:
