@@ -63,7 +63,7 @@ def calls(monkeypatch):
     return calls
 
 
-def count_shared(calls, most=0.7):
+def count_shared(calls, most=0.6):
     """{whether it trains: number of calls}; each has shared text."""
     for _, rows in calls:
         assert rows is not None, "a call shared nothing"
