@@ -78,10 +78,10 @@ class Packer:
         """
         if self.reasons:
             return
-        reason = trial.try_packed(self._layout_of)
+        reason = trial.try_packed(self._layout_of, replaces_tokens=not prompts)
         if reason is not None and self.count_mask:  # a table may accept the mask without reading it
             self.count_mask = False
-            reason = trial.try_packed(self._layout_of)
+            reason = trial.try_packed(self._layout_of, replaces_tokens=not prompts)
         for table in self._tables:
             table.reads_mask &= self.count_mask
         if reason is None and prompts:

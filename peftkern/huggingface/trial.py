@@ -65,8 +65,11 @@ class Trial:
         self.mask = torch.ones_like(self.ids)
         self.mask[1, 0] = 0
         self.mask[2, -1] = 0
-        #: Output of the last run of the backbone.
+        #: Output of the last run of the backbone, and the names of the embeddings that the run has read.
         self.output: Any = None
+        self._read: set[str] = set()
+        #: Those that it reads if it is given tokens, except the embeddings of the tokens.
+        self._read_with_tokens: set[str] = set()
         self._stock: Outputs = []
         #: Per output and row, the change of the stock model's output when the prefix is rounded differently.
         self._rounding: list[list[float]] = []
@@ -79,6 +82,7 @@ class Trial:
         ids, mask = self.ids, self.mask
         stock, cache = self._cache().as_stock(ids.shape[0], self.backbone.dtype), self._cache()
         self._stock = self._run(stock, ids, mask)
+        self._read_with_tokens = self._read
         moved = self._cache(prefix=[kv and (_round_otherwise(kv[0]), _round_otherwise(kv[1])) for kv in self.prefix])
         moved_stock = moved.as_stock(ids.shape[0], self.backbone.dtype)
         self._rounding = _rounding(self._run(moved_stock, ids, mask), self._stock, mask)
@@ -97,13 +101,21 @@ class Trial:
         """A bound for tokens other than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
-    def try_packed(self, layout_of: LayoutOf) -> str | None:
-        """How a packed batch with a prefix differs from the padded batch; None if it does not."""
+    def try_packed(self, layout_of: LayoutOf, *, replaces_tokens: bool) -> str | None:
+        """How a packed batch with a prefix differs from the padded batch; None if it does not.
+
+        Args:
+            layout_of: see :data:`LayoutOf`.
+            replaces_tokens: whether calls without packing give the backbone tokens, and not their embeddings.
+        """
 
         def run() -> str | None:
             packed = PackedBatch(layout_of(self.ids, self.mask, False))
             tokens = self.backbone.get_input_embeddings()(self.ids)
             got = self._run_packed(self._cache(), packed, tokens)
+            unread = self._read_with_tokens - self._read
+            if unread and replaces_tokens:  # the parameters may be 0 now, and change in training
+                return f"{self.kind} reads {', '.join(sorted(unread))} only if it is given tokens instead of embeddings"
             return _compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
 
         return self._guarded(run, "on packed rows")
@@ -193,13 +205,21 @@ class Trial:
     def _recorded(self, **arguments: Any) -> Outputs:
         """Outputs of the attention modules in the order of their calls, followed by the last hidden states."""
         outputs: Outputs = []
+        if "inputs_embeds" in arguments:  # CTRL changes them
+            arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, Tensor) and first.dim() == 3:
                 outputs.append(first)
 
+        self._read = set()
         handles = [module.register_forward_hook(record) for module in self.prefix_layers]
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: self._read.add(name))
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, nn.Embedding) and module is not self.backbone.get_input_embeddings()
+        ]
         try:
             self.output = self.backbone(**arguments)
             return [*outputs, self.output[0]]
