@@ -184,6 +184,28 @@ def _end_to_end_on(cpu: str, rows: list[dict[str, str]]) -> list[str]:
     return tables
 
 
+def sharing() -> str:
+    """Markdown: steps in which text that rows share runs once, and batches with nothing to gain."""
+    rows = _rows("sharing.csv")
+    where = f"{rows[0]['dtype']}, threads={rows[0]['threads']}, {rows[0]['cpu'].split(' @')[0]}"
+    lines = [
+        f"| SmolLM2-135M with LoRA, {where} | rows | times fewer rows | times as fast | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["part"] == "shapes":
+            count = f"{float(r['rows_before']):.0f} to {float(r['rows_after']):.0f}"
+            sizes = f"{r['case']}, B={r['B']} S={r['S']}"
+            lines.append(
+                f"| {sizes} | {count} | {_ratio(r['rows_ratio'])} | {_ratio(r['speedup'])} | {_ratio(r['peak_ratio'])} |"
+            )
+    lines += ["", f"| other batches, 4 layers, {where} | times as fast |", "|---|---|"]
+    lines += [
+        f"| {r['case']}, B={r['B']} S={r['S']} | {_ratio(r['speedup'])} |" for r in rows if r["part"] == "adversarial"
+    ]
+    return "\n".join(lines)
+
+
 def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("model", "dtype", "threads", "B", "S", "P"))
 
@@ -201,7 +223,7 @@ def _ratio(value: str | float | None) -> str:
 
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
-    "versions": versions.sentence,
+    "sharing": sharing, "versions": versions.sentence,
 }  # fmt: skip
 
 

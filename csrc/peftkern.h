@@ -11,8 +11,8 @@
 
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 1
-#define PEFTKERN_CUDA_ABI_VERSION 4
+#define PEFTKERN_ABI_VERSION 2
+#define PEFTKERN_CUDA_ABI_VERSION 5
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -67,10 +67,15 @@ typedef struct peftkern_attention {
   const void* cu_seqlens;    // [num_sequences + 1], contiguous
   const void* prefix_ids;    // [batch or num_sequences], contiguous
   const void* prefix_lens;   // [bank_size], contiguous
+  // [bank_size, prefix_len, 2], contiguous; null: token j of prefix i is row j of entry i of prefix_k and prefix_v.
+  // Else it is row [i, j, 1] of entry [i, j, 0], and of k and v where that is -1. prefix_k is then
+  // [source_size, num_kv_heads, source_len, head_dim]. CPU only.
+  const int64_t* prefix_rows;
   void* out;                 // [batch, num_heads, q_len, head_dim]
   float* lse;                // [batch, num_heads, q_len], contiguous
   int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, bank_size, prefix_len;
   int64_t num_sequences;                           // in cu_seqlens
+  int64_t source_size, source_len;                 // with prefix_rows
   int64_t q_stride[3], k_stride[3], v_stride[3];   // batch, head, row
   int64_t prefix_k_stride[3], prefix_v_stride[3];  // bank, head, row
   int64_t bias_stride[4], prefix_bias_stride[2], key_mask_stride[2];

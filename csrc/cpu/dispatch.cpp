@@ -200,6 +200,14 @@ bool valid_indices(const peftkern_attention& a) {
     const int64_t length = read_index(a.prefix_lens, a.prefix_lens_dtype, i);
     if (length < 0 || length > a.prefix_len) return false;
   }
+  for (int64_t i = 0; a.prefix_rows && i < a.bank_size; i++) {
+    const int64_t length = a.prefix_lens ? read_index(a.prefix_lens, a.prefix_lens_dtype, i) : a.prefix_len;
+    for (int64_t j = 0; j < length; j++) {
+      const int64_t* at = a.prefix_rows + 2 * (i * a.prefix_len + j);
+      if (at[0] < -1 || at[0] >= a.source_size) return false;
+      if (at[1] < 0 || at[1] >= (at[0] < 0 ? a.kv_len : a.source_len)) return false;
+    }
+  }
   return true;
 }
 
@@ -300,7 +308,7 @@ void* acquire_scratch(size_t bytes) {
 using namespace peftkern;
 
 // peftkern/native/abi.py relies on structs of eight-byte fields without padding.
-static_assert(sizeof(peftkern_attention) == 65 * 8 && sizeof(peftkern_attention_backward) == 97 * 8);
+static_assert(sizeof(peftkern_attention) == 68 * 8 && sizeof(peftkern_attention_backward) == 100 * 8);
 static_assert(sizeof(peftkern_embedding) == 23 * 8 && sizeof(peftkern_embedding_backward) == 28 * 8);
 
 extern "C" {

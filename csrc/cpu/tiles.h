@@ -130,19 +130,46 @@ static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, in
 }
 
 // Widens tokens [begin, begin + n) of one head of one prefix, rounded to q's dtype.
+// Token j of a prefix. Null behind the end of a prefix of which prefix_rows says where its tokens lie.
+struct PrefixRow {
+  const void *k, *v;
+  int64_t dtype;
+};
+
+static PrefixRow prefix_row(const Problem& p, int64_t prefix, int64_t kv_head, int64_t j) {
+  const peftkern_attention& a = *p.args;
+  int64_t entry = prefix;
+  if (a.prefix_rows) {
+    if (a.prefix_lens && j >= read_index(a.prefix_lens, a.prefix_lens_dtype, prefix)) return {nullptr, nullptr, a.dtype};
+    const int64_t* at = a.prefix_rows + 2 * (prefix * a.prefix_len + j);
+    entry = at[0];
+    j = at[1];
+  }
+  if (entry < 0)
+    return {offset(a.k, a.dtype, kv_head * a.k_stride[1] + j * a.k_stride[2]),
+            offset(a.v, a.dtype, kv_head * a.v_stride[1] + j * a.v_stride[2]), a.dtype};
+  const int64_t *k = a.prefix_k_stride, *v = a.prefix_v_stride;
+  return {offset(a.prefix_k, a.prefix_dtype, entry * k[0] + kv_head * k[1] + j * k[2]),
+          offset(a.prefix_v, a.prefix_dtype, entry * v[0] + kv_head * v[1] + j * v[2]), a.prefix_dtype};
+}
+
 static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int64_t begin, int64_t n, float* out_k,
                          float* out_v) {
-  const peftkern_attention& a = *p.args;
+  const int64_t dtype = p.args->dtype;
   for (int64_t j = begin; j < begin + n; j++) {
     float* k = out_k + (j - begin) * p.padded_dim;
     float* v = out_v + (j - begin) * p.padded_dim;
-    const int64_t k_at = prefix * a.prefix_k_stride[0] + kv_head * a.prefix_k_stride[1] + j * a.prefix_k_stride[2];
-    const int64_t v_at = prefix * a.prefix_v_stride[0] + kv_head * a.prefix_v_stride[1] + j * a.prefix_v_stride[2];
-    widen_row(offset(a.prefix_k, a.prefix_dtype, k_at), a.prefix_dtype, p.head_dim, k);
-    widen_row(offset(a.prefix_v, a.prefix_dtype, v_at), a.prefix_dtype, p.head_dim, v);
-    if (a.prefix_dtype != a.dtype) {
-      round_row(k, p.padded_dim, a.dtype);
-      round_row(v, p.padded_dim, a.dtype);
+    const PrefixRow row = prefix_row(p, prefix, kv_head, j);
+    if (!row.k) {
+      memset(k, 0, sizeof(float) * p.padded_dim);
+      memset(v, 0, sizeof(float) * p.padded_dim);
+      continue;
+    }
+    widen_row(row.k, row.dtype, p.head_dim, k);
+    widen_row(row.v, row.dtype, p.head_dim, v);
+    if (row.dtype != dtype) {
+      round_row(k, p.padded_dim, dtype);
+      round_row(v, p.padded_dim, dtype);
     }
   }
 }

@@ -36,7 +36,7 @@ class Plan(ABC):
     """
 
     #: Whether it takes sequences with several prefixes, or with prefixes in k and v. For other plans, the prefixes
-    #: are gathered first (:mod:`.gather`).
+    #: are gathered first (:mod:`.gather`), except for a :class:`RowPlan`.
     reads_chains: ClassVar[bool] = False
 
     @property
@@ -85,6 +85,32 @@ class Plan(ABC):
         needs: list[bool],
     ) -> tuple[Tensor, Tensor]:
         """Compute (dweight, dprompt): fp32 (fp64 for fp64 weights), contiguous, empty where ``needs`` is false."""
+
+
+class RowPlan(Plan):
+    """A plan that reads each token of a prefix where it lies, in ``prefix_k`` or in k, so that nothing is gathered.
+
+    In ``args`` of these methods, ``prefix_ids`` [n] and ``prefix_lens`` [C] speak of C prefixes. ``rows`` int64
+    [C, P, 2] on the CPU says where their tokens lie: (entry of the bank, row), with entry -1 for a row of k and v.
+    What it says behind the end of a prefix has no meaning.
+    """
+
+    @abstractmethod
+    def attention_of_rows(self, args: AttentionArgs, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`Plan.prefix_attention`."""
+
+    @abstractmethod
+    def attention_of_rows_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        args: AttentionArgs,
+        needs: list[bool],
+        rows: Tensor,
+    ) -> AttentionGradients:
+        """:meth:`Plan.prefix_attention_backward`. dprefix_k and dprefix_v are [C, Hkv, P, D], dk and dv without them."""
 
 
 class MergeKernels(ABC):

@@ -19,7 +19,7 @@ from ..arguments import (
     lse_dtype,
     output_layouts,
 )
-from .base import OnePlanBackend, Plan, Refusal
+from .base import OnePlanBackend, Plan, Refusal, RowPlan
 from .cost.model import Machine, Pass, attention_passes, embedding_passes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ _Layout = tuple[tuple[int, ...], tuple[int, ...]]
 _NOTHING = torch.empty(0, device="cpu")
 
 
-class CpuPlan(Plan):
+class CpuPlan(RowPlan):
     """Calls the native CPU library."""
 
     name = "cpu"
@@ -48,6 +48,31 @@ class CpuPlan(Plan):
     ) -> AttentionGradients:
         gradients = allocate_gradients(args, needs)
         native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients)
+        return gradients
+
+    def attention_of_rows(self, args: AttentionArgs, rows: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = allocate_outputs(args)
+        native.cpu.prefix_attention(args, out, lse, rows=rows)
+        return out, lse
+
+    def attention_of_rows_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        args: AttentionArgs,
+        needs: list[bool],
+        rows: Tensor,
+    ) -> AttentionGradients:
+        prefix_k, prefix_v = needs[3:5]
+        gradients = allocate_gradients(args, [*needs[:3], False, False, *needs[5:]])
+        shape, dtype = (rows.shape[0], args.k.shape[1], rows.shape[1], args.k.shape[3]), lse_dtype(args.q.dtype)
+        if prefix_k:
+            gradients = gradients._replace(dprefix_k=dout.new_empty(shape, dtype=dtype))
+        if prefix_v:
+            gradients = gradients._replace(dprefix_v=dout.new_empty(shape, dtype=dtype))
+        native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, rows=rows)
         return gradients
 
     def soft_prompt_embedding(

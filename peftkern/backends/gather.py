@@ -2,8 +2,8 @@
 """Sequences with several prefixes, or with prefixes in k and v, for plans that take one prefix each.
 
 The prefixes that a sequence sees are its chain. Each chain that occurs becomes an entry of a ragged bank: its rows
-are copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. Its gradients are then
-added up where the rows came from.
+are copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. A :class:`.RowPlan` needs no
+copy; it reads the rows where they lie. The gradients of the chains are then added up where the rows came from.
 
 A row may lie in several chains, as the beginning of a document does that many questions share. The chains are
 therefore cut into pieces so that two pieces are the same rows or have none in common. The gradients of a piece are
@@ -16,6 +16,7 @@ All indices are computed on the host, once for all layers and the backward if th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, constant, host_values
-from .base import Plan
+from .base import Plan, RowPlan
 from .derived import derived
 
 __all__ = ["gathered", "prefix_attention", "prefix_attention_backward"]
@@ -34,9 +35,12 @@ __all__ = ["gathered", "prefix_attention", "prefix_attention_backward"]
 
 def prefix_attention(plan: Plan, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """:meth:`.Plan.prefix_attention`, with the prefixes gathered if the plan needs that."""
-    if args.has_chains and not plan.reads_chains:
-        args = gathered(args)
-    return plan.prefix_attention(args)
+    if not args.has_chains or plan.reads_chains:
+        return plan.prefix_attention(args)
+    rows = _rows_of(args)
+    if isinstance(plan, RowPlan):
+        return plan.attention_of_rows(_with_ids(args, rows), rows.places)
+    return plan.prefix_attention(_with_bank(args, rows))
 
 
 def prefix_attention_backward(
@@ -55,7 +59,10 @@ def prefix_attention_backward(
     _, dk, dv, dprefix_k, dprefix_v, *_ = needs
     in_sequence = rows.of_sequence is not None
     inner = [*needs[:3], dprefix_k or (in_sequence and dk), dprefix_v or (in_sequence and dv), *needs[5:]]
-    found = plan.prefix_attention_backward(dout, dlse, out, lse, _with_bank(args, rows), inner)
+    if isinstance(plan, RowPlan):
+        found = plan.attention_of_rows_backward(dout, dlse, out, lse, _with_ids(args, rows), inner, rows.places)
+    else:
+        found = plan.prefix_attention_backward(dout, dlse, out, lse, _with_bank(args, rows), inner)
     for dgathered in (found.dprefix_k, found.dprefix_v):
         if dgathered.numel():
             rows.fold(dgathered)
@@ -75,10 +82,13 @@ def gathered(args: AttentionArgs) -> AttentionArgs:
 
 
 def _with_bank(args: AttentionArgs, rows: _Rows) -> AttentionArgs:
-    return args._replace(
-        prefix_k=rows.gather(args.prefix_k, args.k), prefix_v=rows.gather(args.prefix_v, args.v),
-        prefix_ids=rows.ids, prefix_lens=rows.lens, prefix_starts=None, max_prefix_len=None,
-    )  # fmt: skip
+    return _with_ids(args, rows)._replace(
+        prefix_k=rows.gather(args.prefix_k, args.k), prefix_v=rows.gather(args.prefix_v, args.v)
+    )
+
+
+def _with_ids(args: AttentionArgs, rows: _Rows) -> AttentionArgs:
+    return args._replace(prefix_ids=rows.ids, prefix_lens=rows.lens, prefix_starts=None, max_prefix_len=None)
 
 
 class _Piece(NamedTuple):
@@ -117,7 +127,7 @@ class _Source(NamedTuple):
 
     Attributes:
         every: all copies.
-        first: the first copy of each row.
+        first: the first copy of each row, in the order of the rows.
     """
 
     every: _Copies
@@ -164,6 +174,17 @@ class _Rows:
     of_sequence: _Source | None
     folds: Sequence[_Fold]
 
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """int64 [C, longest, 2] on the CPU: the (entry, row) of each token, with entry -1 for k and v."""
+        places = torch.zeros(self.lens.shape[0], self.longest, 2, dtype=torch.long)
+        for source, in_sequence in ((self.of_bank, False), (self.of_sequence, True)):
+            if source is not None:
+                copies = [x.cpu() for x in source.every]
+                entries = copies[0] - 1 if in_sequence else copies[0]
+                places[copies[2], copies[3]] = torch.stack([entries, copies[1]], 1)
+        return places
+
     def gather(self, prefix: Tensor, sequence: Tensor) -> Tensor:
         """Keys or values [C, Hkv, longest, D] of the chains in the dtype of k, zeros behind shorter chains.
 
@@ -206,11 +227,17 @@ class _Rows:
 
     def to_bank(self, dgathered: Tensor, prefix: Tensor) -> Tensor:
         """The gradient of ``prefix`` [A, Hkv, P, D], contiguous, in the dtype of the folded gradient."""
+        entries, num_heads, length, head_dim = prefix.shape
+        if self.of_bank is None:
+            return dgathered.new_zeros(prefix.shape)
+        copies = self.of_bank.first
+        if copies.rows.shape[0] == entries * length:  # every row, in order
+            index = _flat_index(dgathered, copies.chains, copies.tokens)
+            by_head = index.view(entries, length, num_heads).transpose(1, 2).flatten()
+            return dgathered.view(-1, head_dim).index_select(0, by_head).view(prefix.shape)
         dprefix = dgathered.new_zeros(prefix.shape)
-        if self.of_bank is not None:
-            copies, head_dim = self.of_bank.first, prefix.shape[3]
-            taken = _taken(dgathered, copies.chains, copies.tokens).view(-1, head_dim)
-            dprefix.view(-1, head_dim).index_copy_(0, _flat_index(dprefix, copies.entries, copies.rows), taken)
+        taken = _taken(dgathered, copies.chains, copies.tokens).view(-1, head_dim)
+        dprefix.view(-1, head_dim).index_copy_(0, _flat_index(dprefix, copies.entries, copies.rows), taken)
         return dprefix
 
 
@@ -301,7 +328,7 @@ def _source(places: dict[_Piece, list[_Place]], in_sequence: bool, device: torch
     if not found:
         return None
     every = sorted((place, piece) for piece, at in found.items() for place in at)
-    first = [(at[0], piece) for piece, at in found.items()]
+    first = [(at[0], piece) for piece, at in sorted(found.items(), key=lambda x: (x[0].entry or 0, x[0].first))]
     return _Source(_copies(every, device), _copies(first, device))
 
 

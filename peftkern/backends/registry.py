@@ -283,7 +283,8 @@ class Explanation:
         lines, others = [f"{self.call.op}: {self.call}"], [f"for devices other than {self.call.device.type}:"]
         if "gathered prefixes" in self.call.features:
             lines.append(
-                "  every backend but reference copies the prefixes into a bank first, which the times leave out"
+                "  every backend but reference and cpu copies the prefixes into a bank first, which the times leave "
+                "out"
             )
         for name, plan in self.plans.items():
             group = others if isinstance(plan, Refusal) and plan.other_device else lines

@@ -107,7 +107,12 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 
 
 def prefix_attention(
-    args: AttentionArgs, out: Tensor, lse: Tensor, isa: str = "auto", constants: bytes | None = None
+    args: AttentionArgs,
+    out: Tensor,
+    lse: Tensor,
+    isa: str = "auto",
+    constants: bytes | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """Write the attention's ``out`` and ``lse``, which :func:`peftkern.arguments.allocate_outputs` allocates.
 
@@ -116,12 +121,14 @@ def prefix_attention(
         lse: [B, Hq, S], fp32, contiguous.
         isa: a key of :data:`ISAS`.
         constants: those of :func:`.fill.attention_constants` for such a call, if known.
+        rows: ``prefix_rows`` of ``peftkern_attention``, int64 [C, P, 2], contiguous. ``prefix_ids`` and
+            ``prefix_lens`` of ``args`` then speak of its C prefixes.
 
     Raises:
         NativeError: with the library's reason.
     """
-    tensors, _copies = fill.attention_tensors(args, out, lse)
-    _call("prefix_attention", tensors + (constants or fill.attention_constants(args, out.stride(), isa)))
+    tensors, _copies = fill.attention_tensors(args, out, lse, rows=rows)
+    _call("prefix_attention", tensors + (constants or fill.attention_constants(args, out.stride(), isa, rows)))
 
 
 def prefix_attention_backward(
@@ -133,6 +140,7 @@ def prefix_attention_backward(
     gradients: AttentionGradients,
     isa: str = "auto",
     constants: fill.BackwardConstants | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """Write those of the nine ``gradients`` that have elements.
 
@@ -140,13 +148,14 @@ def prefix_attention_backward(
         out: the forward's result, as is ``lse``.
         isa: a key of :data:`ISAS`.
         constants: those of :func:`.fill.backward_constants` for such a call, if known.
+        rows: as in :func:`prefix_attention`; dprefix_k and dprefix_v are [C, Hkv, P, D] then.
 
     Raises:
         NativeError: with the library's reason.
     """
     lse = lse.contiguous()
-    forward, layout = constants or fill.backward_constants(dout, dlse, out, args, gradients, isa)
-    tensors, _copies = fill.attention_tensors(args, out, lse)
+    forward, layout = constants or fill.backward_constants(dout, dlse, out, args, gradients, isa, rows)
+    tensors, _copies = fill.attention_tensors(args, out, lse, rows=rows)
     dq, dk, dv, dprefix_k, dprefix_v, dsinks, dbias, dprefix_bias, dgate = gradients
     gradient_tensors = abi.GRADIENT_TENSORS.pack(
         dout=dout.data_ptr(),

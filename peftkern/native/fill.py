@@ -70,9 +70,12 @@ def attention(
 
 
 def attention_tensors(
-    args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True
+    args: AttentionArgs, out: Tensor, lse: Tensor, *, sequence: bool = True, rows: Tensor | None = None
 ) -> tuple[bytes, object]:
-    """The addresses, the first part of ``peftkern_attention``. Arguments and results as of :func:`attention`."""
+    """The addresses, the first part of ``peftkern_attention``. Arguments and results as of :func:`attention`.
+
+    ``rows`` is ``prefix_rows``.
+    """
     q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate, key_mask, cu_seqlens, prefix_ids, prefix_lens = args[
         :13
     ]
@@ -97,13 +100,16 @@ def attention_tensors(
         cu_seqlens=0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         prefix_ids=0 if prefix_ids is None else prefix_ids.data_ptr(),
         prefix_lens=0 if prefix_lens is None else prefix_lens.data_ptr(),
+        prefix_rows=0 if rows is None else rows.data_ptr(),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
     )
     return packed, copies
 
 
-def attention_constants(args: AttentionArgs, out_stride: tuple[int, ...], isa: str = "auto") -> bytes:
+def attention_constants(
+    args: AttentionArgs, out_stride: tuple[int, ...], isa: str = "auto", rows: Tensor | None = None
+) -> bytes:
     """The rest of ``peftkern_attention``: what calls with the same sizes, strides, dtypes and numbers share."""
     q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask, cu_seqlens, prefix_ids, prefix_lens = args[:13]
     layout = _attention_layout(
@@ -111,7 +117,7 @@ def attention_constants(args: AttentionArgs, out_stride: tuple[int, ...], isa: s
         None if bias is None else _broadcast_strides(bias, 4),
         None if prefix_bias is None else _broadcast_strides(prefix_bias, 2),
         None if key_mask is None else key_mask.stride(), out_stride,
-        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, None if rows is None else rows.shape,
     )  # fmt: skip
     options = _attention_options(
         q.dtype, prefix_k.dtype, bias if bias is None else bias.dtype,
@@ -131,10 +137,11 @@ _Sizes = tuple[int, ...]
 def _attention_layout(
     q: _Sizes, k: _Sizes, prefix: _Sizes, q_stride: _Sizes, k_stride: _Sizes, v_stride: _Sizes,
     prefix_k_stride: _Sizes, prefix_v_stride: _Sizes, bias_stride: _Sizes | None, prefix_bias_stride: _Sizes | None,
-    key_mask_stride: _Sizes | None, out_stride: _Sizes, num_sequences: int,
+    key_mask_stride: _Sizes | None, out_stride: _Sizes, num_sequences: int, rows: _Sizes | None,
 ) -> bytes:  # fmt: skip
     """Sizes and strides. They repeat from call to call, so that a call pays for a lookup instead of packing them."""
     is_bank = len(prefix) == 4
+    bank_size, prefix_len = prefix[0] if is_bank else 1, prefix[-2]
     return abi.ATTENTION_LAYOUT.pack(
         batch=q[0],
         num_heads=q[1],
@@ -142,9 +149,11 @@ def _attention_layout(
         q_len=q[2],
         kv_len=k[2],
         head_dim=q[3],
-        bank_size=prefix[0] if is_bank else 1,
-        prefix_len=prefix[-2],
+        bank_size=bank_size if rows is None else rows[0],
+        prefix_len=prefix_len if rows is None else rows[1],
         num_sequences=num_sequences,
+        source_size=bank_size,
+        source_len=prefix_len,
         q_stride=q_stride[:3],
         k_stride=k_stride[:3],
         v_stride=v_stride[:3],
@@ -195,6 +204,7 @@ def backward_constants(
     args: AttentionArgs,
     gradients: AttentionGradients,
     isa: str = "auto",
+    rows: Tensor | None = None,
 ) -> BackwardConstants:
     """What calls share whose tensors have the same sizes, strides and dtypes, and whose numbers are the same."""
     layout = abi.GRADIENT_LAYOUT.pack(
@@ -206,7 +216,7 @@ def backward_constants(
         bias_size=(0, 0, 0, 0) if args.bias is None else args.bias.shape,
         prefix_bias_size=(0, 0) if args.prefix_bias is None else args.prefix_bias.shape,
     )
-    return attention_constants(args, out.stride(), isa), layout
+    return attention_constants(args, out.stride(), isa, rows), layout
 
 
 def _gradient_strides(gradient: Tensor) -> tuple[int, ...]:

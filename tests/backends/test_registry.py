@@ -103,7 +103,7 @@ def test_explain_reads_like_a_table():
 
 
 def test_explain_says_that_prefixes_are_gathered():
-    gathered = "every backend but reference copies the prefixes into a bank first"
+    gathered = "every backend but reference and cpu copies the prefixes into a bank first"
     for name in ("packed_several", "packed_shared", "packed_bank"):
         shape, options = feature(name, Shape())
         text = str(peftkern.explain(**tensors(shape, torch.float32), **options))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftkern import functional, native
+from peftkern.arguments import AttentionArgs
 from peftkern.backends import plan_named
 from peftkern.testing.bounds import DIFFERENTIABLE
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
@@ -35,6 +36,22 @@ def _tolerance(x: Tensor) -> float:
     """A kernel of another instruction set rounds differently: 2e-5 of the largest value, or two roundings of it."""
     finite = x[x.isfinite()].abs()
     return max(2e-5, 2 * torch.finfo(x.dtype).eps) * (finite.max().item() if finite.numel() else 0.0)
+
+
+def _with_bank(args: AttentionArgs, rows: Tensor | None) -> AttentionArgs:
+    """The call with a bank of the tokens that ``rows`` names (``prefix_rows``), for the reference."""
+    if rows is None:
+        return args
+    entries, places = rows.unbind(2)
+
+    def read(bank: Tensor, sequence: Tensor) -> Tensor:
+        of_sequence = sequence[0].transpose(0, 1)[places.clamp(max=sequence.shape[2] - 1)].float()
+        if not bank.shape[0]:
+            return of_sequence.transpose(1, 2)
+        of_bank = bank[entries.clamp(min=0), :, places.clamp(max=bank.shape[2] - 1)]
+        return torch.where((entries < 0)[:, :, None, None], of_sequence, of_bank).transpose(1, 2)
+
+    return args._replace(prefix_k=read(args.prefix_k, args.k), prefix_v=read(args.prefix_v, args.v))
 
 
 class Recorder:
@@ -77,15 +94,16 @@ class Recorder:
 
         def forward(args, out, lse, **prepared):
             call = pack(_OPS[0], args, out, lse, **prepared)
-            answers = _REFERENCE.prefix_attention(args)
-            self._native(_OPS[0], call, given(args), list(zip((out, lse), answers, strict=True)))
+            rows = prepared.get("rows")
+            answers = _REFERENCE.prefix_attention(_with_bank(args, rows))
+            self._native(_OPS[0], call, given([*args, rows]), list(zip((out, lse), answers, strict=True)))
 
         def backward(dout, dlse, out, lse, args, gradients, **prepared):
             call = pack(_OPS[1], dout, dlse, out, lse, args, gradients, **prepared)
-            needs = [bool(x.numel()) for x in gradients]
-            answers = _REFERENCE.prefix_attention_backward(dout, dlse, out, lse, args, needs)
+            needs, rows = [bool(x.numel()) for x in gradients], prepared.get("rows")
+            answers = _REFERENCE.prefix_attention_backward(dout, dlse, out, lse, _with_bank(args, rows), needs)
             wanted = [(x, y) for x, y, need in zip(gradients, answers, needs, strict=True) if need]
-            self._native(_OPS[1], call, given([*args, dout, dlse, out, lse]), wanted)
+            self._native(_OPS[1], call, given([*args, dout, dlse, out, lse, rows]), wanted)
 
         def embedding(input_ids, weight, prompt, prompt_ids, out):
             call = pack(_OPS[2], input_ids, weight, prompt, prompt_ids, out)

@@ -90,6 +90,17 @@ def test_an_index_out_of_range_is_refused_not_followed(options):
         native.cpu.prefix_attention(args, *allocate_outputs(args))
 
 
+@pytest.mark.parametrize("place", [(-2, 0), (2, 0), (0, -1), (0, 5), (-1, 7)], ids=str)
+def test_a_row_out_of_range_is_refused_not_followed(place):
+    """Two prefixes of two tokens, one of which lies nowhere in a bank of 2 x 5 rows and a sequence of 7."""
+    args = _args(Shape(A=2), prefix_ids=torch.tensor([0, 1]))
+    rows = torch.zeros(2, 2, 2, dtype=torch.long)
+    native.cpu.prefix_attention(args, *allocate_outputs(args), rows=rows)
+    rows[1, 1] = torch.tensor(place)
+    with pytest.raises(native.cpu.NativeError, match="out of range"):
+        native.cpu.prefix_attention(args, *allocate_outputs(args), rows=rows)
+
+
 def test_offsets_out_of_range_are_refused():
     args = _args(Shape(B=1, S=7), cu_seqlens=torch.tensor([0, 9, 7]))
     with pytest.raises(native.cpu.NativeError, match="out of range"):
