@@ -194,11 +194,10 @@ def sharing() -> str:
     ]
     for r in rows:
         if r["part"] == "shapes":
-            count = f"{float(r['rows_before']):.0f} to {float(r['rows_after']):.0f}"
-            sizes = f"{r['case']}, B={r['B']} S={r['S']}"
-            lines.append(
-                f"| {sizes} | {count} | {_ratio(r['rows_ratio'])} | {_ratio(r['speedup'])} | {_ratio(r['peak_ratio'])} |"
-            )
+            cells = [f"{r['case']}, B={r['B']} S={r['S']}"]
+            cells += [f"{float(r['rows_before']):.0f} to {float(r['rows_after']):.0f}"]
+            cells += [_ratio(r[name]) for name in ("rows_ratio", "speedup", "peak_ratio")]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| other batches, 4 layers, {where} | times as fast |", "|---|---|"]
     lines += [
         f"| {r['case']}, B={r['B']} S={r['S']} | {_ratio(r['speedup'])} |" for r in rows if r["part"] == "adversarial"

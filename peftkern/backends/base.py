@@ -110,7 +110,10 @@ class RowPlan(Plan):
         needs: list[bool],
         rows: Tensor,
     ) -> AttentionGradients:
-        """:meth:`Plan.prefix_attention_backward`. dprefix_k and dprefix_v are [C, Hkv, P, D], dk and dv without them."""
+        """:meth:`Plan.prefix_attention_backward`.
+
+        dprefix_k and dprefix_v are [C, Hkv, P, D], one for each prefix. dk and dv do not contain them.
+        """
 
 
 class MergeKernels(ABC):

@@ -2,8 +2,9 @@
 """Sequences with several prefixes, or with prefixes in k and v, for plans that take one prefix each.
 
 The prefixes that a sequence sees are its chain. Each chain that occurs becomes an entry of a ragged bank: its rows
-are copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank. A :class:`.RowPlan` needs no
-copy; it reads the rows where they lie. The gradients of the chains are then added up where the rows came from.
+are copied out of ``prefix_k`` and k, of ``prefix_v`` and v. The plan runs with this bank, except for a
+:class:`.RowPlan`, which reads the rows where they lie. The gradients of the chains are then added up where the rows
+came from.
 
 A row may lie in several chains, as the beginning of a document does that many questions share. The chains are
 therefore cut into pieces so that two pieces are the same rows or have none in common. The gradients of a piece are
