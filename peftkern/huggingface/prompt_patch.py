@@ -99,7 +99,7 @@ class PromptPatch(ModelPatch):
             host or kwargs, numbers, from_first=from_first, pools_last_column=self.source.pools_last_column,
             count_labels=self.selects_labels(kwargs), without_padding=host is not None,
         )  # fmt: skip
-        mask = kwargs.get("attention_mask")
+        mask = (host or kwargs).get("attention_mask")
         if mask is not None and mask.shape[1] and not is_tracing(mask):
             numbers.request("left padding", (mask[:, 0] == 0).any())
             numbers.request("padding", (mask == 0).any())
