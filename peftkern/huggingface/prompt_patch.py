@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
+from ..arguments import constant
 from .cache import PackedCache, PrefixCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
@@ -110,6 +111,8 @@ class PromptPatch(ModelPatch):
         layout = layout.to(tokens_of(kwargs).device)
         kwargs["use_cache"] = stores and not layout.several_per_row
         rows, ids = prompt.used(numbers)
+        if ids is not None and prompt.ids is not None and layout.segments is not None:  # the sharer has read them
+            constant(ids, host=prompt.ids.unique(return_inverse=True)[1])
         packs_head = self.packer.head_runs_on_rows()
         # A loss that shifts labels needs the prompt's last row, which predicts the first token.
         for_loss = not packs_head and shows_prompt(self.base, labels)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
-from ..arguments import constant
 from .layout import HostNumbers, indices_of
 from .wiring import Patch, Source
 
@@ -77,13 +76,12 @@ def used_prompts(rows: Tensor, ids: Tensor, count: int, per_sample: bool) -> tup
     Returns:
         ([count, P, E] in the order of their ids, [B] the index of each sample's prompt)
     """
-    host = ids.unique(return_inverse=True)[1] if ids.device.type == "cpu" else None
     ids = ids.to(rows.device)
     order = ids.sort()
     firsts = indices_of(first_of_each(order.values), count)
     used = order.values[firsts]
     chosen = rows[order.indices[firsts] if per_sample else used]
-    return chosen, constant(torch.searchsorted(used, ids), host=host)
+    return chosen, torch.searchsorted(used, ids)
 
 
 class PromptSource(Source):

@@ -115,9 +115,8 @@ class Trial:
             got = self._run_packed(self._cache(), packed, tokens)
             unread = self._read_with_tokens - self._read
             if unread and replaces_tokens:  # the parameters may be 0 now, and change in training
-                return (
-                    f"{self.kind} reads {', '.join(sorted(unread))} only if it is given tokens instead of embeddings"
-                )
+                names = ", ".join(sorted(unread))
+                return f"{self.kind} reads {names} only if it is given tokens instead of embeddings"
             return _compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
 
         return self._guarded(run, "on packed rows")
