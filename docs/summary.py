@@ -152,7 +152,21 @@ def table() -> str:
     ]  # fmt: skip
     lines = ["| prefix tuning, bf16, two threads | processor | peftkern vs PEFT |", "|---|---|---|"]
     lines += [f"| {workload} | {processor(r)} | {result} |" for workload, r, result in shown]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *shared_text()])
+
+
+def shared_text() -> list[str]:
+    """Markdown: steps in which text that rows share runs once."""
+    lines = ["| text that rows share, LoRA, two threads | processor | peftkern vs the stock model |", "|---|---|---|"]
+    for case, workload in (
+        ("grpo", "GRPO-shaped step, 8 completions of one prompt"),
+        ("dpo", "DPO-shaped step, 2 answers to each of 4 prompts"),
+        ("choices", "scoring 4 choices for each of 4 few-shot questions"),
+    ):
+        r = row("sharing", part="shapes", case=case)
+        memory = f"{float(r['peak_ratio']):.2f}x peak memory"
+        lines.append(f"| {workload} | {processor(r)}, {r['dtype']} | {speed(float(r['speedup']))}, {memory} |")
+    return lines
 
 
 def regressions() -> str:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 
 from .packing import PackedBatch
 
-__all__ = ["PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -266,32 +267,31 @@ def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     return prefix_k.to(key.device, dtype), prefix_v.to(key.device, dtype)
 
 
-class _PackedLayer(PrefixLayer):
-    """Keys and values of a packed batch, unpacked at first access.
+class LazyLayer(PrefixLayer):
+    """Keys and values [B, Hkv, S, D] that are computed when they are first read.
 
-    A forward whose caller does not continue the sequence, as in evaluation, never copies them.
+    A forward whose caller does not continue the sequence, as in evaluation, never computes them.
 
     Args:
-        packed: the packed batch.
-        keys, values: [1, Hkv, N, D].
+        compute: returns both.
+        dtype, device: of both.
     """
 
-    def __init__(self, packed: PackedBatch, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, compute: Callable[[], KeyValue], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(True)
-        self._packed: tuple[PackedBatch, Tensor, Tensor] | None = (packed, keys, values)
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._compute: Callable[[], KeyValue] | None = compute
+        self.dtype, self.device, self.is_initialized = dtype, device, True
 
-    def _unpack(self) -> None:
-        if self._packed is not None:
-            packed, keys, values = self._packed
-            self._packed = None
-            self.__dict__["keys"], self.__dict__["values"] = packed.padded_heads(keys), packed.padded_heads(values)
+    def _read(self, name: str) -> Tensor:
+        if self._compute is not None:
+            self.__dict__["keys"], self.__dict__["values"] = self._compute()
+            self._compute = None
+        return self.__dict__[name]  # type: ignore[no-any-return]
 
     @property
     def keys(self) -> Tensor:
         """[B, Hkv, S, D]."""
-        self._unpack()
-        return self.__dict__["keys"]  # type: ignore[no-any-return]
+        return self._read("keys")
 
     @keys.setter
     def keys(self, keys: Tensor) -> None:
@@ -300,40 +300,11 @@ class _PackedLayer(PrefixLayer):
     @property
     def values(self) -> Tensor:
         """[B, Hkv, S, D]."""
-        self._unpack()
-        return self.__dict__["values"]  # type: ignore[no-any-return]
+        return self._read("values")
 
     @values.setter
     def values(self, values: Tensor) -> None:
         self.__dict__["values"] = values
-
-
-class _GatheredPairs(Sequence[KeyValue | None]):
-    """Per layer, keys and values [A, Hkv, P, D] of given rows, copied when they are first read.
-
-    A forward whose caller does not continue the sequence, as in evaluation, never copies them.
-
-    Args:
-        pairs: per layer, keys and values [1, Hkv, N, D]; None for a layer without any.
-        rows: [A, P].
-    """
-
-    def __init__(self, pairs: list[KeyValue | None], rows: Tensor) -> None:
-        self._pairs = pairs
-        self._rows = rows
-        self._gathered = [False] * len(pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, layer: Any) -> Any:
-        pair = self._pairs[layer]
-        if pair is not None and not self._gathered[layer]:
-            rows = self._rows.to(pair[0].device)
-            key, value = (x[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1) for x in pair)
-            pair = self._pairs[layer] = key, value
-            self._gathered[layer] = True
-        return pair
 
 
 class PackedCache(PrefixCache):
@@ -342,23 +313,20 @@ class PackedCache(PrefixCache):
     Args:
         num_layers: number of layers of the cache.
         packed: the packed batch, with prompts or segments.
-        stores: whether :meth:`unpacked` will be called.
+        stores: whether a cache that continues the sequences will be made of this one.
         options: passed on to the attention function.
-        given: the caller's empty cache, which :meth:`fill` fills.
     """
 
     packed: PackedBatch
+    #: The caller's own empty cache, if there is one.
+    given: Cache | None = None
 
-    def __init__(
-        self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions,
-        given: Cache | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions) -> None:
         nothing: list[KeyValue | None] = [None] * num_layers
         super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
         self.packed = packed
         self.ids = packed.prefix_ids
         self.span = packed.prompt_len
-        self._given = given
 
     @property
     def consumed_positions(self) -> int:
@@ -383,31 +351,20 @@ class PackedCache(PrefixCache):
     def as_padded(self) -> DynamicCache:
         """The same keys and values as a stock cache of the padded batch."""
         cache = DynamicCache()
-        cache.layers = [
-            _PackedLayer(self.packed, layer.keys, layer.values) if layer.is_initialized else PrefixLayer(True)
+        cache.layers = self._padded_layers()
+        return cache
+
+    def fill(self, given: Cache) -> None:
+        """Store the same keys and values in a caller's stock cache."""
+        given.layers = self._padded_layers()
+
+    def _padded_layers(self) -> list[PrefixLayer]:
+        return [
+            LazyLayer(partial(_padded, self.packed, layer.keys, layer.values), layer.keys.dtype, layer.keys.device)
+            if layer.is_initialized
+            else PrefixLayer(True)
             for layer in self.layers
         ]
-        return cache
-
-    def fill(self) -> None:
-        """Store the same keys and values in the caller's cache, which the caller may read instead of the output's."""
-        if self._given is not None:
-            self._given.layers = self.as_padded().layers
-
-    def as_bank(self) -> PrefixCache:
-        """The same keys and values as a bank of prefixes: one of each different text.
-
-        Callers count the tokens of the batch, with their padding, as they do with a stock cache.
-        """
-        rows, lens, ids = self.packed.texts()
-        pairs = [(layer.keys, layer.values) if layer.is_initialized else None for layer in self.layers]
-        device = next(pair[0].device for pair in pairs if pair is not None)
-        cache = PrefixCache(
-            [None] * len(pairs), offset=self.packed.layout.shape[1], stores=True, offset_outside=True,
-            options=self.options, ids=ids.to(device), lens=lens.to(device),
-        )  # fmt: skip
-        cache.prefix, cache.span = _GatheredPairs(pairs, rows), rows.shape[1]
-        return cache
 
     def unpacked(self) -> PrefixCache:
         """The same keys and values as a cache of the padded batch, with the prompts as a shared prefix."""
@@ -421,5 +378,10 @@ class PackedCache(PrefixCache):
         cache = PrefixCache(
             banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
         )
-        cache.layers = [PrefixLayer(True) if pair is None else _PackedLayer(packed, *pair) for pair in pairs]
+        cache.layers = self._padded_layers()
         return cache
+
+
+def _padded(packed: PackedBatch, keys: Tensor, values: Tensor) -> KeyValue:
+    """[1, Hkv, N, D] of a packed batch -> [B, Hkv, S, D]."""
+    return packed.padded_heads(keys), packed.padded_heads(values)

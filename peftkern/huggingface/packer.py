@@ -143,6 +143,8 @@ class Packer:
         if position_ids is not None and position_ids.dim() != 2:
             return "position_ids are not [B, S]"
         keep = kwargs.get("logits_to_keep")
+        if labels is not None and self.accepts_logits_to_keep and labels.shape != tokens_of(kwargs).shape[:2]:
+            return "labels are not [B, S]"
         if labels is not None and self.accepts_logits_to_keep and (isinstance(keep, Tensor) or keep):
             return "logits_to_keep is given together with labels"
         if kwargs.get("output_attentions", getattr(self.base.config, "output_attentions", False)):

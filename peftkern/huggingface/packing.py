@@ -145,6 +145,11 @@ class PackedBatch:
         ids = torch.where(segments.last < 0, -1, torch.searchsorted(used, segments.last))
         return rows + self.prompt_rows, torch.tensor([len(text) for text in texts]), ids
 
+    def text_places(self) -> Tensor:
+        """[B, S], the token of its sample's text (:meth:`texts`) at each place; padding has that of a neighbour."""
+        rows = self.layout.rows
+        return torch.nn.functional.pad(rows.diff(dim=1) != 0, (1, 0)).cumsum(1)
+
     def embeddings(self, sequences: Tensor) -> Tensor:
         """[1, T, E], the embeddings of the sequences -> [1, N, E], with those of the prompts before them."""
         if self.prompts is None:

@@ -124,13 +124,14 @@ class PrefixPatch(ModelPatch):
         """Pack a training step whose batch has padding, several sequences per row, or text that rows share."""
         sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
-        if sharer is not None:
-            sharer.rows, sharer.reason = None, "behind a prefix, only training steps share text"
         if isinstance(cache, PrefixCache):
-            if cache.stores:
-                return None
+            starts = not cache.stores
             offset = cache.offset if cache.counts_outside else 0
-        elif self.source.is_given or cache is not None or not self.is_training_step:
+        else:
+            starts = not self.source.is_given and cache is None and self.is_training_step
+        if not starts:
+            if sharer is not None and tokens_of(kwargs).shape[1] > 1:
+                sharer.skip("behind a prefix, only training steps share text")
             return None
         mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -141,7 +142,9 @@ class PrefixPatch(ModelPatch):
         plain = mask is None and position_ids is None and sharer is None
         if plain and self.calls.logits != "labelled":
             return None
-        if self.packer.why_unpackable(sequence) is not None:
+        if (reason := self.packer.why_unpackable(sequence)) is not None:
+            if sharer is not None:
+                sharer.skip(reason)
             return None
         if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None

@@ -15,6 +15,7 @@ from .layout import HostNumbers
 from .model_patch import ModelPatch
 from .packing import PackedBatch
 from .sharer import Sharer
+from .text_cache import TextCache
 from .trial import Trial
 from .wiring import Patch, Source
 
@@ -57,6 +58,9 @@ class SharePatch(ModelPatch):
             return None
         if cache is not None and cache.get_seq_length() > 0:
             return None  # it continues sequences
+        if cache is not None and not self.stores(kwargs):
+            self.sharer.skip("it fills a cache in training mode or with use_cache=False")
+            return None
         tokens, host = tokens_of(kwargs), self.sharer.on_host(kwargs, group_ids=groups)
         packs = host is not None or not (is_tracing(tokens) or self.packer.why_unpackable(kwargs))
         selects = packs and self.selects_labels(kwargs)
@@ -69,6 +73,10 @@ class SharePatch(ModelPatch):
         usual_rows = tokens.shape[0] * tokens.shape[1]
         layout = builder.build() if host is None else self.sharer.build(builder, host, usual_rows)
         # Not all stock models separate several sequences of a row, so they run packed even if they share nothing.
+        # With a cache they do not separate them.
+        if layout.several_per_row and self.stores(kwargs):
+            self.sharer.skip("its rows contain several sequences, which a cache does not tell apart")
+            return None
         if layout.segments is None and not selects and not layout.several_per_row:
             return None
         kwargs["use_cache"] = self.stores(kwargs)
@@ -83,8 +91,9 @@ class SharePatch(ModelPatch):
             cache = self_attention_cache(kwargs)
             return self._continued(cache, kwargs) if isinstance(cache, PrefixCache) else None
         num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
-        given = self_attention_cache(kwargs)
-        return PackedCache(num_layers, packed, stores=bool(kwargs["use_cache"]), options=self.options, given=given)
+        cache = PackedCache(num_layers, packed, stores=bool(kwargs["use_cache"]), options=self.options)
+        cache.given = self_attention_cache(kwargs)
+        return cache
 
     def _continued(self, cache: PrefixCache, kwargs: dict[str, Any]) -> PrefixCache:
         """``cache``, for a call whose mask covers its texts and their padding, which they do not contain."""
@@ -98,13 +107,18 @@ class SharePatch(ModelPatch):
     def unpack_cache(self, cache: PrefixCache) -> Any:
         """A cache that continues the batch: of the different texts if possible, else a stock one.
 
-        In a stock one, windows count the padding between a text and what continues it.
+        The caller's own cache, which the caller may read instead of the output's, gets the same keys and values.
         """
         if not isinstance(cache, PackedCache) or not cache.stores:
             return None
-        cache.fill()
         layout, segments = cache.packed.layout, cache.packed.layout.segments
-        if segments is None or layout.several_per_row or layout.key_mask is not None:
-            return cache.as_padded()
+        has_texts = segments is not None and not layout.several_per_row and layout.key_mask is None
         # Windows count the padding between a text and the tokens that continue it.
-        return cache.as_bank() if segments.aligned or not self.packer.has_windows else cache.as_padded()
+        if segments is None or not has_texts or (self.packer.has_windows and not segments.aligned):
+            if cache.given is not None:
+                cache.fill(cache.given)
+            return cache.as_padded()
+        texts = TextCache(cache)
+        if cache.given is not None:
+            texts.fill(cache.given)
+        return texts

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
 from .layout import Layout, LayoutBuilder
@@ -22,7 +22,10 @@ MAX_ROWS = 0.9
 #: Arguments of a call whose values decide what is shared.
 _READ = ("input_ids", "attention_mask", "position_ids", "labels")
 
-#: Packages whose hooks on the token embeddings treat equal tokens equally.
+#: Packages whose hooks treat rows one by one.
+_BY_ROW = ("transformers.", "peft.", "accelerate.", "torch.", "deepspeed.", "peftkern.")
+
+#: Packages whose hooks on the token embeddings treat equal tokens equally. NEFTune of transformers does not.
 _EQUAL = ("transformers.modeling_utils", "peft.", "accelerate.", "torch.", "peftkern.")
 
 
@@ -44,6 +47,8 @@ class Sharer:
         self.rows: tuple[int, int] | None = None
         self.reason = "no call yet"
         self.num_calls = self.num_shared = self.saved_rows = 0
+        backbone, embedding = packer.backbone, packer.base.get_input_embeddings()
+        self._layers = [module for module in backbone.modules() if module is not backbone and module is not embedding]
 
     def on_host(self, kwargs: Mapping[str, Any], **groups: Tensor | None) -> dict[str, Any] | None:
         """The arguments of a call, those on the CPU whose values decide what is shared; None if it cannot share rows.
@@ -58,6 +63,7 @@ class Sharer:
             return None
         tensors = {name: kwargs[name] for name in _READ if isinstance(kwargs.get(name), Tensor)}
         given = {name: x for name, x in groups.items() if x is not None}
+        _check_groups(given.get("group_ids"), kwargs["input_ids"].shape[0])
         host = _to_host(tensors | given)
         host["groups"] = torch.stack([host[name].long() for name in given], 1) if given else None
         return {**kwargs, **host}
@@ -77,9 +83,10 @@ class Sharer:
         if (reason := self.packer.why_unpackable(kwargs)) is not None:
             return reason
         embedding = self.packer.base.get_input_embeddings()
-        hooks = (*embedding._forward_pre_hooks.values(), *embedding._forward_hooks.values())
-        if any(map(_is_foreign, hooks)) or innermost(embedding.forward) is not type(embedding).forward:
+        if _has_hooks(embedding, _EQUAL) or innermost(embedding.forward) is not type(embedding).forward:
             return "hooks on the token embeddings may change equal tokens differently"
+        if any(_has_hooks(module, _BY_ROW) for module in self._layers):
+            return "hooks on layers may read the batch, which they would not see"
         return None
 
     def is_hopeless(self, host: Mapping[str, Any]) -> bool:
@@ -94,7 +101,7 @@ class Sharer:
         num_tokens = ids.numel() if mask is None else int((mask != 0).sum())
         if num_tokens - most_saved(ids, mask) <= MAX_ROWS * ids.numel():
             return False
-        self.reason = "its rows begin differently"
+        self.reason = "its rows share too little text"
         return True
 
     def build(self, builder: LayoutBuilder, host: Mapping[str, Any], usual_rows: int | None = None) -> Layout:
@@ -114,7 +121,7 @@ class Sharer:
             groups = groups.unique(dim=0, return_inverse=True)[1]
         shared = share_rows(layout, ids, groups, labels if per_token else None)
         if shared is None:
-            self.reason = "its rows begin differently"
+            self.reason = "its rows share too little text"
             return layout
         if shared.num_rows > MAX_ROWS * usual_rows:
             self.reason = f"sharing would run {shared.num_rows} rows instead of {usual_rows}"
@@ -135,6 +142,15 @@ class Sharer:
         return f"{text}; {self.num_shared} of {self.num_calls} calls shared text and saved {self.saved_rows} rows"
 
 
+def _check_groups(ids: Any, samples: int) -> None:
+    """Raise ValueError unless ``group_ids`` are integers [B]."""
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape != (samples,):
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
+        raise ValueError(f"group_ids: expected integers [{samples}], one per row, got {got}")
+
+
 def _to_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Integer tensors on the CPU, with one transfer."""
     if all(x.device.type == "cpu" for x in tensors.values()):
@@ -145,6 +161,10 @@ def _to_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
 
 
-def _is_foreign(hook: Any) -> bool:
-    """Whether a hook on the embeddings may treat equal tokens differently, as NEFTune's noise does."""
-    return not (getattr(hook, "__module__", None) or "").startswith(_EQUAL)
+def _has_hooks(module: nn.Module, known: tuple[str, ...]) -> bool:
+    """Whether a module has forward hooks of packages other than the known ones."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    if not any(hooks):
+        return False
+    functions = [getattr(hook, "func", hook) for found in hooks for hook in found.values()]
+    return not all((getattr(function, "__module__", None) or "").startswith(known) for function in functions)

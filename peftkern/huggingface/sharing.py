@@ -32,6 +32,9 @@ __all__ = ["most_saved", "share_rows"]
 #: A segment has to save at least this many rows: attention to one more prefix costs about as much as a few rows.
 MIN_SAVED_ROWS = 16
 
+#: And this part of the rows that the texts behind it see before them, which backends may have to copy for each text.
+MIN_SAVED_PART = 1 / 32
+
 
 @dataclass(eq=False)
 class _Node:
@@ -98,6 +101,8 @@ def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
     keys = (input_ids if mask is None else torch.where(mask != 0, input_ids, -1)).numpy()
     if keys.size == 0:
         return 0
+    first = (keys != -1).argmax(1)[:, None]  # rows share by position, which padding before them need not count
+    keys = np.take_along_axis(keys, (np.arange(keys.shape[1]) + first) % keys.shape[1], 1)
     order = sorted(range(len(keys)), key=lambda i: keys[i].tobytes())
     equal = keys[order[1:]] == keys[order[:-1]]
     return int(np.where(equal.all(1), keys.shape[1], equal.argmin(1)).sum())
@@ -106,7 +111,7 @@ def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
 def _tree(layout: Layout, input_ids: Tensor, groups: Tensor | None, lengths: list[int]) -> _Node:
     """The tree of all sequences: they are sorted, so that those with a common beginning are neighbours."""
     tokens = layout.pack(input_ids)[0].long()
-    keys = (tokens << 32 | layout.positions.long() + 1).numpy()
+    keys = (tokens << 32 | layout.positions.long() & 0xFFFFFFFF).numpy()  # of an int32, so also of negative positions
     starts = layout.cu_seqlens.tolist()
     visible = lengths if layout.key_mask is None else _lengths_before_hidden(layout.key_mask, starts)
     group = [0] * len(lengths)
@@ -163,7 +168,7 @@ def _segments(root: _Node, num_sequences: int, min_saved: int) -> tuple[list[_Se
         node, begin, ancestors = stack.pop()
         behind, length = node.children, node.end - begin
         uses = len(behind) + bool(node.sequences)
-        if length and behind and (uses - 1) * length < min_saved:
+        if length and behind and (uses - 1) * length < max(min_saved, MIN_SAVED_PART * node.end):
             if node.sequences:
                 behind = [*behind, _Node(node.end, node.some, [], node.sequences)]
         else:

@@ -9,6 +9,7 @@ import torch
 import peftkern
 from peftkern.huggingface import sharing
 from peftkern.huggingface.layout import Layout
+from peftkern.huggingface.text_cache import TextCache
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES
 from tests.huggingface.shared_rows import A, B, C, D, E, F, differ, gradients, inputs_of, padded, share_everything
@@ -161,7 +162,8 @@ def test_equal_prompts_are_stored_once(mask):
         pad_token_id=0, return_dict_in_generate=True,
     )  # fmt: skip
     cache = output.past_key_values
-    assert cache.prefix[0][0].shape == (1, 2, len(A + B), 16)
+    assert isinstance(cache, TextCache)
+    assert cache._texts[0].bank()[0].shape == (1, 2, len(A + B), 16)
     assert cache.layers[0].keys.shape == (4, 2, 1, 16)
     assert cache.get_seq_length() == len(A + B) + 1
 
@@ -208,7 +210,7 @@ def test_explain_reports_the_last_call_and_all_calls():
     model(input_ids=shared)
     model(input_ids=padded(BATCHES["nothing in common"])[0])
     assert peftkern.explain(model).endswith(
-        f"shared none: its rows begin differently; 2 of 3 calls shared text and saved {2 * (usual - rows)} rows"
+        f"shared none: its rows share too little text; 2 of 3 calls shared text and saved {2 * (usual - rows)} rows"
     )
 
 

@@ -27,6 +27,7 @@ from tests.huggingface.shared_rows import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
+LLAMA = FAMILIES["llama (GQA)"]
 KINDS = ["llama (GQA)", "mistral (window 4)", "opt", "gpt-oss (sinks)"]
 
 
@@ -117,8 +118,8 @@ def test_several_sequences_per_row_equal_one_per_row(name, case, labelled):
 @pytest.mark.parametrize(
     ("what", "inputs"),
     [
-        ("begin differently", inputs_of([A, B, F])),
-        ("begin differently", inputs_of([A + B])),
+        ("share too little text", inputs_of([A, B, F])),
+        ("share too little text", inputs_of([A + B])),
         ("inputs_embeds", None),
     ],
 )
@@ -271,3 +272,77 @@ def test_a_mask_of_four_dimensions_runs_as_usual():
         want, got = stock(input_ids=ids, attention_mask=causal), model(input_ids=ids, attention_mask=causal)
     assert "attention_mask" in peftkern.explain(model)
     assert differ(got.logits, want.logits) <= 1e-10
+
+
+def compared(inputs, **options):
+    """(the largest difference of logits at real tokens, rows before and after), in evaluation."""
+    stock = models.base_model(LLAMA).eval()
+    model = peftkern.patch(models.base_model(LLAMA).eval(), share="prefixes")
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(inputs["input_ids"]).bool() if mask is None else mask.bool()
+    with torch.no_grad():
+        want, got = stock(**inputs, **options).logits, model(**inputs, **options).logits
+    return models.difference(got[real], want[real]), patch_of(model).shared_rows
+
+
+def test_left_padding_of_different_lengths_with_positions():
+    """Rows share by position, not by column: long prompts, for which the fast bound decides."""
+    prompt = torch.randint(3, 97, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids, mask = padded([prompt + A, prompt + B[:2], prompt + C[:1]], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    difference, rows = compared({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    assert difference <= 1e-5
+    assert rows == (ids.numel(), 40 + len(A) + 3)
+
+
+def test_tokens_at_equal_negative_positions_differ():
+    ids = torch.tensor([A + C, B + D[:1] + C, A + C])[:, :10]
+    positions = torch.arange(-5, 5).expand(3, -1)
+    mask = torch.ones_like(ids)
+    difference, _ = compared({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_several_sequences_in_a_row_are_those_of_the_stock_model(use_cache):
+    """With a cache it does not tell them apart."""
+    ids = torch.tensor([A + B[:4], A + C])
+    positions = torch.tensor([[*range(6), *range(4)]]).expand(2, -1)
+    difference, _ = compared({"input_ids": ids, "position_ids": positions}, use_cache=use_cache)
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (2, 12), (1, 8)])
+def test_labels_of_another_shape_go_to_the_stock_model(shape):
+    results = []
+    for shares in (False, True):
+        model = models.base_model(LLAMA)
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        try:
+            results.append(float(model(input_ids=torch.tensor([A + D[:2]] * 3), labels=torch.full(shape, 5)).loss))
+        except ValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+def _scale_rows(module, args, output):
+    return output * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+
+
+def test_a_hook_on_a_layer_gets_the_batch():
+    """As for steering: it changes each row by another factor."""
+    ids, logits = torch.tensor([A + B, A + B, A + B[::-1]]), []
+    for shares in (False, True):
+        model = models.base_model(LLAMA).eval()
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        model.model.layers[1].register_forward_hook(_scale_rows)
+        logits.append(model(input_ids=ids).logits)
+    assert "hooks on layers may read the batch" in peftkern.explain(model)
+    assert models.difference(*logits) <= 1e-5
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0, 1]), torch.tensor([0.1, 0.2, 0.3]), [0, 1, 2]])
+def test_groups_that_are_not_one_integer_per_row_are_refused(ids):
+    model = peftkern.patch(models.base_model(LLAMA), share="prefixes")
+    with pytest.raises(ValueError, match=r"group_ids: expected integers \[3\]"):
+        model(input_ids=torch.tensor([A, A, A]), group_ids=ids)

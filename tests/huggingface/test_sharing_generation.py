@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import peftkern
-from peftkern.huggingface.cache import PrefixCache
+from peftkern.huggingface.text_cache import TextCache
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, patch_of
 from tests.huggingface.shared_rows import A, B, C, D, E, F, padded, share_everything
@@ -172,7 +172,55 @@ def test_operations_on_a_cache(name):
             cache.reorder_cache(torch.tensor([2, 1, 0]))
             seen = seen[:, :-1].repeat_interleave(2, 0)[[0, 3, 5]][[2, 1, 0]]
             logits.append(model(input_ids=more[:, :1], attention_mask=seen, past_key_values=cache).logits)
-    assert isinstance(cache, PrefixCache)
+    assert isinstance(cache, TextCache)
     assert models.difference(*logits[::-1]) <= 1e-5
-    with pytest.raises(ValueError, match="at most the 2 tokens"):
-        cache.crop(-3)
+
+
+WAYS_OUT = {
+    "tokens of the text are removed": lambda model, cache: cache.crop(-2),
+    "the model is unpatched": lambda model, cache: peftkern.unpatch(model),
+    "another cache takes its layers": lambda model, cache: cache.update(*[torch.zeros(3, 2, 0, 16)] * 2, 0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+@pytest.mark.parametrize("name", ["llama (GQA)", "mistral (window 4)"])
+@torch.no_grad()
+def test_the_texts_become_a_stock_cache(name, way):
+    """Where something other than our attention reads them."""
+    if name.startswith("mistral") and way.startswith("tokens"):
+        pytest.skip("transformers does not crop a cache with a window")
+    ids, mask = padded([A + B, A + C + D[:1], A + B], "left")
+    more, logits = torch.tensor([D[:1]]).expand(3, -1), []
+    for shares in (False, True):
+        model = models.base_model(FAMILIES[name]).eval()
+        model = peftkern.patch(model, share="prefixes") if shares else model
+        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        assert isinstance(cache, TextCache) == shares
+        if shares or way.startswith("tokens"):
+            WAYS_OUT[way](model, cache)
+        seen = torch.nn.functional.pad(mask[:, : cache.get_seq_length()], (0, 1), value=1)
+        logits.append(model(input_ids=more, attention_mask=seen, past_key_values=cache).logits)
+    assert models.difference(*logits[::-1]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_reset_cache_starts_again():
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]).eval(), share="prefixes")
+    ids = torch.tensor([A + B, A + B])
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    want = models.base_model(FAMILIES["llama (GQA)"]).eval()(input_ids=ids).logits
+    assert models.difference(model(input_ids=ids, past_key_values=cache).logits, want) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"train": True}])
+@torch.no_grad()
+def test_a_cache_that_the_caller_brings_is_filled(options):
+    """As stock models do, which do not ask whether a cache is wanted."""
+    model = peftkern.patch(models.base_model(FAMILIES["llama (GQA)"]), share="prefixes")
+    model.train(options.pop("train", False))
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([A + B, A + B]), past_key_values=cache, **options)
+    assert cache.get_seq_length() == len(A + B)
