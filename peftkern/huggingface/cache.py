@@ -329,7 +329,7 @@ class _GatheredPairs(Sequence[KeyValue | None]):
     def __getitem__(self, layer: Any) -> Any:
         pair = self._pairs[layer]
         if pair is not None and not self._gathered[layer]:
-            rows = self._rows.to(pair[0].device)
+            rows = self._rows.to(pair[0].device, non_blocking=True)
             key, value = (x[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1) for x in pair)
             pair = self._pairs[layer] = key, value
             self._gathered[layer] = True
@@ -404,7 +404,8 @@ class PackedCache(PrefixCache):
         device = next(pair[0].device for pair in pairs if pair is not None)
         cache = PrefixCache(
             [None] * len(pairs), offset=self.packed.layout.shape[1], stores=True, offset_outside=True,
-            options=self.options, ids=ids.to(device), lens=lens.to(device),
+            options=self.options, ids=ids.to(device, non_blocking=True),
+            lens=lens.to(device, non_blocking=True),
         )  # fmt: skip
         cache.prefix, cache.span = _GatheredPairs(pairs, rows), rows.shape[1]
         return cache

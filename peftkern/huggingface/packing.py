@@ -113,9 +113,8 @@ class PackedBatch:
             lens = torch.cat([torch.tensor([prefix_len]), torch.full_like(prompts, self.prompt_len), offsets.diff()])
             ids = self._chain_ids(segments)
             lengths = torch.where(ids < 0, 0, lens[ids]).sum(1)
-            tensors = {"prefix_ids": ids, "prefix_starts": starts, "prefix_lens": lens}
-            moved = {name: constant(x.int().to(device), host=x.int()) for name, x in tensors.items()}
-            self._chains[key] = {**moved, "max_prefix_len": int(lengths.max())}
+            tensors = {"prefix_ids": ids.int(), "prefix_starts": starts.int(), "prefix_lens": lens.int()}
+            self._chains[key] = {**_constants(tensors, device), "max_prefix_len": int(lengths.max())}
         return self._chains[key]
 
     def _chain_ids(self, segments: Segments) -> Tensor:
@@ -133,7 +132,7 @@ class PackedBatch:
 
         Returns:
             ([C, longest] the rows of each text, [C] their lengths, [B] the text of each sample, -1 for an empty one);
-            behind shorter texts, row 0.
+            behind shorter texts stands row ``prompt_rows``.
         """
         segments = self.layout.segments
         assert segments is not None
@@ -198,6 +197,13 @@ class PackedBatch:
         if self.prompts is None and self.layout.tokens is None:
             return x.view(*self.layout.shape, x.shape[-1])
         return take_rows(x[0], self.shown_rows(), repeat=self.layout.segments is not None)
+
+
+def _constants(host: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of one dtype as :func:`.constant` ones on ``device``: one transfer that nobody waits for."""
+    moved = torch.cat([x.flatten() for x in host.values()]).to(device, non_blocking=True)
+    parts = moved.split([x.numel() for x in host.values()])
+    return {name: constant(part.view(x.shape), host=x) for (name, x), part in zip(host.items(), parts, strict=True)}
 
 
 def take_rows(x: Tensor, rows: Tensor, *, repeat: bool) -> Tensor:
@@ -316,7 +322,7 @@ class LogitRows:
             targets = layout.pack(layout.targets(labels))[0]
             rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
         if layout.segments is not None and not labelled:
-            repeated = layout.segments.repeated.to(rows.device)
+            repeated = layout.segments.repeated.to(rows.device, non_blocking=True)
             rows = torch.cat([rows, packed.prompt_rows + layout.rows.flatten()[repeated]])
             targets = torch.cat([targets, layout.targets(labels).flatten()[repeated]])
         num_before = 0
