@@ -33,6 +33,9 @@ from .layout import IGNORED, Layout, Segments, indices_of
 
 __all__ = ["LogitRows", "PackedBatch"]
 
+#: The most that the fp32 copies of a gradient in half precision may take, unless one column takes more.
+_CHUNK_BYTES = 16 * 2**20
+
 
 class PackedBatch:
     """A packed batch with its prompts: N = A * P + T rows.
@@ -224,7 +227,10 @@ def take_rows(x: Tensor, rows: Tensor, *, repeat: bool) -> Tensor:
 
 
 class _RepeatedRows(torch.autograd.Function):
-    """:func:`take_rows` with a gradient that is summed in fp32."""
+    """:func:`take_rows` with a gradient that is summed in fp32.
+
+    In half precision it is summed a few columns at a time. An fp32 copy of logits would take gigabytes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -236,8 +242,18 @@ class _RepeatedRows(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        dx = torch.ops.aten.embedding_dense_backward(dout.float(), rows, ctx.num_rows, -1, False)
-        return dx.to(dout.dtype), None
+        if dout.dtype == torch.float32:
+            return _sum_by_row(dout, rows, ctx.num_rows), None
+        dx = dout.new_empty(ctx.num_rows, dout.shape[-1])
+        width = max(1, _CHUNK_BYTES // (4 * max(1, rows.numel() + ctx.num_rows)))
+        for chunk, dx_chunk in zip(dout.split(width, -1), dx.split(width, -1), strict=True):
+            dx_chunk.copy_(_sum_by_row(chunk.float(), rows, ctx.num_rows))
+        return dx, None
+
+
+def _sum_by_row(dout: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The gradient [N, E] of ``x[rows]`` from that of its result [..., E], summed in the dtype of ``dout``."""
+    return torch.ops.aten.embedding_dense_backward(dout, rows, num_rows, -1, False)  # type: ignore[no-any-return]
 
 
 class _WithFirstRows(torch.autograd.Function):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import PrefixKV
 from peftkern.arguments import host_values
 from peftkern.huggingface.layout import Layout
-from peftkern.huggingface.packing import LogitRows, PackedBatch
+from peftkern.huggingface.packing import LogitRows, PackedBatch, take_rows
 from peftkern.huggingface.sharing import share_rows
 from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB, rows_of
@@ -130,6 +131,38 @@ def test_rows_of_labels_are_moved_without_waiting(labelled):
     with Moves() as moves:
         LogitRows(packed, labels, labelled=labelled, num_labelled=6)
     assert moves.asynchronous == ([] if labelled else [True])
+
+
+class Float32(TorchDispatchMode):
+    """``largest`` becomes the number of bytes of the largest fp32 tensor that is made in the block."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("limit", "num_columns"), [(1 << 24, 37), (4 * 27 * 5, 37), (1, 37), (1, 0)])
+def test_the_gradient_of_repeated_rows_is_summed_in_fp32_a_few_columns_at_a_time(
+    limit, num_columns, dtype, monkeypatch
+):
+    monkeypatch.setattr("peftkern.huggingface.packing._CHUNK_BYTES", limit)
+    rows = torch.tensor([[0, 6, 2, 2, 2], [2, 0, 3, 4, 2], [0, 1, 2, 5, 5], [0, 0, 0, 0, 0]])
+    num_rows = 7
+    x = torch.zeros(num_rows, num_columns, dtype=dtype, requires_grad=True)
+    dout = torch.randn(*rows.shape, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = take_rows(x, rows, repeat=True)
+    with Float32() as temporary:
+        out.backward(dout)
+    want = torch.zeros(num_rows, num_columns).index_add_(0, rows.flatten(), dout.float().flatten(0, 1))
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad, want.to(dtype))
+    if dtype != torch.float32:
+        assert temporary.largest <= max(limit, 4 * rows.numel())
 
 
 @pytest.mark.parametrize("name", CAUSAL)
