@@ -198,8 +198,8 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
     if not prepared.is_normal:
         return normalize_attention(inputs, dropout_seed), prepared.plan, needs_grad
     args = _args(inputs[: _NUM_TENSORS - 1], prepared.numbers)
-    if not prepared.is_bound:
-        prepared.plan, prepared.is_bound = prepared.plan.bind(args), True
+    if prepared.binds:
+        prepared.plan, prepared.binds = prepared.plan.bind(args), False
     return args, prepared.plan, needs_grad
 
 
@@ -224,13 +224,13 @@ class _Prepared:
         plan: the plan, bound to such calls once one has run.
         numbers: the numbers as backends receive them.
         is_normal: whether the tensors are as backends receive them.
-        is_bound: whether the plan is bound, or never will be.
+        binds: whether the plan may still be bound: not if it is, nor for calls that have chains.
     """
 
     plan: Plan
     numbers: tuple[Any, ...]
     is_normal: bool
-    is_bound: bool = False
+    binds: bool
 
 
 def _signature(inputs: AttentionArgs) -> tuple[Any, ...]:
@@ -262,7 +262,7 @@ def _prepared(signature: tuple[Any, ...], needs_grad: bool, requested: str, stat
     check_attention(args)
     plan = registry.plan_named(registry.resolve(attention_call(args, needs_grad), requested))
     # a plan is bound to what it is given, which for chains is another call for each set of values
-    return _Prepared(plan, normalize_numbers(args), has_normal_tensors(args), is_bound=args.has_chains)
+    return _Prepared(plan, normalize_numbers(args), has_normal_tensors(args), binds=not args.has_chains)
 
 
 def needs_backward(args: AttentionArgs) -> bool:

@@ -16,6 +16,7 @@ from peftkern.backends import gather
 from peftkern.backends.cpu import CpuPlan
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import Shape, feature, tensors
+from tests.transfers import Moves
 
 #: Two prefixes of a bank, and three in k and v: the first sequence, a part of it, and the second sequence. The last
 #: sequence sees the same rows twice.
@@ -227,6 +228,17 @@ def test_values_that_the_host_knows_are_not_read_from_the_device():
     assert host_values(constant(on_device, torch.tensor([3, 1]))).tolist() == [3, 1]
     with pytest.raises(NotImplementedError):
         host_values(torch.empty(2, device="meta"))
+
+
+@pytest.mark.parametrize("num_chains", [1, 3, 5])
+def test_indices_are_moved_without_waiting_and_those_of_all_folds_at_once(num_chains):
+    prefixes = [[gather._Piece(0, 0, 3)], [gather._Piece(None, 0, 2)], [gather._Piece(None, 2, 4)]]
+    ids = [[0, 1], [1, 0], [0, 2], [1, 2], [2, 0]][:num_chains]
+    with Moves() as moves:
+        rows = gather._rows(ids, prefixes, torch.device("meta"))
+    assert moves.asynchronous == [True] * 7, "ids, lens, folds; all and first copies from the bank, and from k and v"
+    want = gather._rows(ids, prefixes, torch.device("cpu")).folds
+    assert [(*fold.chains.shape, *fold[1:]) for fold in rows.folds] == [(*f.chains.shape, *f[1:]) for f in want]
 
 
 def test_the_gathered_bank_is_not_kept_for_the_backward():

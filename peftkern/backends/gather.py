@@ -127,16 +127,16 @@ class _Source(NamedTuple):
     """What comes from the bank, or from k and v.
 
     Attributes:
-        every: all copies.
-        first: the first copy of each row, in the order of the rows.
+        all_copies: of each row, in the order of the gathered bank.
+        first_copies: the first one of each row, in the order of the rows.
     """
 
-    every: _Copies
-    first: _Copies
+    all_copies: _Copies
+    first_copies: _Copies
 
 
 class _Fold(NamedTuple):
-    """Chains that contain the same piece at the same token as each other.
+    """One piece, and the chains that repeat it at the same token.
 
     Attributes:
         chains: the chains, int64 on the device.
@@ -181,7 +181,7 @@ class _Rows:
         places = torch.zeros(self.lens.shape[0], self.longest, 2, dtype=torch.long)
         for source, in_sequence in ((self.of_bank, False), (self.of_sequence, True)):
             if source is not None:
-                copies = [x.cpu() for x in source.every]
+                copies = [x.cpu() for x in source.all_copies]
                 entries = copies[0] - 1 if in_sequence else copies[0]
                 places[copies[2], copies[3]] = torch.stack([entries, copies[1]], 1)
         return places
@@ -197,7 +197,9 @@ class _Rows:
             entry, first, length = self.view
             source = sequence if entry is None else prefix[entry, None]
             return source[:, :, first : first + length]
-        sources = [(x, found.every) for x, found in ((prefix, self.of_bank), (sequence, self.of_sequence)) if found]
+        sources = [
+            (x, found.all_copies) for x, found in ((prefix, self.of_bank), (sequence, self.of_sequence)) if found
+        ]
         shape = (self.lens.shape[0], self.longest, sequence.shape[1], sequence.shape[3])
         if self.is_full and len(sources) == 1:
             ((x, copies),) = sources
@@ -221,7 +223,7 @@ class _Rows:
     def add_to_sequence(self, dgathered: Tensor, dsequence: Tensor) -> None:
         """Add the folded gradient's rows to the gradient of k or v, which is rounded once more."""
         assert self.of_sequence is not None
-        copies, target = self.of_sequence.first, _by_row(dsequence)
+        copies, target = self.of_sequence.first_copies, _by_row(dsequence)
         terms = _taken(dgathered, copies.chains, copies.tokens)
         total = _taken(dsequence, copies.entries, copies.rows).to(terms.dtype) + terms
         target[copies.entries, copies.rows] = total.to(target.dtype)
@@ -231,7 +233,7 @@ class _Rows:
         entries, num_heads, length, head_dim = prefix.shape
         if self.of_bank is None:
             return dgathered.new_zeros(prefix.shape)
-        copies = self.of_bank.first
+        copies = self.of_bank.first_copies
         if copies.rows.shape[0] == entries * length:  # every row, in order
             index = _flat_index(dgathered, copies.chains, copies.tokens)
             by_head = index.view(entries, length, num_heads).transpose(1, 2).flatten()
@@ -303,8 +305,8 @@ def _rows(ids: list[list[int]], prefixes: list[list[_Piece]], device: torch.devi
             places.setdefault(piece, []).append(_Place(number, token))
             token += piece.length
     return _Rows(
-        constant(torch.tensor(numbers, dtype=torch.int32).to(device)),
-        constant(torch.tensor(lens, dtype=torch.int32).to(device)),
+        constant(torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)),
+        constant(torch.tensor(lens, dtype=torch.int32).to(device, non_blocking=True)),
         max(lens), min(lens) == max(lens), _as_view(list(chains)),
         _source(places, False, device), _source(places, True, device), _folds(places, device),
     )  # fmt: skip
@@ -328,9 +330,11 @@ def _source(places: dict[_Piece, list[_Place]], in_sequence: bool, device: torch
     found = {piece: at for piece, at in places.items() if (piece.entry is None) == in_sequence}
     if not found:
         return None
-    every = sorted((place, piece) for piece, at in found.items() for place in at)
-    first = [(at[0], piece) for piece, at in sorted(found.items(), key=lambda x: (x[0].entry or 0, x[0].first))]
-    return _Source(_copies(every, device), _copies(first, device))
+    all_copies = sorted((place, piece) for piece, at in found.items() for place in at)
+    first_copies = [
+        (at[0], piece) for piece, at in sorted(found.items(), key=lambda x: (x[0].entry or 0, x[0].first))
+    ]
+    return _Source(_copies(all_copies, device), _copies(first_copies, device))
 
 
 def _copies(placed: list[tuple[_Place, _Piece]], device: torch.device) -> _Copies:
@@ -340,16 +344,19 @@ def _copies(placed: list[tuple[_Place, _Piece]], device: torch.device) -> _Copie
     index = torch.repeat_interleave(lengths)  # the piece of each row
     within = torch.arange(index.shape[0]) - (lengths.cumsum(0) - lengths)[index]
     entries, rows, chains, tokens = (x[index] for x in starts)
-    return _Copies(*torch.stack([entries, rows + within, chains, tokens + within]).to(device))
+    return _Copies(*torch.stack([entries, rows + within, chains, tokens + within]).to(device, non_blocking=True))
 
 
 def _folds(places: dict[_Piece, list[_Place]], device: torch.device) -> list[_Fold]:
-    folds = []
+    found: list[tuple[list[int], tuple[slice, int, slice]]] = []
     for piece, (first, *others) in places.items():
         by_token: dict[int, list[int]] = {}
         for place in others:
             by_token.setdefault(place.token, []).append(place.chain)
         for token, chains in by_token.items():
             tokens, first_tokens = (slice(start, start + piece.length) for start in (token, first.token))
-            folds.append(_Fold(torch.tensor(chains).to(device), tokens, first.chain, first_tokens))
-    return folds
+            found.append((chains, (tokens, first.chain, first_tokens)))
+    lengths = [len(chains) for chains, _ in found]
+    numbers = torch.tensor([chain for chains, _ in found for chain in chains], dtype=torch.long)
+    parts = numbers.to(device, non_blocking=True).split(lengths)
+    return [_Fold(part, *rest) for part, (_, rest) in zip(parts, found, strict=True)]

@@ -33,6 +33,9 @@ from .layout import IGNORED, Layout, Segments, indices_of
 
 __all__ = ["LogitRows", "PackedBatch"]
 
+#: The most that the fp32 copies of a gradient in half precision may take, unless one column takes more.
+_CHUNK_BYTES = 16 * 2**20
+
 
 class PackedBatch:
     """A packed batch with its prompts: N = A * P + T rows.
@@ -113,9 +116,8 @@ class PackedBatch:
             lens = torch.cat([torch.tensor([prefix_len]), torch.full_like(prompts, self.prompt_len), offsets.diff()])
             ids = self._chain_ids(segments)
             lengths = torch.where(ids < 0, 0, lens[ids]).sum(1)
-            tensors = {"prefix_ids": ids, "prefix_starts": starts, "prefix_lens": lens}
-            moved = {name: constant(x.int().to(device), host=x.int()) for name, x in tensors.items()}
-            self._chains[key] = {**moved, "max_prefix_len": int(lengths.max())}
+            tensors = {"prefix_ids": ids.int(), "prefix_starts": starts.int(), "prefix_lens": lens.int()}
+            self._chains[key] = {**_constants(tensors, device), "max_prefix_len": int(lengths.max())}
         return self._chains[key]
 
     def _chain_ids(self, segments: Segments) -> Tensor:
@@ -133,7 +135,7 @@ class PackedBatch:
 
         Returns:
             ([C, longest] the rows of each text, [C] their lengths, [B] the text of each sample, -1 for an empty one);
-            behind shorter texts, row 0.
+            behind shorter texts stands row ``prompt_rows``.
         """
         segments = self.layout.segments
         assert segments is not None
@@ -205,6 +207,13 @@ class PackedBatch:
         return take_rows(x[0], self.shown_rows(), repeat=self.layout.segments is not None)
 
 
+def _constants(host: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of one dtype as :func:`.constant` ones on ``device``: one transfer that nobody waits for."""
+    moved = torch.cat([x.flatten() for x in host.values()]).to(device, non_blocking=True)
+    parts = moved.split([x.numel() for x in host.values()])
+    return {name: constant(part.view(x.shape), host=x) for (name, x), part in zip(host.items(), parts, strict=True)}
+
+
 def take_rows(x: Tensor, rows: Tensor, *, repeat: bool) -> Tensor:
     """``x[rows]``.
 
@@ -223,7 +232,10 @@ def take_rows(x: Tensor, rows: Tensor, *, repeat: bool) -> Tensor:
 
 
 class _RepeatedRows(torch.autograd.Function):
-    """:func:`take_rows` with a gradient that is summed in fp32."""
+    """:func:`take_rows` with a gradient that is summed in fp32.
+
+    In half precision it is summed a few columns at a time. An fp32 copy of logits would take gigabytes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -235,8 +247,18 @@ class _RepeatedRows(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        dx = torch.ops.aten.embedding_dense_backward(dout.float(), rows, ctx.num_rows, -1, False)
-        return dx.to(dout.dtype), None
+        if dout.dtype == torch.float32:
+            return _sum_by_row(dout, rows, ctx.num_rows), None
+        dx = dout.new_empty(ctx.num_rows, dout.shape[-1])
+        width = max(1, _CHUNK_BYTES // (4 * max(1, rows.numel() + ctx.num_rows)))
+        for chunk, dx_chunk in zip(dout.split(width, -1), dx.split(width, -1), strict=True):
+            dx_chunk.copy_(_sum_by_row(chunk.float(), rows, ctx.num_rows))
+        return dx, None
+
+
+def _sum_by_row(dout: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The gradient [N, E] of ``x[rows]`` from that of its result [..., E], summed in the dtype of ``dout``."""
+    return torch.ops.aten.embedding_dense_backward(dout, rows, num_rows, -1, False)  # type: ignore[no-any-return]
 
 
 class _WithFirstRows(torch.autograd.Function):
@@ -321,7 +343,7 @@ class LogitRows:
             targets = layout.pack(layout.targets(labels))[0]
             rows = packed.prompt_rows + torch.arange(targets.shape[0], device=targets.device)
         if layout.segments is not None and not labelled:
-            repeated = layout.segments.repeated.to(rows.device)
+            repeated = layout.segments.repeated.to(rows.device, non_blocking=True)
             rows = torch.cat([rows, packed.prompt_rows + layout.rows.flatten()[repeated]])
             targets = torch.cat([targets, layout.targets(labels).flatten()[repeated]])
         num_before = 0

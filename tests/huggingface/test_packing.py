@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern import PrefixKV
+from peftkern.arguments import host_values
 from peftkern.huggingface.layout import Layout
-from peftkern.huggingface.packing import LogitRows, PackedBatch
+from peftkern.huggingface.packing import LogitRows, PackedBatch, take_rows
+from peftkern.huggingface.sharing import share_rows
 from tests.huggingface import models
 from tests.huggingface.models import BATCH, FAMILIES, IDS, LEFT, MASKS, PREFIX, RIGHT, SEQ, VOCAB, rows_of
+from tests.transfers import Moves
 
 pytestmark = pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
 
@@ -99,6 +103,66 @@ def test_a_head_pairs_rows_with_the_labels_of_the_next_ones():
     assert head.labels.tolist() == [[-100, 10, 20, 11, 12, 21]]
     assert packed.shown_rows().tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 6]]
     assert LogitRows(packed, None, labelled=True, keep=1).rows.tolist() == [4, 6]
+
+
+def test_the_numbers_of_chains_are_moved_at_once_without_waiting():
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8], [9, 9, 9, 9]])
+    layout = share_rows(Layout.of(ids.shape, CPU), ids, min_saved=1)
+    packed = PackedBatch(layout, torch.zeros(2, 5, 4), torch.tensor([1, 1, 0]))
+    with Moves() as moves:
+        got = packed.chains(PREFIX, torch.device("meta"))
+    assert moves.asynchronous == [True]
+    want = packed.chains(PREFIX, CPU)
+    assert got["max_prefix_len"] == want["max_prefix_len"]
+    for name in ("prefix_ids", "prefix_starts", "prefix_lens"):
+        assert (got[name].shape, got[name].dtype) == (want[name].shape, torch.int32)
+        assert host_values(got[name]).tolist() == want[name].tolist()
+    assert want["prefix_starts"].tolist() == [0, 5, 10, 12, 14, 16]
+    assert want["prefix_lens"].tolist() == [PREFIX, 5, 5, 2, 2, 2, 4]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_rows_of_labels_are_moved_without_waiting(labelled):
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]])
+    layout = share_rows(Layout.of(ids.shape, CPU), ids, labels=ids, min_saved=1)
+    assert layout.segments.repeated.tolist() == [0, 1]
+    packed = PackedBatch(layout.to(torch.device("meta")))
+    labels = ids.to("meta")
+    with Moves() as moves:
+        LogitRows(packed, labels, labelled=labelled, num_labelled=6)
+    assert moves.asynchronous == ([] if labelled else [True])
+
+
+class Float32(TorchDispatchMode):
+    """``largest`` becomes the number of bytes of the largest fp32 tensor that is made in the block."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("limit", "num_columns"), [(1 << 24, 37), (4 * 27 * 5, 37), (1, 37), (1, 0)])
+def test_the_gradient_of_repeated_rows_is_summed_in_fp32_a_few_columns_at_a_time(
+    limit, num_columns, dtype, monkeypatch
+):
+    monkeypatch.setattr("peftkern.huggingface.packing._CHUNK_BYTES", limit)
+    rows = torch.tensor([[0, 6, 2, 2, 2], [2, 0, 3, 4, 2], [0, 1, 2, 5, 5], [0, 0, 0, 0, 0]])
+    num_rows = 7
+    x = torch.zeros(num_rows, num_columns, dtype=dtype, requires_grad=True)
+    dout = torch.randn(*rows.shape, num_columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = take_rows(x, rows, repeat=True)
+    with Float32() as temporary:
+        out.backward(dout)
+    want = torch.zeros(num_rows, num_columns).index_add_(0, rows.flatten(), dout.float().flatten(0, 1))
+    assert x.grad.dtype == dtype
+    assert torch.equal(x.grad, want.to(dtype))
+    if dtype != torch.float32:
+        assert temporary.largest <= max(limit, 4 * rows.numel())
 
 
 @pytest.mark.parametrize("name", CAUSAL)

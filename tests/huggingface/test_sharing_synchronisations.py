@@ -40,6 +40,11 @@ def on_device(x):
     return x.clone().as_subclass(OnDevice)
 
 
+def moves_to_device(func, args, kwargs):
+    """Whether a call moves a host tensor to the device."""
+    return func is Tensor.to and DEVICE in (*args[1:], *kwargs.values()) and not isinstance(args[0], OnDevice)
+
+
 class Transfers(TorchFunctionMode):
     """``to`` and ``cpu`` move tensors between host and device."""
 
@@ -47,20 +52,23 @@ class Transfers(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is Tensor.cpu:
             return result.as_subclass(Tensor)
-        if func is Tensor.to and DEVICE in (*args[1:], *(kwargs or {}).values()):
-            return result if isinstance(result, OnDevice) else on_device(result)
-        return result
+        return on_device(result) if moves_to_device(func, args, kwargs or {}) else result
 
 
 class CountDeviceMethods(CountMethods):
+    """Reads of tensors on the device, and moves to the device that the host waits for."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        waits = moves_to_device(func, args, kwargs or {}) and not (kwargs or {}).get("non_blocking")
+        if waits and not args[0].is_floating_point():  # parameters are on the host in the imitation only
+            self.found["to"] += 1
         if any(isinstance(x, OnDevice) for x in tree_leaves(args)):
             return super().__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
 class CountDeviceWaits(CountWaits):
-    """Counts reads of tensors on the device only."""
+    """Counts waits for the device only."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +106,7 @@ def imitation(monkeypatch):
 
 
 def waits_of_a_step(model, inputs):
-    """(reads of device tensors in the forward, all reads in the backward) of the second step; the first may warn."""
+    """(waits for the device in the forward, all reads in the backward) of the second step; the first may warn."""
     model.train()
     for _ in range(2):
         model.zero_grad()
@@ -157,8 +165,9 @@ def test_the_imitation():
         assert isinstance(device[host > 5], OnDevice)
         assert not isinstance(device.cpu(), OnDevice)
         host.tolist(), host.sum().item(), host[host > 1], (device + 1).to(torch.int32)
+        host.to(DEVICE, non_blocking=True), device.to(DEVICE), host.to(torch.int32)
         device.sum().item(), host.to(DEVICE).tolist(), host[device > 1]
-    assert count.found == {"cpu": 1, "_local_scalar_dense": 1, "tolist": 1, "index": 2}
+    assert count.found == {"cpu": 1, "_local_scalar_dense": 1, "tolist": 1, "index": 2, "to": 2}
 
 
 def test_a_planted_read_is_seen():
