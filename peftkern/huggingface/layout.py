@@ -167,11 +167,16 @@ class LayoutBuilder:
             self._keep = (steps >= (self._first[:, None] if lead else first)) & (steps <= last)
 
     @property
+    def several_per_row(self) -> bool:
+        """Whether a row contains several sequences."""
+        return self._begins is not None and self.numbers.get("sequences") > self.shape[0]
+
+    @property
     def saves_rows(self) -> bool:
         """Whether packing removes rows, or separates several sequences of one row."""
         rows, length = self.shape
         if self._begins is not None:
-            return self.numbers.get("sequences") > rows
+            return self.several_per_row
         return self._keep is not None and self.numbers.get("kept") < rows * length
 
     @property

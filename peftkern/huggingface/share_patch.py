@@ -70,13 +70,14 @@ class SharePatch(ModelPatch):
             host or kwargs, numbers, count_labels=selects, without_padding=True, behind_prefix=False
         )
         numbers.fetch()
+        if builder.several_per_row and self.stores(kwargs):
+            self.sharer.reason = (
+                "its rows contain several sequences, which a stock model with a cache does not separate"
+            )
+            return None
         usual_rows = tokens.shape[0] * tokens.shape[1]
         layout = builder.build() if host is None else self.sharer.build(builder, host, usual_rows)
-        # Not all stock models separate several sequences of a row, so they run packed even if they share nothing.
-        # With a cache they do not separate them.
-        if layout.several_per_row and self.stores(kwargs):
-            self.sharer.skip("its rows contain several sequences, which a cache does not tell apart")
-            return None
+        # Without a cache most stock models separate several sequences of a row, so they always run packed.
         if layout.segments is None and not selects and not layout.several_per_row:
             return None
         kwargs["use_cache"] = self.stores(kwargs)
