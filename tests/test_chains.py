@@ -236,6 +236,7 @@ def test_indices_are_moved_without_waiting_and_those_of_all_folds_at_once(num_ch
     ids = [[0, 1], [1, 0], [0, 2], [1, 2], [2, 0]][:num_chains]
     with Moves() as moves:
         rows = gather._rows(ids, prefixes, torch.device("meta"))
+        _ = rows.of_bank, rows.of_sequence, rows.folds
     assert moves.asynchronous == [True] * 7, "ids, lens, folds; all and first copies from the bank, and from k and v"
     want = gather._rows(ids, prefixes, torch.device("cpu")).folds
     assert [(*fold.chains.shape, *fold[1:]) for fold in rows.folds] == [(*f.chains.shape, *f[1:]) for f in want]

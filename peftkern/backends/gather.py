@@ -58,7 +58,7 @@ def prefix_attention_backward(
         return plan.prefix_attention_backward(dout, dlse, out, lse, args, needs)
     rows = _rows_of(args)
     _, dk, dv, dprefix_k, dprefix_v, *_ = needs
-    in_sequence = rows.of_sequence is not None
+    in_sequence = rows.reads_sequence
     inner = [*needs[:3], dprefix_k or (in_sequence and dk), dprefix_v or (in_sequence and dv), *needs[5:]]
     if isinstance(plan, RowPlan):
         found = plan.attention_of_rows_backward(dout, dlse, out, lse, _with_ids(args, rows), inner, rows.places)
@@ -156,34 +156,68 @@ class _Rows:
     """The rows of a gathered bank of C chains.
 
     Attributes:
+        chains: the pieces of each chain.
         ids: int32 [n], the chain of each sequence, -1 for none.
         lens: int32 [C].
         longest: the largest of ``lens``.
         is_full: whether all chains have this length.
-        view: all rows, if they lie behind each other and need no copy.
-        of_bank: what comes from the bank, None if nothing does.
-        of_sequence: what comes from k and v, None if nothing does.
-        folds: the pieces that occur more than once.
+
+    The rest is computed when it is first used: a forward needs no sums, and a :class:`.RowPlan` copies nothing.
     """
 
+    chains: Sequence[tuple[_Piece, ...]]
     ids: Tensor
     lens: Tensor
     longest: int
     is_full: bool
-    view: _Piece | None
-    of_bank: _Source | None
-    of_sequence: _Source | None
-    folds: Sequence[_Fold]
+
+    @functools.cached_property
+    def _piece_places(self) -> dict[_Piece, list[_Place]]:
+        """The places of each piece, in order."""
+        places: dict[_Piece, list[_Place]] = {}
+        for number, chain in enumerate(self.chains):
+            token = 0
+            for piece in chain:
+                places.setdefault(piece, []).append(_Place(number, token))
+                token += piece.length
+        return places
+
+    @functools.cached_property
+    def view(self) -> _Piece | None:
+        """All rows, if they lie behind each other and need no copy."""
+        return _as_view(self.chains)
+
+    @functools.cached_property
+    def of_bank(self) -> _Source | None:
+        """What comes from the bank, None if nothing does."""
+        return _source(self._piece_places, False, self.ids.device)
+
+    @functools.cached_property
+    def of_sequence(self) -> _Source | None:
+        """What comes from k and v, None if nothing does."""
+        return _source(self._piece_places, True, self.ids.device)
+
+    @functools.cached_property
+    def folds(self) -> list[_Fold]:
+        """The pieces that occur more than once."""
+        return _folds(self._piece_places, self.ids.device)
+
+    @functools.cached_property
+    def reads_sequence(self) -> bool:
+        """Whether anything comes from k and v."""
+        return any(piece.entry is None for chain in self.chains for piece in chain)
 
     @functools.cached_property
     def places(self) -> Tensor:
         """int64 [C, longest, 2] on the CPU: the (entry, row) of each token, with entry -1 for k and v."""
         places = torch.zeros(self.lens.shape[0], self.longest, 2, dtype=torch.long)
-        for source, in_sequence in ((self.of_bank, False), (self.of_sequence, True)):
-            if source is not None:
-                copies = [x.cpu() for x in source.all_copies]
-                entries = copies[0] - 1 if in_sequence else copies[0]
-                places[copies[2], copies[3]] = torch.stack([entries, copies[1]], 1)
+        for of_chain, chain in zip(places, self.chains, strict=False):  # without any chain, lens is [0]
+            token = 0
+            for entry, first, length in chain:
+                entries, rows = of_chain[token : token + length].unbind(1)
+                entries.fill_(-1 if entry is None else entry)
+                torch.arange(first, first + length, out=rows)
+                token += length
         return places
 
     def gather(self, prefix: Tensor, sequence: Tensor) -> Tensor:
@@ -298,21 +332,15 @@ def _rows(ids: list[list[int]], prefixes: list[list[_Piece]], device: torch.devi
         chain = tuple(piece for i in row if i >= 0 for piece in prefixes[i])
         numbers.append(chains.setdefault(chain, len(chains)) if chain else -1)
     lens = [sum(piece.length for piece in chain) for chain in chains] or [0]
-    places: dict[_Piece, list[_Place]] = {}
-    for number, chain in enumerate(chains):
-        token = 0
-        for piece in chain:
-            places.setdefault(piece, []).append(_Place(number, token))
-            token += piece.length
     return _Rows(
+        list(chains),
         constant(torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)),
         constant(torch.tensor(lens, dtype=torch.int32).to(device, non_blocking=True)),
-        max(lens), min(lens) == max(lens), _as_view(list(chains)),
-        _source(places, False, device), _source(places, True, device), _folds(places, device),
+        max(lens), min(lens) == max(lens),
     )  # fmt: skip
 
 
-def _as_view(chains: list[tuple[_Piece, ...]]) -> _Piece | None:
+def _as_view(chains: Sequence[tuple[_Piece, ...]]) -> _Piece | None:
     """The rows of the only chain, if its pieces lie behind each other."""
     if len(chains) != 1:
         return None

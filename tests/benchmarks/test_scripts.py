@@ -176,6 +176,7 @@ def test_decoding(script, tmp_path, capsys):
     assert "static" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_end_to_end_steps_and_generation(script, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     arguments = [

@@ -84,6 +84,7 @@ def _in_several_orders(rewrite):
         _product(32, seed, rewrite)
 
 
+@pytest.mark.slow
 def test_each_barrier_of_the_pipeline_is_told_or_orders_nothing():
     def findings(dropped):
         for seed in range(3):
