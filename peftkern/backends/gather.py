@@ -8,8 +8,8 @@ came from.
 
 A row may lie in several chains, as the beginning of a document does that many questions share. The chains are
 therefore cut into pieces so that two pieces are the same rows or have none in common. The gradients of a piece are
-summed in fp32 over the chains that contain it, in a fixed order, and written by an index without repetitions. No
-atomic operation is needed, so the gradients are bitwise repeatable.
+summed in fp32 over the chains that contain it, in a fixed order and without atomic operations, so that they are
+bitwise repeatable.
 
 All indices are computed on the host, once for all layers and the backward if the tensors are
 :func:`~peftkern.arguments.constant`.
@@ -199,8 +199,9 @@ class _Rows:
 
     @functools.cached_property
     def folds(self) -> list[_Fold]:
-        """The pieces that occur more than once."""
-        return _folds(self._piece_places, self.ids.device)
+        """The pieces of k and v that occur more than once."""
+        places = {piece: at for piece, at in self._piece_places.items() if piece.entry is None}
+        return _folds(places, self.ids.device)
 
     @functools.cached_property
     def reads_sequence(self) -> bool:
@@ -246,7 +247,7 @@ class _Rows:
         return gathered.transpose(1, 2)
 
     def fold(self, dgathered: Tensor) -> None:
-        """Add up the gradients of each piece's copies in the first one.
+        """Add up the gradients of the copies of each piece of k and v in the first one.
 
         Args:
             dgathered: the gradient of what :meth:`gather` returns, [C, Hkv, longest, D] in fp32. Changed in place.
@@ -263,19 +264,27 @@ class _Rows:
         target[copies.entries, copies.rows] = total.to(target.dtype)
 
     def to_bank(self, dgathered: Tensor, prefix: Tensor) -> Tensor:
-        """The gradient of ``prefix`` [A, Hkv, P, D], contiguous, in the dtype of the folded gradient."""
-        entries, num_heads, length, head_dim = prefix.shape
+        """The gradient of ``prefix`` [A, Hkv, P, D], contiguous, in the dtype of the gathered one.
+
+        The copies of a row are summed in their order, without atomic operations.
+        """
         if self.of_bank is None:
             return dgathered.new_zeros(prefix.shape)
-        copies = self.of_bank.first_copies
-        if copies.rows.shape[0] == entries * length:  # every row, in order
-            index = _flat_index(dgathered, copies.chains, copies.tokens)
+        (entries, num_heads, length, head_dim), first = prefix.shape, self.of_bank.first_copies
+        copies = self.of_bank.all_copies
+        if first.rows.shape[0] == copies.rows.shape[0] == entries * length:  # every row once: a permutation
+            index = _flat_index(dgathered, first.chains, first.tokens)
             by_head = index.view(entries, length, num_heads).transpose(1, 2).flatten()
             return dgathered.view(-1, head_dim).index_select(0, by_head).view(prefix.shape)
-        dprefix = dgathered.new_zeros(prefix.shape)
-        taken = _taken(dgathered, copies.chains, copies.tokens).view(-1, head_dim)
-        dprefix.view(-1, head_dim).index_copy_(0, _flat_index(dprefix, copies.entries, copies.rows), taken)
-        return dprefix
+        index = _flat_index(prefix, copies.entries, copies.rows)
+        if self.is_full and not self.reads_sequence:  # every token, in order
+            terms, index = dgathered, index.view(*dgathered.transpose(1, 2).shape[:3]).transpose(1, 2).flatten()
+        else:
+            terms = _taken(dgathered, copies.chains, copies.tokens)
+        summed = torch.ops.aten.embedding_dense_backward(
+            terms.reshape(-1, head_dim), index, prefix.shape[:3].numel(), -1, False
+        )
+        return summed.view(prefix.shape)  # type: ignore[no-any-return]
 
 
 def _taken(x: Tensor, entries: Tensor, rows: Tensor) -> Tensor:
