@@ -155,17 +155,21 @@ def table() -> str:
     return "\n".join([*lines, "", *shared_text()])
 
 
+#: The steps of `benchmarks/sharing.py` in the summary, in words.
+SHARED = {
+    "grpo": "GRPO-shaped step, 8 completions of one prompt",
+    "dpo": "DPO-shaped step, 2 answers to each of 4 prompts",
+    "choices": "scoring 4 choices for each of 4 few-shot questions",
+}
+
+
 def shared_text() -> list[str]:
     """Markdown: steps in which text that rows share runs once."""
     lines = ["| text that rows share, LoRA, two threads | processor | peftkern vs the stock model |", "|---|---|---|"]
-    for case, workload in (
-        ("grpo", "GRPO-shaped step, 8 completions of one prompt"),
-        ("dpo", "DPO-shaped step, 2 answers to each of 4 prompts"),
-        ("choices", "scoring 4 choices for each of 4 few-shot questions"),
-    ):
-        r = row("sharing", part="shapes", case=case)
-        memory = f"{float(r['peak_ratio']):.2f}x peak memory"
-        lines.append(f"| {workload} | {processor(r)}, {r['dtype']} | {speed(float(r['speedup']))}, {memory} |")
+    for r in rows("sharing", part="shapes"):
+        if r["case"] in SHARED:
+            result = f"{speed(float(r['speedup']))}, {float(r['peak_ratio']):.2f}x peak memory"
+            lines.append(f"| {SHARED[r['case']]} | {processor(r)}, {r['dtype']} | {result} |")
     return lines
 
 
