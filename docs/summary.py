@@ -152,7 +152,7 @@ def table() -> str:
     ]  # fmt: skip
     lines = ["| prefix tuning, bf16, two threads | processor | peftkern vs PEFT |", "|---|---|---|"]
     lines += [f"| {workload} | {processor(r)} | {result} |" for workload, r, result in shown]
-    return "\n".join([*lines, "", *shared_text()])
+    return "\n".join(lines)
 
 
 #: The steps of `benchmarks/sharing.py` in the summary, in words.
@@ -163,14 +163,14 @@ SHARED = {
 }
 
 
-def shared_text() -> list[str]:
+def shared_text() -> str:
     """Markdown: steps in which text that rows share runs once."""
     lines = ["| text that rows share, LoRA, two threads | processor | peftkern vs the stock model |", "|---|---|---|"]
     for r in rows("sharing", part="shapes"):
         if r["case"] in SHARED:
             result = f"{speed(float(r['speedup']))}, {float(r['peak_ratio']):.2f}x peak memory"
             lines.append(f"| {SHARED[r['case']]} | {processor(r)}, {r['dtype']} | {result} |")
-    return lines
+    return "\n".join(lines)
 
 
 def regressions() -> str:
@@ -192,16 +192,21 @@ def regressions() -> str:
     ])  # fmt: skip
 
 
-BLOCKS = {"summary": (ROOT / "README.md", table), "regressions": (ROOT / "docs" / "benchmarks.md", regressions)}
+BLOCKS = {
+    "summary": (ROOT / "README.md", table), "shared text": (ROOT / "README.md", shared_text),
+    "regressions": (ROOT / "docs" / "benchmarks.md", regressions),
+}  # fmt: skip
 
 
-def fill(name: str) -> tuple[Path, str]:
-    """The file that holds a block, and its text with the block filled."""
-    path, make = BLOCKS[name]
-    before, begin, rest = path.read_text().partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->")
-    assert end, f"{path.name}: expected the markers of {name!r}"
-    return path, f"{before}{begin}{make()}\n{end}{after}"
+def current() -> dict[Path, str]:
+    """The plot, and the files with blocks, as they should be."""
+    files = {PLOT: plot()}
+    for name, (path, make) in BLOCKS.items():
+        before, begin, rest = files.get(path, path.read_text()).partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        assert end, f"{path.name}: expected the markers of {name!r}"
+        files[path] = f"{before}{begin}{make()}\n{end}{after}"
+    return files
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="rewrite the files")
     options = parser.parse_args(arguments)
-    files = dict([(PLOT, plot()), *map(fill, BLOCKS)])
+    files = current()
     outdated = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in outdated:
         print(f"{path.relative_to(ROOT)}: {'written' if options.write else 'out of date'}", file=sys.stderr)
