@@ -83,7 +83,8 @@ def test_the_plot_and_the_numbers_are_current(capsys):
 def test_an_outdated_number_is_reported_and_written(tmp_path, monkeypatch, capsys):
     summary = _summary()
     for name, (path, make) in summary.BLOCKS.items():
-        (tmp_path / path.name).write_text(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n")
+        with open(tmp_path / path.name, "a") as file:  # a file may have several blocks
+            file.write(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n")
         monkeypatch.setitem(summary.BLOCKS, name, (tmp_path / path.name, make))
     monkeypatch.setattr(summary, "ROOT", tmp_path)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -93,7 +94,8 @@ def test_an_outdated_number_is_reported_and_written(tmp_path, monkeypatch, capsy
     assert summary.main([]) == 0
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n<!-- summary -->\n|")
-    assert text.endswith("<!-- end of summary -->\nafter\n")
+    assert text.endswith("<!-- end of shared text -->\nafter\n")
+    assert "old" not in text
     assert "README.md: written" in capsys.readouterr().err
 
 
