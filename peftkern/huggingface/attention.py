@@ -183,7 +183,7 @@ def _attend(
 
 
 def _places(cache: PrefixCache, prefix_len: int, device: torch.device) -> dict[str, Any]:
-    """The arguments of attention that tell packed sequences, and the prefixes of each one."""
+    """The arguments of attention that say where packed sequences and their prefixes are."""
     packed, prefixes = cache.packed, {"prefix_ids": _on(device, cache.ids), "prefix_lens": _on(device, cache.lens)}
     if packed is None:
         return prefixes

@@ -32,7 +32,7 @@ __all__ = ["most_saved", "share_rows"]
 #: A segment has to save at least this many rows: attention to one more prefix costs about as much as a few rows.
 MIN_SAVED_ROWS = 16
 
-#: And this part of the rows that the texts behind it see before them, which backends may have to copy for each text.
+#: It also has to save this part of the text up to its end, which some backends copy for each text behind it.
 MIN_SAVED_PART = 1 / 32
 
 
@@ -42,24 +42,24 @@ class _Node:
 
     Attributes:
         end: its length.
-        some: the number of a sequence that begins with it.
+        example: the number of a sequence that begins with it.
         children: the longer texts that continue it.
         sequences: the numbers of the sequences that end here.
     """
 
     end: int
-    some: int
+    example: int
     children: list[_Node] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)
 
 
 @dataclass
 class _Segment:
-    """A segment of the tree: rows ``begin`` to ``end`` of sequence ``some``, behind its ancestors."""
+    """A segment of the tree: rows ``begin`` to ``end`` of the sequence ``example``, behind its ancestors."""
 
     begin: int
     end: int
-    some: int
+    example: int
     ancestors: tuple[int, ...]
 
 
@@ -92,7 +92,7 @@ def share_rows(
 
 
 def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
-    """A bound of the rows that sharing saves: a fraction of the time that :func:`share_rows` takes.
+    """An upper bound of the rows that sharing saves, found in a fraction of the time of :func:`share_rows`.
 
     Args:
         input_ids: [B, S], one sequence per row, on the CPU.
@@ -101,7 +101,7 @@ def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
     keys = (input_ids if mask is None else torch.where(mask != 0, input_ids, -1)).numpy()
     if keys.size == 0:
         return 0
-    first = (keys != -1).argmax(1)[:, None]  # rows share by position, which padding before them need not count
+    first = (keys != -1).argmax(1)[:, None]  # rows share by position, not by column
     keys = np.take_along_axis(keys, (np.arange(keys.shape[1]) + first) % keys.shape[1], 1)
     order = sorted(range(len(keys)), key=lambda i: keys[i].tobytes())
     equal = keys[order[1:]] == keys[order[:-1]]
@@ -111,7 +111,7 @@ def most_saved(input_ids: Tensor, mask: Tensor | None) -> int:
 def _tree(layout: Layout, input_ids: Tensor, groups: Tensor | None, lengths: list[int]) -> _Node:
     """The tree of all sequences: they are sorted, so that those with a common beginning are neighbours."""
     tokens = layout.pack(input_ids)[0].long()
-    keys = (tokens << 32 | layout.positions.long() & 0xFFFFFFFF).numpy()  # of an int32, so also of negative positions
+    keys = (tokens << 32 | layout.positions.long() & 0xFFFFFFFF).numpy()  # positions may be negative
     starts = layout.cu_seqlens.tolist()
     visible = lengths if layout.key_mask is None else _lengths_before_hidden(layout.key_mask, starts)
     group = [0] * len(lengths)
@@ -170,10 +170,10 @@ def _segments(root: _Node, num_sequences: int, min_saved: int) -> tuple[list[_Se
         uses = len(behind) + bool(node.sequences)
         if length and behind and (uses - 1) * length < max(min_saved, MIN_SAVED_PART * node.end):
             if node.sequences:
-                behind = [*behind, _Node(node.end, node.some, [], node.sequences)]
+                behind = [*behind, _Node(node.end, node.example, [], node.sequences)]
         else:
             if length:
-                segments.append(_Segment(begin, node.end, node.some, ancestors))
+                segments.append(_Segment(begin, node.end, node.example, ancestors))
                 begin, ancestors = node.end, (*ancestors, len(segments) - 1)
             for i in node.sequences:
                 paths[i] = list(ancestors)
@@ -185,7 +185,7 @@ def _lay_out(layout: Layout, segments: list[_Segment], paths: list[list[int]], l
     """The layout of the segments, from that of the sequences."""
     starts, sizes = layout.cu_seqlens.tolist(), [x.end - x.begin for x in segments]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    source = np.concatenate([np.arange(starts[x.some] + x.begin, starts[x.some] + x.end) for x in segments])
+    source = np.concatenate([np.arange(starts[x.example] + x.begin, starts[x.example] + x.end) for x in segments])
     target = np.empty(layout.num_rows, dtype=np.int64)  # the new row of each row
     for i, path in enumerate(paths):
         for j in path:
@@ -196,7 +196,7 @@ def _lay_out(layout: Layout, segments: list[_Segment], paths: list[list[int]], l
     depth = max(len(x.ancestors) for x in segments)
     padded = [[*x.ancestors, *[-1] * (depth - len(x.ancestors))] for x in segments]
     ancestors = torch.tensor(padded, dtype=torch.long).view(len(segments), depth)
-    owners = torch.tensor([x.some for x in segments])
+    owners = torch.tensor([x.example for x in segments])
     owners = owners if layout.owners is None else layout.owners[owners]
     last = torch.tensor([path[-1] if path else -1 for path in paths])
     cu_seqlens = torch.from_numpy(offsets)

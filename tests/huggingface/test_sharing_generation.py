@@ -179,7 +179,7 @@ def test_operations_on_a_cache(name):
 WAYS_OUT = {
     "tokens of the text are removed": lambda model, cache: cache.crop(-2),
     "the model is unpatched": lambda model, cache: peftkern.unpatch(model),
-    "another cache takes its layers": lambda model, cache: cache.update(*[torch.zeros(3, 2, 0, 16)] * 2, 0),
+    "keys are appended outside of the model": lambda model, cache: cache.update(*[torch.zeros(3, 2, 0, 16)] * 2, 0),
 }
 
 
