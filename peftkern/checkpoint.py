@@ -4,7 +4,8 @@
 PEFT reads ``prompt_embeddings`` and the config. Parameters that these do not determine (the MLP of a projection) are
 stored under keys ``peftkern.*``, which PEFT ignores. The header of the weights repeats the config, so the weights
 alone are a complete checkpoint, which a single rename replaces. A prefix that PEFT cannot represent (one length per
-layer, a bank, the natural layer order of an encoder-decoder model) has a ``peft_type`` that PEFT rejects.
+layer, values narrower than keys, a bank, the natural layer order of an encoder-decoder model) has a ``peft_type``
+that PEFT rejects.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def load_prefix(
     Args:
         folder: a local folder with the two files. The config may be missing if :func:`save_prefix` wrote the weights.
         trainable: False clears ``requires_grad``.
-        model: a Hugging Face model or config that the prefix must fit. A model also determines the device.
+        model: a Hugging Face model or config that the prefix must fit. A model also determines the device. PEFT's
+            file for a model whose layers differ in width (Gemma 4) does not say how wide each layer is, so it needs
+            the model.
 
     Returns:
         The prefix in the stored dtype; half precision is converted to fp32.
@@ -106,8 +109,10 @@ def load_prefix(
         known = ", ".join(_PREFIX_TYPES + _PROMPT_TYPES)
         raise ValueError(f"{folder / CONFIG_NAME}: expected peft_type to be one of {known}, got {peft_type!r}")
     try:
-        build = _build_prefix if peft_type in _PREFIX_TYPES else _build_prompt
-        prefix = build(config, tensors)
+        if peft_type in _PREFIX_TYPES:
+            prefix: PrefixKV | SoftPrompt = _build_prefix(config, tensors, model)
+        else:
+            prefix = _build_prompt(config, tensors)
         prefix.origin = Origin(*(config.get(name) or default for name, default in Origin._field_defaults.items()))
     except KeyError as error:
         raise ValueError(f"{path}: expected {error} in the weights or their config, got neither") from error
@@ -125,7 +130,7 @@ def load_prefix(
 
 def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """PEFT's config fields, our own fields, and the tensors."""
-    uniform = len(set(prefix.lengths)) == 1
+    is_flat = prefix.shares_parameter
     config: dict[str, Any] = {
         "peft_type": "PEFTKERN_PREFIX",
         "num_virtual_tokens": max(prefix.lengths),
@@ -134,15 +139,20 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
         "token_dim": prefix.token_dim,
         "num_transformer_submodules": 2 if prefix.peft_seq2seq_layout else 1,
     }
-    if uniform and (prefix.origin.task_type == "SEQ_2_SEQ_LM") == prefix.peft_seq2seq_layout:
+    if (
+        is_flat
+        and prefix.num_prefixes is None
+        and (prefix.origin.task_type == "SEQ_2_SEQ_LM") == prefix.peft_seq2seq_layout
+    ):
         if prefix.num_frozen_tokens:
             config |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": prefix.num_frozen_tokens}
         else:
             config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": prefix.projection is not None}
             config |= {"encoder_hidden_size": prefix.projection or prefix.token_dim}
-    own = {name: getattr(prefix, name) for name in ("lengths", "num_frozen_tokens", "projection")}
-    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if uniform else {}
-    if not uniform or prefix.projection is not None:
+    names = ("lengths", "num_frozen_tokens", "projection", "num_prefixes")
+    own = {**prefix.geometry, **{name: getattr(prefix, name) for name in names}}
+    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if is_flat else {}
+    if not is_flat or prefix.projection is not None or prefix.num_prefixes is not None:
         tensors |= {f"peftkern.{name}": x for name, x in prefix.state_dict().items()}
     return config, own, tensors
 
@@ -158,7 +168,7 @@ def _describe_prompt(prompt: SoftPrompt) -> tuple[dict[str, Any], dict[str, Any]
     return config, {"num_prompts": prompt.weight.shape[0] if bank else None}, {"prompt_embeddings": prompt.weight}
 
 
-def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrefixKV:
+def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any) -> PrefixKV:
     """Compares shapes with a module on the meta device, so that nothing is allocated unless they fit."""
     names = ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")
     num_layers, num_kv_heads, token_dim, length = (_size(config, name) for name in names)
@@ -170,15 +180,31 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> P
         flat = tensors["prompt_embeddings"]
         _check_shape("prompt_embeddings", flat, [length, num_layers * 2 * token_dim])
         state = {"trainable.0": flat[num_frozen:]} | ({"frozen.0": flat[:num_frozen]} if num_frozen else {})
+    geometry: dict[str, Any] = {
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": token_dim // num_kv_heads,
+    }
+    if "head_dim" in config:
+        geometry |= {name: config[name] for name in ("num_kv_heads", "head_dim", "value_head_dim") if name in config}
+    elif model is not None:
+        geometry = _geometry_in(model, geometry)
     prefix = PrefixKV(
-        None, config.get("lengths", length), num_layers=num_layers, num_kv_heads=num_kv_heads,
-        head_dim=token_dim // num_kv_heads, num_frozen_tokens=num_frozen, projection=config.get("projection"),
-        init="zero", device="meta", peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
+        None, config.get("lengths", length), **geometry, num_prefixes=config.get("num_prefixes"),
+        num_frozen_tokens=num_frozen, projection=config.get("projection"), init="zero", device="meta",
+        peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
     )  # fmt: skip
     for name, x in prefix.state_dict().items():
-        _check_shape(f"peftkern.{name}", state[name], list(x.shape))
+        _check_shape(f"peftkern.{name}", state[name], list(x.shape), floats=x.is_floating_point())
     prefix.load_state_dict({name: _master(x) for name, x in state.items()}, assign=True)
     return prefix
+
+
+def _geometry_in(model: Any, geometry: dict[str, Any]) -> dict[str, Any]:
+    """The geometry of a prefix in PEFT's layout, with the model's own widths where its layers differ in width."""
+    wanted = PrefixKV(model, 1, device="meta")
+    largest = {name: getattr(wanted, name) for name in geometry}
+    return wanted.geometry if wanted.shares_parameter and largest == geometry else geometry
 
 
 def _build_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SoftPrompt:
@@ -199,23 +225,24 @@ def _size(config: Mapping[str, Any], name: str) -> int:
     return size
 
 
-def _check_shape(name: str, x: Tensor, expected: list[int]) -> None:
-    if list(x.shape) != expected or not x.is_floating_point():
-        raise ValueError(f"{name}: expected floats {expected}, got {x.dtype} {list(x.shape)}")
+def _check_shape(name: str, x: Tensor, expected: list[int], floats: bool = True) -> None:
+    if list(x.shape) != expected or x.is_floating_point() != floats:
+        kind = "floats" if floats else "integers"
+        raise ValueError(f"{name}: expected {kind} {expected}, got {x.dtype} {list(x.shape)}")
 
 
 def _master(x: Tensor) -> Tensor:
-    """A copy in at least fp32; tensors that safetensors has read are mapped from the file."""
+    """A copy, of floats in at least fp32; tensors that safetensors has read are mapped from the file."""
+    if not x.is_floating_point():
+        return x.clone()
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
-    wanted: PrefixKV | SoftPrompt
     if isinstance(prefix, PrefixKV):
-        wanted, names = PrefixKV(model, 0, device="meta"), ["num_layers", "num_kv_heads", "head_dim"]
+        expected, got = PrefixKV(model, 0, device="meta").geometry, prefix.geometry
     else:
-        wanted, names = SoftPrompt(model, 0), ["embed_dim"]
-    expected, got = ({name: getattr(x, name) for name in names} for x in (wanted, prefix))
+        expected, got = ({"embed_dim": x.embed_dim} for x in (SoftPrompt(model, 0), prefix))
     if expected != got:
         raise ValueError(
             f"{path}: expected a prefix for the model's {expected}, got one for {got} "

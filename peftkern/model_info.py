@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed_dim_of", "geometry_of", "given_cache",
-    "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
+    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed_dim_of", "full_cache",
+    "given_cache", "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
 ]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
@@ -63,51 +63,6 @@ def text_config(model_or_config: Any) -> Any:
     if not hasattr(config, "get_text_config"):
         raise ValueError(f"model_or_config: expected a Hugging Face model or config, got {type(model_or_config)}")
     return config.get_text_config(decoder=True)
-
-
-def geometry_of(model_or_config: Any, given: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
-    """(num_layers, num_kv_heads, head_dim): the given values, where None the config's."""
-    if any(n is None for n in given):
-        if model_or_config is None:
-            raise ValueError(
-                "model_or_config: expected a model or config, or num_layers, num_kv_heads and head_dim, got None and "
-                f"{', '.join(map(str, given))}"
-            )
-        found = _config_geometry(text_config(model_or_config))
-        given = tuple(f if n is None else n for n, f in zip(given, found, strict=True))  # type: ignore[assignment]
-    names = ("num_layers", "num_kv_heads", "head_dim")
-    for name, n in zip(names, given, strict=True):
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {n!r}")
-    return given  # type: ignore[return-value]
-
-
-def _config_geometry(config: Any) -> tuple[int, int, int]:
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(
-            "model_or_config: expected a model that caches keys and values per head, got one with multi-head latent "
-            f"attention ({config.model_type}, kv_lora_rank = {config.kv_lora_rank})"
-        )
-    num_layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
-    heads_and_dims = {_heads_and_dim(layer) for layer in layers}
-    if len(heads_and_dims) != 1:
-        raise ValueError(
-            "model_or_config: expected layers of one geometry, got (key-value heads, head dim) "
-            f"{sorted(heads_and_dims)} in {config.model_type}"
-        )
-    return (num_layers, *heads_and_dims.pop())
-
-
-def _heads_and_dim(config: Any) -> tuple[int, int]:
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        raise ValueError(
-            "model_or_config: expected a model with attention, whose keys and values a prefix extends, got "
-            f"{config.model_type}, whose config has no num_attention_heads"
-        )
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
 def embed_dim_of(config: Any) -> int:
@@ -164,16 +119,16 @@ def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
 
 @torch.no_grad()
 def text_cache(model: Any, input_ids: Tensor) -> Any:
-    """The model's cache of the tokens. Created without a config, so that sliding layers keep all tokens too."""
-    from transformers import DynamicCache, EncoderDecoderCache
+    """The model's cache of the tokens. Sliding layers keep all of them too."""
+    from transformers import EncoderDecoderCache
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     modes = {module: module.training for module in model.modules()}
     model.eval()  # neither dropout nor gradient checkpointing, which drops the cache
     try:
-        cache: Any = DynamicCache()
+        cache = full_cache(model.config)
         if model.config.is_encoder_decoder:
-            cache = EncoderDecoderCache(cache, DynamicCache())
+            cache = EncoderDecoderCache(cache, full_cache(model.config))
             inputs = {"decoder_input_ids": input_ids}
         else:
             model, inputs = model.base_model, {}
@@ -184,17 +139,45 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
     return cache
 
 
-def layers_of(cache: Any) -> list[KeyValue]:
-    """(key, value) [Hkv, T, D] of each layer of a cache with batch size 1."""
+def full_cache(config: Any) -> Any:
+    """An empty cache whose layers keep all tokens, also those with a sliding window."""
+    from transformers.cache_utils import (
+        DynamicCache,
+        DynamicLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionCacheLayerMixin,
+    )
+
+    config = config.get_text_config(decoder=True)
+    if not getattr(config, "layer_types", None):
+        return DynamicCache()
+    cache = DynamicCache(config=config)
+    recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
+    if not any(recurrent):
+        return DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer) and recurrent[index]:
+            cache.layers[index] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+        elif isinstance(layer, DynamicLayer):
+            cache.layers[index] = DynamicLayer()
+    return cache
+
+
+def layers_of(cache: Any) -> list[KeyValue | None]:
+    """(key, value) [Hkv, T, D] of each layer of a cache with batch size 1; None for a layer without keys."""
     cache = getattr(cache, "self_attention_cache", cache)
-    layers = [(x.keys, x.values) for x in cache.layers] if hasattr(cache, "layers") else [tuple(x[:2]) for x in cache]
-    if not layers or any(not isinstance(x, Tensor) for pair in layers for x in pair):
+    if hasattr(cache, "layers"):
+        layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
+    else:
+        layers = [(None, None) if x is None else tuple(x[:2]) for x in cache]
+    found: list[Any] = [pair if all(isinstance(x, Tensor) for x in pair) else None for pair in layers]
+    if not any(pair is not None for pair in found):
         raise ValueError(
-            "cache: expected keys and values of every layer, got none of "
-            f"{[i for i, pair in enumerate(layers) if not isinstance(pair[0], Tensor)] or 'any layer'}"
+            "cache: expected keys and values of at least one layer, got none of "
+            f"{list(range(len(found))) or 'any layer'}"
         )
-    for layer, pair in enumerate(layers):
-        for x in pair:
+    for layer, pair in enumerate(found):
+        for x in pair or ():
             if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 1):
                 raise ValueError(f"cache: layer {layer}: expected [1, Hkv, T, D] or [Hkv, T, D], got {list(x.shape)}")
-    return [tuple(x[0] if x.dim() == 4 else x for x in pair) for pair in layers]  # type: ignore[misc]
+    return [pair and tuple(x[0] if x.dim() == 4 else x for x in pair) for pair in found]

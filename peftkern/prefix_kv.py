@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_info import KeyValue, Origin, geometry_of, layers_of, text_cache, text_config, text_tokens
+from .layer_shapes import LayerShape, cached_layers, lengths_of, shapes_of
+from .model_info import KeyValue, Origin, layers_of, text_config, text_tokens
+from .prefix_layout import checked, groups_of, shares_parameter, with_layers_that_share
 
 __all__ = ["PrefixKV"]
 
@@ -19,14 +21,20 @@ class PrefixKV(nn.Module):
 
     With one length for all layers, the values are stored as in PEFT, in one flat parameter
     [P, num_layers * 2 * Hkv * D]: for each token the key of layer 0, the value of layer 0, the key of layer 1, and so
-    on. With one length per layer, there is one such parameter [P_l, 2 * Hkv * D] per layer. Keys are stored after
-    rotary embedding.
+    on. Hkv and D are the largest of all layers; narrower layers use the first heads and dims. With one length per
+    layer, values narrower than keys (compressed keys, MLA) or layers without keys (recurrent layers), there is one
+    parameter [P_l, Hkv * (D + D_v)] for each layer with a prefix. Keys are stored after rotary embedding.
 
     Args:
         model_or_config: a Hugging Face model or config, which determines the number of layers, key-value heads and
-            head dimension (and a model the device), or None if the three keywords are given.
-        length: tokens of the prefix: an int for all layers, or one int per layer. A layer of length 0 has no prefix.
-        num_layers, num_kv_heads, head_dim: the geometry; override those of the config.
+            head dimensions (and a model the device), or None if the keywords are given. A model whose layers differ
+            or compress their keys runs on two tokens.
+        length: tokens of the prefix: an int for all layers that attend to keys, or one int per layer. A layer of
+            length 0 has no prefix.
+        num_layers: number of layers; overrides that of the model.
+        num_kv_heads, head_dim, value_head_dim: an int for all layers, or one int per layer; override those of the
+            model. A layer with 0 heads has no keys (a recurrent layer).
+        num_prefixes: A, for a bank of prefixes [A, P, ...]. ``prefix_ids`` in each forward selects one per sample.
         num_frozen_tokens: number of first tokens that keep their initial values (at most the length of each layer).
             Cartridges freeze one as an attention sink (Eyuboglu et al. 2025).
         projection: hidden size of an MLP (Linear, Tanh, Linear) that computes the keys and values of the other tokens
@@ -42,13 +50,14 @@ class PrefixKV(nn.Module):
             encoder-decoder models. Needs one length for all layers.
 
     Attributes:
+        shapes: (num_kv_heads, head_dim, value_head_dim) of each layer; None for a layer without keys.
         lengths: tokens per layer.
+        prefix_lens: [A] int32, tokens of each prefix of a bank; None without a bank.
         trainable, frozen: the flat parameters (with a projection, ``trainable[0]`` contains the embeddings).
         origin: :class:`Origin`, the model that the prefix was made for.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was given; also for models whose layers differ in
-            key-value heads or head dimension, or that cache compressed keys and values (DeepSeek's MLA).
+        ValueError: naming the argument, what was expected and what was given.
 
     >>> prefix = PrefixKV(None, 5, num_layers=2, num_kv_heads=2, head_dim=16)
     >>> prefix.trainable[0].shape
@@ -64,57 +73,79 @@ class PrefixKV(nn.Module):
         length: int | Sequence[int],
         *,
         num_layers: int | None = None,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
+        num_kv_heads: int | Sequence[int] | None = None,
+        head_dim: int | Sequence[int] | None = None,
+        value_head_dim: int | Sequence[int] | None = None,
+        num_prefixes: int | None = None,
         num_frozen_tokens: int = 0,
         projection: int | None = None,
-        init: str | Sequence[KeyValue] = "random",
+        init: str | Sequence[KeyValue | None] = "random",
         std: float = 0.02,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         peft_seq2seq_layout: bool = False,
     ) -> None:
         super().__init__()
-        geometry = (num_layers, num_kv_heads, head_dim)
-        self.num_layers, self.num_kv_heads, self.head_dim = geometry_of(model_or_config, geometry)
-        self.lengths = _lengths(length, self.num_layers)
+        self.shapes = shapes_of(model_or_config, num_layers, num_kv_heads, head_dim, value_head_dim)
+        self.lengths = lengths_of(length, self.shapes)
+        self.num_prefixes = num_prefixes
         self.num_frozen_tokens = num_frozen_tokens
         self.projection = projection
         self.peft_seq2seq_layout = peft_seq2seq_layout
         self.origin = Origin.of(model_or_config)
-        longest, uniform = max(self.lengths), len(set(self.lengths)) == 1
-        if not 0 <= num_frozen_tokens <= longest:
-            raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {num_frozen_tokens}")
-        if projection is not None and projection < 1:
-            raise ValueError(f"projection: expected None or a hidden size of at least 1, got {projection}")
-        if not uniform and (projection is not None or peft_seq2seq_layout):
-            argument = "projection" if projection is not None else "peft_seq2seq_layout"
-            raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(self.lengths)}")
-
-        ragged = [range(layer, layer + 1) for layer, n in enumerate(self.lengths) if n]
-        self._groups = [range(self.num_layers)] if uniform else ragged
+        self._check()
+        self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)
         like: dict[str, Any] = {"dtype": dtype, "device": device}
+        bank = [] if num_prefixes is None else [num_prefixes]
         self.frozen, self.trainable = nn.ParameterList(), nn.ParameterList()
-        for layers in self._groups:
-            rows, width = self.lengths[layers[0]], len(layers) * 2 * self.token_dim
-            num_frozen = min(rows, num_frozen_tokens)
+        for group in self._groups:
+            num_frozen = min(group.length, num_frozen_tokens)
             if num_frozen_tokens:
-                self.frozen.append(nn.Parameter(torch.empty(num_frozen, width, **like), requires_grad=False))
-            columns = width if projection is None else self.token_dim
-            self.trainable.append(nn.Parameter(torch.empty(rows - num_frozen, columns, **like)))
+                frozen = torch.empty(*bank, num_frozen, group.width, **like)
+                self.frozen.append(nn.Parameter(frozen, requires_grad=False))
+            columns = group.width if projection is None else self.token_dim
+            self.trainable.append(nn.Parameter(torch.empty(*bank, group.length - num_frozen, columns, **like)))
         self.transform: nn.Sequential | None = None
         if projection is not None:
             self.transform = nn.Sequential(
                 nn.Linear(self.token_dim, projection, **like),
                 nn.Tanh(),
-                nn.Linear(projection, self.num_layers * 2 * self.token_dim, **like),
+                nn.Linear(projection, self._groups[0].width, **like),
             )
+        #: [A] int32, the number of tokens of each prefix of a bank, the others of which nothing reads.
+        self.prefix_lens: Tensor | None
+        lens = None if num_prefixes is None else torch.full((num_prefixes,), max(self.lengths), dtype=torch.int32)
+        self.register_buffer("prefix_lens", lens if lens is None or device is None else lens.to(device))
         self._initialise(init, std)
 
+    def _check(self) -> None:
+        """Raise ValueError for arguments that do not fit each other."""
+        longest = max(self.lengths)
+        if self.num_prefixes is not None and self.num_prefixes < 1:
+            raise ValueError(f"num_prefixes: expected None or at least 1, got {self.num_prefixes}")
+        if not 0 <= self.num_frozen_tokens <= longest:
+            raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {self.num_frozen_tokens}")
+        if self.projection is not None and self.projection < 1:
+            raise ValueError(f"projection: expected None or a hidden size of at least 1, got {self.projection}")
+        for argument in ("projection", "peft_seq2seq_layout"):
+            if not getattr(self, argument) or shares_parameter(self.lengths, self.shapes):
+                continue
+            if len(set(self.lengths)) > 1 and all(self.shapes):
+                raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(self.lengths)}")
+            raise ValueError(
+                f"{argument}: expected keys and values of the same width in every layer, got layers of {self.shapes}"
+            )
+        if self.num_prefixes is not None:
+            given = [name for name in ("projection", "peft_seq2seq_layout") if getattr(self, name)]
+            lengths = {n for n, shape in zip(self.lengths, self.shapes, strict=True) if shape is not None}
+            if given or len(lengths) > 1:
+                got = f"{given[0]}={getattr(self, given[0])}" if given else f"lengths {list(self.lengths)}"
+                raise ValueError(f"num_prefixes: expected None, or prefixes of one length for all layers, got {got}")
+
     @torch.no_grad()
-    def _initialise(self, init: str | Sequence[KeyValue], std: float) -> None:
+    def _initialise(self, init: str | Sequence[KeyValue | None], std: float) -> None:
         if not isinstance(init, str):
             self._assign(self._blocks_of(init))
         elif init == "random":
@@ -132,28 +163,26 @@ class PrefixKV(nn.Module):
         else:
             raise ValueError(f"init: expected 'random', 'zero' or (key, value) per layer, got {init!r}")
 
-    def _blocks_of(self, kv: Sequence[KeyValue]) -> list[Tensor]:
-        """The first P_l tokens of (key, value) [Hkv, >= P_l, D] per layer, in the layout of the parameters."""
+    def _blocks_of(self, kv: Sequence[KeyValue | None]) -> list[Tensor]:
+        """The first P_l tokens of (key, value) [Hkv, >= P_l, D] per layer, in the layout of the parameters.
+
+        None stands for a layer without keys and values of its own.
+        """
         if len(kv) != self.num_layers:
             raise ValueError(f"init: expected (key, value) of {self.num_layers} layers, got {len(kv)}")
-        for layer, (length, pair) in enumerate(zip(self.lengths, kv, strict=True)):
-            for x in pair:
-                heads, tokens, dim = x.shape if x.dim() == 3 else (-1, -1, -1)
-                if (heads, dim) != (self.num_kv_heads, self.head_dim) or tokens < length:
-                    raise ValueError(
-                        f"init: layer {layer}: expected keys and values [Hkv = {self.num_kv_heads}, at least "
-                        f"{length} tokens, D = {self.head_dim}], got {list(x.shape)}"
-                    )
-        return [
-            torch.cat(
-                [x[:, : self.lengths[layer]].transpose(0, 1).flatten(1) for layer in layers for x in kv[layer]], 1
-            )
-            for layers in self._groups
-        ]
+        blocks = []
+        for group in self._groups:
+            pairs = [
+                checked(layer, kv[layer], shape, group.length)
+                for layer, shape in zip(group.layers, group.shapes, strict=True)
+            ]
+            block = group.block(pairs)
+            blocks.append(block if self.num_prefixes is None else block.expand(self.num_prefixes, -1, -1))
+        return blocks
 
     @torch.no_grad()
     def _assign(self, blocks: Iterable[Tensor]) -> None:
-        """Copy flat keys and values [P_l, layers * 2 * Hkv * D] of each group into the parameters."""
+        """Copy flat keys and values [(A,) P_l, width] of each group into the parameters."""
         if self.transform is not None:
             raise ValueError(
                 "init: expected 'random' or 'zero' with a projection, whose MLP cannot be inverted, got keys and "
@@ -162,9 +191,9 @@ class PrefixKV(nn.Module):
         for group, block in enumerate(blocks):
             num_frozen = 0
             if self.num_frozen_tokens:
-                num_frozen = self.frozen[group].shape[0]
-                self.frozen[group].copy_(block[:num_frozen])
-            self.trainable[group].copy_(block[num_frozen:])
+                num_frozen = self.frozen[group].shape[-2]
+                self.frozen[group].copy_(block[..., :num_frozen, :])
+            self.trainable[group].copy_(block[..., num_frozen:, :])
 
     @classmethod
     def from_text(
@@ -186,13 +215,15 @@ class PrefixKV(nn.Module):
         Raises:
             ValueError: for a text without tokens, or a length beyond the model's positions.
         """
-        num_layers, _, _ = geometry_of(model, (options.get("num_layers"), 1, 1))
-        longest = max(_lengths(length, num_layers))
+        names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
+        shapes = shapes_of(model, *(options.get(name) for name in names))
+        longest = max(lengths_of(length, shapes))
         positions = getattr(text_config(model), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"length: expected at most the model's {positions} positions, got {longest}")
         ids = torch.tensor([text_tokens(tokenizer, text, longest)], device=model.get_input_embeddings().weight.device)
-        return cls.from_cache(text_cache(model, ids), length, model_or_config=model, **options)
+        layers = with_layers_that_share(cached_layers(model, ids), shapes, ids.shape[1])
+        return cls.from_cache(layers, length, model_or_config=model, **options)
 
     @classmethod
     def from_cache(
@@ -201,7 +232,8 @@ class PrefixKV(nn.Module):
         """A prefix initialised with the first tokens of a cache.
 
         Args:
-            cache: a ``transformers`` cache of batch 1, or (key, value) per layer, [1, Hkv, T, D] or [Hkv, T, D].
+            cache: a ``transformers`` cache of batch 1, or (key, value) per layer, [1, Hkv, T, D] or [Hkv, T, D], None
+                for a layer without keys. Compressed keys and values have to be expanded.
             length: as for :class:`PrefixKV`; None takes all T tokens.
             model_or_config: default: the geometry of the cache.
             options: as for :class:`PrefixKV`.
@@ -212,20 +244,17 @@ class PrefixKV(nn.Module):
         """
         kv = layers_of(cache)
         if length is None:
-            tokens = sorted({x.shape[1] for pair in kv for x in pair})
+            tokens = sorted({x.shape[1] for pair in kv if pair is not None for x in pair})
             if len(tokens) != 1:
                 raise ValueError(
                     f"length: expected an int or one per layer, as the cached layers have {tokens} tokens, got None"
                 )
             length = tokens[0]
         if model_or_config is None:
-            key = kv[0][0]
-            own = {
-                "num_layers": len(kv),
-                "num_kv_heads": key.shape[0],
-                "head_dim": key.shape[2],
-                "device": key.device,
-            }
+            sizes = [(0, 0, 0) if pair is None else LayerShape.of(pair) for pair in kv]
+            own: dict[str, Any] = {"num_layers": len(kv), "device": next(pair[0].device for pair in kv if pair)}
+            names = ("num_kv_heads", "head_dim", "value_head_dim")
+            own |= {name: list(each) for name, each in zip(names, zip(*sizes, strict=True), strict=True)}
             options = {**own, **options}
         return cls(model_or_config, length, init=kv, **options)
 
@@ -266,85 +295,118 @@ class PrefixKV(nn.Module):
         return prefix
 
     @property
+    def num_layers(self) -> int:
+        """Number of layers, including those without a prefix."""
+        return len(self.shapes)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The largest number of key-value heads of a layer."""
+        return max(shape.num_kv_heads for shape in self.shapes if shape)
+
+    @property
+    def head_dim(self) -> int:
+        """The largest head dim of a layer's keys."""
+        return max(shape.head_dim for shape in self.shapes if shape)
+
+    @property
     def token_dim(self) -> int:
         """Hkv * D, PEFT's ``token_dim``."""
         return self.num_kv_heads * self.head_dim
 
     def _blocks(self) -> list[Tensor]:
-        """The flat keys and values [P_l, layers * 2 * Hkv * D] of each group of layers that share a parameter."""
+        """The flat keys and values [(A,) P_l, width] of each group of layers that share a parameter."""
         blocks = [weight if self.transform is None else self.transform(weight) for weight in self.trainable]
         if self.num_frozen_tokens:
-            blocks = [torch.cat(pair) for pair in zip(self.frozen, blocks, strict=True)]
+            blocks = [torch.cat(pair, -2) for pair in zip(self.frozen, blocks, strict=True)]
         return blocks
 
-    def layer_kv(self) -> list[KeyValue]:
-        """(prefix_k, prefix_v) of each layer, each [Hkv, P_l, D].
+    def layer_kv(self) -> list[KeyValue | None]:
+        """(prefix_k, prefix_v) of each layer, [Hkv, P_l, D] and [Hkv, P_l, D_v], or [A, ...] each of a bank.
 
         These are strided views of the parameters (``stride(-1) == 1``) from a single ``unbind``, so that backward
         assembles one gradient per parameter. Frozen tokens cost a concatenation per call, and a projection a run of
-        the MLP, so call this once per forward.
+        the MLP, so call this once per forward. None stands for a layer without keys.
         """
-        kv: list[KeyValue | None] = [None] * self.num_layers
         blocks = self._blocks()
-        for block, layers in zip(blocks, self._groups, strict=True):
-            x = block.view(block.shape[0], 2 * len(layers), self.num_kv_heads, self.head_dim)
-            pieces = x.permute(1, 2, 0, 3).unbind(0)  # each [Hkv, P_l, D]
-            for layer, k, v in zip(layers, pieces[::2], pieces[1::2], strict=True):
-                kv[layer] = (k, v)
-        nothing = blocks[0].new_empty(self.num_kv_heads, 0, self.head_dim)
-        stored = [pair if pair is not None else (nothing, nothing) for pair in kv]
+        kv: list[KeyValue | None] = [None] * self.num_layers
+        for block, group in zip(blocks, self._groups, strict=True):
+            for layer, pair in zip(group.layers, group.views(block), strict=True):
+                kv[layer] = pair
+        like = self.trainable[0] if len(self.trainable) else torch.empty(0)
+        for layer, shape in enumerate(self.shapes):
+            if kv[layer] is None and shape is not None:
+                heads, *dims = shape
+                kv[layer] = like.new_empty(heads, 0, dims[0]), like.new_empty(heads, 0, dims[1])
         if self.peft_seq2seq_layout:
-            return [stored[2 * layer % self.num_layers] for layer in range(self.num_layers)]
-        return stored
+            return [kv[2 * layer % self.num_layers] for layer in range(self.num_layers)]
+        return kv
 
-    def forward(self) -> list[KeyValue]:
+    def forward(self) -> list[KeyValue | None]:
         """:meth:`layer_kv`."""
         return self.layer_kv()
 
+    @property
+    def shares_parameter(self) -> bool:
+        """Whether the keys and values of all layers lie in one parameter, in PEFT's layout."""
+        return shares_parameter(self.lengths, self.shapes)
+
     def prompt_embeddings(self) -> Tensor:
-        """Keys and values [P, num_layers * 2 * Hkv * D] in PEFT's layout, without gradient.
+        """Keys and values [P, num_layers * 2 * Hkv * D] in PEFT's layout, [A, P, ...] of a bank, without gradient.
 
         PEFT's encoders load them with ``peft_model.prompt_encoder[name].load_prompt_embeddings(x)``.
 
         Raises:
-            ValueError: if the layers have different lengths.
+            ValueError: if the layers have different lengths, or are not stored in PEFT's layout.
         """
-        if len(set(self.lengths)) != 1:
-            raise ValueError(f"prompt_embeddings: expected one length for all layers, got {list(self.lengths)}")
+        if not self.shares_parameter:
+            got = list(self.lengths) if len(set(self.lengths)) > 1 else f"layers of {self.shapes}"
+            raise ValueError(f"prompt_embeddings: expected one length and width for all layers, got {got}")
         with torch.no_grad():
             return self._blocks()[0].detach()
 
     def bake(self) -> PrefixKV:
         """A copy with flat keys and values in place of the projection; returns the same values at a lower cost."""
         first = self.trainable[0]
-        baked = PrefixKV(
-            None, self.lengths, num_layers=self.num_layers, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
-            num_frozen_tokens=self.num_frozen_tokens, init="zero", dtype=first.dtype, device=first.device,
-            peft_seq2seq_layout=self.peft_seq2seq_layout,
-        )  # fmt: skip
-        baked.origin = self.origin
+        baked = self._like(dtype=first.dtype, device=first.device)
         with torch.no_grad():
             baked._assign(self._blocks())
         for weight, source in zip(baked.trainable, self.trainable, strict=True):
             weight.requires_grad_(source.requires_grad)
         return baked.train(self.training)
 
+    def _like(self, **options: Any) -> PrefixKV:
+        """A prefix of zeros with the same geometry, without a projection."""
+        other = PrefixKV(
+            None, self.lengths, init="zero",
+            **{"num_frozen_tokens": self.num_frozen_tokens, "peft_seq2seq_layout": self.peft_seq2seq_layout,
+               "num_prefixes": self.num_prefixes, **self.geometry, **options},
+        )  # fmt: skip
+        other.origin = self.origin
+        if other.num_prefixes == self.num_prefixes and self.prefix_lens is not None:
+            other.prefix_lens = self.prefix_lens.clone()
+        return other
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """The arguments ``num_layers``, ``num_kv_heads``, ``head_dim`` and ``value_head_dim``."""
+        sizes = list(zip(*((0, 0, 0) if shape is None else shape for shape in self.shapes), strict=True))
+        names = ("num_kv_heads", "head_dim", "value_head_dim")
+        same = {name: each[0] if len(set(each)) == 1 else list(each) for name, each in zip(names, sizes, strict=True)}
+        return {"num_layers": self.num_layers, **same}
+
     def extra_repr(self) -> str:
         """The geometry, and arguments that differ from their defaults."""
+        geometry = self.geometry
+        if geometry["value_head_dim"] == geometry["head_dim"]:
+            del geometry["value_head_dim"]
+        parts = [f"{name}={value}" for name, value in geometry.items()]
         uniform = len(set(self.lengths)) == 1
-        parts = [f"num_layers={self.num_layers}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"]
         parts.append(f"length={self.lengths[0]}" if uniform else f"lengths={list(self.lengths)}")
-        parts += [f"num_frozen_tokens={self.num_frozen_tokens}"] if self.num_frozen_tokens else []
-        parts += [f"projection={self.projection}"] if self.projection else []
-        parts += ["peft_seq2seq_layout=True"] if self.peft_seq2seq_layout else []
+        for name in ("num_prefixes", "num_frozen_tokens", "projection", "peft_seq2seq_layout"):
+            value = getattr(self, name)
+            parts += [f"{name}={value}"] if value else []
         return ", ".join(parts)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _lengths(length: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    lengths = (length,) * num_layers if isinstance(length, int) else tuple(length)
-    if len(lengths) != num_layers or any(not isinstance(n, int) or n < 0 for n in lengths):
-        raise ValueError(f"length: expected an int >= 0, or one for each of {num_layers} layers, got {length!r}")
-    return lengths

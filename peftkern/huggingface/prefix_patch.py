@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
+from ..layer_shapes import LayerShape
 from ..model_info import given_cache
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
@@ -80,17 +81,21 @@ class PrefixPatch(ModelPatch):
         prefix = f"a prefix in {layers} layers, read in place"
         return f"{type(self.base).__name__}: {prefix}; training batches run {how}{shared}"
 
-    def check_geometry(self, name: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        """Raise ValueError unless a prefix of this shape fits the model."""
+    def check_geometry(
+        self, name: str, shapes: Sequence[LayerShape | None], without: frozenset[int] = frozenset()
+    ) -> None:
+        """Raise ValueError unless a prefix of these shapes fits all layers but those ``without`` one."""
         for info in self.prefix_layers.values():
-            if info.layer >= num_layers:
+            shape = shapes[info.layer] if info.layer < len(shapes) else None
+            if shape is None and info.layer in without:
+                continue
+            if shape is None:
                 raise ValueError(
-                    f"{name}: expected a prefix for layer {info.layer} ({info.name}), got {num_layers} layers"
+                    f"{name}: expected a prefix for layer {info.layer} ({info.name}), got {len(shapes)} layers"
                 )
-            if (info.num_kv_heads, info.head_dim) != (num_kv_heads, head_dim):
+            if shape != info.shape:
                 raise ValueError(
-                    f"{name}: expected {info.num_kv_heads} key-value heads of {info.head_dim}, as {info.name} has, "
-                    f"got {num_kv_heads} of {head_dim}"
+                    f"{name}: expected {info.shape} as {info.name} has, got {shape} in layer {info.layer}"
                 )
 
     def new_cache(self, *, stores: bool, offset_outside: bool, given: Cache | None = None) -> PrefixCache:

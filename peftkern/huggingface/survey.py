@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..layer_shapes import LayerShape
 from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
@@ -29,15 +30,14 @@ class PrefixLayerInfo:
     Attributes:
         name: the module's path in the model.
         layer: the cache layer whose keys it reads.
-        num_kv_heads, head_dim: shape of these keys, [B, num_kv_heads, T, head_dim].
+        shape: of the keys [B, Hkv, T, D] and values [B, Hkv, T, D_v] that it attends to.
         pattern: (causal, window) of its mask; None for any other mask.
         counts_rows: whether the model derives positions from the cache while its layers run.
     """
 
     name: str
     layer: int
-    num_kv_heads: int
-    head_dim: int
+    shape: LayerShape
     pattern: tuple[bool, int | None] | None = None
     counts_rows: bool = False
 
@@ -106,12 +106,9 @@ class _Survey(DynamicCache):  # type: ignore[misc]
     def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
         pattern = mask.pattern if isinstance(mask, LazyMask) else None
         address = key.untyped_storage().data_ptr()
-        for layer, returned, values in self.returned:
+        for layer, returned, _ in self.returned:
             if returned.untyped_storage().data_ptr() == address:
-                info = PrefixLayerInfo(self.names[module], layer, key.shape[1], key.shape[3], pattern)
-                if values.shape != key.shape:
-                    shapes = f"keys {list(key.shape)} and values {list(values.shape)}"
-                    raise ValueError(f"{info.name} has {shapes}, but a prefix needs the same shape for both")
+                info = PrefixLayerInfo(self.names[module], layer, LayerShape.of((key, value)), pattern)
                 if self.prefix_layers.setdefault(module, info) != info:
                     raise ValueError(
                         f"{info.name} is layers {self.prefix_layers[module].layer} and {layer} in one module"

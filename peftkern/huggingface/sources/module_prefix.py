@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeGuard, cast
 
 from torch import nn
 
+from ...layer_shapes import LayerShape
 from ..cache import KeyValue
 from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
@@ -22,13 +23,11 @@ SUBMODULE = "peftkern_prefix"
 class LayerPrefix(Protocol):
     """The interface of a prefix module, which :class:`peftkern.PrefixKV` implements."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    shapes: Sequence[LayerShape | None]
     lengths: Sequence[int]
 
     def layer_kv(self) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]. The value for a layer of length 0 is ignored."""
+        """Per layer (prefix_k, prefix_v), [Hkv, P, D] and [Hkv, P, D_v]. Those of length 0 are ignored."""
 
 
 def is_layer_prefix(value: object) -> TypeGuard[LayerPrefix]:
@@ -61,7 +60,7 @@ class ModulePrefix(PrefixSource):
 
     def check(self, patch: PrefixPatch) -> None:
         """Raise ValueError unless the shape of the prefix fits the model."""
-        patch.check_geometry("prefix", self.prefix.num_layers, self.prefix.num_kv_heads, self.prefix.head_dim)
+        patch.check_geometry("prefix", self.prefix.shapes)
 
     def wire(self, patch: Patch) -> None:
         """Make the prefix a submodule of the Hugging Face model, so that it stays when wrappers are removed."""

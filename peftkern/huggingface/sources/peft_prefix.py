@@ -7,6 +7,7 @@ PEFT's parameter, instead of copies for every sample.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from ...model_info import given_cache
+from ...layer_shapes import LayerShape
+from ...model_info import given_cache, layers_of
 from ..cache import KeyValue, PrefixCache
 from ..call_arguments import is_plain
 from ..calls import running
@@ -43,6 +45,7 @@ class PeftPrefix(PrefixSource):
         self.model = model
         self.fix_seq2seq_layout = fix_seq2seq_layout
         self.patch: PrefixPatch | None = None
+        self._known: dict[str, tuple[Any, list[LayerShape | None]]] = {}
         if "get_prompt" in model.__dict__:
             raise ValueError("model: its get_prompt has been replaced, so the prefix may not be that of its adapter")
 
@@ -57,11 +60,37 @@ class PeftPrefix(PrefixSource):
         for name in self.model.peft_config:
             self._check_adapter(name)
 
-    def _check_adapter(self, name: str) -> None:
+    def _check_adapter(self, name: str) -> list[LayerShape | None]:
+        """The shape of each layer's prefix; None for a layer that PEFT gives none."""
+        config = self.model.peft_config[name]
+        known, shapes = self._known.get(name, (None, []))
+        if known is not config:
+            assert self.patch is not None
+            shapes = self._shapes(name)
+            skipped = frozenset(index for index, shape in enumerate(shapes) if shape is None)
+            self.patch.check_geometry(f"adapter {name!r}", shapes, without=skipped)
+            self._known[name] = config, shapes
+        return shapes
+
+    def _shapes(self, name: str) -> list[LayerShape | None]:
+        """One shape for all layers; that of PEFT's own cache, which contains a part of the parameter, for others."""
+        assert self.patch is not None
         config = self.model.peft_config[name]
         head_dim = config.token_dim // config.num_attention_heads
-        assert self.patch is not None
-        self.patch.check_geometry(f"adapter {name!r}", config.num_layers, config.num_attention_heads, head_dim)
+        shape = LayerShape(config.num_attention_heads, head_dim, head_dim)
+        if all(info.shape == shape for info in self.patch.prefix_layers.values()):
+            return [shape] * config.num_layers
+        if any(info.shape.num_kv_heads > shape.num_kv_heads for info in self.patch.prefix_layers.values()):
+            return [shape] * config.num_layers  # too few heads: the error names them
+        active = self.model.active_adapter
+        try:
+            self.model.active_adapter = name
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT warns about layers that share keys
+                stock = type(self.model).get_prompt(self.model, 1)
+        finally:
+            self.model.active_adapter = active
+        return [None if pair is None else LayerShape.of(pair) for pair in layers_of(stock)]
 
     def wire(self, patch: Patch) -> None:
         """Replace PEFT's ``get_prompt`` and the inputs of ``generate``."""
@@ -128,4 +157,13 @@ class PeftPrefix(PrefixSource):
         parts = flat.view(config.num_virtual_tokens, blocks, num_heads, -1).unbind(1)
         stride = 4 if config.num_transformer_submodules == 2 and not self.fix_seq2seq_layout else 2
         firsts = [(stride * layer) % blocks for layer in range(config.num_layers)]
-        return [(parts[first].transpose(0, 1), parts[first + 1].transpose(0, 1)) for first in firsts]
+        shapes = self._check_adapter(model.active_adapter)
+        return [
+            shape and (parts[first].transpose(0, 1)[cut := _cut(shape)], parts[first + 1].transpose(0, 1)[cut])
+            for first, shape in zip(firsts, shapes, strict=False)
+        ]
+
+
+def _cut(shape: LayerShape) -> tuple[slice, slice, slice]:
+    """The part of keys [Hkv, P, D] that a narrower layer reads."""
+    return slice(shape.num_kv_heads), slice(None), slice(shape.head_dim)
