@@ -80,6 +80,16 @@ class LazyMask:
         self.edited |= name.endswith("_")
         return getattr(self.dense(), name)
 
+    def __getitem__(self, index: Any) -> Any:
+        """The dense tensor's element; a mask of the last queries where the index selects these alone."""
+        count = None if self.edited else _last_queries(index, self.shape)
+        if count is None:
+            return self.dense()[index]
+        request, before = self._request, self._request["q_length"] - count
+        return (
+            LazyMask(**{**request, "q_length": count, "q_offset": request["q_offset"] + before}) if before else self
+        )
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.edited = True
         self.dense()[index] = value
@@ -301,6 +311,17 @@ def _windows_in(mask_function: Callable[..., Any]) -> list[int]:
     return [window for part in values.get("mask_functions", ()) for window in _windows_in(part)]
 
 
+def _last_queries(index: Any, shape: torch.Size) -> int | None:
+    """Number of last queries that an index of [B, 1, S, P + T] selects; None if it selects anything else."""
+    if not isinstance(index, tuple) or len(index) > 4 or any(not isinstance(part, slice) for part in index):
+        return None
+    ranges = [part.indices(size) for part, size in zip(index, shape, strict=False)]
+    whole = [(0, size, 1) for size in shape]
+    first, last, step = ranges[2] if len(ranges) > 2 else whole[2]
+    others_whole = all(r == w for dim, (r, w) in enumerate(zip(ranges, whole, strict=False)) if dim != 2)
+    return last - first if others_whole and (last, step) == (shape[2], 1) and first < last else None
+
+
 def _forwarded(name: str) -> Callable[..., Any]:
     def operator(self: LazyMask, *args: Any) -> Any:
         return getattr(self.dense(), name)(*(x.dense() if isinstance(x, LazyMask) else x for x in args))
@@ -311,7 +332,7 @@ def _forwarded(name: str) -> Callable[..., Any]:
 
 # Python looks these up on the type, so __getattr__ does not see them.
 for _name in (
-    "getitem", "len", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "and", "rand", "or", "ror",
+    "len", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "and", "rand", "or", "ror",
     "xor", "invert", "eq", "ne", "lt", "le", "gt", "ge",
 ):  # fmt: skip
     setattr(LazyMask, f"__{_name}__", _forwarded(f"__{_name}__"))

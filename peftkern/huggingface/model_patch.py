@@ -323,10 +323,13 @@ class ModelPatch(Patch):
         if tokens.shape[:2] != packed.layout.shape:
             expected = f"{list(packed.layout.shape)} tokens in {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {expected}, got {list(tokens.shape[:2])}")
-        if kwargs.pop("input_ids", None) is not None:
-            # The embedding may have hooks and wrappers, which see the unpacked batch.
-            tokens = module.get_input_embeddings()(tokens)
-        kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
+        if kwargs.get("input_ids") is not None and self.packer.packs_tokens:
+            kwargs["input_ids"] = packed.layout.pack(tokens)
+        else:
+            if kwargs.pop("input_ids", None) is not None:
+                # The embedding may have hooks and wrappers, which see the unpacked batch.
+                tokens = module.get_input_embeddings()(tokens)
+            kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         kwargs["position_ids"] = packed.positions(cache.offset)
         kwargs["attention_mask"] = None
         kwargs[self.cache_name] = cache

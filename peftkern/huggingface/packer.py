@@ -44,6 +44,8 @@ class Packer:
         head_forward, head: the forward of the base model and its output layer, if the trial has shown that they work
             on packed rows; None if they need the unpacked batch.
         accepts_logits_to_keep: whether the base model takes ``logits_to_keep``, as causal language models do.
+        packs_tokens: whether packed batches give the backbone tokens and not their embeddings, because it looks up
+            other embeddings of the tokens too.
         has_windows: whether a layer has a sliding window.
         count_mask: whether positions count the tokens of the mask.
         unpacks_routers: whether the router logits of packed rows are unpacked for the auxiliary loss, which counts
@@ -64,6 +66,7 @@ class Packer:
         self.has_windows = any(pattern is not None and pattern[1] is not None for pattern in patterns)
         self.count_mask = any(table.reads_mask for table in tables)
         self.unpacks_routers = False
+        self.packs_tokens = False
         self.reasons = _reasons_against(base, backbone, prefix_layers)
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
@@ -78,10 +81,12 @@ class Packer:
         """
         if self.reasons:
             return
-        reason = trial.try_packed(self._layout_of, replaces_tokens=not prompts)
+        self.packs_tokens = trial.reads_tokens and not prompts
+        inputs = {"as_tokens": self.packs_tokens, "replaces_tokens": not prompts}
+        reason = trial.try_packed(self._layout_of, **inputs)
         if reason is not None and self.count_mask:  # a table may accept the mask without reading it
             self.count_mask = False
-            reason = trial.try_packed(self._layout_of, replaces_tokens=not prompts)
+            reason = trial.try_packed(self._layout_of, **inputs)
         for table in self._tables:
             table.reads_mask &= self.count_mask
         if reason is None and prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class Trial:
         self._read: set[str] = set()
         #: Those that it reads if it is given tokens, except the embeddings of the tokens.
         self._read_with_tokens: set[str] = set()
+        #: Names of the embeddings that have been called on the token ids, other than the input embeddings.
+        self._token_tables: set[str] = set()
         self._stock: Outputs = []
         #: Per output and row, the change of the stock model's output when the prefix is rounded differently.
         self._rounding: list[list[float]] = []
@@ -101,20 +104,26 @@ class Trial:
         """A bound for tokens other than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
-    def try_packed(self, layout_of: LayoutOf, *, replaces_tokens: bool) -> str | None:
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the backbone reads more embeddings of its tokens than those of ``get_input_embeddings``."""
+        return bool(self._token_tables)
+
+    def try_packed(self, layout_of: LayoutOf, *, as_tokens: bool, replaces_tokens: bool) -> str | None:
         """How a packed batch with a prefix differs from the padded batch; None if it does not.
 
         Args:
             layout_of: see :data:`LayoutOf`.
-            replaces_tokens: whether calls without packing give the backbone tokens, and not their embeddings.
+            as_tokens: whether packed batches give the backbone tokens, and not their embeddings.
+            replaces_tokens: whether batches without packing give the backbone tokens.
         """
 
         def run() -> str | None:
             packed = PackedBatch(layout_of(self.ids, self.mask, False))
-            tokens = self.backbone.get_input_embeddings()(self.ids)
+            tokens = self.backbone.get_input_embeddings()(self.ids) if not as_tokens else self.ids
             got = self._run_packed(self._cache(), packed, tokens)
             unread = self._read_with_tokens - self._read
-            if unread and replaces_tokens:  # the parameters may be 0 now, and change in training
+            if unread and replaces_tokens and not as_tokens:  # the parameters may be 0 now, and change in training
                 names = ", ".join(sorted(unread))
                 return f"{self.kind} reads {names} only if it is given tokens instead of embeddings"
             return _compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
@@ -196,9 +205,10 @@ class Trial:
 
     def _run_packed(self, cache: PrefixCache, packed: PackedBatch, tokens: Tensor) -> Outputs:
         cache.packed = packed
-        rows = packed.embeddings(packed.layout.pack(tokens))
+        rows = packed.layout.pack(tokens)
+        inputs = {"inputs_embeds": packed.embeddings(rows)} if tokens.dim() > 2 else {"input_ids": rows}
         outputs = self._recorded(
-            inputs_embeds=rows, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
+            **inputs, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
             peftkern_prefix=cache, **{self.cache_name: cache},
         )  # fmt: skip
         return [packed.unpack(x) for x in outputs]
@@ -214,10 +224,16 @@ class Trial:
             if isinstance(first, Tensor) and first.dim() == 3:
                 outputs.append(first)
 
+        def record_table(module: nn.Module, args: Any, *, name: str) -> None:
+            self._read.add(name)
+            ids = arguments.get("input_ids")
+            if ids is not None and isinstance(args[0], Tensor) and torch.equal(args[0], ids):
+                self._token_tables.add(name)
+
         self._read = set()
         handles = [module.register_forward_hook(record) for module in self.prefix_layers]
         handles += [
-            module.register_forward_pre_hook(lambda *_, name=name: self._read.add(name))
+            module.register_forward_pre_hook(partial(record_table, name=name))
             for name, module in self.backbone.named_modules()
             if isinstance(module, nn.Embedding) and module is not self.backbone.get_input_embeddings()
         ]
