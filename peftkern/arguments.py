@@ -133,17 +133,18 @@ _Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def output_layouts(args: AttentionArgs) -> tuple[_Layout, _Layout]:
-    """(size, strides) of ``out`` [B, Hq, S, D] and of ``lse`` [B, Hq, S].
+    """(size, strides) of ``out`` [B, Hq, S, D_v] and of ``lse`` [B, Hq, S].
 
     ``out`` lies in memory as [B, S, Hq, D], the order in which the next linear layer reads it, so no copy follows.
     """
     batch, num_heads, q_len, _ = args.q.shape
-    return _bshd(args.q), ((batch, num_heads, q_len), (num_heads * q_len, q_len, 1))
+    out = _bshd((batch, num_heads, q_len, args.v.shape[3]))
+    return out, ((batch, num_heads, q_len), (num_heads * q_len, q_len, 1))
 
 
-def _bshd(x: Tensor) -> _Layout:
-    """(size, strides) of a tensor with the shape [B, H, S, D] of ``x`` that lies in memory as [B, S, H, D]."""
-    batch, heads, length, head_dim = x.shape
+def _bshd(shape: tuple[int, ...]) -> _Layout:
+    """(size, strides) of a tensor of ``shape`` [B, H, S, D] that lies in memory as [B, S, H, D]."""
+    batch, heads, length, head_dim = shape
     row = heads * head_dim
     return (batch, heads, length, head_dim), (length * row, head_dim, row, 1)
 
@@ -167,7 +168,7 @@ def allocate_gradients(args: AttentionArgs, needs: list[bool]) -> AttentionGradi
         if argument is None or not need:
             gradients.append(nothing)
         elif argument is args.q or argument is args.k or argument is args.v:
-            gradients.append(argument.new_empty_strided(*_bshd(argument)))
+            gradients.append(argument.new_empty_strided(*_bshd(argument.shape)))
         elif (
             argument.dtype == fp and argument.is_contiguous()
         ):  # as below by the call above, which takes half as long
@@ -191,8 +192,9 @@ class Call:
     """What an op is asked to do: everything that a backend may refuse or price, and nothing else.
 
     ``features`` holds the names of the optional arguments in use (``"key_mask"``, ``"window"``, ``"bank"``, …), and
-    ``needs_grad`` says whether a backward pass follows. For ``soft_prompt_embedding``, ``q_shape`` is [B, S],
-    ``kv_shape`` the weight's [V, E] and ``prefix_shape`` the prompt's.
+    ``needs_grad`` says whether a backward pass follows. ``kv_shape`` is k's, ``prefix_shape`` that of prefix_k, and
+    ``own_value_dim`` is D_v where it is not D. For ``soft_prompt_embedding``, ``q_shape`` is [B, S], ``kv_shape`` the
+    weight's [V, E] and ``prefix_shape`` the prompt's.
     """
 
     op: OpName
@@ -204,19 +206,26 @@ class Call:
     prefix_shape: tuple[int, ...]
     features: tuple[str, ...] = ()
     needs_grad: bool = False
+    own_value_dim: int | None = None
     _hash: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[type[Call], tuple[object, ...]]:
         """Without the hash: that of strings differs between processes."""
-        fields = (self.q_shape, self.kv_shape, self.prefix_shape, self.features, self.needs_grad)
-        return Call, (self.op, self.device, self.dtype, self.prefix_dtype, *fields)
+        shapes = (self.q_shape, self.kv_shape, self.prefix_shape)
+        options = (self.features, self.needs_grad, self.own_value_dim)
+        return Call, (self.op, self.device, self.dtype, self.prefix_dtype, *shapes, *options)
+
+    @property
+    def value_dim(self) -> int:
+        """D_v, the head dim of the values and of out."""
+        return self.q_shape[-1] if self.own_value_dim is None else self.own_value_dim
 
     def __hash__(self) -> int:
         """Computed once: a call is looked up each time an op runs."""
         if self._hash is None:
             fields = (
                 self.op, self.device, self.dtype, self.prefix_dtype, self.q_shape, self.kv_shape, self.prefix_shape,
-                self.features, self.needs_grad,
+                self.features, self.needs_grad, self.own_value_dim,
             )  # fmt: skip
             object.__setattr__(self, "_hash", hash(fields))
         return cast(int, self._hash)
@@ -229,7 +238,8 @@ class Call:
         dtype, prefix_dtype = (str(d).removeprefix("torch.") for d in (self.dtype, self.prefix_dtype))
         parts[1] += f" {dtype}"
         parts[2] += f" {prefix_dtype}"
-        parts += [str(self.device), *self.features]
+        values = [] if self.own_value_dim is None else [f"values of head dim {self.own_value_dim}"]
+        parts += [str(self.device), *values, *self.features]
         return " · ".join([*parts, "forward and backward" if self.needs_grad else "forward"])
 
 
@@ -239,6 +249,7 @@ def attention_call(args: AttentionArgs, needs_grad: bool = False) -> Call:
     return Call(
         "prefix_attention", args.q.device, args.q.dtype, args.prefix_k.dtype, tuple(args.q.shape),
         tuple(args.k.shape), _prefix_shape(args), features, needs_grad,
+        None if args.v.shape[3] == args.q.shape[3] else args.v.shape[3],
     )  # fmt: skip
 
 

@@ -98,10 +98,13 @@ def prefix_attention(  # type: ignore[misc]
     Args:
         q: [B, Hq, S, D], fp32, fp16, bf16 or fp64. Any strides are supported; only ``stride(-1) == 1`` is required to
             avoid a copy.
-        k, v: [B, Hkv, T, D], q's dtype; Hq is a multiple of Hkv, query head h reads key head h // (Hq // Hkv).
+        k: [B, Hkv, T, D], q's dtype; Hq is a multiple of Hkv, query head h reads key head h // (Hq // Hkv).
             T > S (a KV cache) is aligned bottom-right: query i stands at key position i + T - S.
-        prefix_k, prefix_v: [Hkv, P, D], shared by the batch, or a bank [A, Hkv, P, D]; q's dtype or fp32 (then read
-            rounded to q's dtype). Keys are stored after rotary embedding. Gradients are accumulated in fp32.
+        v: [B, Hkv, T, D_v], q's dtype. D_v need not be D: in models with compressed keys (DeepSeek), D is 192 and D_v
+            is 128.
+        prefix_k, prefix_v: [Hkv, P, D] and [Hkv, P, D_v], shared by the batch, or banks [A, Hkv, P, D] and
+            [A, Hkv, P, D_v]; q's dtype or fp32 (then read rounded to q's dtype). Keys are stored after rotary
+            embedding. Gradients are accumulated in fp32.
         causal: hides the sequence keys after the query.
         scale: default 1 / sqrt(D).
         key_mask: bool [B, T], false hides a sequence key (padding).
@@ -142,9 +145,9 @@ def prefix_attention(  # type: ignore[misc]
             (``"merge/cudnn/triton"``), which runs the call or raises.
 
     Returns:
-        out [B, Hq, S, D] (a transposed view of [B, S, Hq, D]), or (out, lse). A query that sees nothing gets out 0
-        and lse -inf. Gradients flow to q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias and gate; only those
-        needed are computed. They are bitwise repeatable. Double backward is unsupported.
+        out [B, Hq, S, D_v] (a transposed view of [B, S, Hq, D_v]), or (out, lse). A query that sees nothing gets
+        out 0 and lse -inf. Gradients flow to q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias and gate; only
+        those needed are computed. They are bitwise repeatable. Double backward is unsupported.
 
     Raises:
         ValueError: naming the argument, what was expected and what was passed.

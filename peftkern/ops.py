@@ -110,7 +110,10 @@ def _check_hints(args: AttentionArgs, cu_seqlens: Tensor) -> None:
 
 
 def attention(args: AttentionArgs, plan: Plan | str) -> tuple[Tensor, Tensor]:
-    """Run the op ``prefix_attention``: (out [B, Hq, S, D], lse [B, Hq, S]). ``plan`` is its name while compiling."""
+    """Run the op ``prefix_attention``: (out [B, Hq, S, D_v], lse [B, Hq, S]).
+
+    ``plan`` is its name while compiling.
+    """
     if isinstance(plan, str) or dispatcher.is_needed(args.tensors):
         return prefix_attention(*args, plan if isinstance(plan, str) else plan.name)  # type: ignore[no-any-return]
     _check_values(args)

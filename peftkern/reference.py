@@ -50,7 +50,7 @@ def prefix_attention(
     Half precision is computed in fp32. A prefix of higher precision than q is rounded to q's dtype first.
 
     Returns:
-        (out [B, Hq, S, D] in q's dtype, lse [B, Hq, S], the natural logarithm of the softmax's denominator).
+        (out [B, Hq, S, D_v] in q's dtype, lse [B, Hq, S], the natural logarithm of the softmax's denominator).
     """
     dtype, fp = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, num_heads, q_len, head_dim = q.shape
@@ -146,7 +146,7 @@ def chain_ids_and_lens(chains: list[list[Piece]], device: torch.device) -> tuple
 
 
 def join_prefixes(chains: list[list[Piece]], prefix: Tensor, sequence: Tensor) -> Tensor:
-    """Concatenate the prefixes of each sequence: [n, Hkv, longest, D], zeros behind shorter ones.
+    """Concatenate the prefixes of each sequence: [n, Hkv, longest, D], zeros behind shorter ones. D_v for values.
 
     Args:
         chains: the prefixes of the n sequences.

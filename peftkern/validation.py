@@ -86,7 +86,9 @@ def _check_sequence(args: AttentionArgs) -> None:
         raise argument_error("q", "D >= 1", list(args.q.shape))
     _check_shape("k", args.k, batch, "Hkv", "T", head_dim)
     num_kv_heads, kv_len = args.k.shape[1], args.k.shape[2]
-    _check_shape("v", args.v, batch, num_kv_heads, kv_len, head_dim)
+    _check_shape("v", args.v, batch, num_kv_heads, kv_len, "D_v")
+    if args.v.shape[3] == 0:
+        raise argument_error("v", "D_v >= 1", list(args.v.shape))
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         raise argument_error("q", f"Hq, a multiple of Hkv = {num_kv_heads}", num_heads)
     if not isinstance(args.causal, bool):
@@ -108,7 +110,7 @@ def _check_prefix(args: AttentionArgs) -> None:
         for name in ("prefix_ids", "prefix_lens", "prefix_starts"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "None, since prefix_k [Hkv, P, D] is a single prefix", "a tensor")
-    _check_shape("prefix_v", args.prefix_v, *prefix_k.shape)
+    _check_shape("prefix_v", args.prefix_v, *prefix_k.shape[:-1], args.v.shape[3])
     _check_dtype("prefix_k", prefix_k, args.q.dtype, torch.float32)
     _check_dtype("prefix_v", args.prefix_v, prefix_k.dtype)
 

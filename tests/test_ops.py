@@ -73,7 +73,7 @@ def test_compiles_to_one_graph(name, backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    dout = torch.randn(shape.B, shape.Hq, shape.S, shape.D)
+    dout = torch.randn(shape.B, shape.Hq, shape.S, shape.value_dim)
     got, want = (torch.autograd.grad(f(**inputs), list(inputs.values()), dout) for f in (compiled, attention))
     for n, a, b in zip(inputs, got, want, strict=True):
         assert torch.equal(a, b), f"d{n} differs when compiled"

@@ -60,7 +60,9 @@ def _concatenated(q, k, v, prefix_k, prefix_v, mask=None, scale=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-@pytest.mark.parametrize("shape", [SMALL, Shape(), Shape(T=13), Shape(S=1, P=1), Shape(P=0), Shape(Hkv=4)], ids=str)
+@pytest.mark.parametrize("shape", [
+    SMALL, Shape(), Shape(T=13), Shape(S=1, P=1), Shape(P=0), Shape(Hkv=4), Shape(D=24, Dv=16), Shape(Dv=12, P=0),
+], ids=str)  # fmt: skip
 def test_equals_attention_over_the_concatenation(shape):
     inputs = tensors(shape)
     out, _ = reference.prefix_attention(**inputs)
@@ -198,11 +200,13 @@ def test_a_query_that_sees_nothing_is_zero_with_zero_gradients():
         assert (x.grad == 0).all(), f"d{name} is not zero"
 
 
-@pytest.mark.parametrize("sizes", [{"P": 0}, {"S": 0}, {"B": 0}, {"S": 0, "P": 0}, {"S": 0, "T": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"P": 0}, {"S": 0}, {"B": 0}, {"S": 0, "P": 0}, {"S": 0, "T": 4}, {"P": 0, "Dv": 3}], ids=str
+)
 def test_empty_tensors(sizes):
     shape = Shape(**sizes)
     out, lse = reference.prefix_attention(**tensors(shape))
-    assert out.shape == (shape.B, shape.Hq, shape.S, shape.D)
+    assert out.shape == (shape.B, shape.Hq, shape.S, shape.value_dim)
     assert lse.shape == out.shape[:3]
 
 

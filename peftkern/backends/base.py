@@ -60,7 +60,7 @@ class Plan(ABC):
 
     @abstractmethod
     def prefix_attention(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """Compute (out [B, Hq, S, D], lse [B, Hq, S])."""
+        """Compute (out [B, Hq, S, D_v], lse [B, Hq, S])."""
 
     @abstractmethod
     def prefix_attention_backward(
@@ -112,7 +112,8 @@ class RowPlan(Plan):
     ) -> AttentionGradients:
         """:meth:`Plan.prefix_attention_backward`.
 
-        dprefix_k and dprefix_v are [C, Hkv, P, D], one for each prefix. dk and dv do not contain them.
+        dprefix_k is [C, Hkv, P, D] and dprefix_v [C, Hkv, P, D_v], one for each prefix. dk and dv do not contain
+        them.
         """
 
 

@@ -188,6 +188,8 @@ class CpuBackend(OnePlanBackend):
             reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp32, fp16 or bf16")
         if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
             reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}: use backend='reference'")
+        if call.own_value_dim is not None:
+            reasons.append(f"values of head dim {call.own_value_dim} beside keys of another: use backend='reference'")
         return reasons
 
     def plan(self, call: Call) -> Plan | Refusal:

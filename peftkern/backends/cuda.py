@@ -110,6 +110,10 @@ class CudaBackend(OnePlanBackend):
                 reasons.append(
                     f"head dim {head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}: use backend='triton'"
                 )
+            if call.own_value_dim is not None:
+                reasons.append(
+                    f"values of head dim {call.own_value_dim} beside keys of another: use backend='triton'"
+                )
             unsupported = [name for name in _UNSUPPORTED if name in call.features]
             if unsupported:
                 reasons.append(f"does not support {', '.join(unsupported)}: use backend='triton'")

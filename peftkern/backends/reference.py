@@ -181,9 +181,9 @@ def _chain_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dict[st
         prefix_ids=ids, prefix_lens=lens, prefix_starts=None,
     )  # fmt: skip
     gradients = _attention_gradients(dout, dlse, joined)
-    for name in ("k", "v"):
+    for name, prefix in (("k", args.prefix_k), ("v", args.prefix_v)):
         djoined, dsequence = gradients[f"dprefix_{name}"], gradients[f"d{name}"]
-        dprefix = djoined.new_zeros(args.prefix_k.shape)
+        dprefix = djoined.new_zeros(prefix.shape)
         for i, chain in enumerate(chains):
             for piece in chain:
                 target = dsequence[0] if piece.entry is None else dprefix[piece.entry]
@@ -195,8 +195,8 @@ def _chain_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dict[st
 class _Keys(NamedTuple):
     """The keys of the prefix or of the sequence, and their scores.
 
-    k and v are [B or 1, Hkv, N, D]; ``scores`` [B, Hq, S, N] is -inf for hidden keys; ``slope`` is the derivative of
-    a score by q.k, and ``keep`` the dropout's factor.
+    k is [B or 1, Hkv, N, D], v [B or 1, Hkv, N, D_v]; ``scores`` [B, Hq, S, N] is -inf for hidden keys; ``slope`` is
+    the derivative of a score by q.k, and ``keep`` the dropout's factor.
     """
 
     k: Tensor
@@ -222,7 +222,7 @@ class _Keys(NamedTuple):
         return (dout @ self.v.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * self.keep
 
     def gradients(self, q: Tensor, dout: Tensor, p: Tensor, ds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq [B, Hq, S, D], and dk, dv [B, Hkv, N, D] summed over the query heads that share a key head."""
+        """dq [B, Hq, S, D], and dk and dv, shaped as k and v, summed over the query heads that share a key head."""
         heads = q.shape[1:3]
         ds, w = (x.unflatten(1, heads) for x in (ds * self.slope, p * self.keep))
         dq = (ds @ self.k.unsqueeze(2)).flatten(1, 2)

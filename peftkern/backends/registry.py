@@ -222,7 +222,7 @@ def _with_known_sizes(call: Call) -> tuple[Any, ...]:
     return (
         call.op, call.device, call.dtype, call.prefix_dtype, tuple(map(_known, call.q_shape, _TYPICAL_QUERIES)),
         tuple(map(_known, call.kv_shape, _TYPICAL_KEYS)), tuple(map(_known, call.prefix_shape, prefix_typical)),
-        call.features, call.needs_grad,
+        call.features, call.needs_grad, call.own_value_dim and _known(call.own_value_dim, _TYPICAL_QUERIES[-1]),
     )  # fmt: skip
 
 
@@ -237,6 +237,7 @@ def _with_plain_sizes(call: Call) -> Call:
     return replace(
         call, q_shape=plain(call.q_shape, _TYPICAL_QUERIES), kv_shape=plain(call.kv_shape, _TYPICAL_KEYS),
         prefix_shape=plain(call.prefix_shape, _TYPICAL_QUERIES[-len(call.prefix_shape) :]),
+        own_value_dim=call.own_value_dim and plain((call.own_value_dim,), _TYPICAL_QUERIES[-1:])[0],
     )  # fmt: skip
 
 

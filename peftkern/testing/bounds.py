@@ -66,7 +66,7 @@ class Results:
     """The results of one forward and backward pass.
 
     Attributes:
-        out: [B, Hq, S, D] in q's dtype.
+        out: [B, Hq, S, D_v] in q's dtype.
         lse: [B, Hq, S].
         gradients: gradient by the name of the argument ("q", "prefix_k", ...), in its shape; empty without backward.
     """
@@ -202,7 +202,7 @@ def ratios(
     """
     q = tensors["q"]
     generator = torch.Generator().manual_seed(1)
-    dout = torch.randn(q.shape, generator=generator).to(q.dtype) if backward else None
+    dout = torch.randn(*q.shape[:3], tensors["v"].shape[3], generator=generator).to(q.dtype) if backward else None
     lse_grad = torch.randn(q.shape[:3], generator=generator) if backward and dlse else None
     # rounding an fp32 prefix to q's dtype belongs to the operation, so it is no error
     exact = {n: x.to(q.dtype).double() for n, x in tensors.items()}

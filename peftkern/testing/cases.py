@@ -23,9 +23,10 @@ class Shape:
         Hkv: key and value heads.
         S: queries.
         P: tokens of the prefix.
-        D: elements of a head.
+        D: elements of a head of q and k.
         T: keys of the sequence; None for S keys, more than S for a KV cache.
         A: prefixes in a bank; None for one prefix that the batch shares.
+        Dv: elements of a head of v; None for D.
     """
 
     B: int = 2
@@ -36,6 +37,12 @@ class Shape:
     D: int = 8
     T: int | None = None
     A: int | None = None
+    Dv: int | None = None
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, or D if Dv is None."""
+        return self.D if self.Dv is None else self.Dv
 
     @property
     def kv_len(self) -> int:
@@ -76,7 +83,8 @@ def tensors(
         seed: seed of the random numbers.
 
     Returns:
-        q [B, Hq, S, D], k and v [B, Hkv, T, D], prefix_k and prefix_v [Hkv, P, D] ([A, Hkv, P, D] for a bank).
+        q [B, Hq, S, D], k [B, Hkv, T, D] and prefix_k [Hkv, P, D] ([A, Hkv, P, D] for a bank). v and prefix_v have
+        Dv instead of D.
 
     >>> {name: list(x.shape) for name, x in tensors(Shape(S=3, P=2, D=4)).items() if name in ("q", "prefix_k")}
     {'q': [2, 4, 3, 4], 'prefix_k': [2, 2, 4]}
@@ -92,17 +100,17 @@ def tensors(
         return x[tuple(slice(0, n) for n in sizes)]
 
     prefix_dtype = prefix_dtype or dtype
-    kv = (shape.B, shape.Hkv, shape.kv_len, shape.D)
-    prefix: tuple[int, ...] = (shape.Hkv, shape.P, shape.D)
+    kv = (shape.B, shape.Hkv, shape.kv_len)
+    prefix: tuple[int, ...] = (shape.Hkv, shape.P)
     order: tuple[int, ...] = (1, 0, 2)
     if shape.A is not None:
         prefix, order = (shape.A, *prefix), (0, 2, 1, 3)
     return {
         "q": cut(shape.B, shape.Hq, shape.S, shape.D, dtype=dtype, order=(0, 2, 1, 3)),
-        "k": cut(*kv, dtype=dtype, order=(0, 2, 1, 3)),
-        "v": cut(*kv, dtype=dtype, order=(0, 1, 2, 3)),
-        "prefix_k": cut(*prefix, dtype=prefix_dtype, order=order),
-        "prefix_v": cut(*prefix, dtype=prefix_dtype, order=order),
+        "k": cut(*kv, shape.D, dtype=dtype, order=(0, 2, 1, 3)),
+        "v": cut(*kv, shape.value_dim, dtype=dtype, order=(0, 1, 2, 3)),
+        "prefix_k": cut(*prefix, shape.D, dtype=prefix_dtype, order=order),
+        "prefix_v": cut(*prefix, shape.value_dim, dtype=prefix_dtype, order=order),
     }
 
 
@@ -157,6 +165,8 @@ FEATURES: dict[str, Feature] = {
     "plain": Feature(),
     "non_causal": Feature(lambda s, g: {"causal": False}),
     "scale": Feature(lambda s, g: {"scale": 0.37}),
+    "narrow_values": Feature(sizes=lambda s: {"Dv": max(1, 2 * s.D // 3)}),
+    "wide_values": Feature(sizes=lambda s: {"Dv": s.D + s.D // 2 + 1}),
     "kv_cache": Feature(sizes=lambda s: {"T": max(11, s.S + 2)}),
     "key_mask": Feature(lambda s, g: {"key_mask": _key_mask(s, g)}),
     "window": Feature(lambda s, g: {"window": 4}),
@@ -271,4 +281,6 @@ def combination(seed: int) -> tuple[Shape, dict[str, Any]]:
             options["prefix_lens"] = torch.randint(0, shape.P + 1, (shape.A,), generator=g)
         if "prefix_bias" not in options and pick(True, False):
             options.update(_chains(shape, options, g))
+    if pick(True, False, False):
+        shape = replace(shape, Dv=pick(2, 8, 13, 24))
     return shape, options

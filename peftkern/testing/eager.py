@@ -25,7 +25,7 @@ def eager_attention(
         options: its other keyword arguments, except ``return_lse`` and ``backend``.
 
     Returns:
-        (out [B, Hq, S, D] in q's dtype, lse [B, Hq, S] fp32).
+        (out [B, Hq, S, D_v] in q's dtype, lse [B, Hq, S] fp32).
     """
     dtype, fp = q.dtype, torch.float32
     numbers = {name: options.get(name) for name in ("scale", "softcap", "window", "gate", "sinks")}

@@ -53,7 +53,7 @@ def deviations(
         tensors: q, k, v, prefix_k and prefix_v by name, in the shapes of :func:`peftkern.prefix_attention`. Their
             dtypes decide what is rounded; a prefix in fp32 counts as rounded to q's dtype.
         options: keyword arguments of :func:`peftkern.prefix_attention`.
-        dout: gradient of out [B, Hq, S, D]; None for forward only.
+        dout: gradient of out [B, Hq, S, D_v]; None for forward only.
         dlse: gradient of lse [B, Hq, S]; None if lse is not differentiated.
         roundings: roundings of the backend that not every backend performs.
 
@@ -125,11 +125,11 @@ def _chain_variances(
     They are those of a call with the concatenated prefixes of each sequence, whose gradients are then summed in fp32
     where the prefixes lie, and rounded.
     """
-    dtype, prefix, sums = tensors["q"].dtype, tensors["prefix_k"], torch.float32
+    dtype, sums = tensors["q"].dtype, torch.float32
     chains = reference.prefix_chains(
-        options["prefix_ids"], options.get("prefix_lens"), options.get("prefix_starts"), prefix.shape
+        options["prefix_ids"], options.get("prefix_lens"), options.get("prefix_starts"), tensors["prefix_k"].shape
     )
-    ids, lens = reference.chain_ids_and_lens(chains, prefix.device)
+    ids, lens = reference.chain_ids_and_lens(chains, tensors["q"].device)
     joined = {
         f"prefix_{x}": reference.join_prefixes(chains, tensors[f"prefix_{x}"].to(dtype).to(sums), tensors[x])
         for x in "kv"
@@ -139,7 +139,7 @@ def _chain_variances(
     if dout is None:
         return variances
     for x in "kv":
-        by_token, terms = variances[f"dprefix_{x}"], totals[f"dprefix_{x}"]
+        by_token, terms, prefix = variances[f"dprefix_{x}"], totals[f"dprefix_{x}"], tensors[f"prefix_{x}"]
         bank = [torch.zeros(prefix.shape, dtype=torch.float64) for _ in range(4)]
         own = totals[f"d{x}"]
         sequence = [variances[f"d{x}"].clone(), own.clone(), own**2, torch.ones_like(own)]
@@ -158,7 +158,7 @@ def _chain_variances(
 def _out_variances(
     x: Scores, parts: list[Softmax], gains: list[Tensor | float], num_prefix_keys: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(variance of out by rounding, the part of it that is there in fp32, variance by the scores), [B, Hq, S, D]."""
+    """Three variances of out [B, Hq, S, D_v]: by rounding, the part of it that is there in fp32, by the scores."""
     out, rounding, fp32_rounding, spread = (
         sum(gain**power * getattr(part, name) for gain, part in zip(gains, parts, strict=True))
         for name, power in (("out", 1), ("rounding", 2), ("fp32_rounding", 2), ("spread", 2))
@@ -254,6 +254,8 @@ class _Backward:
         dtypes: dict[str, torch.dtype],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Variances of dk or dv and of the prefix's: sums of ``factors`` [B, Hq, S, N] times ``rows`` [B, Hq, S, D].
+
+        For dv, D is D_v.
 
         ``variance`` is that of the factors in fp32, ``rounding`` the addition in half precision, ``relative`` the
         relative variance of a constant that multiplies the sum.

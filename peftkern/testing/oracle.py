@@ -28,10 +28,10 @@ class Oracle:
     Args:
         q: [B, Hq, S, D], any float dtype.
         k: [B, Hkv, T, D]; the last S keys belong to the queries, as in decoding.
-        v: [B, Hkv, T, D].
+        v: [B, Hkv, T, D_v].
         prefix_k: [Hkv, P, D].
-        prefix_v: [Hkv, P, D].
-        dout: gradient of out, [B, Hq, S, D].
+        prefix_v: [Hkv, P, D_v].
+        dout: gradient of out, [B, Hq, S, D_v].
         options: ``window`` and ``softcap`` of :func:`peftkern.prefix_attention`, or ``scale``.
 
     >>> import peftkern
@@ -58,7 +58,7 @@ class Oracle:
         self._gradients: list[Tensor] | None = None
 
     def out(self) -> Tensor:
-        """out of the compared heads, fp64 [B, compared query heads, S, D]."""
+        """out of the compared heads, fp64 [B, compared query heads, S, D_v]."""
         if self._out is None:
             self._out, _ = self._compute(backward=False)
         return self._out
@@ -97,7 +97,7 @@ class Oracle:
         q, k, v, prefix_k, prefix_v, dout = (self.compared(x.detach()).double() for x in (*self.inputs, self.dout))
         leaves = [x.requires_grad_(backward) for x in (q, k, v, prefix_k, prefix_v)]
         gradients = [torch.zeros_like(x) for x in leaves] if backward else []
-        out = torch.zeros_like(q.detach())
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
         batch, heads, queries, _ = q.shape
         cached = k.shape[2] - queries
         block = max(1, BLOCK // max(1, heads * (prefix_k.shape[1] + k.shape[2])))

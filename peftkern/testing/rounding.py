@@ -89,7 +89,7 @@ DEFAULT_ROUNDINGS = Roundings()
 class Scores:
     """Scores over the N keys [prefix | sequence | sink], fp64. The sink is a key whose k and v are 0.
 
-    ``k`` and ``v`` are [B, Hq, N, D], all others [B, Hq, S, N].
+    ``k`` is [B, Hq, N, D], ``v`` [B, Hq, N, D_v], all others [B, Hq, S, N].
     """
 
     k: Tensor
@@ -122,7 +122,7 @@ def scores_of(tensors: dict[str, Tensor], options: dict[str, Any], bias_dtype: t
 
     def keys(prefix: Tensor, sequence: Tensor) -> Tensor:
         prefix = prefix.transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0).expand(batch, -1, -1, -1)
-        sink = q.new_zeros(batch, num_heads, 1, head_dim)
+        sink = q.new_zeros(batch, num_heads, 1, sequence.shape[3])
         return torch.cat([prefix, sequence.repeat_interleave(group, 1), sink], 2)
 
     k, v = keys(prefix_k, k), keys(prefix_v, v)
@@ -189,7 +189,7 @@ class Softmax:
         denominator_variance: relative variance of the sum by which the weights are divided [B, Hq, S, 1].
         lse_variance: variance of lse [B, Hq, S, 1].
         terms: number of keys that a row sees [B, Hq, S, 1].
-        out: the softmax's output [B, Hq, S, D], whose variance is ``spread + rounding``.
+        out: the softmax's output [B, Hq, S, D_v], whose variance is ``spread + rounding``.
         spread: variance of ``out`` that comes from the scores.
         rounding: variance of ``out`` that comes from the roundings of weights and products.
         fp32_rounding: the part of ``rounding`` that remains when weights are fp32.
@@ -257,23 +257,23 @@ class Softmax:
         biases, sinks and gates, for which every backend computes delta in fp32.
 
         Args:
-            dout: gradient of the call's output [B, Hq, S, D].
+            dout: gradient of the call's output [B, Hq, S, D_v].
             dlse: gradient of lse [B, Hq, S, 1], or 0.0.
             gain: tanh(gate) [Hq, 1, 1] for a gated prefix, else 1.0.
             rounding: rounding variance of the out from which delta may be computed.
             fp32_rounding: the same for an out in fp32.
         """
-        x, p, head_dim = self.x, self.p, dout.shape[-1]
+        x, p, value_dim = self.x, self.p, dout.shape[-1]
         products = dout @ x.v.mT
         g = products * x.keep
-        product_variance = sum_variance(products, dout**2 @ x.v.mT**2, head_dim)
+        product_variance = sum_variance(products, dout**2 @ x.v.mT**2, value_dim)
         g_variance = x.keep**2 * product_variance + 2 * rounding_variance(g)
         self.delta = delta = (p * g).sum(-1, keepdim=True)
         common = (self.weight_variance * (g - delta) ** 2 + p**2 * g_variance).sum(-1, keepdim=True)
         common = common + self.denominator_variance * delta**2
         # delta is a sum of p g over keys, or of out * dout over the head's elements
         common = common + sum_variance(delta, ((p * g) ** 2).sum(-1, keepdim=True), self.terms)
-        common = common + sum_variance(delta, ((self.out * dout) ** 2).sum(-1, keepdim=True), head_dim)
+        common = common + sum_variance(delta, ((self.out * dout) ** 2).sum(-1, keepdim=True), value_dim)
         self.fp32_delta_variance = common + (dout**2 * fp32_rounding).sum(-1, keepdim=True)
         self.delta_variance = self.fp32_delta_variance
         if self.roundings.softmax:

@@ -133,7 +133,7 @@ def test_deviations_are_not_much_larger_than_eagers_errors(name, dtype, rounding
     # with a prefix in fp64, sums over rows are exact; sums in fp32 nearly are
     exact_sums = {n: x.double() if n.startswith("prefix") else x for n, x in given.items()}
     doubles = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
-    dout = torch.randn(given["q"].shape).to(dtype)
+    dout = torch.randn(*given["q"].shape[:3], shape.value_dim).to(dtype)
     true = run(exact_attention, {n: x.double() for n, x in given.items()}, doubles, dout, None)
     eager = run(eager_attention, exact_sums, doubles, dout, None)
     allowed = deviations(given, options, dout, roundings=roundings)

@@ -16,6 +16,8 @@ CASES = [
     (testing.Shape(B=2, Hq=4, Hkv=2, S=33, P=9, D=16), {"window": 12}),
     (testing.Shape(B=1, Hq=4, Hkv=2, S=33, P=9, D=16), {"window": 12, "softcap": 5.0}),
     (testing.Shape(B=1, Hq=2, Hkv=2, S=9, P=5, D=8), {"scale": 0.3}),
+    (testing.Shape(B=2, Hq=4, Hkv=2, S=5, T=17, P=7, D=16, Dv=12), {}),
+    (testing.Shape(B=1, Hq=4, Hkv=2, S=33, P=9, D=16, Dv=24), {"window": 12}),
 ]
 
 
@@ -30,7 +32,7 @@ def _exact(inputs, dout, options):
 def test_blocks_give_the_reference(monkeypatch, shape, options, block):
     monkeypatch.setattr(oracle, "BLOCK", block)
     inputs = list(testing.tensors(shape, torch.float32).values())
-    dout = torch.randn(inputs[0].shape)
+    dout = torch.randn(shape.B, shape.Hq, shape.S, shape.value_dim)
     found = testing.Oracle(*inputs, dout=dout, **options)
     out, gradients = _exact(inputs, dout, options)
     for got, true in zip([found.out(), *found.gradients()], [out, *gradients], strict=True):
