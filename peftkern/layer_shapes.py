@@ -10,7 +10,7 @@ import torch
 
 from .model_info import KeyValue, layers_of, text_cache, text_config
 
-__all__ = ["LayerShape", "cached_layers", "lengths_of", "shapes_of"]
+__all__ = ["LayerShape", "cached_layers", "expanded", "lengths_of", "shapes_of", "stores_compressed"]
 
 
 class LayerShape(NamedTuple):
@@ -173,22 +173,24 @@ def cached_layers(model: Any, input_ids: torch.Tensor) -> list[KeyValue | None]:
         input_ids: [1, T].
     """
     layers = layers_of(text_cache(model, input_ids))
-    expand = _expansions(model)
+    readers = {module.layer_idx: module for module in model.modules() if stores_compressed(module)}
     with torch.no_grad():
-        return [
-            pair if pair is None or layer not in expand else _expanded(expand[layer], pair)
-            for layer, pair in enumerate(layers)
-        ]
+        return [pair and expanded(readers.get(layer), pair) for layer, pair in enumerate(layers)]
 
 
-def _expansions(model: Any) -> dict[int, Any]:
-    """The function of each layer that expands compressed keys and values; the cache of such a layer stores these."""
-    modules = [
-        m for m in model.modules() if hasattr(m, "expand_kv") and isinstance(getattr(m, "layer_idx", None), int)
-    ]
-    return {module.layer_idx: module.expand_kv for module in modules}
+def stores_compressed(module: Any) -> bool:
+    """Whether an attention module stores compressed keys and values in the cache, and expands them when it attends.
+
+    ``transformers`` names the method ``expand_kv`` in every model with multi-head latent attention.
+    """
+    return hasattr(module, "expand_kv") and isinstance(getattr(module, "layer_idx", None), int)
 
 
-def _expanded(expand: Any, pair: KeyValue) -> KeyValue:
-    key, value = expand(*(x[None] for x in pair))
+def expanded(module: Any, pair: KeyValue) -> KeyValue:
+    """Keys and values [(A,) Hkv, T, D] as an attention module attends to them, of those that its cache stores."""
+    if not stores_compressed(module):
+        return pair
+    if pair[0].dim() == 4:
+        return module.expand_kv(*pair)  # type: ignore[no-any-return]
+    key, value = module.expand_kv(*(x[None] for x in pair))
     return key[0], value[0]

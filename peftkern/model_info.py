@@ -144,21 +144,21 @@ def full_cache(config: Any) -> Any:
     from transformers.cache_utils import (
         DynamicCache,
         DynamicLayer,
+        DynamicSlidingWindowLayer,
         LinearAttentionAndFullAttentionLayer,
-        LinearAttentionCacheLayerMixin,
+        LinearAttentionAndSlidingWindowAttentionLayer,
     )
 
     config = config.get_text_config(decoder=True)
     if not getattr(config, "layer_types", None):
         return DynamicCache()
     cache = DynamicCache(config=config)
-    recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
-    if not any(recurrent):
-        return DynamicCache()
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return DynamicCache()  # grows where the model has more layers than its config says
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DynamicLayer) and recurrent[index]:
+        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
             cache.layers[index] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
-        elif isinstance(layer, DynamicLayer):
+        elif isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = DynamicLayer()
     return cache
 

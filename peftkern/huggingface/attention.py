@@ -279,7 +279,7 @@ def _attend_with_query_bias(
     prefix_out, prefix_lse = prefix_attention(
         rows, shared_k, shared_v, no_k, no_v, causal=False, bias=row_bias, return_lse=True, **common
     )
-    prefix_out = prefix_out.transpose(1, 2).reshape(batch, q_len, num_heads, head_dim).transpose(1, 2)
+    prefix_out = prefix_out.transpose(1, 2).reshape(batch, q_len, num_heads, -1).transpose(1, 2)
     prefix_lse = prefix_lse.reshape(num_heads, batch, q_len).transpose(0, 1)
 
     # sigmoid(a - b) = exp(a) / (exp(a) + exp(b)). Where both are -inf the query sees nothing, and both outputs are 0.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from ..layer_shapes import expanded
 from .packing import PackedBatch
 
 __all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
@@ -90,6 +91,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         options: passed on to the attention function.
         ids: [B], index into the bank for each sample, -1 for none.
         lens: [A], the number of tokens of each prefix in the bank; None if all have P.
+        as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
         static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
             None to store the sequence in tensors that grow.
 
@@ -109,6 +111,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         options: PrefixOptions,
         ids: Tensor | None = None,
         lens: Tensor | None = None,
+        as_stored: bool = False,
         static_layers: Sequence[StaticLayer] | None = None,
     ) -> None:
         layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
@@ -119,6 +122,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.options = options
         self.ids = ids
         self.lens = lens
+        self.as_stored = as_stored
         self.packed: PackedBatch | None = None
         #: Prefix tokens of the longest layer; relative position biases cover them.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
@@ -251,6 +255,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         if info is None or (found := self._with_prefix(info.layer, key, value)) is None:
             return None
         sequence, prefix = found
+        if self.as_stored:
+            prefix = expanded(module, prefix)
         if self._running is not None:  # None where a layer is recomputed in the backward pass
             self._running.served.add(info.name)
         return sequence, _like_key(prefix, key)
@@ -376,8 +382,9 @@ class PackedCache(PrefixCache):
         if ids is None:
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
-            banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
-        )
+            banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
+            as_stored=True,
+        )  # fmt: skip
         cache.layers = self._padded_layers()
         return cache
 

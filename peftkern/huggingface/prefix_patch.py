@@ -210,6 +210,12 @@ class PrefixPatch(ModelPatch):
 
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
         """Replace our cache by a stock cache that contains the prefix."""
+        compressed = [info.name for info in self.prefix_layers.values() if info.compressed]
+        if compressed:
+            raise ValueError(
+                f"model: expected a call for peftkern's attention, because the stock cache of {compressed[0]} stores "
+                f"compressed keys and cannot contain the prefix, got {reason}"
+            )
         self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)

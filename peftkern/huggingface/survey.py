@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..layer_shapes import LayerShape
+from ..layer_shapes import LayerShape, stores_compressed
 from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
@@ -32,6 +32,7 @@ class PrefixLayerInfo:
         layer: the cache layer whose keys it reads.
         shape: of the keys [B, Hkv, T, D] and values [B, Hkv, T, D_v] that it attends to.
         pattern: (causal, window) of its mask; None for any other mask.
+        compressed: whether the cache stores compressed keys and values, which the module expands.
         counts_rows: whether the model derives positions from the cache while its layers run.
     """
 
@@ -39,6 +40,7 @@ class PrefixLayerInfo:
     layer: int
     shape: LayerShape
     pattern: tuple[bool, int | None] | None = None
+    compressed: bool = False
     counts_rows: bool = False
 
 
@@ -97,6 +99,9 @@ class _Survey(DynamicCache):  # type: ignore[misc]
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("linear attention has a state instead of keys and values per token")
 
+    def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("an indexer selects the keys that a query sees, and a prefix has no index")
+
     has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -105,14 +110,20 @@ class _Survey(DynamicCache):  # type: ignore[misc]
 
     def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
         pattern = mask.pattern if isinstance(mask, LazyMask) else None
+        shape, compressed = LayerShape.of((key, value)), stores_compressed(module)
+        for layer in self._layers_read(module, key):
+            info = PrefixLayerInfo(self.names[module], layer, shape, pattern, compressed)
+            if self.prefix_layers.setdefault(module, info) != info:
+                raise ValueError(
+                    f"{info.name} is layers {self.prefix_layers[module].layer} and {layer} in one module"
+                )
+
+    def _layers_read(self, module: Any, key: Tensor) -> list[int]:
+        """The layers of the cache that have returned ``key``, or the compressed keys that it was made of."""
+        if stores_compressed(module):
+            return [layer for layer, *_ in self.returned if layer == module.layer_idx]
         address = key.untyped_storage().data_ptr()
-        for layer, returned, _ in self.returned:
-            if returned.untyped_storage().data_ptr() == address:
-                info = PrefixLayerInfo(self.names[module], layer, LayerShape.of((key, value)), pattern)
-                if self.prefix_layers.setdefault(module, info) != info:
-                    raise ValueError(
-                        f"{info.name} is layers {self.prefix_layers[module].layer} and {layer} in one module"
-                    )
+        return [layer for layer, keys, _ in self.returned if keys.untyped_storage().data_ptr() == address]
 
 
 def survey(
@@ -126,7 +137,7 @@ def survey(
         names: path of each module, for messages.
 
     Returns:
-        (the modules; per layer of the cache, keys and values [1, Hkv, 2, D] of two equal tokens)
+        (the modules; per layer of the cache, keys and values [1, Hkv, 2, D] of two equal tokens, as it stores them)
 
     Raises:
         ValueError: if the model cannot be run with a cache, or attention that is not dispatched reads the cache.
@@ -146,7 +157,7 @@ def survey(
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
         raise ValueError(
             f"model: in {layers} of {type(backbone).__name__} attention does not read the keys that the cache "
-            "returns; it is not dispatched through transformers' AttentionInterface, or it expands compressed keys"
+            "returns; it is not dispatched through transformers' AttentionInterface"
         )
     prefix_layers = {
         module: replace(info, counts_rows=record.counts_rows) for module, info in record.prefix_layers.items()

@@ -65,7 +65,7 @@ class TextCache(PrefixCache):
         ids, lens = ids.to(device, non_blocking=True), lens.to(device, non_blocking=True)
         super().__init__(
             [None] * len(pairs), offset=packed.layout.shape[1], stores=True, offset_outside=True,
-            options=cache.options, ids=ids, lens=lens,
+            options=cache.options, ids=ids, lens=lens, as_stored=True,
         )  # fmt: skip
         self._texts: list[_Texts | None] = [None if pair is None else _Texts(*pair, rows) for pair in pairs]
         self._places = packed.text_places().to(device)

@@ -187,8 +187,9 @@ class Trial:
 
     def _cache(self, stores: bool = True, prefix: list[KeyValue | None] | None = None) -> PrefixCache:
         return PrefixCache(
-            prefix or self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options
-        )
+            prefix or self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options,
+            as_stored=True,
+        )  # fmt: skip
 
     def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Outputs:
         if mask is not None:
