@@ -11,8 +11,8 @@
 
 #include <stdint.h>
 
-#define PEFTKERN_ABI_VERSION 2
-#define PEFTKERN_CUDA_ABI_VERSION 5
+#define PEFTKERN_ABI_VERSION 3
+#define PEFTKERN_CUDA_ABI_VERSION 6
 
 #if defined(PEFTKERN_BUILD_LIBRARY)
 #define PEFTKERN_API __attribute__((visibility("default")))
@@ -54,11 +54,11 @@ enum peftkern_isa {
 
 // Attention over [prefix | sequence]. peftkern/reference.py defines the result.
 typedef struct peftkern_attention {
-  const void* q;  // [batch, num_heads, q_len, head_dim]
-  const void* k;  // [batch, num_kv_heads, kv_len, head_dim]
-  const void* v;
-  const void* prefix_k;  // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
-  const void* prefix_v;
+  const void* q;             // [batch, num_heads, q_len, head_dim]
+  const void* k;             // [batch, num_kv_heads, kv_len, head_dim]
+  const void* v;             // [batch, num_kv_heads, kv_len, value_dim]
+  const void* prefix_k;      // [bank_size, num_kv_heads, prefix_len, head_dim], prefix_dtype
+  const void* prefix_v;      // [bank_size, num_kv_heads, prefix_len, value_dim], prefix_dtype
   const float* sinks;        // [num_heads], contiguous
   const void* bias;          // [batch, num_heads, q_len, kv_len], bias_dtype; stride 0 along broadcast dimensions
   const float* prefix_bias;  // [num_heads, prefix_len]; stride 0 along broadcast dimensions
@@ -71,9 +71,9 @@ typedef struct peftkern_attention {
   // Else it is row [i, j, 1] of entry [i, j, 0], and of k and v where that is -1. prefix_k is then
   // [source_size, num_kv_heads, source_len, head_dim]. CPU only.
   const int64_t* prefix_rows;
-  void* out;                 // [batch, num_heads, q_len, head_dim]
-  float* lse;                // [batch, num_heads, q_len], contiguous
-  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, bank_size, prefix_len;
+  void* out;   // [batch, num_heads, q_len, value_dim]
+  float* lse;  // [batch, num_heads, q_len], contiguous
+  int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, value_dim, bank_size, prefix_len;
   int64_t num_sequences;                           // in cu_seqlens
   int64_t source_size, source_len;                 // with prefix_rows
   int64_t q_stride[3], k_stride[3], v_stride[3];   // batch, head, row
@@ -89,10 +89,10 @@ typedef struct peftkern_attention {
 // `forward.out` and `forward.lse` are inputs here: the results of the forward.
 typedef struct peftkern_attention_backward {
   peftkern_attention forward;
-  const void* dout;              // [batch, num_heads, q_len, head_dim]
+  const void* dout;              // [batch, num_heads, q_len, value_dim]
   const float* dlse;             // [batch, num_heads, q_len]
   void *dq, *dk, *dv;            // shaped like q, k, v
-  float *dprefix_k, *dprefix_v;  // shaped like prefix_k, contiguous
+  float *dprefix_k, *dprefix_v;  // shaped like prefix_k and prefix_v, contiguous
   float* dsinks;                 // [num_heads]
   float* dbias;                  // [bias_size], contiguous
   float* dprefix_bias;           // [prefix_bias_size], contiguous
@@ -138,10 +138,10 @@ PEFTKERN_API int peftkern_soft_prompt_embedding_backward(const peftkern_embeddin
 // One block of Philox4x32-10, for known-answer tests.
 PEFTKERN_API void peftkern_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-// libpeftkern_cuda: pointers are device pointers, dtypes fp16 and bf16, head_dim a multiple of 8 up to 256, and the
-// prefix has q's dtype. Calls queue work on `stream` of `device` and do not wait for it. Pointers, and strides in
-// bytes, are multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls that read the sequence.
-// `gate` holds the gate's tanh. `isa` and `num_threads` are ignored.
+// libpeftkern_cuda: pointers are device pointers, dtypes fp16 and bf16, head_dim a multiple of 8 up to 256 and
+// value_dim the same, and the prefix has q's dtype. Calls queue work on `stream` of `device` and do not wait for it.
+// Pointers, and strides in bytes, are multiples of 16. dropout_p must be 0; `bias` and `gate` must be null in calls
+// that read the sequence. `gate` holds the gate's tanh. `isa` and `num_threads` are ignored.
 //
 // `prefix_start` says what prefix_ids of a packed call holds, if the caller knows it: -1 for the sequences before that
 // row, 0 for those from it on, of a bank of one prefix. Kernels that read only the prefix then leave earlier rows alone

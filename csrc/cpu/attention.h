@@ -57,10 +57,16 @@ struct Block {
   int32_t low_min, low_max, high_min, high_max, prefix_low_min, prefix_low_max;
 };
 
+// The head dimension of the keys or of the values, and the number of elements to which rows are padded with zeros.
+struct HeadDim {
+  int64_t size, padded;
+};
+
 // Rows that are `stride` elements apart. Elements are floats or, with Problem::pairs, words that hold two bf16 numbers.
 struct Rows {
   const float* data;
   int64_t stride;
+  HeadDim dim;
 };
 
 // The keys and values of a tile. In k and v, a pair holds neighbours along the head dimension; in `by_key`, it holds
@@ -81,8 +87,8 @@ struct RowRange {
 struct Problem {
   const peftkern_attention* args;
   const Plan* plan;
-  int64_t head_dim, padded_dim;
-  float log2_scale;  // plain scores, in units of ln 2, are log2_scale * product
+  HeadDim k_dim, v_dim;  // of q and k; of v and out
+  float log2_scale;      // plain scores, in units of ln 2, are log2_scale * product
   bool plain_seq, plain_prefix;
   bool in_place;         // keys and values are floats that can be read in place if they are read once
   bool always_in_place;  // the same if they are read repeatedly: rows far apart share too few cache sets
@@ -92,25 +98,28 @@ struct Problem {
   bool amx;               // multiply pairs in AMX tiles; sums over keys are then stored as [dim][row]
   int64_t row_step;       // Block::step
   int64_t diagonal_keys;  // keys that are processed together on the causal diagonal
-  // Packed [bank, num_kv_heads, packed_len, padded_dim]. With pairs, prefix_k holds the rows of k and then `by_key`.
+  // Packed [bank, num_kv_heads, packed_len, k_dim.padded or v_dim.padded]. With pairs, the rows of a head fill half of
+  // its memory, and `by_key` follows the rows that it is made of.
   const float *prefix_k, *prefix_v;
   int64_t packed_len;
 
   bool is_plain(Part part) const { return part == kPrefix ? plain_prefix : plain_seq; }
+  // That of the rows which sums over keys multiply: v in the forward, k in the backward.
+  HeadDim by_key_dim() const { return backward ? k_dim : v_dim; }
 };
 
 static Problem make_problem(const peftkern_attention& args, const Plan& plan, bool backward) {
   Problem p;
   p.args = &args;
   p.plan = &plan;
-  p.head_dim = args.head_dim;
-  p.padded_dim = round_up(args.head_dim, kLanes);
+  p.k_dim = {args.head_dim, round_up(args.head_dim, kLanes)};
+  p.v_dim = {args.value_dim, round_up(args.value_dim, kLanes)};
   p.log2_scale = (float)(args.scale * kLog2e);
   const bool plain = args.softcap == 0.0 && args.scale > 0.0;
   p.plain_seq = plain && !args.bias;
   p.plain_prefix = plain && !args.prefix_bias;
-  p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.padded_dim == p.head_dim;
-  p.always_in_place = p.in_place && args.k_stride[2] == p.head_dim && args.v_stride[2] == p.head_dim;
+  p.in_place = args.dtype == PEFTKERN_FLOAT32 && p.k_dim.padded == p.k_dim.size && p.v_dim.padded == p.v_dim.size;
+  p.always_in_place = p.in_place && args.k_stride[2] == p.k_dim.size && args.v_stride[2] == p.v_dim.size;
   p.backward = backward;
   p.pairs = p.k_pairs_in_place = p.v_pairs_in_place = false;
   p.prefix_k = p.prefix_v = nullptr;
@@ -129,14 +138,15 @@ static void use_pairs(Problem& p) {
   const auto in_place = [](const void* data, const int64_t* stride) {
     return (stride[0] | stride[1] | stride[2]) % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
   };
-  p.pairs = a.dtype == PEFTKERN_BFLOAT16 && a.head_dim % 2 == 0;
+  p.pairs = a.dtype == PEFTKERN_BFLOAT16 && a.head_dim % 2 == 0 && a.value_dim % 2 == 0;
   p.k_pairs_in_place = in_place(a.k, a.k_stride);
   p.v_pairs_in_place = in_place(a.v, a.v_stride);
 #if PEFTKERN_HAS_AMX
   if (!p.pairs) return;
   p.amx = true;
   p.k_pairs_in_place = p.v_pairs_in_place = false;  // tiles are read whole
-  p.padded_dim = round_up(a.head_dim, kTileStep);
+  p.k_dim.padded = round_up(a.head_dim, kTileStep);
+  p.v_dim.padded = round_up(a.value_dim, kTileStep);
   p.packed_len = round_up(a.prefix_len, kBlockN);
   p.row_step = p.diagonal_keys = kTileStep;
 #endif
@@ -160,18 +170,17 @@ PEFTKERN_INLINE void interleave_rows(const void* first, const void* second, int6
 #endif
 
 #if PEFTKERN_HAS_AMX
-// out[d][i] = (rows[2 i][d], rows[2 i + 1][d]) for n <= kTileStep bf16 rows, with zeros beyond n and head_dim.
+// out[d][i] = (rows[2 i][d], rows[2 i + 1][d]) for n <= kTileStep bf16 rows, with zeros beyond n and dim.size.
 template <typename Row>
-static void transpose_pairs(const Problem& p, int64_t n, const Row& row, uint32_t* out, int64_t stride) {
+static void transpose_pairs(HeadDim dim, int64_t n, const Row& row, uint32_t* out, int64_t stride) {
   alignas(64) uint32_t pairs[kLanes * kMaxHeadDim];
-  const int64_t dim = p.padded_dim;
-  memset(pairs, 0, sizeof(uint32_t) * kLanes * dim);
+  memset(pairs, 0, sizeof(uint32_t) * kLanes * dim.padded);
   for (int64_t j = 0; j < n; j += 2)
-    interleave_rows(row(j), j + 1 < n ? row(j + 1) : nullptr, p.head_dim, pairs + j / 2 * dim);
-  for (int64_t d = 0; d < dim; d += kLanes) {
+    interleave_rows(row(j), j + 1 < n ? row(j + 1) : nullptr, dim.size, pairs + j / 2 * dim.padded);
+  for (int64_t d = 0; d < dim.padded; d += kLanes) {
     vf square[kLanes];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<vf>(pairs + i * dim + d);
+    for (int64_t i = 0; i < kLanes; i++) square[i] = load_as<vf>(pairs + i * dim.padded + d);
     transpose(square);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes; i++) __builtin_memcpy(out + (d + i) * stride, &square[i], sizeof square[i]);
@@ -247,14 +256,14 @@ static void make_block(const Problem& p, const Sequence& s, int64_t kv_head, int
 
 // Prefetches the rows of the block that comes next.
 static void prefetch_rows(const Problem& p, const Sequence& s, int64_t kv_head, int64_t position_block,
-                          const void* data, const int64_t* stride) {
+                          const void* data, const int64_t* stride, HeadDim dim) {
   const Plan& plan = *p.plan;
   const int64_t dtype = p.args->dtype, line = dtype == PEFTKERN_FLOAT32 ? 16 : 32;
   const int64_t first = position_block * plan.positions_per_block;
   const int64_t base = s.batch * stride[0] + kv_head * plan.group_size * stride[1] + s.start * stride[2];
   for (int64_t i = first; i < min(first + plan.positions_per_block, s.q_len); i++)
     for (int64_t h = 0; h < plan.heads_per_block; h++)
-      for (int64_t d = 0; d < p.head_dim; d += line)
+      for (int64_t d = 0; d < dim.size; d += line)
         __builtin_prefetch(offset(data, dtype, base + h * stride[1] + i * stride[2] + d));
 }
 

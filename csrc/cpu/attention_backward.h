@@ -15,8 +15,8 @@ static void backward_blocks(const Problem& p, const Needs& needs, const peftkern
                             const Sums& sums, float* dbias) {
   s.tiles.open(seq, kv_head, true);
   for (int64_t block = first; block < num_position_blocks(*p.plan, seq); block += step) {
-    prefetch_rows(p, seq, kv_head, block + step, p.args->q, p.args->q_stride);
-    prefetch_rows(p, seq, kv_head, block + step, b.dout, b.dout_stride);
+    prefetch_rows(p, seq, kv_head, block + step, p.args->q, p.args->q_stride, p.k_dim);
+    prefetch_rows(p, seq, kv_head, block + step, b.dout, b.dout_stride, p.v_dim);
     for (int64_t head = 0; head < p.plan->group_size; head += p.plan->heads_per_block) {
       make_block(p, seq, kv_head, block, head, s.block);
       backward_block(p, needs, b, seq, kv_head, s, sums, dbias);
@@ -24,37 +24,36 @@ static void backward_blocks(const Problem& p, const Needs& needs, const peftkern
   }
 }
 
-// Writes the fp32 rows [kv_len, padded_dim] of one sequence and kv head to dk or dv.
-static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, const float* rows, void* out,
-                           const int64_t* stride) {
+// Writes the fp32 rows [kv_len, dim.padded] of one sequence and kv head to dk or dv.
+static void store_sequence(const Problem& p, const Sequence& seq, int64_t kv_head, HeadDim dim, const float* rows,
+                           void* out, const int64_t* stride) {
   for (int64_t t = 0; t < seq.kv_len; t++) {
     const int64_t at = seq.batch * stride[0] + kv_head * stride[1] + (seq.start + t) * stride[2];
-    narrow_row(rows + t * p.padded_dim, 1.0f, p.head_dim, p.args->dtype,
-               const_cast<char*>(offset(out, p.args->dtype, at)));
+    narrow_row(rows + t * dim.padded, 1.0f, dim.size, p.args->dtype, const_cast<char*>(offset(out, p.args->dtype, at)));
   }
 }
 
 // The partial sums of the tasks, one per group and kv head. The ordered sums follow.
 struct Partials {
-  float *dprefix_k, *dprefix_v;  // [groups, num_kv_heads, prefix_len, padded_dim]
+  float *dprefix_k, *dprefix_v;  // [groups, num_kv_heads, prefix_len, dim.padded]
   float* dprefix_bias;           // [groups, num_heads, prefix_len]
   double *dsinks, *dgate;        // [groups, num_heads]
-  float *dk, *dv;                // [partials, num_kv_heads, max_kv_len, padded_dim]
+  float *dk, *dv;                // [partials, num_kv_heads, max_kv_len, dim.padded]
 };
 
 static Partials take_partials(const Problem& p, const Needs& needs, Arena& arena) {
   const peftkern_attention& a = *p.args;
   const int64_t groups = p.plan->num_groups;
-  const int64_t prefix = groups * a.num_kv_heads * a.prefix_len * p.padded_dim;
-  const int64_t partial = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len * p.padded_dim;
+  const int64_t prefix = groups * a.num_kv_heads * a.prefix_len;  // rows
+  const int64_t partial = p.plan->num_partials * a.num_kv_heads * p.plan->max_kv_len;
   Partials x;
-  x.dprefix_k = arena.take<float>(needs.dprefix_k ? prefix : 0);
-  x.dprefix_v = arena.take<float>(needs.dprefix_v ? prefix : 0);
+  x.dprefix_k = arena.take<float>(needs.dprefix_k ? prefix * p.k_dim.padded : 0);
+  x.dprefix_v = arena.take<float>(needs.dprefix_v ? prefix * p.v_dim.padded : 0);
   x.dprefix_bias = arena.take<float>(needs.dprefix_bias ? groups * a.num_heads * a.prefix_len : 0);
   x.dsinks = arena.take<double>(needs.dsinks ? groups * a.num_heads : 0);
   x.dgate = arena.take<double>(needs.dgate ? groups * a.num_heads : 0);
-  x.dk = arena.take<float>(needs.dk ? partial : 0);
-  x.dv = arena.take<float>(needs.dv ? partial : 0);
+  x.dk = arena.take<float>(needs.dk ? partial * p.k_dim.padded : 0);
+  x.dv = arena.take<float>(needs.dv ? partial * p.v_dim.padded : 0);
   return x;
 }
 
@@ -62,11 +61,15 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
                            int64_t kv_head, BackwardScratch& s, const Partials& partials) {
   const peftkern_attention& a = *p.args;
   const Plan& plan = *p.plan;
-  const int64_t at = group * a.num_kv_heads + kv_head, prefix = a.prefix_len * p.padded_dim;
-  const int64_t split_size = plan.max_kv_len * p.padded_dim, G = plan.group_size;
+  const int64_t at = group * a.num_kv_heads + kv_head, G = plan.group_size;
+  const int64_t k_width = p.k_dim.padded, v_width = p.v_dim.padded;
+  // `count` rows of `width` floats, the first of which is row `first`
+  const auto cleared = [](float* rows, int64_t first, int64_t count, int64_t width) {
+    return (float*)memset(rows + first * width, 0, sizeof(float) * count * width);
+  };
   Sums sums{};
-  if (needs.dprefix_k) sums.dprefix_k = (float*)memset(partials.dprefix_k + at * prefix, 0, sizeof(float) * prefix);
-  if (needs.dprefix_v) sums.dprefix_v = (float*)memset(partials.dprefix_v + at * prefix, 0, sizeof(float) * prefix);
+  if (needs.dprefix_k) sums.dprefix_k = cleared(partials.dprefix_k, at * a.prefix_len, a.prefix_len, k_width);
+  if (needs.dprefix_v) sums.dprefix_v = cleared(partials.dprefix_v, at * a.prefix_len, a.prefix_len, v_width);
   if (needs.dprefix_bias)
     sums.dprefix_bias =
         (float*)memset(partials.dprefix_bias + at * G * a.prefix_len, 0, sizeof(float) * G * a.prefix_len);
@@ -75,42 +78,43 @@ static void backward_group(const Problem& p, const Needs& needs, const peftkern_
   for (int32_t i = 0; i < plan.groups[group].count; i++) {
     const Unit& unit = plan.units[plan.groups[group].first + i];
     const Sequence& seq = plan.sequences[unit.sequence];
-    const int64_t partial = (unit.partial * a.num_kv_heads + kv_head) * split_size;
-    const size_t bytes = sizeof(float) * seq.kv_len * p.padded_dim;
-    if (needs.dk) sums.dk = (float*)memset(unit.splits > 1 ? partials.dk + partial : s.dk, 0, bytes);
-    if (needs.dv) sums.dv = (float*)memset(unit.splits > 1 ? partials.dv + partial : s.dv, 0, bytes);
+    const bool split = unit.splits > 1;
+    const int64_t first = split ? (unit.partial * a.num_kv_heads + kv_head) * plan.max_kv_len : 0;
+    if (needs.dk) sums.dk = cleared(split ? partials.dk : s.dk, first, seq.kv_len, k_width);
+    if (needs.dv) sums.dv = cleared(split ? partials.dv : s.dv, first, seq.kv_len, v_width);
     backward_blocks(p, needs, b, seq, kv_head, unit.split, unit.splits, s, sums, nullptr);
-    if (unit.splits == 1 && needs.dk) store_sequence(p, seq, kv_head, s.dk, b.dk, b.dk_stride);
-    if (unit.splits == 1 && needs.dv) store_sequence(p, seq, kv_head, s.dv, b.dv, b.dv_stride);
+    if (!split && needs.dk) store_sequence(p, seq, kv_head, p.k_dim, s.dk, b.dk, b.dk_stride);
+    if (!split && needs.dv) store_sequence(p, seq, kv_head, p.v_dim, s.dv, b.dv, b.dv_stride);
   }
 }
 
 // dprefix_x[bank, kv_head] = the sum over the groups that see this prefix, in order.
-static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, const float* partials, float* out) {
+static void sum_prefix(const Problem& p, int64_t prefix, int64_t kv_head, HeadDim dim, const float* partials,
+                       float* out) {
   const peftkern_attention& a = *p.args;
-  const int64_t dim = p.padded_dim, D = p.head_dim;
+  const int64_t D = dim.size;
   float* rows = out + (prefix * a.num_kv_heads + kv_head) * a.prefix_len * D;
   memset(rows, 0, sizeof(float) * a.prefix_len * D);
   for (int64_t g = 0; g < p.plan->num_groups; g++) {
     if (p.plan->groups[g].prefix != prefix) continue;
-    const float* partial = partials + (g * a.num_kv_heads + kv_head) * a.prefix_len * dim;
+    const float* partial = partials + (g * a.num_kv_heads + kv_head) * a.prefix_len * dim.padded;
     for (int64_t j = 0; j < a.prefix_len; j++)
-      for (int64_t d = 0; d < D; d++) rows[j * D + d] += partial[j * dim + d];
+      for (int64_t d = 0; d < D; d++) rows[j * D + d] += partial[j * dim.padded + d];
   }
 }
 
 // dk or dv of a sequence that was split: adds the splits to the first one, in order.
-static void sum_splits(const Problem& p, int32_t first_unit, int64_t kv_head, float* partials, void* out,
+static void sum_splits(const Problem& p, int32_t first_unit, int64_t kv_head, HeadDim dim, float* partials, void* out,
                        const int64_t* stride) {
   const Unit& unit = p.plan->units[first_unit];
   const Sequence& seq = p.plan->sequences[unit.sequence];
-  const int64_t split_size = p.plan->max_kv_len * p.padded_dim;
+  const int64_t split_size = p.plan->max_kv_len * dim.padded;
   float* first = partials + (unit.partial * p.args->num_kv_heads + kv_head) * split_size;
   for (int32_t split = 1; split < unit.splits; split++) {
     const float* next = first + split * p.args->num_kv_heads * split_size;
-    for (int64_t i = 0; i < seq.kv_len * p.padded_dim; i += kLanes) store(first + i, load(first + i) + load(next + i));
+    for (int64_t i = 0; i < seq.kv_len * dim.padded; i += kLanes) store(first + i, load(first + i) + load(next + i));
   }
-  store_sequence(p, seq, kv_head, first, out, stride);
+  store_sequence(p, seq, kv_head, dim, first, out, stride);
 }
 
 static void sum_small(const Problem& p, const peftkern_attention_backward& b, const Partials& partials) {
@@ -183,18 +187,18 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
   main.dbias = false;
   const int64_t kv_heads = args.num_kv_heads, num_tasks = plan.num_groups * kv_heads;
   const int num_threads = (int)max(1, args.num_threads);
-  const int64_t packed_size = args.bank_size * kv_heads * problem.packed_len * problem.padded_dim;
 
+  float *packed_k = nullptr, *packed_v = nullptr;
   BackwardScratch unused;
   Arena size{nullptr, 0};
   take_backward_scratch(problem, needs, size, unused);
   const size_t per_thread = size.used;
-  size.take<float>(2 * packed_size + 64);
+  take_packed_prefixes(problem, size, packed_k, packed_v);
   take_partials(problem, needs, size);
   char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
   if (!base) return PEFTKERN_OUT_OF_MEMORY;
   Arena shared{base, 0};
-  float *packed_k = shared.take<float>(packed_size), *packed_v = shared.take<float>(packed_size);
+  take_packed_prefixes(problem, shared, packed_k, packed_v);
   problem.prefix_k = packed_k;
   problem.prefix_v = packed_v;
   const Partials partials = take_partials(problem, needs, shared);
@@ -215,15 +219,16 @@ int attention_backward(const peftkern_attention_backward& b, const Plan& plan) {
       backward_group(problem, main, b, task / kv_heads, task % kv_heads, s, partials);
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < args.bank_size * kv_heads; i++) {
-      if (needs.dprefix_k) sum_prefix(problem, i / kv_heads, i % kv_heads, partials.dprefix_k, b.dprefix_k);
-      if (needs.dprefix_v) sum_prefix(problem, i / kv_heads, i % kv_heads, partials.dprefix_v, b.dprefix_v);
+      const int64_t prefix = i / kv_heads, head = i % kv_heads;
+      if (needs.dprefix_k) sum_prefix(problem, prefix, head, problem.k_dim, partials.dprefix_k, b.dprefix_k);
+      if (needs.dprefix_v) sum_prefix(problem, prefix, head, problem.v_dim, partials.dprefix_v, b.dprefix_v);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < plan.num_units * kv_heads; i++) {
       const int32_t unit = (int32_t)(i / kv_heads);
       if (plan.units[unit].splits == 1 || plan.units[unit].split != 0) continue;
-      if (needs.dk) sum_splits(problem, unit, i % kv_heads, partials.dk, b.dk, b.dk_stride);
-      if (needs.dv) sum_splits(problem, unit, i % kv_heads, partials.dv, b.dv, b.dv_stride);
+      if (needs.dk) sum_splits(problem, unit, i % kv_heads, problem.k_dim, partials.dk, b.dk, b.dk_stride);
+      if (needs.dv) sum_splits(problem, unit, i % kv_heads, problem.v_dim, partials.dv, b.dv, b.dv_stride);
     }
 #pragma omp master
     sum_small(problem, b, partials);

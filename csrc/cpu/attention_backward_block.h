@@ -72,7 +72,7 @@ static void walk_weights(const Problem& p, const Sequence& seq, BackwardScratch&
                     paired             ? nullptr
                     : dropout || gated ? s.applied
                                        : weights,
-                    s.dout, s.dout_pairs, dv + begin * p.padded_dim);
+                    p.v_dim, s.dout, s.dout_pairs, dv + begin * p.v_dim.padded);
   }
 }
 
@@ -120,7 +120,7 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
 #if PEFTKERN_HAS_PAIRS
     if (p.pairs && part == kSequence && !through_scores && a.softcap == 0.0) {
       pair_score_gradients(s, weights, grad, n, rows, minus_delta, factors);
-      if (dk) add_over_rows(p, s, part, begin, n, rows, nullptr, s.q, s.q_pairs, dk + begin * p.padded_dim);
+      if (dk) add_over_rows(p, s, part, begin, n, rows, nullptr, p.k_dim, s.q, s.q_pairs, dk + begin * p.k_dim.padded);
       if (needs.dq) add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, nullptr);
       continue;
     }
@@ -138,19 +138,19 @@ static void walk_scores(const Problem& p, const Needs& needs, const Sequence& se
     }
     if (a.softcap != 0.0)
       for (int64_t i = 0; i < n * kBlockM; i += kLanes) store(grad + i, load(grad + i) * load(s.slopes + at + i));
-    if (dk) add_over_rows(p, s, part, begin, n, rows, grad, s.q, s.q_pairs, dk + begin * p.padded_dim);
+    if (dk) add_over_rows(p, s, part, begin, n, rows, grad, p.k_dim, s.q, s.q_pairs, dk + begin * p.k_dim.padded);
     if (needs.dq) add_over_keys(p, s, part, tile_at(p, seq, kv_head, s, part, begin), begin, n, rows, grad);
   }
 }
 
 // Loads rows of q or dout in all forms that the walks read.
-static void load_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+static void load_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, HeadDim dim,
                       [[maybe_unused]] bool in_fp32, float* rows, float* panel, [[maybe_unused]] float* pairs) {
-  load_panel(p, block, data, stride, rows, panel);
+  load_panel(p, block, data, stride, dim, rows, panel);
 #if PEFTKERN_HAS_PAIRS
   if (!p.pairs) return;
-  gather_row_pairs(p, block, data, stride, pairs);
-  if (in_fp32) gather_rows(p, block, data, stride, rows);
+  gather_row_pairs(p, block, data, stride, dim, pairs);
+  if (in_fp32) gather_rows(p, block, data, stride, dim, rows);
 #endif
 }
 
@@ -179,8 +179,8 @@ static void start_rows(const peftkern_attention& a, const peftkern_attention_bac
 static void finish_rowsums(const Problem& p, BackwardScratch& s, const Sums& sums, bool exact) {
   const peftkern_attention& a = *p.args;
   const Block& block = s.block;
-  const int64_t dim = p.padded_dim;
-  if (!exact) gather_rows(p, block, a.out, a.out_stride, s.out);
+  const int64_t dim = p.v_dim.padded;
+  if (!exact) gather_rows(p, block, a.out, a.out_stride, p.v_dim, s.out);
   for (int64_t r = 0; r < block.vectors * kLanes; r++) {
     float& rowsum = s.rowsum[kSequence][r];
     const float prefix_rowsum = s.rowsum[kPrefix][r];
@@ -205,12 +205,12 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
                            const Sequence& seq, int64_t kv_head, BackwardScratch& s, const Sums& sums, float* dbias) {
   const peftkern_attention& a = *p.args;
   const Block& block = s.block;
-  const int64_t dim = p.padded_dim;
+  const int64_t dim = p.k_dim.padded;  // of dq
   const int64_t prefix_tiles = needs.prefix() ? num_tiles(tiles_of(seq, block, kPrefix)) : 0;
   const bool floats = prefix_tiles && !p.amx;  // the prefix's gradients multiply floats, not terms
-  load_rows(p, block, a.q, a.q_stride, floats && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
-  load_rows(p, block, b.dout, b.dout_stride, !needs.sequence() || (floats && sums.dprefix_v), s.dout, s.dout_panel,
-            s.dout_pairs);
+  load_rows(p, block, a.q, a.q_stride, p.k_dim, floats && sums.dprefix_k, s.q, s.q_panel, s.q_pairs);
+  load_rows(p, block, b.dout, b.dout_stride, p.v_dim, !needs.sequence() || (floats && sums.dprefix_v), s.dout,
+            s.dout_panel, s.dout_pairs);
   start_rows(a, b, seq, s);
   const bool exact = needs.sequence();
   if (prefix_tiles) walk_products(p, needs, seq, kv_head, s, kPrefix, 0);
@@ -227,12 +227,12 @@ static void backward_block(const Problem& p, const Needs& needs, const peftkern_
   if (needs.dq || needs.dk || dbias)
     walk_scores(p, needs, seq, kv_head, s, kSequence, prefix_tiles, sums.dk, sums, dbias, b);
 #if PEFTKERN_HAS_AMX
-  if (p.amx && needs.dq) transpose_sums(p, block, s.dq_sums, s.dq);
+  if (p.amx && needs.dq) transpose_sums(block, p.k_dim, s.dq_sums, s.dq);
 #endif
   if (needs.dq)
     for (int64_t r = 0; r < block.count; r++) {
       const int64_t at = seq.batch * b.dq_stride[0] + block.head[r] * b.dq_stride[1] + block.row[r] * b.dq_stride[2];
-      narrow_row(s.dq + r * dim, 1.0f, p.head_dim, a.dtype, const_cast<char*>(offset(b.dq, a.dtype, at)));
+      narrow_row(s.dq + r * dim, 1.0f, p.k_dim.size, a.dtype, const_cast<char*>(offset(b.dq, a.dtype, at)));
     }
 }
 

@@ -18,8 +18,8 @@ struct Needs {
 
 // The sums that a task adds to. Null: not needed.
 struct Sums {
-  float *dk, *dv;                // [kv_len, padded_dim] of the sequence at hand
-  float *dprefix_k, *dprefix_v;  // [prefix_len, padded_dim]
+  float *dk, *dv;                // [kv_len, dim.padded] of the sequence at hand
+  float *dprefix_k, *dprefix_v;  // [prefix_len, dim.padded]
   float* dprefix_bias;           // [group_size, prefix_len]
   double *dsinks, *dgate;        // [group_size]
 };
@@ -27,11 +27,11 @@ struct Sums {
 constexpr int64_t kTerms = 3;  // the number of bf16 terms whose sum is a float
 
 struct BackwardScratch {
-  float *q, *dout;              // [kBlockM][padded_dim] floats, for sums over rows in fp32
+  float *q, *dout;              // [kBlockM][dim.padded] floats, for sums over rows in fp32
   float *q_panel, *dout_panel;  // for products with keys and values
   float *q_pairs, *dout_pairs;  // pairs of neighbouring rows, for sums over rows
   float *out, *dq;
-  float* dq_sums;                           // for AMX: dq as [padded_dim][kBlockM]; else dq itself
+  float* dq_sums;                           // for AMX: dq as [k_dim.padded][kBlockM]; else dq itself
   float *weights, *grads, *slopes;          // [tiles of prefix and sequence][kBlockN][kBlockM]
   float *factors, *applied;                 // [kBlockN][kBlockM]: dropout's factors; the weights that multiply values
   float *row_pairs, *key_pairs;             // a tile of weights or gradients as pairs of rows, as pairs of keys
@@ -45,18 +45,18 @@ struct BackwardScratch {
 };
 
 static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& arena, BackwardScratch& s) {
-  const int64_t dim = p.padded_dim, rows = kBlockM * dim, tile = kBlockN * kBlockM;
+  const int64_t k_dim = p.k_dim.padded, v_dim = p.v_dim.padded, tile = kBlockN * kBlockM;
   const int64_t length = round_up(p.plan->max_kv_len, kBlockN);
   const int64_t tile_keys = round_up(p.plan->max_prefix_len, kBlockN) + (needs.sequence() ? length : 0);
-  s.q = arena.take<float>(rows);
-  s.q_panel = arena.take<float>(rows);
-  s.q_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
-  s.dout = arena.take<float>(rows);
-  s.dout_panel = arena.take<float>(rows);
-  s.dout_pairs = arena.take<float>(p.pairs ? rows / 2 : 0);
-  s.out = arena.take<float>(rows);
-  s.dq = arena.take<float>(rows);
-  s.dq_sums = p.amx ? arena.take<float>(rows) : s.dq;
+  s.q = arena.take<float>(kBlockM * k_dim);
+  s.q_panel = arena.take<float>(kBlockM * k_dim);
+  s.q_pairs = arena.take<float>(p.pairs ? kBlockM * k_dim / 2 : 0);
+  s.dout = arena.take<float>(kBlockM * v_dim);
+  s.dout_panel = arena.take<float>(kBlockM * v_dim);
+  s.dout_pairs = arena.take<float>(p.pairs ? kBlockM * v_dim / 2 : 0);
+  s.out = arena.take<float>(kBlockM * v_dim);
+  s.dq = arena.take<float>(kBlockM * k_dim);
+  s.dq_sums = p.amx ? arena.take<float>(kBlockM * k_dim) : s.dq;
   s.weights = arena.take<float>(tile_keys * kBlockM);
   s.grads = arena.take<float>(tile_keys * kBlockM);
   s.slopes = arena.take<float>(p.args->softcap != 0.0 ? tile_keys * kBlockM : 0);
@@ -65,11 +65,11 @@ static void take_backward_scratch(const Problem& p, const Needs& needs, Arena& a
   s.row_pairs = arena.take<float>(p.pairs ? tile / 2 + kLanes : 0);  // a vector of pairs may end beyond the last key
   s.key_pairs = arena.take<float>(p.pairs ? tile / 2 : 0);
   s.row_terms = arena.take<float>(p.amx ? kTerms * (tile / 2) + kLanes : 0);
-  s.dk = arena.take<float>(needs.dk ? length * dim : 0);
-  s.dv = arena.take<float>(needs.dv ? length * dim : 0);
+  s.dk = arena.take<float>(needs.dk ? length * k_dim : 0);
+  s.dv = arena.take<float>(needs.dv ? length * v_dim : 0);
   const int64_t widened = p.always_in_place ? 0 : length;
-  s.tiles.k = arena.take<float>(widened * dim);
-  s.tiles.v = arena.take<float>(widened * dim);
+  s.tiles.k = arena.take<float>(widened * k_dim);
+  s.tiles.v = arena.take<float>(widened * v_dim);
   s.tiles.length = widened;
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
   s.tiles.sequence = nullptr;

@@ -88,42 +88,43 @@ static void split_rows(const float* x, int64_t n, RowRange rows, float* terms) {
 }
 #endif
 
-// sums [n keys, dim] += x [n][kBlockM] times the block's rows. For the sequence, x is rounded to pairs of bf16; a null
-// x means that `row_pairs` already holds them. For the prefix, whose gradients train parameters, x stays fp32.
+// sums [n keys, width] += x [n][kBlockM] times the block's rows. For the sequence, x is rounded to pairs of bf16; a
+// null x means that `row_pairs` already holds them. For the prefix, whose gradients train parameters, x stays fp32.
 static void add_over_rows(const Problem& p, BackwardScratch& s, Part part, int64_t begin, int64_t n, RowRange rows,
-                          const float* x, const float* floats, [[maybe_unused]] const float* pairs, float* sums) {
-  const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
+                          const float* x, HeadDim dim, const float* floats, [[maybe_unused]] const float* pairs,
+                          float* sums) {
+  const int64_t width = dim.padded, count = min(rows.end, s.block.count) - rows.begin;
   const bool paired = p.pairs && part == kSequence;
   const int32_t* high = on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr;
   const SeeingRows seeing{high, begin, rows.begin, count, paired};
-  const Store add{sums, dim, true};
+  const Store add{sums, width, true};
 #if PEFTKERN_HAS_PAIRS
   if (paired) {
     if (x) pair_rows(x, n, rows, s.row_pairs);
 #if PEFTKERN_HAS_AMX
     if (p.amx)
-      return gemm_tiles(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
-                        words(pairs) + rows.begin / 2 * dim, dim, add);
+      return gemm_tiles(n, width, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
+                        words(pairs) + rows.begin / 2 * width, width, add);
 #endif
-    return gemm<false>(n, dim, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
-                       words(pairs) + rows.begin / 2 * dim, dim, add);
+    return gemm<false>(n, width, seeing, words(s.row_pairs) + rows.begin / 2, kBlockM / 2,
+                       words(pairs) + rows.begin / 2 * width, width, add);
   }
 #endif
 #if PEFTKERN_HAS_AMX
   if (p.amx) {
     split_rows(x, n, rows, s.row_terms);
     const SeeingRows all{nullptr, begin, rows.begin, count, true};
-    return gemm_tiles<kTerms>(n, dim, all, words(s.row_terms) + rows.begin / 2, kBlockM / 2,
-                              words(pairs) + rows.begin / 2 * dim, dim, add, kBlockN * kBlockM / 2);
+    return gemm_tiles<kTerms>(n, width, all, words(s.row_terms) + rows.begin / 2, kBlockM / 2,
+                              words(pairs) + rows.begin / 2 * width, width, add, kBlockN * kBlockM / 2);
   }
 #endif
-  gemm<false>(n, dim, seeing, x + rows.begin, kBlockM, floats + rows.begin * dim, dim, add);
+  gemm<false>(n, width, seeing, x + rows.begin, kBlockM, floats + rows.begin * width, width, add);
 }
 
 // dq [rows, dim] += grad^T keys. A null grad means that `key_pairs` already holds it.
 static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const Tile& tile, int64_t begin, int64_t n,
                           RowRange rows, const float* grad) {
-  const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
+  const int64_t width = p.k_dim.padded, count = min(rows.end, s.block.count) - rows.begin;
   const int32_t* high = on_diagonal(s.block, part, begin, n) ? s.block.high : nullptr;
 #if PEFTKERN_HAS_PAIRS
   if (p.pairs) {
@@ -134,12 +135,12 @@ static void add_over_keys(const Problem& p, BackwardScratch& s, Part part, const
 #if PEFTKERN_HAS_AMX
   if (p.amx) {
     pad_weights(s.key_pairs, n, rows);
-    return multiply_keys_in_tiles(p, VisibleKeys{high, begin, n, rows.begin, true}, rows.end - rows.begin,
+    return multiply_keys_in_tiles(VisibleKeys{high, begin, n, rows.begin, true}, rows.end - rows.begin,
                                   grad + rows.begin, tile.by_key, s.dq_sums + rows.begin, true);
   }
 #endif
   multiply_keys(p, VisibleKeys{high, begin, n, rows.begin, p.pairs}, count, grad + rows.begin, tile.by_key,
-                Store{s.dq + rows.begin * dim, dim, true});
+                Store{s.dq + rows.begin * width, width, true});
 }
 
 }  // namespace PEFTKERN_ISA

@@ -27,18 +27,19 @@ static PartialRows take_partial_rows(const Problem& p, Arena& arena) {
   x.prefix_chunks = (p.plan->max_prefix_len + kDecodeKeys - 1) / kDecodeKeys;
   x.chunks = x.prefix_chunks + (a.kv_len + kDecodeKeys - 1) / kDecodeKeys;
   const int64_t count = a.batch * a.num_heads * a.q_len * x.chunks;
-  x.out = arena.take<float>(count * p.padded_dim);
+  x.out = arena.take<float>(count * p.v_dim.padded);
   x.m = arena.take<float>(count);
   x.sum = arena.take<float>(count);
   return x;
 }
 
 static void store_partial_rows(const Problem& p, const ForwardScratch& s, int64_t chunk, const PartialRows& partial) {
+  const int64_t dim = p.v_dim.padded;
   for (int64_t r = 0; r < s.block.count; r++) {
     const int64_t at = partial.index(p, s.block, r, chunk);
     partial.m[at] = s.m[r];
     partial.sum[at] = s.sum[r];
-    if (!s.empty) memcpy(partial.out + at * p.padded_dim, s.out + r * p.padded_dim, sizeof(float) * p.padded_dim);
+    if (!s.empty) memcpy(partial.out + at * dim, s.out + r * dim, sizeof(float) * dim);
   }
 }
 
@@ -62,8 +63,8 @@ static void decode_prefix(const Problem& p, const Group& group, int64_t kv_head,
     const int64_t n = min(kBlockN, end - begin);
     if (begin + n <= s.block.prefix_low_min) continue;
     widen_prefix(p, some.prefix, kv_head, begin, n, s.tiles.k, s.tiles.v);
-    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, {s.tiles.k, p.padded_dim}, {s.tiles.v, p.padded_dim}),
-             begin, n);
+    const Rows k{s.tiles.k, p.k_dim.padded, p.k_dim}, v{s.tiles.v, p.v_dim.padded, p.v_dim};
+    add_tile(p, some, s, kPrefix, SequenceTiles::with_by_key(p, k, v), begin, n);
   }
   store_partial_rows(p, s, chunk, partial);
 }
@@ -93,7 +94,7 @@ static void decode_sequence(const Problem& p, const Sequence& seq, int64_t kv_he
 // Joins the chunks of the row in lane 0; skips chunks of which it sees no key.
 static void join_row(const Problem& p, const Sequence& seq, ForwardScratch& s, const PartialRows& partial) {
   const peftkern_attention& a = *p.args;
-  const int64_t dim = p.padded_dim, head = s.block.head[0];
+  const int64_t dim = p.v_dim.padded, head = s.block.head[0];
   const int64_t prefix_chunks = (seq.prefix_len + kDecodeKeys - 1) / kDecodeKeys;
   const float sink = a.sinks ? a.sinks[head] * (float)kLog2e : -kInf;
   float m = sink;

@@ -16,7 +16,7 @@ struct ForwardScratch {
   float *rows, *panel;                // queries
   float *scores, *weights, *factors;  // [kBlockN][kBlockM]; weights: the memory of the scores, or pairs of keys
   float *out, *prefix_out;
-  float* sums;                               // for AMX: out as [padded_dim][kBlockM]; else out itself
+  float* sums;                               // for AMX: out as [v_dim.padded][kBlockM]; else out itself
   float m[kBlockM], sum[kBlockM];            // weights are 2^(score - m); their sum
   float base[kBlockM];                       // m, but 0 where m is -inf
   float alpha[kBlockM];                      // the factor that a change of m applies to earlier weights
@@ -28,17 +28,17 @@ struct ForwardScratch {
 
 // `length`: the number of keys that are widened at a time.
 static void take_forward_scratch(const Problem& p, int64_t length, Arena& arena, ForwardScratch& s) {
-  const int64_t dim = p.padded_dim;
-  s.rows = arena.take<float>(kBlockM * dim);
-  s.panel = arena.take<float>(kBlockM * dim);
+  const int64_t k_dim = p.k_dim.padded, v_dim = p.v_dim.padded;
+  s.rows = arena.take<float>(kBlockM * k_dim);
+  s.panel = arena.take<float>(kBlockM * k_dim);
   s.scores = arena.take<float>(kBlockM * kBlockN);
   s.weights = p.pairs ? arena.take<float>(kBlockM * kBlockN / 2) : s.scores;
   s.factors = arena.take<float>(p.args->dropout_p > 0.0 ? kBlockM * kBlockN : 0);
-  s.out = arena.take<float>(kBlockM * dim);
-  s.sums = p.amx ? arena.take<float>(kBlockM * dim) : s.out;
-  s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * dim : 0);
-  s.tiles.k = arena.take<float>(length * dim);
-  s.tiles.v = arena.take<float>(length * dim);
+  s.out = arena.take<float>(kBlockM * v_dim);
+  s.sums = p.amx ? arena.take<float>(kBlockM * v_dim) : s.out;
+  s.prefix_out = arena.take<float>(p.args->gate ? kBlockM * v_dim : 0);
+  s.tiles.k = arena.take<float>(length * k_dim);
+  s.tiles.v = arena.take<float>(length * v_dim);
   s.tiles.length = length;
   s.tiles.ready = arena.take<uint8_t>(p.plan->max_kv_len / kBlockN + 1);
   s.tiles.sequence = nullptr;
@@ -81,17 +81,17 @@ static bool raise_m(const Problem& p, ForwardScratch& s, RowRange rows, float fa
   if (p.amx) {
     for (int64_t r = rows.begin; r < rows.end && moved && !s.empty; r += kLanes) {
       const vf alpha = load(s.alpha + r);
-      for (int64_t d = 0; d < p.padded_dim; d++)
+      for (int64_t d = 0; d < p.v_dim.padded; d++)
         store(s.sums + d * kBlockM + r, load(s.sums + d * kBlockM + r) * alpha);
     }
     return moved;
   }
 #endif
+  const int64_t dim = p.v_dim.padded;
   if (moved && !s.empty)
     for (int64_t r = rows.begin; r < min(rows.end, s.block.count); r++)
       if (s.alpha[r] != 1.0f)
-        for (int64_t d = 0; d < p.padded_dim; d += kLanes)
-          store(s.out + r * p.padded_dim + d, load(s.out + r * p.padded_dim + d) * s.alpha[r]);
+        for (int64_t d = 0; d < dim; d += kLanes) store(s.out + r * dim + d, load(s.out + r * dim + d) * s.alpha[r]);
   return moved;
 }
 
@@ -218,7 +218,7 @@ static void weigh_scores(const Problem& p, const Sequence& seq, ForwardScratch& 
 static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, Part part, const Tile& tile,
                      int64_t begin, int64_t n) {
   const RowRange rows = rows_of(s.block, part, begin, n);
-  const int64_t dim = p.padded_dim, count = min(rows.end, s.block.count) - rows.begin;
+  const int64_t dim = p.v_dim.padded, count = min(rows.end, s.block.count) - rows.begin;
   if (s.empty || !p.is_plain(part) || p.args->dropout_p > 0.0) weigh_scores(p, seq, s, part, tile, begin, n, rows);
 #if PEFTKERN_HAS_PAIRS
   else if (p.pairs)
@@ -235,7 +235,7 @@ static void add_tile(const Problem& p, const Sequence& seq, ForwardScratch& s, P
 #if PEFTKERN_HAS_AMX
   if (p.amx) {
     pad_weights(s.weights, n, rows);
-    multiply_keys_in_tiles(p, visible, rows.end - rows.begin, s.weights + rows.begin, tile.by_key, s.sums + rows.begin,
+    multiply_keys_in_tiles(visible, rows.end - rows.begin, s.weights + rows.begin, tile.by_key, s.sums + rows.begin,
                            !s.empty);
     s.empty = false;
     return;
@@ -254,12 +254,12 @@ static void walk(const Problem& p, const Sequence& seq, int64_t kv_head, Forward
     add_tile(p, seq, s, part, tile, begin, n);
   }
 #if PEFTKERN_HAS_AMX
-  if (p.amx && !s.empty && (part == kSequence || p.args->gate)) transpose_sums(p, s.block, s.sums, s.out);
+  if (p.amx && !s.empty && (part == kSequence || p.args->gate)) transpose_sums(s.block, p.v_dim, s.sums, s.out);
 #endif
 }
 
 static void load_queries(const Problem& p, ForwardScratch& s) {
-  load_panel(p, s.block, p.args->q, p.args->q_stride, s.rows, s.panel);
+  load_panel(p, s.block, p.args->q, p.args->q_stride, p.k_dim, s.rows, s.panel);
 }
 
 // lse[r] = ln(sum) + ln(2) m for the rows of a block.
@@ -273,7 +273,7 @@ static void log_sums(const Block& block, const float* m, const float* sum, float
 static void store_row(const Problem& p, const Block& block, int64_t r, const float* row, float factor, float lse) {
   const peftkern_attention& a = *p.args;
   void* out = const_cast<char*>(row_address(p, block, r, a.out, a.out_stride));
-  narrow_row(row, factor, p.head_dim, a.dtype, out);
+  narrow_row(row, factor, p.v_dim.size, a.dtype, out);
   a.lse[(block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]] = lse;
 }
 
@@ -281,7 +281,7 @@ static float reciprocal(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 static void forward_block(const Problem& p, const Sequence& seq, int64_t kv_head, ForwardScratch& s) {
   const peftkern_attention& a = *p.args;
-  const int64_t dim = p.padded_dim;
+  const int64_t dim = p.v_dim.padded;
   load_queries(p, s);
   reset_softmax(p, s, !a.gate);
   walk(p, seq, kv_head, s, kPrefix);
@@ -321,12 +321,18 @@ static void run_by_threads(int num_threads, const Body& body) {
   body();
 }
 
+static void take_packed_prefixes(const Problem& p, Arena& arena, float*& packed_k, float*& packed_v) {
+  const int64_t rows = p.args->bank_size * p.args->num_kv_heads * p.packed_len;
+  packed_k = arena.take<float>(rows * p.k_dim.padded);
+  packed_v = arena.take<float>(rows * p.v_dim.padded);
+}
+
 // Packs the prefixes with all threads of the team. A barrier follows.
 static void pack_prefixes(const Problem& p, float* packed_k, float* packed_v) {
 #pragma omp for schedule(static)  // FAULT: prefix-read-before-it-is-packed
   for (int64_t i = 0; i < p.args->bank_size * p.args->num_kv_heads; i++) {
     const int64_t prefix = i / p.args->num_kv_heads, kv_head = i % p.args->num_kv_heads;
-    float *k = packed_k + i * p.packed_len * p.padded_dim, *v = packed_v + i * p.packed_len * p.padded_dim;
+    float *k = packed_k + i * p.packed_len * p.k_dim.padded, *v = packed_v + i * p.packed_len * p.v_dim.padded;
 #if PEFTKERN_HAS_PAIRS
     if (p.pairs) {
       pair_prefix(p, prefix, kv_head, k, v);
@@ -347,7 +353,6 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
 #endif
   const int64_t num_tasks = plan.num_units * args.num_kv_heads;
   const int num_threads = (int)max(1, min(args.num_threads, num_tasks));
-  const int64_t packed_size = args.bank_size * args.num_kv_heads * problem.packed_len * problem.padded_dim;
 
   float *packed_k = nullptr, *packed_v = nullptr;
   ForwardScratch unused;
@@ -355,12 +360,11 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
   const int64_t length = problem.always_in_place ? 0 : round_up(plan.max_kv_len, kBlockN);
   take_forward_scratch(problem, length, size, unused);
   const size_t per_thread = size.used;
-  size.take<float>(2 * packed_size + 64);
+  take_packed_prefixes(problem, size, packed_k, packed_v);
   char* base = static_cast<char*>(acquire_scratch(size.used + per_thread * (num_threads - 1)));
   if (!base) return PEFTKERN_OUT_OF_MEMORY;
   Arena shared{base, 0};
-  packed_k = shared.take<float>(packed_size);
-  packed_v = shared.take<float>(packed_size);
+  take_packed_prefixes(problem, shared, packed_k, packed_v);
   problem.prefix_k = packed_k;
   problem.prefix_v = packed_v;
 
@@ -379,7 +383,7 @@ int attention_forward(const peftkern_attention& args, const Plan& plan) {
       const int64_t kv_head = task % args.num_kv_heads, blocks = num_position_blocks(plan, seq);
       s.tiles.open(seq, kv_head, blocks * (plan.group_size / plan.heads_per_block) > unit.splits);
       for (int64_t b = unit.split; b < blocks; b += unit.splits) {
-        prefetch_rows(problem, seq, kv_head, b + unit.splits, args.q, args.q_stride);
+        prefetch_rows(problem, seq, kv_head, b + unit.splits, args.q, args.q_stride, problem.k_dim);
         for (int64_t head = 0; head < plan.group_size; head += plan.heads_per_block) {
           make_block(problem, seq, kv_head, b, head, s.block);
           forward_block(problem, seq, kv_head, s);

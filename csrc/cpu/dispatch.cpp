@@ -144,7 +144,8 @@ struct Planner {
     const double share = total_work() * double(a.num_kv_heads) / kTasks;
     double filled = 0;
     for (int32_t i : order) {
-      const int64_t bytes = 8 * (sequences[i].kv_len + 1) * (a.head_dim + 1) * a.num_kv_heads;  // dk and dv of a split
+      const int64_t bytes =  // dk and dv of a split
+          4 * (sequences[i].kv_len + 1) * (a.head_dim + a.value_dim + 2) * a.num_kv_heads;
       const int64_t splits = std::min<int64_t>({int64_t(work(sequences[i]) / share) + 1, 8, kMaxPartials / bytes});
       const int32_t first = int32_t(units.size());
       add_units(i, splits > 1 && blocks(sequences[i]) >= 2 * splits ? splits : 1);
@@ -177,7 +178,8 @@ bool valid(const peftkern_attention& a) {
                      a.prefix_dtype >= PEFTKERN_FLOAT32 && a.prefix_dtype <= PEFTKERN_BFLOAT16;
   const bool sizes = a.batch >= 0 && a.q_len >= 0 && a.kv_len >= 0 && a.prefix_len >= 0 && a.num_kv_heads > 0 &&
                      a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0 && a.head_dim >= 0 &&
-                     a.head_dim <= kMaxHeadDim && a.kv_len < INT32_MAX && a.prefix_len < INT32_MAX;
+                     a.head_dim <= kMaxHeadDim && a.value_dim >= 0 && a.value_dim <= kMaxHeadDim &&
+                     a.kv_len < INT32_MAX && a.prefix_len < INT32_MAX;
   return known && sizes && a.window >= 0 && a.dropout_p >= 0.0 && a.dropout_p < 1.0;
 }
 
@@ -308,7 +310,7 @@ void* acquire_scratch(size_t bytes) {
 using namespace peftkern;
 
 // peftkern/native/abi.py relies on structs of eight-byte fields without padding.
-static_assert(sizeof(peftkern_attention) == 68 * 8 && sizeof(peftkern_attention_backward) == 100 * 8);
+static_assert(sizeof(peftkern_attention) == 69 * 8 && sizeof(peftkern_attention_backward) == 101 * 8);
 static_assert(sizeof(peftkern_embedding) == 23 * 8 && sizeof(peftkern_embedding_backward) == 28 * 8);
 
 extern "C" {

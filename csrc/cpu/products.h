@@ -14,24 +14,25 @@ PEFTKERN_INLINE const char* row_address(const Problem& p, const Block& block, in
                 block.sample[r] * stride[0] + block.head[r] * stride[1] + block.row[r] * stride[2]);
 }
 
-// Writes the block's rows as floats, rows[r][padded_dim].
-static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows) {
+// Writes the block's rows as floats, rows[r][dim.padded].
+static void gather_rows(const Problem& p, const Block& block, const void* data, const int64_t* stride, HeadDim dim,
+                        float* rows) {
   const int64_t dtype = p.args->dtype;
   for (int64_t r = 0; r < block.count; r++)
-    widen_row(row_address(p, block, r, data, stride), dtype, p.head_dim, rows + r * p.padded_dim);
-  const int64_t widened = round_up(p.head_dim, kLanes);
-  for (int64_t r = 0; r < block.count && widened < p.padded_dim; r++)
-    memset(rows + r * p.padded_dim + widened, 0, sizeof(float) * (p.padded_dim - widened));
+    widen_row(row_address(p, block, r, data, stride), dtype, dim.size, rows + r * dim.padded);
+  const int64_t widened = round_up(dim.size, kLanes);
+  for (int64_t r = 0; r < block.count && widened < dim.padded; r++)
+    memset(rows + r * dim.padded + widened, 0, sizeof(float) * (dim.padded - widened));
   // FAULT: rows-cleared-past-their-end
-  memset(rows + block.count * p.padded_dim, 0, sizeof(float) * (block.vectors * kLanes - block.count) * p.padded_dim);
+  memset(rows + block.count * dim.padded, 0, sizeof(float) * (block.vectors * kLanes - block.count) * dim.padded);
 }
 
 // panel[d][r] = rows[r][d]
-static void transpose_rows(const Problem& p, const Block& block, const float* rows, float* panel) {
+static void transpose_rows(const Block& block, HeadDim dim, const float* rows, float* panel) {
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
-    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+    for (int64_t d = 0; d < dim.padded; d += kLanes) {
       vf square[kLanes];
-      for (int i = 0; i < kLanes; i++) square[i] = load(rows + (r + i) * p.padded_dim + d);
+      for (int i = 0; i < kLanes; i++) square[i] = load(rows + (r + i) * dim.padded + d);
       transpose(square);
       for (int i = 0; i < kLanes; i++) store(panel + (d + i) * kBlockM + r, square[i]);
     }
@@ -40,8 +41,8 @@ static void transpose_rows(const Problem& p, const Block& block, const float* ro
 #if PEFTKERN_HAS_PAIRS
 // panel[d / 2][r] = (x[r][d], x[r][d + 1]) for a block's rows x.
 static void gather_pair_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride,
-                              float* panel) {
-  const int64_t count = p.head_dim / 2;
+                              HeadDim dim, float* panel) {
+  const int64_t count = dim.size / 2;
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes) {
     const char* row[kLanes];
     for (int64_t i = 0; i < kLanes; i++) row[i] = row_address(p, block, r + i, data, stride);
@@ -58,15 +59,15 @@ static void gather_pair_panel(const Problem& p, const Block& block, const void* 
 }
 
 // by_row[r / 2][d] = (x[r][d], x[r + 1][d]), with zeros beyond the rows where AMX tiles read them.
-static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride,
+static void gather_row_pairs(const Problem& p, const Block& block, const void* data, const int64_t* stride, HeadDim dim,
                              float* by_row) {
   for (int64_t r = 0; r < block.count; r += 2)
     interleave_rows(row_address(p, block, r, data, stride),
-                    r + 1 < block.count ? row_address(p, block, r + 1, data, stride) : nullptr, p.head_dim,
-                    words(by_row) + r / 2 * p.padded_dim);
+                    r + 1 < block.count ? row_address(p, block, r + 1, data, stride) : nullptr, dim.size,
+                    words(by_row) + r / 2 * dim.padded);
 #if PEFTKERN_HAS_AMX
   if (!p.amx) return;
-  const int64_t width = p.padded_dim, pairs = (block.count + 1) / 2, written = round_up(p.head_dim, kLanes);
+  const int64_t width = dim.padded, pairs = (block.count + 1) / 2, written = round_up(dim.size, kLanes);
   for (int64_t i = 0; i < pairs && written < width; i++)
     memset(by_row + i * width + written, 0, sizeof(float) * (width - written));
   memset(by_row + pairs * width, 0, sizeof(float) * width * (block.vectors * kLanes / 2 - pairs));
@@ -76,30 +77,30 @@ static void gather_row_pairs(const Problem& p, const Block& block, const void* d
 
 // Writes a block's rows as the second factor of products with keys: panel[d][r], or pairs along d. Without pairs,
 // `rows` receives the rows as floats.
-static void load_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride, float* rows,
-                       float* panel) {
+static void load_panel(const Problem& p, const Block& block, const void* data, const int64_t* stride, HeadDim dim,
+                       float* rows, float* panel) {
 #if PEFTKERN_HAS_PAIRS
-  if (p.pairs) return gather_pair_panel(p, block, data, stride, panel);
+  if (p.pairs) return gather_pair_panel(p, block, data, stride, dim, panel);
 #endif
-  gather_rows(p, block, data, stride, rows);
-  transpose_rows(p, block, rows, panel);
+  gather_rows(p, block, data, stride, dim, rows);
+  transpose_rows(block, dim, rows, panel);
 }
 
-// C [n keys, count rows] = keys times a panel, summed over the head dimension.
+// C [n keys, count rows] = keys or values times a panel, summed over their head dimension.
 template <typename Finish>
-PEFTKERN_INLINE void multiply_rows(const Problem& p, const Rows& keys, int64_t first_key, int64_t n, const float* panel,
-                                   int64_t count, const Finish& finish) {
+PEFTKERN_INLINE void multiply_rows([[maybe_unused]] const Problem& p, const Rows& keys, int64_t first_key, int64_t n,
+                                   const float* panel, int64_t count, const Finish& finish) {
 #if PEFTKERN_HAS_AMX
   if (p.amx)
-    return gemm_tiles(n, count, All{p.padded_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
+    return gemm_tiles(n, count, All{keys.dim.padded / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
                       words(panel), kBlockM, finish);
 #endif
 #if PEFTKERN_HAS_PAIRS
   if (p.pairs)
-    return gemm<false>(n, count, All{p.head_dim / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
+    return gemm<false>(n, count, All{keys.dim.size / 2}, words(keys.data) + first_key * keys.stride, keys.stride,
                        words(panel), kBlockM, finish);
 #endif
-  gemm<false>(n, count, All{p.head_dim}, keys.data + first_key * keys.stride, keys.stride, panel, kBlockM, finish);
+  gemm<false>(n, count, All{keys.dim.size}, keys.data + first_key * keys.stride, keys.stride, panel, kBlockM, finish);
 }
 
 // The keys of a tile that rows i, i + 1, ... of a block, counted from `first`, see: the range that is summed.
@@ -124,10 +125,10 @@ struct VisiblePairs {
 
 // sums [dim][kBlockM] (+)= transposed keys or values times weights [n / 2][kBlockM], for `columns` rows of the block.
 // The weights are padded with zeros to whole tiles of keys.
-static void multiply_keys_in_tiles(const Problem& p, const VisibleKeys& visible, int64_t columns, const float* weights,
+static void multiply_keys_in_tiles(const VisibleKeys& visible, int64_t columns, const float* weights,
                                    const Rows& by_key, float* sums, bool accumulate) {
-  gemm_tiles(p.padded_dim, columns, VisiblePairs{visible}, words(by_key.data), by_key.stride, words(weights), kBlockM,
-             Accumulate{sums, kBlockM, accumulate});
+  gemm_tiles(by_key.dim.padded, columns, VisiblePairs{visible}, words(by_key.data), by_key.stride, words(weights),
+             kBlockM, Accumulate{sums, kBlockM, accumulate});
 }
 
 // Pads the weights of n keys with zeros to whole tiles.
@@ -137,15 +138,15 @@ PEFTKERN_INLINE void pad_weights(float* weights, int64_t n, RowRange rows) {
 }
 
 // rows[r][d] = sums[d][r]
-static void transpose_sums(const Problem& p, const Block& block, const float* sums, float* rows) {
+static void transpose_sums(const Block& block, HeadDim dim, const float* sums, float* rows) {
   for (int64_t r = 0; r < block.vectors * kLanes; r += kLanes)
-    for (int64_t d = 0; d < p.padded_dim; d += kLanes) {
+    for (int64_t d = 0; d < dim.padded; d += kLanes) {
       vf square[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) square[i] = load(sums + (d + i) * kBlockM + r);
       transpose(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; i++) store(rows + (r + i) * p.padded_dim + d, square[i]);
+      for (int i = 0; i < kLanes; i++) store(rows + (r + i) * dim.padded + d, square[i]);
     }
 }
 #endif
@@ -153,13 +154,14 @@ static void transpose_sums(const Problem& p, const Block& block, const float* su
 // C [count rows, dim] = weights^T times keys or values, summed over the keys. `weights` is [n][kBlockM], or pairs of
 // keys.
 template <typename Finish>
-PEFTKERN_INLINE void multiply_keys(const Problem& p, const VisibleKeys& visible, int64_t count, const float* weights,
-                                   const Rows& by_key, const Finish& finish) {
+PEFTKERN_INLINE void multiply_keys([[maybe_unused]] const Problem& p, const VisibleKeys& visible, int64_t count,
+                                   const float* weights, const Rows& by_key, const Finish& finish) {
 #if PEFTKERN_HAS_PAIRS
   if (p.pairs)
-    return gemm<true>(count, p.padded_dim, visible, words(weights), kBlockM, words(by_key.data), by_key.stride, finish);
+    return gemm<true>(count, by_key.dim.padded, visible, words(weights), kBlockM, words(by_key.data), by_key.stride,
+                      finish);
 #endif
-  gemm<true>(count, p.padded_dim, visible, weights, kBlockM, by_key.data, by_key.stride, finish);
+  gemm<true>(count, by_key.dim.padded, visible, weights, kBlockM, by_key.data, by_key.stride, finish);
 }
 
 // Whether the causal diagonal crosses a tile, so that some rows do not see its last keys.

@@ -10,7 +10,7 @@ namespace PEFTKERN_ISA {
 
 // The keys and values of the current sequence, widened or paired on first use.
 struct SequenceTiles {
-  float *k, *v;  // [length, padded_dim] each; with pairs, k holds rows and then `by_key`
+  float *k, *v;  // [length, dim.padded] each; with pairs, rows fill half, and `by_key` follows those it is made of
   uint8_t* ready;
   int64_t length;
   const Sequence* sequence;
@@ -29,11 +29,12 @@ struct SequenceTiles {
   void prefetch(const Problem& p, int64_t base_k, int64_t base_v, int64_t begin) const {
     const peftkern_attention& a = *p.args;
     const int64_t end = min(sequence->kv_len, begin + kBlockN), line = a.dtype == PEFTKERN_FLOAT32 ? 16 : 32;
-    for (int64_t t = sequence->start + begin; t < sequence->start + end; t++)
-      for (int64_t d = 0; d < p.head_dim; d += line) {
+    for (int64_t t = sequence->start + begin; t < sequence->start + end; t++) {
+      for (int64_t d = 0; d < p.k_dim.size; d += line)
         __builtin_prefetch(offset(a.k, a.dtype, base_k + t * a.k_stride[2] + d));
+      for (int64_t d = 0; d < p.v_dim.size; d += line)
         __builtin_prefetch(offset(a.v, a.dtype, base_v + t * a.v_stride[2] + d));
-      }
+    }
   }
 
   Tile get(const Problem& p, int64_t begin, int64_t n) {
@@ -46,8 +47,8 @@ struct SequenceTiles {
     const auto v_row = [&](int64_t j) { return offset(a.v, a.dtype, base_v + (first + j) * a.v_stride[2]); };
     if (p.always_in_place || (p.in_place && !keep)) {
       if (!keep) prefetch(p, base_k, base_v, begin + n);
-      return with_by_key(p, {reinterpret_cast<const float*>(k_row(0)), a.k_stride[2]},
-                         {reinterpret_cast<const float*>(v_row(0)), a.v_stride[2]});
+      return with_by_key(p, {reinterpret_cast<const float*>(k_row(0)), a.k_stride[2], p.k_dim},
+                         {reinterpret_cast<const float*>(v_row(0)), a.v_stride[2], p.v_dim});
     }
     if (make) {
       if (keep) ready[begin / kBlockN] = 1;
@@ -56,12 +57,12 @@ struct SequenceTiles {
 #if PEFTKERN_HAS_PAIRS
     if (p.pairs) return get_pairs(p, place, n, make, k_row, v_row);
 #endif
-    const int64_t dim = p.padded_dim;
+    const int64_t k_width = p.k_dim.padded, v_width = p.v_dim.padded;
     for (int64_t j = 0; j < n && make; j++) {
-      widen_row(k_row(j), a.dtype, p.head_dim, k + (place + j) * dim);
-      widen_row(v_row(j), a.dtype, p.head_dim, v + (place + j) * dim);
+      widen_row(k_row(j), a.dtype, p.k_dim.size, k + (place + j) * k_width);
+      widen_row(v_row(j), a.dtype, p.v_dim.size, v + (place + j) * v_width);
     }
-    return with_by_key(p, {k + place * dim, dim}, {v + place * dim, dim});
+    return with_by_key(p, {k + place * k_width, k_width, p.k_dim}, {v + place * v_width, v_width, p.v_dim});
   }
 
   static Tile with_by_key(const Problem& p, Rows k_rows, Rows v_rows) {
@@ -71,45 +72,48 @@ struct SequenceTiles {
 #if PEFTKERN_HAS_PAIRS
   template <typename KRow, typename VRow>
   Tile get_pairs(const Problem& p, int64_t place, int64_t n, bool make, const KRow& k_row, const VRow& v_row) {
-    const int64_t dim = p.padded_dim, width = dim / 2, bytes = 2 * p.head_dim;
-    float *k_rows = k + place * width, *by_key = k + (length + place) * width, *v_rows = v + place * width;
+    const HeadDim dim = p.by_key_dim();
+    const int64_t k_width = p.k_dim.padded / 2, v_width = p.v_dim.padded / 2;
+    float *k_rows = k + place * k_width, *v_rows = v + place * v_width;
+    float* by_key = (p.backward ? k : v) + (length + place) * dim.padded / 2;
 #if PEFTKERN_HAS_AMX
     if (p.amx) {
       if (make) {
-        pad_rows(p, n, k_row, k_rows);
-        if (p.backward) pad_rows(p, n, v_row, v_rows);
+        pad_rows(p.k_dim, n, k_row, k_rows);
+        if (p.backward) pad_rows(p.v_dim, n, v_row, v_rows);
         for (int64_t j = 0; j < n; j += kTileStep) {
           const auto summed = [&](int64_t i) { return p.backward ? k_row(j + i) : v_row(j + i); };
-          transpose_pairs(p, min(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
+          transpose_pairs(dim, min(kTileStep, n - j), summed, words(by_key) + j / 2, kBlockN / 2);
         }
       }
-      return {{k_rows, width}, {v_rows, width}, {by_key, kBlockN / 2}};
+      return {{k_rows, k_width, p.k_dim}, {v_rows, v_width, p.v_dim}, {by_key, kBlockN / 2, dim}};
     }
 #endif
     if (make) {
-      for (int64_t j = 0; j < n && !p.k_pairs_in_place; j++) memcpy(k_rows + j * width, k_row(j), bytes);
-      for (int64_t j = 0; j < n && p.backward && !p.v_pairs_in_place; j++) memcpy(v_rows + j * width, v_row(j), bytes);
+      for (int64_t j = 0; j < n && !p.k_pairs_in_place; j++) memcpy(k_rows + j * k_width, k_row(j), 2 * p.k_dim.size);
+      for (int64_t j = 0; j < n && p.backward && !p.v_pairs_in_place; j++)
+        memcpy(v_rows + j * v_width, v_row(j), 2 * p.v_dim.size);
       for (int64_t j = 0; j < n; j += 2) {
         const bool two = j + 1 < n;
-        uint32_t* pairs = words(by_key) + j / 2 * dim;
+        uint32_t* pairs = words(by_key) + j / 2 * dim.padded;
         if (p.backward)
-          interleave_rows(k_row(j), two ? k_row(j + 1) : nullptr, p.head_dim, pairs);
+          interleave_rows(k_row(j), two ? k_row(j + 1) : nullptr, dim.size, pairs);
         else
-          interleave_rows(v_row(j), two ? v_row(j + 1) : nullptr, p.head_dim, pairs);
+          interleave_rows(v_row(j), two ? v_row(j + 1) : nullptr, dim.size, pairs);
       }
     }
-    Tile tile{{k_rows, width}, {v_rows, width}, {by_key, dim}};
-    if (p.k_pairs_in_place) tile.k = {reinterpret_cast<const float*>(k_row(0)), p.args->k_stride[2] / 2};
-    if (p.v_pairs_in_place) tile.v = {reinterpret_cast<const float*>(v_row(0)), p.args->v_stride[2] / 2};
+    Tile tile{{k_rows, k_width, p.k_dim}, {v_rows, v_width, p.v_dim}, {by_key, dim.padded, dim}};
+    if (p.k_pairs_in_place) tile.k = {reinterpret_cast<const float*>(k_row(0)), p.args->k_stride[2] / 2, p.k_dim};
+    if (p.v_pairs_in_place) tile.v = {reinterpret_cast<const float*>(v_row(0)), p.args->v_stride[2] / 2, p.v_dim};
     return tile;
   }
 #endif
 
 #if PEFTKERN_HAS_AMX
-  // Copies n rows and pads them with zeros to kTileStep rows of padded_dim.
+  // Copies n rows and pads them with zeros to kTileStep rows of dim.padded.
   template <typename Row>
-  static void pad_rows(const Problem& p, int64_t n, const Row& row, float* out) {
-    const int64_t width = p.padded_dim / 2, bytes = 2 * p.head_dim, padding = 2 * p.padded_dim - bytes;
+  static void pad_rows(HeadDim dim, int64_t n, const Row& row, float* out) {
+    const int64_t width = dim.padded / 2, bytes = 2 * dim.size, padding = 2 * dim.padded - bytes;
     for (int64_t j = 0; j < n; j++) {
       memcpy(out + j * width, row(j), bytes);
       if (padding) memset(reinterpret_cast<char*>(out + j * width) + bytes, 0, padding);
@@ -120,13 +124,16 @@ struct SequenceTiles {
 };
 
 static Tile prefix_tile(const Problem& p, const Sequence& s, int64_t kv_head, int64_t begin) {
-  const int64_t dim = p.padded_dim;
-  const int64_t at = (s.prefix * p.args->num_kv_heads + kv_head) * p.packed_len * dim;
-  const float *k = p.prefix_k + at, *v = p.prefix_v + at;
-  if (!p.pairs) return SequenceTiles::with_by_key(p, {k + begin * dim, dim}, {v + begin * dim, dim});
-  const int64_t width = dim / 2;
-  const float* by_key = k + (p.packed_len + begin) * width;
-  return {{k + begin * width, width}, {v + begin * width, width}, {by_key, p.amx ? kBlockN / 2 : dim}};
+  const int64_t rows = (s.prefix * p.args->num_kv_heads + kv_head) * p.packed_len;  // of the heads before this one
+  const float *k = p.prefix_k + rows * p.k_dim.padded, *v = p.prefix_v + rows * p.v_dim.padded;
+  // a pair is one word
+  const int64_t k_width = p.pairs ? p.k_dim.padded / 2 : p.k_dim.padded;
+  const int64_t v_width = p.pairs ? p.v_dim.padded / 2 : p.v_dim.padded;
+  const Rows k_rows{k + begin * k_width, k_width, p.k_dim}, v_rows{v + begin * v_width, v_width, p.v_dim};
+  if (!p.pairs) return SequenceTiles::with_by_key(p, k_rows, v_rows);
+  const HeadDim dim = p.by_key_dim();
+  const float* by_key = (p.backward ? k : v) + (p.packed_len + begin) * dim.padded / 2;
+  return {k_rows, v_rows, {by_key, p.amx ? kBlockN / 2 : dim.padded, dim}};
 }
 
 // Widens tokens [begin, begin + n) of one head of one prefix, rounded to q's dtype.
@@ -140,7 +147,8 @@ static PrefixRow prefix_row(const Problem& p, int64_t prefix, int64_t kv_head, i
   const peftkern_attention& a = *p.args;
   int64_t entry = prefix;
   if (a.prefix_rows) {
-    if (a.prefix_lens && j >= read_index(a.prefix_lens, a.prefix_lens_dtype, prefix)) return {nullptr, nullptr, a.dtype};
+    if (a.prefix_lens && j >= read_index(a.prefix_lens, a.prefix_lens_dtype, prefix))
+      return {nullptr, nullptr, a.dtype};
     const int64_t* at = a.prefix_rows + 2 * (prefix * a.prefix_len + j);
     entry = at[0];
     j = at[1];
@@ -157,58 +165,66 @@ static void widen_prefix(const Problem& p, int64_t prefix, int64_t kv_head, int6
                          float* out_v) {
   const int64_t dtype = p.args->dtype;
   for (int64_t j = begin; j < begin + n; j++) {
-    float* k = out_k + (j - begin) * p.padded_dim;
-    float* v = out_v + (j - begin) * p.padded_dim;
+    float* k = out_k + (j - begin) * p.k_dim.padded;
+    float* v = out_v + (j - begin) * p.v_dim.padded;
     const PrefixRow row = prefix_row(p, prefix, kv_head, j);
     if (!row.k) {
-      memset(k, 0, sizeof(float) * p.padded_dim);
-      memset(v, 0, sizeof(float) * p.padded_dim);
+      memset(k, 0, sizeof(float) * p.k_dim.padded);
+      memset(v, 0, sizeof(float) * p.v_dim.padded);
       continue;
     }
-    widen_row(row.k, row.dtype, p.head_dim, k);
-    widen_row(row.v, row.dtype, p.head_dim, v);
+    widen_row(row.k, row.dtype, p.k_dim.size, k);
+    widen_row(row.v, row.dtype, p.v_dim.size, v);
     if (row.dtype != dtype) {
-      round_row(k, p.padded_dim, dtype);
-      round_row(v, p.padded_dim, dtype);
+      round_row(k, p.k_dim.padded, dtype);
+      round_row(v, p.v_dim.padded, dtype);
     }
   }
 }
 
 #if PEFTKERN_HAS_PAIRS
+// Stores tokens j and, if n is 2, j + 1 of a prefix as rows and, if they are `summed` over keys, as pairs of keys.
+static void store_prefix_pairs(const Problem& p, float* rows, HeadDim dim, int64_t j, int64_t n, bool summed,
+                               float* out) {
+  if (n < 2) memset(rows + dim.padded, 0, sizeof(float) * dim.padded);
+  uint32_t* by_key = words(out) + (p.packed_len + j) * dim.padded / 2;
+  for (int64_t d = 0; d < dim.padded; d += kLanes) {
+    const vu pairs = bf16_pairs(load(rows + d), load(rows + dim.padded + d));
+    if (summed && !p.amx) __builtin_memcpy(by_key + d, &pairs, sizeof pairs);
+    for (int64_t i = 0; i < n; i++) {
+      const vh row = to_bf16(load(rows + i * dim.padded + d));
+      __builtin_memcpy(reinterpret_cast<uint16_t*>(out) + (j + i) * dim.padded + d, &row, sizeof row);
+    }
+  }
+}
+
+#if PEFTKERN_HAS_AMX
+// Pads the rows of a prefix with zeros to whole steps and, if they are `summed` over keys, transposes them.
+static void finish_prefix_tiles(const Problem& p, HeadDim dim, bool summed, float* out) {
+  const int64_t length = p.args->prefix_len, padding = round_up(length, kTileStep) - length;
+  uint16_t* rows = reinterpret_cast<uint16_t*>(out);
+  memset(rows + length * dim.padded, 0, sizeof(uint16_t) * dim.padded * padding);
+  for (int64_t j = 0; j < length && summed; j += kTileStep) {
+    uint32_t* by_key = words(out) + (p.packed_len + j / kBlockN * kBlockN) * dim.padded / 2 + j % kBlockN / 2;
+    transpose_pairs(
+        dim, min(kTileStep, length - j), [&](int64_t i) { return rows + (j + i) * dim.padded; }, by_key, kBlockN / 2);
+  }
+}
+#endif
+
 // Stores one head of one prefix as pairs, in the layout that prefix_tile() reads.
 static void pair_prefix(const Problem& p, int64_t prefix, int64_t kv_head, float* out_k, float* out_v) {
-  const int64_t dim = p.padded_dim, length = p.args->prefix_len;
   alignas(64) float k[2 * kMaxHeadDim] = {}, v[2 * kMaxHeadDim] = {};
-  for (int64_t j = 0; j < length; j += 2) {
-    const int64_t n = min(2, length - j);
+  for (int64_t j = 0; j < p.args->prefix_len; j += 2) {
+    const int64_t n = min(2, p.args->prefix_len - j);
     widen_prefix(p, prefix, kv_head, j, n, k, v);
-    if (n < 2) {
-      memset(k + dim, 0, sizeof(float) * dim);
-      memset(v + dim, 0, sizeof(float) * dim);
-    }
-    const float* summed = p.backward ? k : v;
-    uint32_t* by_key = words(out_k) + (p.packed_len + j) * dim / 2;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const vu pairs = bf16_pairs(load(summed + d), load(summed + dim + d));
-      if (!p.amx) __builtin_memcpy(by_key + d, &pairs, sizeof pairs);
-      for (int64_t i = 0; i < n; i++) {
-        const vh k_row = to_bf16(load(k + i * dim + d)), v_row = to_bf16(load(v + i * dim + d));
-        __builtin_memcpy(reinterpret_cast<uint16_t*>(out_k) + (j + i) * dim + d, &k_row, sizeof k_row);
-        __builtin_memcpy(reinterpret_cast<uint16_t*>(out_v) + (j + i) * dim + d, &v_row, sizeof v_row);
-      }
-    }
+    store_prefix_pairs(p, k, p.k_dim, j, n, p.backward, out_k);
+    store_prefix_pairs(p, v, p.v_dim, j, n, !p.backward, out_v);
   }
 #if PEFTKERN_HAS_AMX
   if (!p.amx) return;
-  const int64_t padding = sizeof(uint16_t) * dim * (round_up(length, kTileStep) - length);
-  memset(reinterpret_cast<uint16_t*>(out_k) + length * dim, 0, padding);
-  memset(reinterpret_cast<uint16_t*>(out_v) + length * dim, 0, padding);
-  const uint16_t* summed = reinterpret_cast<const uint16_t*>(p.backward ? out_k : out_v);
-  for (int64_t j = 0; j < length; j += kTileStep) {
-    uint32_t* by_key = words(out_k) + (p.packed_len + j / kBlockN * kBlockN) * dim / 2 + j % kBlockN / 2;
-    transpose_pairs(
-        p, min(kTileStep, length - j), [&](int64_t i) { return summed + (j + i) * dim; }, by_key, kBlockN / 2);
-  }
+  finish_prefix_tiles(p, p.k_dim, p.backward, out_k);
+  finish_prefix_tiles(p, p.v_dim, !p.backward, out_v);
 #endif
 }
 #endif

@@ -146,7 +146,7 @@ class MergeKernels(ABC):
         """Merge the prefix and the sinks into attention over the sequence.
 
         Args:
-            part_out: [B, Hq, S, D], out over the sequence's keys, or None if there are none. Unit stride along D.
+            part_out: [B, Hq, S, D_v], out over the sequence's keys, or None if there are none. Unit stride along D_v.
             part_lse: [B, Hq, S], its natural log-sum-exp.
 
         Returns:
@@ -171,7 +171,10 @@ class PrefixKernels(MergeKernels):
 
     @abstractmethod
     def concat_prefix(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """Compute [prefix | k] and [prefix | v] in k's dtype: [B, Hkv, P + T, D], in memory [B, P + T, Hkv, D]."""
+        """Compute [prefix | k] and [prefix | v] in k's dtype.
+
+        [B, Hkv, P + T, D], in memory [B, P + T, Hkv, D], with D_v for the values.
+        """
 
     @abstractmethod
     def sum_prefix_gradient(self, args: AttentionArgs, djoined: Tensor, total: Tensor) -> None:
@@ -194,7 +197,7 @@ class JoiningKernels(PrefixKernels):
 
         Returns:
             [B, Hkv, P + T, D], which lie in memory as [B, P + T, Hkv, D]. With ``cu_keys``, [1, Hkv, T + n * P, D];
-            rows from cu_keys[n] on are uninitialised.
+            rows from cu_keys[n] on are uninitialised. The values have D_v.
         """
 
     @abstractmethod
@@ -216,7 +219,7 @@ class JoiningKernels(PrefixKernels):
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        """Write to dk and dv [B, Hkv, T, D], except those without elements, the gradients' rows behind the prefixes.
+        """Write to dk and dv, except those without elements, the gradients' rows behind the prefixes.
 
         ``djoined_k`` and ``djoined_v`` are shaped like the result of :meth:`concat_prefix`. All have unit stride
         along D.
@@ -227,7 +230,7 @@ class JoiningKernels(PrefixKernels):
         """Merge attention over further keys into ``out`` and ``lse``, in place.
 
         Args:
-            out: [B, Hq, S, D], with unit stride along D.
+            out: [B, Hq, S, D_v], with unit stride along D_v.
             lse: [B, Hq, S] fp32, the natural log-sum-exp of each row; -inf or inf where a row sees no key, and there
                 out may be anything. Where both parts see no key, out becomes 0 and lse -inf.
             part_out: like ``out``, over keys that ``out`` does not cover.

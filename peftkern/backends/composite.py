@@ -245,7 +245,7 @@ class CompositeBackend(Backend):
 
     def _passes(self, call: Call, machine: Machine, kernel: AttentionKernel, prefix: MergeKernels) -> list[Pass]:
         sizes, features, num_keys = sizes_of(call), self.kernel_features(call.features), self.num_keys(call)
-        own = _kernel_passes(call, sizes, machine, kernel, features, num_keys)
+        own = _kernel_passes(call, machine, kernel, features, num_keys)
         forward, backward = self.passes(call, sizes, prefix, *own)
         if not call.needs_grad:
             return forward
@@ -263,9 +263,10 @@ class CompositeBackend(Backend):
 
 
 def _kernel_passes(
-    call: Call, x: Sizes, machine: Machine, kernel: AttentionKernel, features: tuple[str, ...], num_keys: int
+    call: Call, machine: Machine, kernel: AttentionKernel, features: tuple[str, ...], num_keys: int
 ) -> tuple[list[Pass], list[Pass]]:
     """The passes of torch's kernel over ``num_keys`` keys, forward and backward."""
+    x = sizes_of(_with_one_head_dim(call, kernel))
     with_prefix = num_keys != x.keys
     queries = call.q_shape[2]
     shifted = kernel.top_left and "non-causal" not in features and queries not in (1, num_keys)
@@ -282,9 +283,30 @@ def _kernel_passes(
     read = 0.0 if kernel.grouped else (x.group - 1) * kv
     # sizes that are no multiple of 64 rarely come again
     setup = kernel.setup if queries % 64 or x.keys % 64 else 0.0
-    forward = [Pass(engine, 1, flops, 2 * x.q + x.lse + kv + read + mask, setup=setup), *prepare]
-    backward = [Pass(engine, 3, 2.5 * flops, 4 * x.q + 2 * (kv + read) + mask, True, setup), *prepare]
-    return forward, backward
+    forward = [Pass(engine, 1, flops, x.q + x.out + x.lse + kv + read + mask, setup=setup), *prepare]
+    moved = 2 * (x.q + x.out) + 2 * (kv + read) + mask
+    backward = [Pass(engine, 3, 2.5 * flops, moved, True, setup), *prepare]
+    padding, backward_padding = _padding_passes(call, x, engine)
+    return forward + padding, backward + backward_padding
+
+
+def _with_one_head_dim(call: Call, kernel: AttentionKernel) -> Call:
+    """``call`` as ``kernel`` sees it: padded to the larger head dim unless v may have one of its own."""
+    if call.own_value_dim is None or kernel.own_value_dim:
+        return call
+    larger = max(call.q_shape[-1], call.own_value_dim)
+    return replace(call, q_shape=(*call.q_shape[:-1], larger), own_value_dim=None)
+
+
+def _padding_passes(call: Call, padded: Sizes, engine: str) -> tuple[list[Pass], list[Pass]]:
+    """The copies that pad a call's tensors to ``padded``: forward q and k, or v; backward also out and dout, or q."""
+    x = sizes_of(call)
+    if padded.kv == x.kv:
+        return [], []
+    queries = x.q + padded.q if padded.q > x.q else 0.0
+    outs = 2 * (x.out + padded.out) if padded.out > x.out else 0.0
+    # one of k and v is read and the wider one written, which together are the bytes of both
+    return [Pass(engine, 1, 0.0, x.kv + queries)], [Pass(engine, 3, 0.0, x.kv + queries + outs)]
 
 
 def needs_exact_softmax(dlse: Tensor | None, args: AttentionArgs, needs: list[bool]) -> bool:

@@ -170,7 +170,7 @@ class ConcatBackend(CompositeBackend):
     ) -> tuple[list[Pass], list[Pass]]:
         x, engine = sizes, prefix.name
         concat = Pass(engine, 1, 0.0, 2 * x.kv + x.prefix_each + x.prefix_once)
-        sinks = [Pass(engine, 1, 0.0, 2 * x.q + 2 * x.lse)] if "sinks" in call.features else []
+        sinks = [Pass(engine, 1, 0.0, x.q + x.out + 2 * x.lse)] if "sinks" in call.features else []
         # dk and dv together or apart, and the sums of the prefix
         kernels = 3 if isinstance(prefix, JoiningKernels) else 4
         split = Pass(engine, kernels, 0.0, 2 * x.kv + x.prefix_each + 2 * x.prefix_once)
@@ -184,7 +184,7 @@ def _is_empty(args: AttentionArgs) -> bool:
 
 def _only_sinks(args: AttentionArgs) -> AttentionArgs:
     """The arguments of a merge that adds the sinks and no prefix."""
-    none = args.q.new_empty(args.k.shape[1], 0, args.q.shape[3])
+    none_k, none_v = (args.q.new_empty(args.k.shape[1], 0, x.shape[3]) for x in (args.k, args.v))
     return args._replace(
-        prefix_k=none, prefix_v=none, prefix_ids=None, prefix_lens=None, prefix_bias=None, window=None
+        prefix_k=none_k, prefix_v=none_v, prefix_ids=None, prefix_lens=None, prefix_bias=None, window=None
     )

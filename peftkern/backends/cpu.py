@@ -67,11 +67,11 @@ class CpuPlan(RowPlan):
     ) -> AttentionGradients:
         prefix_k, prefix_v = needs[3:5]
         gradients = allocate_gradients(args, [*needs[:3], False, False, *needs[5:]])
-        shape, dtype = (rows.shape[0], args.k.shape[1], rows.shape[1], args.k.shape[3]), lse_dtype(args.q.dtype)
+        shape, dtype = (rows.shape[0], args.k.shape[1], rows.shape[1]), lse_dtype(args.q.dtype)
         if prefix_k:
-            gradients = gradients._replace(dprefix_k=dout.new_empty(shape, dtype=dtype))
+            gradients = gradients._replace(dprefix_k=dout.new_empty(*shape, args.k.shape[3], dtype=dtype))
         if prefix_v:
-            gradients = gradients._replace(dprefix_v=dout.new_empty(shape, dtype=dtype))
+            gradients = gradients._replace(dprefix_v=dout.new_empty(*shape, args.v.shape[3], dtype=dtype))
         native.cpu.prefix_attention_backward(dout, dlse, out, lse, args, gradients, rows=rows)
         return gradients
 
@@ -186,10 +186,10 @@ class CpuBackend(OnePlanBackend):
         reasons = []
         if call.dtype not in _DTYPES:
             reasons.append(f"has no {str(call.dtype).removeprefix('torch.')} kernels: use fp32, fp16 or bf16")
-        if call.op == "prefix_attention" and call.q_shape[-1] > _MAX_HEAD_DIM:
-            reasons.append(f"head dim {call.q_shape[-1]} is above {_MAX_HEAD_DIM}: use backend='reference'")
-        if call.own_value_dim is not None:
-            reasons.append(f"values of head dim {call.own_value_dim} beside keys of another: use backend='reference'")
+        if call.op == "prefix_attention":
+            head_dim = max(call.q_shape[-1], call.value_dim)
+            if head_dim > _MAX_HEAD_DIM:
+                reasons.append(f"head dim {head_dim} is above {_MAX_HEAD_DIM}: use backend='reference'")
         return reasons
 
     def plan(self, call: Call) -> Plan | Refusal:

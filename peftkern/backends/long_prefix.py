@@ -77,8 +77,10 @@ class LongPrefixKernels(MergeKernels):
 
     def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
         x, engine = sizes_of(call), self.kernel.name
-        forward = Pass(engine, 2, x.prefix_flops, 5 * x.q + 4 * x.lse + x.prefix_once)  # 2 q attention, 3 q merge
-        moved = 9 * x.q + 3 * x.lse + 2 * x.prefix_once  # 4 q attention, 2 q for dq in fp32, 3 q sum
+        # attention reads q and writes out, the merge reads two and writes one
+        forward = Pass(engine, 2, x.prefix_flops, x.q + 4 * x.out + 4 * x.lse + x.prefix_once)
+        # q, dq, out and dout by the attention, 2 q for dq in fp32, 3 q for its sum
+        moved = 7 * x.q + 2 * x.out + 3 * x.lse + 2 * x.prefix_once
         # FlashAttention's backward runs one block per head and 128 keys, over all rows
         blocks = x.heads * -(-x.prefix // 128)
         return forward, Pass(engine, 7, 2.5 * x.prefix_flops, moved, True, blocks=blocks)

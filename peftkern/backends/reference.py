@@ -92,7 +92,7 @@ class ReferenceBackend(OnePlanBackend):
         x = sizes_of(call)
         scores = 4.0 * x.batch * x.heads * x.queries * (x.keys + x.prefix)
         flops, keys = x.full_flops + x.prefix_flops, 4 / x.element * (x.kv + x.prefix_once)
-        passes = [Pass(self.name, 1, flops, 40 * scores + 4 * x.q + 3 * keys)]
+        passes = [Pass(self.name, 1, flops, 40 * scores + 2 * (x.q + x.out) + 3 * keys)]
         if call.needs_grad:
             passes.append(Pass(self.name, 2, 3.5 * flops, 80 * scores + 20 * keys, True))
         return passes

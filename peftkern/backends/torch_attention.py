@@ -10,6 +10,7 @@ backward            None if there is none that takes out and lse
 max_batch           the largest batch
 min_queries         some versions of torch disable cuDNN's kernels for a single query
 head_dim_multiple   q, k and v are padded with zeros to a multiple of it; the scale does not change
+own_value_dim       v may have a head dim of its own; otherwise, all are padded with zeros to the larger one
 grouped             reads [B, Hkv, T, D]; otherwise keys are repeated and their gradients summed
 top_left            ``is_causal`` with T > S lets query i see keys up to i instead of up to i + T - S
 native              the features for which the op has arguments
@@ -46,7 +47,7 @@ HIP = torch.version.hip is not None  # its flash attention aligns and packs diff
 
 
 class KernelInputs(NamedTuple):
-    """Attention over one set of keys: q [B, Hq, S, D], k and v [B, Hkv, T, D], causal aligned bottom-right.
+    """Attention over one set of keys: q [B, Hq, S, D], k [B, Hkv, T, D], v [.., D_v], causal aligned bottom-right.
 
     ``mask`` is additive, [B or 1, Hq or 1, S, T]. If it is given, it alone defines visibility: causal is false,
     window and cu_seqlens are None, and ``empty`` [B or 1, Hq or 1, S] marks the rows that see no key.
@@ -106,6 +107,7 @@ class AttentionKernel:
     forward: Forward
     backward: Backward | None
     head_dim_multiple: int = 1
+    own_value_dim: bool = False
     min_queries: int = 0
     grouped: bool = True
     top_left: bool = False
@@ -137,8 +139,9 @@ class AttentionKernel:
             reasons.append("has no backward that takes the lse")
         if call.dtype not in self.dtypes:
             reasons.append(f"no {str(call.dtype).removeprefix('torch.')}")
-        if call.q_shape[-1] > self.max_head_dim:
-            reasons.append(f"head dim {call.q_shape[-1]} is above {self.max_head_dim}")
+        head_dim = max(call.q_shape[-1], call.value_dim)
+        if head_dim > self.max_head_dim:
+            reasons.append(f"head dim {head_dim} is above {self.max_head_dim}")
         if self.max_batch is not None and call.q_shape[0] > self.max_batch:
             reasons.append(f"a batch of more than {self.max_batch}")
         if call.q_shape[2] < self.min_queries:
@@ -160,6 +163,12 @@ class AttentionKernel:
             if major not in self.capabilities:
                 return f"not for compute capability {major}.{minor}"
         return self.missing()
+
+    def head_dims(self, head_dim: int, value_dim: int) -> tuple[int, int]:
+        """The head dims of q and k, and of v, to which the op's inputs are padded."""
+        dims = (head_dim, value_dim) if self.own_value_dim else (max(head_dim, value_dim),) * 2
+        padded = [-(-dim // self.head_dim_multiple) * self.head_dim_multiple for dim in dims]
+        return padded[0], padded[1]
 
     def needs_mask(self, inputs: KernelInputs) -> bool:
         """Whether the op's own arguments cannot express the causality, window or packed sequences."""
@@ -200,12 +209,12 @@ def refusal(call: Call, found: dict[str, AttentionKernel | Refusal]) -> Refusal 
 
 
 def attention(kernel: AttentionKernel, inputs: KernelInputs) -> tuple[Tensor, Tensor]:
-    """Compute (out [B, Hq, S, D], lse [B, Hq, S]) in the op's memory layout.
+    """Compute (out [B, Hq, S, D_v], lse [B, Hq, S]) in the op's memory layout.
 
     A row that sees no key has lse -inf; its out is undefined.
     """
     out, lse = kernel.forward(_adapted(kernel, inputs))
-    out, lse = out[..., : inputs.q.shape[3]], _rows(lse, inputs.q.shape[2])
+    out, lse = out[..., : inputs.v.shape[3]], _rows(lse, inputs.q.shape[2])
     if inputs.empty is not None:  # the ops disagree: 0, +inf or NaN
         lse.masked_fill_(inputs.empty, -torch.inf)
     return out, lse
@@ -223,10 +232,10 @@ def attention_backward(
     adapted = _adapted(kernel, inputs)
     if inputs.empty is not None:  # p = exp(score - inf) = 0 in every op; -inf would give NaN
         lse = torch.nan_to_num(lse, nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
-    dout, out = (_padded(x, kernel.head_dim_multiple) for x in (dout, out))
+    dout, out = (_padded(x, adapted.v.shape[3]) for x in (dout, out))
     assert kernel.backward is not None
     gradients = kernel.backward(dout, out, kernel.lse_layout(lse), adapted)
-    dq, dk, dv = (x[..., : inputs.q.shape[3]] for x in gradients)
+    dq, dk, dv = (x[..., : like.shape[3]] for x, like in zip(gradients, inputs[:3], strict=True))
     if dk.shape[1] != inputs.k.shape[1]:
         dk, dv = (x.unflatten(1, (inputs.k.shape[1], -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
     return dq, dk, dv
@@ -237,13 +246,14 @@ def _adapted(kernel: AttentionKernel, inputs: KernelInputs) -> KernelInputs:
     q, k, v = inputs.q, inputs.k, inputs.v
     if not kernel.grouped and k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    q, k, v = (_padded(x, kernel.head_dim_multiple) for x in (q, k, v))
+    head_dim, value_dim = kernel.head_dims(q.shape[3], v.shape[3])
+    q, k, v = _padded(q, head_dim), _padded(k, head_dim), _padded(v, value_dim)
     causal = inputs.causal and q.shape[2] != 1  # a single query at the end sees every key
     return inputs._replace(q=q, k=k, v=v, causal=causal)
 
 
-def _padded(x: Tensor, multiple: int) -> Tensor:
-    return functional.pad(x, (0, -x.shape[-1] % multiple)) if x.shape[-1] % multiple else x
+def _padded(x: Tensor, head_dim: int) -> Tensor:
+    return functional.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x
 
 
 def _rows(lse: Tensor, q_len: int) -> Tensor:
@@ -404,15 +414,15 @@ KERNELS = [
         ordered_sums=True, missing=_not_built(torch.backends.cuda.is_flash_attention_available()),
     ),
     AttentionKernel(
-        "cudnn", "cuda", HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, min_queries=2,
-        top_left=True, native=frozenset({"non-causal"}), masks=True, repeatable=False, setup=0.03,
+        "cudnn", "cuda", HALF, 128, _cudnn_forward, _cudnn_backward, head_dim_multiple=8, own_value_dim=True,
+        min_queries=2, top_left=True, native=frozenset({"non-causal"}), masks=True, repeatable=False, setup=0.03,
         limits=_cudnn_limits, lse_layout=_cudnn_lse,
         missing=_not_built(torch.backends.cudnn.is_available() and not HIP),
     ),
     AttentionKernel(
         "efficient", "cuda", (torch.float32, *HALF), 256, _efficient_forward, _efficient_backward,
-        head_dim_multiple=8, grouped=False, top_left=True, native=frozenset({"non-causal"}), masks=True,
-        lse_layout=_efficient_lse,
+        head_dim_multiple=8, own_value_dim=not HIP, grouped=False, top_left=True, native=frozenset({"non-causal"}),
+        masks=True, lse_layout=_efficient_lse,
     ),
     AttentionKernel(
         "cpu flash", "cpu", (torch.float32, *HALF), 256, _cpu_forward, _cpu_backward, grouped=False, top_left=True,

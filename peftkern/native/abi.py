@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 #: Versions of the structs and functions below. Each library reports its own and must match.
-CPU_VERSION = 2
-CUDA_VERSION = 5
+CPU_VERSION = 3
+CUDA_VERSION = 6
 
 #: Instruction sets by name, as ``peftkern_isa`` numbers them.
 ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx_bf16": 5}
@@ -143,8 +143,8 @@ ATTENTION_TENSORS = Struct(
 )
 ATTENTION_LAYOUT = Struct(
     "",
-    _int64("batch num_heads num_kv_heads q_len kv_len head_dim bank_size prefix_len num_sequences"),
-    _int64("source_size source_len"),
+    _int64("batch num_heads num_kv_heads q_len kv_len head_dim value_dim bank_size prefix_len"),
+    _int64("num_sequences source_size source_len"),
     _int64("q_stride[3] k_stride[3] v_stride[3] prefix_k_stride[3] prefix_v_stride[3]"),
     _int64("bias_stride[4] prefix_bias_stride[2] key_mask_stride[2] out_stride[3]"),
 )

@@ -117,7 +117,7 @@ def prefix_attention(
     """Write the attention's ``out`` and ``lse``, which :func:`peftkern.arguments.allocate_outputs` allocates.
 
     Args:
-        out: [B, Hq, S, D] in q's dtype, with stride 1 along D.
+        out: [B, Hq, S, D_v] in q's dtype, with stride 1 along D_v.
         lse: [B, Hq, S], fp32, contiguous.
         isa: a key of :data:`ISAS`.
         constants: those of :func:`.fill.attention_constants` for such a call, if known.
@@ -148,7 +148,7 @@ def prefix_attention_backward(
         out: the forward's result, as is ``lse``.
         isa: a key of :data:`ISAS`.
         constants: those of :func:`.fill.backward_constants` for such a call, if known.
-        rows: as in :func:`prefix_attention`; dprefix_k and dprefix_v are [C, Hkv, P, D] then.
+        rows: as in :func:`prefix_attention`; dprefix_k is [C, Hkv, P, D] and dprefix_v [C, Hkv, P, D_v] then.
 
     Raises:
         NativeError: with the library's reason.

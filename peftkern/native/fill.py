@@ -113,7 +113,8 @@ def attention_constants(
     """The rest of ``peftkern_attention``: what calls with the same sizes, strides, dtypes and numbers share."""
     q, k, v, prefix_k, prefix_v, _, bias, prefix_bias, _, key_mask, cu_seqlens, prefix_ids, prefix_lens = args[:13]
     layout = _attention_layout(
-        q.shape, k.shape, prefix_k.shape, q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride(),
+        q.shape, k.shape, v.shape[3], prefix_k.shape, q.stride(), k.stride(), v.stride(), prefix_k.stride(),
+        prefix_v.stride(),
         None if bias is None else _broadcast_strides(bias, 4),
         None if prefix_bias is None else _broadcast_strides(prefix_bias, 2),
         None if key_mask is None else key_mask.stride(), out_stride,
@@ -135,7 +136,7 @@ _Sizes = tuple[int, ...]
 
 @functools.lru_cache(maxsize=1024)
 def _attention_layout(
-    q: _Sizes, k: _Sizes, prefix: _Sizes, q_stride: _Sizes, k_stride: _Sizes, v_stride: _Sizes,
+    q: _Sizes, k: _Sizes, value_dim: int, prefix: _Sizes, q_stride: _Sizes, k_stride: _Sizes, v_stride: _Sizes,
     prefix_k_stride: _Sizes, prefix_v_stride: _Sizes, bias_stride: _Sizes | None, prefix_bias_stride: _Sizes | None,
     key_mask_stride: _Sizes | None, out_stride: _Sizes, num_sequences: int, rows: _Sizes | None,
 ) -> bytes:  # fmt: skip
@@ -149,6 +150,7 @@ def _attention_layout(
         q_len=q[2],
         kv_len=k[2],
         head_dim=q[3],
+        value_dim=value_dim,
         bank_size=bank_size if rows is None else rows[0],
         prefix_len=prefix_len if rows is None else rows[1],
         num_sequences=num_sequences,

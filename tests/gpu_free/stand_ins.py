@@ -98,6 +98,7 @@ def flash_forward(q, k, v, lengths, scale, causal, left, right, softcap=0.0) -> 
     ``lengths`` are the offsets of queries and of keys, or None, and the largest lengths of both.
     """
     _check_dense(q, k, v, dtypes=(torch.float16, torch.bfloat16), multiple=8)
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1], "the kernel has one head dim"
     packed, out = lengths[0] is not None, torch.empty(q.shape, dtype=q.dtype)
     q, k, v, o = (x[None] if packed else x for x in (q, k, v, out))
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.inf)
@@ -115,6 +116,7 @@ def flash_backward(dout, q, k, v, out, lse, lengths, scale, causal, left, right,
     assert lse.is_contiguous(), "the kernel reads a raw pointer"
     assert lse.dtype == torch.float32
     assert len({x.dtype for x in (dout, q, k, v, out)}) == 1
+    assert len({x.shape[-1] for x in (dout, q, k, v, out)}) == 1, "the kernel has one head dim"
     packed = lengths[0] is not None
     q, k, v, o, do = (x[None] if packed else x for x in (q, k, v, out, dout))
     lse = lse[None] if packed else lse
@@ -163,7 +165,8 @@ def cudnn_attention(
         assert attn_bias.shape[1] == 1 or attn_bias.stride(1) > 0, "heads are broadcast by size"
     visible = _visible(query.shape[2], key.shape[2], is_causal, True, None, None)
     out, lse = _forward(query, key, value, scale, visible, attn_bias)
-    return _as(out, query), lse.float()[..., None], None, None, *query.shape[2:3], *key.shape[2:3], None, None, None
+    result = query.new_empty(*query.shape[:3], value.shape[-1]) if value.shape[-1] != query.shape[-1] else query
+    return _as(out, result), lse.float()[..., None], None, None, *query.shape[2:3], *key.shape[2:3], None, None, None
 
 
 def cudnn_attention_backward(
@@ -190,10 +193,10 @@ def efficient_attention(query, key, value, attn_bias, compute_log_sumexp, dropou
     _check_efficient(query, key, value, attn_bias)
     visible = _visible(query.shape[2], key.shape[2], is_causal, True, None, None)
     out, lse = _forward(query, key, value, scale, visible, attn_bias)
-    batch, heads, q_len, head_dim = query.shape
+    batch, heads, q_len, _ = query.shape
     padded = torch.full((batch, heads, math.ceil(q_len / 32) * 32), torch.nan)
     padded[..., :q_len] = lse
-    result = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
+    result = query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
     return result.copy_(out), padded, torch.zeros(()), torch.zeros(())
 
 

@@ -23,8 +23,8 @@ SHAPE = Shape(B=2, Hq=4, Hkv=2, S=19, P=7, D=64)
 PACKED = {name for name in FEATURES if name.startswith("packed_")} - {"packed_window"}
 #: What one of the backends or the kernels refuses; a bias' gradient is the fused kernels'.
 REFUSED = {
-    "merge": {"softcap", "dropout", "bias", "bias_row"},
-    "concat": {"softcap", "dropout", "bias", "bias_row", "gate", *PACKED},
+    "merge": {"softcap", "dropout", "bias", "bias_row", "narrow_values", "wide_values"},
+    "concat": {"softcap", "dropout", "bias", "bias_row", "narrow_values", "wide_values", "gate", *PACKED},
 }
 
 

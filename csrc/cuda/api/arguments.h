@@ -39,10 +39,11 @@ auto with_kernels(int64_t head_dim, Run run) {
 
 inline int check(const peftkern_attention& a) {
   const int64_t largest = 0x7fffffff;
-  if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 || a.num_kv_heads <= 0 ||
-      a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 || a.kv_len < 0 || a.prefix_len < 0 ||
-      a.bank_size <= 0 || a.num_kv_heads > 65535 || a.bank_size > 65535 || a.batch * a.q_len * a.num_heads > largest ||
-      a.kv_len > largest || a.prefix_len > largest || (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
+  if (!is_half(a.dtype) || a.prefix_dtype != a.dtype || a.head_dim <= 0 || a.head_dim > 256 ||
+      a.value_dim != a.head_dim || a.num_kv_heads <= 0 || a.num_heads % a.num_kv_heads || a.batch < 0 || a.q_len < 0 ||
+      a.kv_len < 0 || a.prefix_len < 0 || a.bank_size <= 0 || a.num_kv_heads > 65535 || a.bank_size > 65535 ||
+      a.batch * a.q_len * a.num_heads > largest || a.kv_len > largest || a.prefix_len > largest ||
+      (a.bank_size > 1 && !a.prefix_ids) || a.dropout_p != 0)
     return PEFTKERN_INVALID_ARGUMENT;
   if (a.head_dim % 8 || !aligned(a.q, a.q_stride) || !aligned(a.prefix_k, a.prefix_k_stride) ||
       !aligned(a.prefix_v, a.prefix_v_stride) || !aligned(a.out, a.out_stride))

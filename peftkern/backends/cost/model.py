@@ -7,7 +7,7 @@ their floating-point operations, and whose kernels they are. A pass takes
 their sources. Factors measured on this machine (:mod:`.measured`) correct them. The times of a GPU are modelled until
 that GPU has been measured.
 
-The number of operations, with D elements per row: 4 D per (query, key) pair forward; backward 2.5 times that in one
+The number of operations: 2 (D + D_v) per (query, key) pair forward; backward 2.5 times that in one
 pass, or 3.5 times if dq and (dk, dv) are computed separately (Dao et al., FlashAttention, 2022). The model does
 not know the contents of a mask, the size of a window or the lengths of packed sequences.
 """
@@ -68,7 +68,10 @@ class Pass(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a prefix attention: lengths, bytes (``q`` to ``lse``) and forward operations (``*_flops``)."""
+    """Sizes of a prefix attention: lengths, bytes (``q`` to ``lse``) and forward operations (``*_flops``).
+
+    ``kv`` are the bytes of keys and values, ``prefix_once`` and ``prefix_each`` those of the prefixes.
+    """
 
     batch: int
     heads: int
@@ -78,6 +81,7 @@ class Sizes(NamedTuple):
     head_dim: int
     group: int
     q: float
+    out: float
     kv: float
     prefix_once: float
     prefix_each: float
@@ -95,9 +99,10 @@ _PACKED = 512
 def sizes_of(call: Call) -> Sizes:
     """The sizes of a prefix attention."""
     batch, heads, queries, head_dim = call.q_shape
+    both = head_dim + call.value_dim
     kv_heads, keys, prefix = call.kv_shape[1], call.kv_shape[2], call.prefix_shape[-2]
     bank = call.prefix_shape[0] if len(call.prefix_shape) == 4 else 1
-    element, per_pair = call.dtype.itemsize, 4.0 * batch * heads * head_dim
+    element, per_pair = call.dtype.itemsize, 2.0 * batch * heads * both
     full, sequences = queries * keys, batch
     if "cu_seqlens" in call.features:
         pairs = queries * min(keys, _PACKED) * (1 if "non-causal" in call.features else 0.5)
@@ -106,9 +111,11 @@ def sizes_of(call: Call) -> Sizes:
         pairs = full if "non-causal" in call.features else full - queries * (queries - 1) / 2
     return Sizes(
         batch, heads, queries, keys, prefix, head_dim, heads // max(1, kv_heads),
-        q=float(batch * heads * queries * head_dim * element), kv=2.0 * batch * kv_heads * keys * head_dim * element,
-        prefix_once=2.0 * bank * kv_heads * prefix * head_dim * element,
-        prefix_each=2.0 * sequences * kv_heads * prefix * head_dim * element, lse=4.0 * batch * heads * queries,
+        q=float(batch * heads * queries * head_dim * element),
+        out=float(batch * heads * queries * call.value_dim * element),
+        kv=float(batch * kv_heads * keys * both * element),
+        prefix_once=float(bank * kv_heads * prefix * both * element),
+        prefix_each=float(sequences * kv_heads * prefix * both * element), lse=4.0 * batch * heads * queries,
         element=element, seq_flops=per_pair * pairs, full_flops=per_pair * full,
         prefix_flops=per_pair * queries * prefix,
     )  # fmt: skip
@@ -124,16 +131,17 @@ def attention_passes(
     """
     x = sizes_of(call)
     flops, once = x.seq_flops + x.prefix_flops, x.kv + x.prefix_once
-    passes = [Pass(engine, forward_kernels, flops, 2 * x.q + x.lse + once)]
+    passes = [Pass(engine, forward_kernels, flops, x.q + x.out + x.lse + once)]
     if call.needs_grad:
-        passes.append(Pass(engine, backward_kernels, backward_products * flops, 9 * x.q + 3 * once, True))
+        moved = 4 * x.q + 5 * x.out + 3 * once
+        passes.append(Pass(engine, backward_kernels, backward_products * flops, moved, True))
     return passes
 
 
 def softmax_sums_pass(call: Call, engine: str) -> Pass:
     """The pass of a backward that computes the softmax again instead of reading the rounded out."""
     x = sizes_of(call)
-    return Pass(engine, 1, x.seq_flops + x.prefix_flops, 2 * x.q + x.kv + x.prefix_once)
+    return Pass(engine, 1, x.seq_flops + x.prefix_flops, x.q + x.out + x.kv + x.prefix_once)
 
 
 def embedding_passes(call: Call, engine: str, copies: int = 1) -> list[Pass]:

@@ -20,7 +20,8 @@ from ...arguments import AttentionArgs
 
 
 class Matrices(NamedTuple):
-    """A [B, H, N, D] tensor with unit stride along D. For a prefix [A, H, P, D], B counts the prefixes of a bank.
+    """A [B, H, N, D] tensor with unit stride along D, which is D_v for values. For a prefix [A, H, P, D], B counts
+    the prefixes of a bank.
 
     The stride of a dim of size 1 is 0, whatever the tensor says.
     """
@@ -159,6 +160,13 @@ class Flags(NamedTuple):
     DROPOUT_THRESHOLD: int  # a weight is dropped if its 32-bit random word is below this
     HEAD_DIM: int
     BLOCK_D: int  # the power of two, at least 16, that holds HEAD_DIM
+    VALUE_DIM: int
+    BLOCK_DV: int  # the same for VALUE_DIM
+
+    def dims(self) -> dict[str, int]:
+        """The constants of the head dims alone."""
+        names = ("HEAD_DIM", "BLOCK_D", "VALUE_DIM", "BLOCK_DV")
+        return {name: getattr(self, name) for name in names}
 
 
 def sizes_of(args: AttentionArgs) -> Sizes:
@@ -200,12 +208,14 @@ _SMALLEST_SCALE = 2.0**-100
 
 def flags_of(args: AttentionArgs) -> Flags:
     """Collect the compile-time constants of a call."""
-    head_dim = args.q.shape[3]
+    head_dim, value_dim = args.q.shape[3], args.v.shape[3]
     return Flags(
         IS_CAUSAL=args.causal,
         DROPOUT_THRESHOLD=int(args.dropout_p * 2**32),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d(head_dim),
+        VALUE_DIM=value_dim,
+        BLOCK_DV=block_d(value_dim),
     )
 
 

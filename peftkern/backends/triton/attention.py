@@ -57,7 +57,7 @@ def decode(context: LaunchContext, out: Tensor, lse: Tensor) -> None:
     prefix = _split(context, sizes.prefix_len, rows * sizes.batch, 1)
     sequence = _split(context, sizes.kv_len, rows, sizes.batch)
     splits = prefix.number + sequence.number
-    partial = lse.new_empty(splits, *lse.shape, flags.HEAD_DIM)
+    partial = lse.new_empty(splits, *lse.shape, flags.VALUE_DIM)
     partial_lse = lse.new_empty(splits, *lse.shape)
     context.launch(
         kernels._prefix_attention_decode_prefix_kernel, prefix.tile, prefix.programs,
@@ -72,7 +72,7 @@ def decode(context: LaunchContext, out: Tensor, lse: Tensor) -> None:
     context.launch_untiled(
         kernels._prefix_attention_decode_combine_kernel, lse.numel(),
         partial, partial_lse, Matrices.of(out), lse, options, *context.kernel_sizes, prefix.number, splits,
-        HEAD_DIM=flags.HEAD_DIM, BLOCK_D=flags.BLOCK_D, BLOCK_N=16,
+        VALUE_DIM=flags.VALUE_DIM, BLOCK_DV=flags.BLOCK_DV, BLOCK_N=16,
     )  # fmt: skip
 
 
@@ -126,21 +126,21 @@ def prefix_gradients(context: LaunchContext, dout: Matrices, stats: Stats, gradi
     """
     from .kernels.backward import _prefix_attention_bwd_prefix_kernel
 
-    sizes, head_dim, block = context.sizes, context.flags.HEAD_DIM, context.tile("prefix")
+    sizes, flags, block = context.sizes, context.flags, context.tile("prefix")
     row_blocks = num_blocks(sizes.q_len, block.BLOCK_M) * sizes.batch
     matrices = context.bank * sizes.num_heads
     tiles = num_blocks(sizes.prefix_len, block.BLOCK_N) * matrices
     splits = max(1, min(row_blocks, num_blocks(2 * context.processors, max(1, tiles))))
     shape = (splits, context.bank, sizes.num_heads, sizes.prefix_len)
-    dk, dv = stats.lse.new_empty(2, *shape, head_dim)
+    dk, dv = (stats.lse.new_empty(*shape, dim) for dim in (flags.HEAD_DIM, flags.VALUE_DIM))
     dbias = stats.lse.new_empty(shape) if gradients.dprefix_bias.numel() else None
     context.launch(
         _prefix_attention_bwd_prefix_kernel, "prefix", tiles * splits,
         context.q, *context.prefix, dout, dk, dv, dbias, stats, context.options, *context.kernel_sizes, context.scale,
         context.bank, row_blocks, num_blocks(row_blocks, splits),
     )  # fmt: skip
-    inner = sizes.prefix_len * head_dim
     for partial, total in ((dk, gradients.dprefix_k), (dv, gradients.dprefix_v)):
+        inner = sizes.prefix_len * partial.shape[-1]
         sum_partials(context, partial, total, splits, matrices * inner, sizes.group, inner)
     if dbias is not None:
         gradients.dprefix_bias.copy_(dbias.sum((0, 1)).sum_to_size(gradients.dprefix_bias.shape))

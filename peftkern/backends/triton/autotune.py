@@ -52,7 +52,7 @@ def key(arch: str, direction: Direction, dtype: torch.dtype, sizes: dict[str, in
     >>> key("sm_90", "dq", torch.bfloat16, {"D": 64, "S": 1000, "T": 1000, "P": 5}, ("window",))
     'sm_90 dq bfloat16 D64 S1024 T1024 P8 window'
     """
-    rounded = {n: size if n == "D" else 1 << max(0, size - 1).bit_length() for n, size in sizes.items()}
+    rounded = {n: size if n in ("D", "Dv") else 1 << max(0, size - 1).bit_length() for n, size in sizes.items()}
     parts = [arch, direction, str(dtype).removeprefix("torch."), *(f"{n}{x}" for n, x in rounded.items()), *options]
     return " ".join(parts)
 

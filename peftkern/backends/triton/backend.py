@@ -144,10 +144,10 @@ class TritonBackend(OnePlanBackend):
         if call.dtype not in _DTYPES:
             name = str(call.dtype).removeprefix("torch.")
             reasons.append(f"{name} is not supported: use fp32, fp16 or bf16, or backend='reference'")
-        if call.op == "prefix_attention" and not 1 <= call.q_shape[-1] <= MAX_HEAD_DIM:
-            reasons.append(f"head dim {call.q_shape[-1]} is not within 1 to {MAX_HEAD_DIM}: use backend='reference'")
-        if call.own_value_dim is not None:
-            reasons.append(f"values of head dim {call.own_value_dim} beside keys of another: use backend='reference'")
+        if call.op == "prefix_attention":
+            head_dim = max(call.q_shape[-1], call.value_dim)
+            if not 1 <= head_dim <= MAX_HEAD_DIM:
+                reasons.append(f"head dim {head_dim} is not within 1 to {MAX_HEAD_DIM}: use backend='reference'")
         return reasons
 
     def plan(self, call: Call) -> Plan | Refusal:

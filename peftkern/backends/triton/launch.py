@@ -93,12 +93,13 @@ class LaunchContext:
         return self._tiles[direction]
 
     def _table_tile(self, direction: Direction) -> Tile:
-        return tile(self.arch, direction, self.flags.HEAD_DIM, self.dtype)
+        return tile(self.arch, direction, max(self.flags.HEAD_DIM, self.flags.VALUE_DIM), self.dtype)
 
     def _kind(self, direction: Direction) -> str:
         """The key of all calls that share a tuned tile."""
-        sizes = self.sizes
-        tokens = {"D": self.flags.HEAD_DIM, "S": sizes.q_len, "T": sizes.kv_len, "P": sizes.prefix_len}
+        sizes, flags = self.sizes, self.flags
+        dims = {"D": flags.HEAD_DIM} | ({} if flags.VALUE_DIM == flags.HEAD_DIM else {"Dv": flags.VALUE_DIM})
+        tokens = dims | {"S": sizes.q_len, "T": sizes.kv_len, "P": sizes.prefix_len}
         options = [name for name, value in self.options._asdict().items() if value is not None]
         options += ["causal"] * self.flags.IS_CAUSAL + ["fp32_prefix"] * (self.prefix[0].ptr.dtype != self.dtype)
         tokens["H"] = sizes.batch * sizes.num_heads

@@ -33,22 +33,22 @@ class TritonPrefixKernels(JoiningKernels):
 
     def merge_costs(self, call: Call) -> tuple[Pass, Pass]:
         x = sizes_of(call)
-        forward = Pass(self.name, 1, x.prefix_flops, 3 * x.q + 2 * x.lse + x.prefix_once)
-        on_chip = x.prefix * x.head_dim <= 8192  # the prefix fits one tile
-        kernels, products, moved = (3, 2.5, 5) if on_chip else (5, 3.5, 8)
-        return forward, Pass(self.name, kernels, products * x.prefix_flops, moved * x.q + 2 * x.lse, True)
+        forward = Pass(self.name, 1, x.prefix_flops, x.q + 2 * x.out + 2 * x.lse + x.prefix_once)
+        on_chip = x.prefix * max(x.head_dim, call.value_dim) <= 8192  # the prefix fits one tile
+        kernels, products, moved = (3, 2.5, 3 * x.q + 2 * x.out) if on_chip else (5, 3.5, 4 * x.q + 4 * x.out)
+        return forward, Pass(self.name, kernels, products * x.prefix_flops, moved + 2 * x.lse, True)
 
     def merge_prefix(
         self, args: AttentionArgs, part_out: Tensor | None, part_lse: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Merge the prefix and the sinks into attention over the sequence.
 
-        ``part_out`` [B, Hq, S, D] and ``part_lse`` [B, Hq, S], in natural logarithm, are the sequence's result; None
-        if there is no sequence. They have any strides (unit along D). If they are laid out as the op's outputs are,
-        they are overwritten and returned.
+        ``part_out`` [B, Hq, S, D_v] and ``part_lse`` [B, Hq, S], in natural logarithm, are the sequence's result;
+        None if there is no sequence. They have any strides (unit along D_v). If they are laid out as the op's outputs
+        are, they are overwritten and returned.
 
         Returns:
-            (out [B, Hq, S, D], lse [B, Hq, S]).
+            (out [B, Hq, S, D_v], lse [B, Hq, S]).
         """
         from .kernels.prefix_forward import _prefix_merge_fwd_kernel
 
@@ -106,10 +106,12 @@ class TritonPrefixKernels(JoiningKernels):
         from .kernels import concat as kernels
 
         context = LaunchContext(args)
-        batch, kv_heads, kv_len, head_dim = args.k.shape
+        batch, kv_heads, kv_len, _ = args.k.shape
         prefixes = 1 if cu_keys is None else context.sizes.num_sequences
         length = prefixes * context.sizes.prefix_len + kv_len
-        joined_k, joined_v = (args.k.new_empty(batch, length, kv_heads, head_dim).transpose(1, 2) for _ in "kv")
+        joined_k, joined_v = (
+            x.new_empty(batch, length, kv_heads, x.shape[3]).transpose(1, 2) for x in (args.k, args.v)
+        )
         kernel: Any = kernels._concat_fwd_kernel
         packed: tuple[Any, ...] = ()
         if cu_keys is not None:
@@ -117,7 +119,7 @@ class TritonPrefixKernels(JoiningKernels):
         context.launch_untiled(
             kernel, num_blocks(length, _COPY_BLOCK) * kv_heads * batch,
             context.k, context.v, *context.prefix, Matrices.of(joined_k), Matrices.of(joined_v), context.options,
-            *context.kernel_sizes, *packed, HEAD_DIM=head_dim, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+            *context.kernel_sizes, *packed, **context.flags.dims(), BLOCK_N=_COPY_BLOCK,
         )  # fmt: skip
         return joined_k, joined_v
 
@@ -126,12 +128,12 @@ class TritonPrefixKernels(JoiningKernels):
     ) -> None:
         from .kernels.concat import _concat_bwd_kernel
 
-        context = LaunchContext(args)
+        context, dim = LaunchContext(args), total.shape[-1]
         blocks = num_blocks(context.sizes.prefix_len, _SUM_BLOCK)
         context.launch_untiled(
             _concat_bwd_kernel, blocks * context.kv_heads * context.bank,
             Matrices.of(djoined), total, dense(cu_keys), context.options, *context.kernel_sizes,
-            HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_SUM_BLOCK,
+            HEAD_DIM=dim, BLOCK_D=block_d(dim), BLOCK_N=_SUM_BLOCK,
         )  # fmt: skip
 
     def split_gradient(
@@ -153,17 +155,17 @@ class TritonPrefixKernels(JoiningKernels):
                 num_blocks(context.sizes.kv_len, _COPY_BLOCK) * context.kv_heads * context.sizes.batch,
                 Matrices.of(djoined_k), Matrices.of(djoined_v), *targets, dense(cu_keys), context.options,
                 *context.kernel_sizes,
-                HEAD_DIM=context.flags.HEAD_DIM, BLOCK_D=context.flags.BLOCK_D, BLOCK_N=_COPY_BLOCK,
+                **context.flags.dims(), BLOCK_N=_COPY_BLOCK,
             )  # fmt: skip
 
     def merge_states(self, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
         from .kernels.prefix_forward import _merge_states_kernel
 
-        batch, heads, q_len, head_dim = out.shape
+        batch, heads, q_len, value_dim = out.shape
         launch_kernel(
             _merge_states_kernel, (num_blocks(q_len, _MERGE_BLOCK) * heads * batch,), out.device,
             Matrices.of(out), *RowValues.of(lse), Matrices.of(part_out), *RowValues.of(part_lse), heads, q_len,
-            HEAD_DIM=head_dim, BLOCK_D=block_d(head_dim), BLOCK_M=_MERGE_BLOCK,
+            VALUE_DIM=value_dim, BLOCK_DV=block_d(value_dim), BLOCK_M=_MERGE_BLOCK,
         )  # fmt: skip
 
 
@@ -185,14 +187,17 @@ def _merge_backward_in_one_pass(
     from .kernels.prefix_backward import _prefix_merge_bwd_kernel
 
     sizes, kv_heads = context.sizes, context.kv_heads
-    inner = sizes.prefix_len * context.flags.HEAD_DIM
+    flags = context.flags
     tiles = num_blocks(sizes.q_len - start, context.tile("merge_bwd").BLOCK_M) * sizes.group * sizes.batch
     splits = max(1, min(tiles, num_blocks(context.processors, kv_heads)))
-    partial_k, partial_v = lse.new_empty(2, splits, kv_heads, inner)
+    partial_k, partial_v = (
+        lse.new_empty(splits, kv_heads, sizes.prefix_len * dim) for dim in (flags.HEAD_DIM, flags.VALUE_DIM)
+    )
     context.launch(
         _prefix_merge_bwd_kernel, "merge_bwd", splits * kv_heads,
         context.q, *context.prefix, out, dout, lse.contiguous(), part_dq, dq, partial_k, partial_v, context.options,
         *context.kernel_sizes, context.scale, start, splits, num_blocks(tiles, splits),
     )  # fmt: skip
     for partial, total in ((partial_k, gradients.dprefix_k), (partial_v, gradients.dprefix_v)):
+        inner = partial.shape[-1]
         attention.sum_partials(context, partial, total, splits, kv_heads * inner, 1, inner)

@@ -29,6 +29,7 @@ from .blocks import (
     find_sequence,
     key_range,
     keys_seen,
+    load_out_tile,
     load_prefix_tile,
     load_query_tile,
     load_tile,
@@ -55,7 +56,7 @@ def _row_statistics(q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, s
     rows = block.first_row + tl.arange(0, block.BLOCK_M)
     inside = rows < sizes.q_len
     offset = row_offset(block.batch, block.head, sizes)
-    dout_tile = load_query_tile(dout, block)
+    dout_tile = load_out_tile(dout, block)
     if out is None:
         q_tile = load_query_tile(q, block)
         prefix_state, state = attend(q_tile, dout_tile, k, v, prefix_k, prefix_v, block)
@@ -69,7 +70,7 @@ def _row_statistics(q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, s
             tl.store(stats.prefix_lse + offset + rows, prefix_lse, mask=inside)
             tl.store(stats.prefix_neg_delta + offset + rows, -prefix_acc * inverse(prefix_denom, opts), mask=inside)
     else:
-        out_tile = load_query_tile(out, block)
+        out_tile = load_out_tile(out, block)
         lse = tl.load(lse_ptr + offset + rows, mask=inside, other=0.0) * LOG2E
         neg_delta = -tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse_ptr is not None:
@@ -83,7 +84,7 @@ def _prefix_attention_bwd_prepare_kernel(
     q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats, opts, model, batch_size, q_len, kv_len,
     num_sequences, search_steps, mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The statistics of each row, [B, Hq, S] each: -delta, and lse in log2 (+inf if no key is visible, so p = 0).
 
@@ -95,7 +96,7 @@ def _prefix_attention_bwd_prepare_kernel(
         q, k, v, prefix_k, prefix_v, out, dout, lse_ptr, dlse_ptr, stats,
         RowBlock(
             index * BLOCK_M, batch, head, head // sizes.group, opts, sizes, scale,
-            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
         ),
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def _dq_step(dq, operands, scores, unit, slope, k, v, keep, opts):
 @triton.jit
 def _dq_rows(q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, block):
     """Store one block of rows of dq."""
-    q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
+    q_tile, dout_tile = load_query_tile(q, block), load_out_tile(dout, block)
     lse, neg_delta, gate = _load_stats(stats, block, 1)
     acc = tl.zeros([block.BLOCK_M, block.BLOCK_D], tl.float32)
     acc = visit_prefixes(_dq_step, acc, (dout_tile, lse, neg_delta, gate), q_tile, prefix_k, prefix_v, block)
@@ -164,7 +165,7 @@ def _prefix_attention_bwd_dq_kernel(
     q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats, opts, model, batch_size, q_len, kv_len, num_sequences,
     search_steps, mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Hq, S, D]; a program per BLOCK_M rows of one head, over the same blocks of keys as the forward.
 
@@ -176,7 +177,7 @@ def _prefix_attention_bwd_dq_kernel(
         q, k, v, prefix_k, prefix_v, dout, part_dq, dq, stats,
         RowBlock(
             index * BLOCK_M, batch, head, head // sizes.group, opts, sizes, scale,
-            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
         ),
     )  # fmt: skip
 
@@ -185,12 +186,12 @@ def _prefix_attention_bwd_dq_kernel(
 def _dkv_step(
     dk, dv, k, v, q, dout, stats, first_key, visible, block, OF_PREFIX: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Add one block of rows to dk [N, D], which lacks the factor scale, and dv [N, D]; also its ds [N, M].
+    """Add one block of rows to dk [N, D], which lacks the factor scale, and dv [N, D_v]; also its ds [N, M].
 
     Scores are transposed here: keys by rows. ``visible`` is (lower, upper), the rows that see sequence keys, or
     (positions, sees, length) for tokens of a prefix.
     """
-    q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
+    q_tile, dout_tile = load_query_tile(q, block), load_out_tile(dout, block)
     lse, neg_delta, gate = _load_stats(stats, block, OF_PREFIX)
     keys = first_key + tl.arange(0, block.BLOCK_N)[:, None]
     products = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
@@ -218,16 +219,16 @@ def _prefix_attention_bwd_dkv_kernel(
     q, k, v, dout, dk, dv, stats, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
     scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, Hkv, T, D]; a program per BLOCK_N keys of one key head, over the query heads that share it."""
+    """dk [B, Hkv, T, D] and dv [B, Hkv, T, D_v]; a program per BLOCK_N keys of one key head, over its query heads."""
     sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     key_block, kv_head, batch = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     first_key = key_block * BLOCK_N
     k_tile = load_tile(matrix(k, batch, kv_head), k.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_tile(matrix(v, batch, kv_head), v.stride_n, first_key, sizes.kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v_tile = load_tile(matrix(v, batch, kv_head), v.stride_n, first_key, sizes.kv_len, VALUE_DIM, BLOCK_N, BLOCK_DV)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     visible = rows_that_see(first_key + tl.arange(0, BLOCK_N)[:, None], opts, sizes, IS_CAUSAL)
     low, row_blocks = row_range(first_key, opts, sizes, IS_CAUSAL, BLOCK_M, BLOCK_N)
@@ -238,7 +239,7 @@ def _prefix_attention_bwd_dkv_kernel(
             dk_acc, dv_acc, k_tile, v_tile, q, dout, stats, first_key, visible,
             RowBlock(
                 low + index % row_blocks * BLOCK_M, batch, kv_head * sizes.group + index // row_blocks, kv_head, opts,
-                sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                sizes, scale, IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             ),
             0, True,
         )  # fmt: skip
@@ -248,7 +249,7 @@ def _prefix_attention_bwd_dkv_kernel(
         store_tile(dk_ptr, dk.stride_n, first_key, sizes.kv_len, dk_acc, HEAD_DIM, BLOCK_N, BLOCK_D)
     if dv is not None:
         dv_ptr = matrix(dv, batch, kv_head)
-        store_tile(dv_ptr, dv.stride_n, first_key, sizes.kv_len, dv_acc, HEAD_DIM, BLOCK_N, BLOCK_D)
+        store_tile(dv_ptr, dv.stride_n, first_key, sizes.kv_len, dv_acc, VALUE_DIM, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
@@ -266,7 +267,7 @@ def _rows_that_see_prefix(prefix, block):
 
 @triton.jit
 def _prefix_step(dk, dv, dbias, k, v, q, dout, stats, first, prefix, length, block):
-    """Add one block of rows to dk, dv [N, D] and dbias [N] of tokens of a prefix, unless no row sees the prefix."""
+    """Add one block of rows to dk [N, D], dv [N, D_v] and dbias [N] of tokens of a prefix, unless no row sees it."""
     opts = block.opts
     MASKED: tl.constexpr = block.opts.prefix_window is not None or block.opts.prefix_ids is not None
     positions, sees = _rows_that_see_prefix(prefix, block)
@@ -281,10 +282,10 @@ def _prefix_step(dk, dv, dbias, k, v, q, dout, stats, first, prefix, length, blo
 def _prefix_attention_bwd_prefix_kernel(
     q, prefix_k, prefix_v, dout, dk_ptr, dv_ptr, dbias_ptr, stats, opts, model, batch_size, q_len, kv_len,
     num_sequences, search_steps, mask_stride, scale, bank, num_row_blocks, row_blocks_per_split,
-    DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of dprefix_k, dprefix_v [splits, A, Hq, P, D] and dprefix_bias [splits, A, Hq, P], all fp32.
+    """Partial sums of dprefix_k [splits, A, Hq, P, D], dprefix_v [.., D_v] and dprefix_bias [splits, A, Hq, P], fp32.
 
     A program has BLOCK_N tokens of one prefix, one query head, and one split of the rows. The blocks of rows of all
     batch entries, num_row_blocks, are cut into ``splits`` equal runs, whatever prefix they see.
@@ -297,9 +298,9 @@ def _prefix_attention_bwd_prefix_kernel(
     length = prefix_length(prefix, opts, sizes)
     dtype = q.ptr.dtype.element_ty
     k_tile = load_prefix_tile(prefix_k, prefix, kv_head, first, length, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_prefix_tile(prefix_v, prefix, kv_head, first, length, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v_tile = load_prefix_tile(prefix_v, prefix, kv_head, first, length, dtype, VALUE_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dbias = tl.zeros([BLOCK_N], tl.float32)
 
     row_blocks = tl.cdiv(sizes.q_len, BLOCK_M)
@@ -309,17 +310,18 @@ def _prefix_attention_bwd_prefix_kernel(
             dk, dv, dbias, k_tile, v_tile, q, dout, stats, first, prefix, length,
             RowBlock(
                 index % row_blocks * BLOCK_M, index // row_blocks, head, kv_head, opts, sizes, scale,
-                False, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                False, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
 
     matrix_index = (tl.cast(split, tl.int64) * bank + prefix) * sizes.num_heads + head
     tokens = first + tl.arange(0, BLOCK_N)
     used = tokens < length  # beyond, p is 1 / denom of a token that does not exist
-    offset = matrix_index * sizes.prefix_len * HEAD_DIM
+    first_row = matrix_index * sizes.prefix_len
     dk, dv = tl.where(used[:, None], dk * scale, 0.0), tl.where(used[:, None], dv, 0.0)
-    store_tile(dk_ptr + offset, HEAD_DIM, first, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr + offset, HEAD_DIM, first, sizes.prefix_len, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM
+    store_tile(dk_ptr, HEAD_DIM, first, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, VALUE_DIM, first, sizes.prefix_len, dv, VALUE_DIM, BLOCK_N, BLOCK_DV)
     if dbias_ptr is not None:
         ptrs = dbias_ptr + matrix_index * sizes.prefix_len + tokens
         tl.store(ptrs, tl.where(used, dbias, 0.0), mask=tokens < sizes.prefix_len)
@@ -342,7 +344,7 @@ def _sum_partials_kernel(partial_ptr, total_ptr, num_splits, split_size, group, 
 def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     """total [M, N] + ds of one block of rows and of the blocks of sequence keys from start to end."""
     sizes = block.sizes
-    q_tile, dout_tile = load_query_tile(q, block), load_query_tile(dout, block)
+    q_tile, dout_tile = load_query_tile(q, block), load_out_tile(dout, block)
     lse, neg_delta, _gate = _load_stats(stats, block, 0)
     rows = block.first_row + tl.arange(0, block.BLOCK_M)[:, None]
     lower, upper = keys_seen(rows, block.opts, sizes, block.IS_CAUSAL)
@@ -350,7 +352,7 @@ def _bias_rows(total, q, k, v, dout, stats, start, end, block):
     for first_key in range(start, end, block.BLOCK_N):
         keys = first_key + tl.arange(0, block.BLOCK_N)[None, :]
         k_tile = load_tile(k_ptr, k.stride_n, first_key, sizes.kv_len, block.HEAD_DIM, block.BLOCK_N, block.BLOCK_D)
-        v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, block.HEAD_DIM, block.BLOCK_N, block.BLOCK_D)
+        v_tile = load_tile(v_ptr, v.stride_n, first_key, sizes.kv_len, block.VALUE_DIM, block.BLOCK_N, block.BLOCK_DV)
         products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores, unit, _ = seq_scores(products, rows, keys, lower, upper, block, False, True)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
@@ -365,7 +367,7 @@ def _prefix_attention_bwd_bias_kernel(
     q, k, v, dout, dbias_ptr, stats, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride,
     scale, bias_batch, bias_heads, bias_rows, bias_keys,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dbias [bias_batch, bias_heads, bias_rows, bias_keys] fp32; each size is that of the scores or 1.
 
@@ -383,7 +385,7 @@ def _prefix_attention_bwd_bias_kernel(
                     total, q, k, v, dout, stats, tile_key, tl.where(bias_keys == 1, sizes.kv_len, tile_key + 1),
                     RowBlock(
                         first_row, batch, head, head // sizes.group, opts, sizes, scale,
-                        IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                        IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
                     ),
                 )  # fmt: skip
 

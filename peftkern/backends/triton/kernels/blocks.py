@@ -40,6 +40,8 @@ class RowBlock(NamedTuple):
     DROPOUT_THRESHOLD: Any
     HEAD_DIM: Any
     BLOCK_D: Any
+    VALUE_DIM: Any
+    BLOCK_DV: Any
     BLOCK_M: Any
     BLOCK_N: Any
 
@@ -133,11 +135,27 @@ def load_query_tile(x, block):
 
 
 @triton.jit
+def load_out_tile(x, block):
+    """[BLOCK_M, BLOCK_DV]: a block of rows of out, or of what is shaped like it."""
+    ptr = matrix(x, block.batch, block.head)
+    length = block.sizes.q_len
+    return load_tile(ptr, x.stride_n, block.first_row, length, block.VALUE_DIM, block.BLOCK_M, block.BLOCK_DV)
+
+
+@triton.jit
 def store_query_tile(x, tile, block):
-    """Store a block of rows of out, or of what is shaped like it."""
+    """Store a block of rows of dq."""
+    ptr = matrix(x, block.batch, block.head)
+    length = block.sizes.q_len
+    store_tile(ptr, x.stride_n, block.first_row, length, tile, block.HEAD_DIM, block.BLOCK_M, block.BLOCK_D)
+
+
+@triton.jit
+def store_out_tile(x, tile, block):
+    """Store a block of rows of out."""
     ptr = matrix(x, block.batch, block.head)
     stride, length = x.stride_n, block.sizes.q_len  # FAULT: query-tile-stride
-    store_tile(ptr, stride, block.first_row, length, tile, block.HEAD_DIM, block.BLOCK_M, block.BLOCK_D)
+    store_tile(ptr, stride, block.first_row, length, tile, block.VALUE_DIM, block.BLOCK_M, block.BLOCK_DV)
 
 
 @triton.jit

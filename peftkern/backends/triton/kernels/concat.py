@@ -32,16 +32,17 @@ def _concat_half(source, prefix_source, target, first, prefix, batch, kv_head, s
 def _concat_fwd_kernel(
     k, v, prefix_k, prefix_v, joined_k, joined_v, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
     mask_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """joined_k, joined_v [B, Hkv, P + T, D] = [prefix | k], [prefix | v]; the prefix is rounded to their dtype."""
+    """joined_k [B, Hkv, P + T, D] = [prefix | k], joined_v [.., D_v] likewise; the prefix is rounded."""
     sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     blocks = tl.cdiv(sizes.prefix_len + sizes.kv_len, BLOCK_N)
     block, kv_head, batch = locate(blocks, sizes.num_heads // sizes.group)
     prefix = prefix_of(batch, opts)
     first = block * BLOCK_N
     _concat_half(k, prefix_k, joined_k, first, prefix, batch, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_N)
-    _concat_half(v, prefix_v, joined_v, first, prefix, batch, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_N)
+    _concat_half(v, prefix_v, joined_v, first, prefix, batch, kv_head, sizes, VALUE_DIM, BLOCK_DV, BLOCK_N)
 
 
 @triton.jit
@@ -108,9 +109,10 @@ def _concat_packed_half(
 def _concat_packed_fwd_kernel(
     k, v, prefix_k, prefix_v, joined_k, joined_v, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
     mask_stride, cu_keys, num_rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """joined_k, joined_v [1, Hkv, rows, D]: each packed sequence's keys behind its prefix, rounded to their dtype.
+    """joined_k [1, Hkv, rows, D], joined_v [.., D_v]: each packed sequence's keys behind its prefix, in their dtype.
 
     Rows from cu_keys[n] up to ``num_rows`` belong to no sequence and are not stored.
     """
@@ -128,7 +130,7 @@ def _concat_packed_fwd_kernel(
         k, prefix_k, joined_k, rows, keys, tokens, prefix, inside, kv_head, HEAD_DIM, BLOCK_D
     )  # fmt: skip
     _concat_packed_half(
-        v, prefix_v, joined_v, rows, keys, tokens, prefix, inside, kv_head, HEAD_DIM, BLOCK_D
+        v, prefix_v, joined_v, rows, keys, tokens, prefix, inside, kv_head, VALUE_DIM, BLOCK_DV
     )  # fmt: skip
 
 
@@ -145,9 +147,10 @@ def _split_half(djoined, target, rows, keys, inside, batch, kv_head, HEAD_DIM: t
 def _split_kernel(
     djoined_k, djoined_v, dk, dv, cu_keys, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
     mask_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B, Hkv, T, D], of which one may be None: the rows of djoined_k, djoined_v behind the prefixes."""
+    """dk [B, Hkv, T, D], dv [.., D_v], of which one may be None: rows of djoined_k, djoined_v behind the prefixes."""
     sizes = all_sizes(model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride)
     block, kv_head, batch = locate(tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads // sizes.group)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -161,4 +164,4 @@ def _split_kernel(
     if dk is not None:
         _split_half(djoined_k, dk, rows, keys, inside, batch, kv_head, HEAD_DIM, BLOCK_D)
     if dv is not None:
-        _split_half(djoined_v, dv, rows, keys, inside, batch, kv_head, HEAD_DIM, BLOCK_D)
+        _split_half(djoined_v, dv, rows, keys, inside, batch, kv_head, VALUE_DIM, BLOCK_DV)

@@ -35,7 +35,7 @@ from .blocks import (
     row_offset,
     segment,
     seq_scores,
-    store_query_tile,
+    store_out_tile,
     tanh,
 )
 
@@ -68,7 +68,7 @@ def visit_prefix(
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores, unit, slope = prefix_scores(products, positions, tokens, sees, length, block, section == 1)
             v = load_prefix_tile(
-                prefix_v, prefix, block.kv_head, first, length, q.dtype, block.HEAD_DIM, BLOCK_N, block.BLOCK_D,
+                prefix_v, prefix, block.kv_head, first, length, q.dtype, block.VALUE_DIM, BLOCK_N, block.BLOCK_DV,
                 section == 0,
             )  # fmt: skip
             keep = None
@@ -126,7 +126,7 @@ def visit_sequence(STEP: tl.constexpr, state, operands, q, k, v, bounds, rows, b
             products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
             scores, unit, slope = seq_scores(products, rows, keys, lower, upper, block, False, section != 1)
             v_tile = load_tile(
-                v_ptr, v.stride_n, first_key, sizes.kv_len, block.HEAD_DIM, BLOCK_N, block.BLOCK_D, section == 1
+                v_ptr, v.stride_n, first_key, sizes.kv_len, block.VALUE_DIM, BLOCK_N, block.BLOCK_DV, section == 1
             )
             keep = None
             if block.DROPOUT_THRESHOLD > 0:
@@ -139,7 +139,7 @@ def visit_sequence(STEP: tl.constexpr, state, operands, q, k, v, bounds, rows, b
 def softmax_step(state, dout, scores, unit, slope, k, v, keep, opts):
     """Add one block of keys to a softmax state: maximum m [M], denominator [M], and acc.
 
-    acc is the sum of weighted values [M, D] or, if dout [M, D] is not None, of their products with dout [M].
+    acc is the sum of weighted values [M, D_v] or, if dout [M, D_v] is not None, of their products with dout [M].
     """
     m, denom, acc = state
     m_new = tl.maximum(m, tl.max(scores, 1) * unit)
@@ -156,10 +156,10 @@ def softmax_step(state, dout, scores, unit, slope, k, v, keep, opts):
 
 
 @triton.jit
-def empty_softmax(dout, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def empty_softmax(dout, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
     """The softmax state (m, denom, acc) over no keys; ``dout`` as in :func:`softmax_step`."""
     zeros = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if dout is None else zeros
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if dout is None else zeros
     return zeros - float("inf"), zeros, acc
 
 
@@ -172,9 +172,9 @@ def attend(q, dout, k, v, prefix_k, prefix_v, block):
     """
     opts, sizes = block.opts, block.sizes
     prefix_state = visit_prefixes(
-        softmax_step, empty_softmax(dout, block.BLOCK_M, block.BLOCK_D), dout, q, prefix_k, prefix_v, block
+        softmax_step, empty_softmax(dout, block.BLOCK_M, block.BLOCK_DV), dout, q, prefix_k, prefix_v, block
     )
-    state = prefix_state if opts.gate is None else empty_softmax(dout, block.BLOCK_M, block.BLOCK_D)
+    state = prefix_state if opts.gate is None else empty_softmax(dout, block.BLOCK_M, block.BLOCK_DV)
     state = visit_sequence(
         softmax_step, state, dout, q, k, v,
         key_range(block.first_row, opts, sizes, block.IS_CAUSAL, block.BLOCK_M, block.BLOCK_N),
@@ -205,7 +205,7 @@ def _forward_rows(q, k, v, prefix_k, prefix_v, out, lse_ptr, block):
     if opts.gate is not None:
         _, prefix_denom, prefix_acc = prefix_state
         result += prefix_acc * (inverse(prefix_denom, opts) * tanh(tl.load(opts.gate + block.head)))[:, None]
-    store_query_tile(out, result, block)
+    store_out_tile(out, result, block)
     rows = block.first_row + tl.arange(0, block.BLOCK_M)
     ptrs = lse_ptr + row_offset(block.batch, block.head, sizes) + rows
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=rows < sizes.q_len)
@@ -216,9 +216,9 @@ def _prefix_attention_fwd_kernel(
     q, k, v, prefix_k, prefix_v, out, lse_ptr, opts, model, batch_size, q_len, kv_len, num_sequences, search_steps,
     mask_stride, scale,
     IS_CAUSAL: tl.constexpr, DROPOUT_THRESHOLD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Hq, S, D] and lse [B, Hq, S]; a program per BLOCK_M rows of one head.
+    """out [B, Hq, S, D_v] and lse [B, Hq, S]; a program per BLOCK_M rows of one head.
 
     ::
 
@@ -230,6 +230,6 @@ def _prefix_attention_fwd_kernel(
         q, k, v, prefix_k, prefix_v, out, lse_ptr,
         RowBlock(
             index * BLOCK_M, batch, head, head // sizes.group, opts, sizes, scale,
-            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            IS_CAUSAL, DROPOUT_THRESHOLD, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
         ),
     )  # fmt: skip

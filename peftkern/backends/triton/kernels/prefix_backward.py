@@ -13,6 +13,7 @@ from .blocks import (
     VARYING,
     RowBlock,
     all_sizes,
+    load_out_tile,
     load_prefix_tile,
     load_query_tile,
     prefix_scores,
@@ -25,11 +26,11 @@ from .prefix_forward import locate_tile
 
 @triton.jit
 def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block):
-    """dk, dv [BLOCK_N, D] with one tile of rows added, dk without scale; the tile's dq is stored."""
+    """dk [BLOCK_N, D], dv [BLOCK_N, D_v] with one tile of rows added, dk without scale; the tile's dq is stored."""
     sizes = block.sizes
     rows = block.first_row + tl.arange(0, block.BLOCK_M)
     inside = rows < sizes.q_len
-    q_tile, dout_tile, out_tile = load_query_tile(q, block), load_query_tile(dout, block), load_query_tile(out, block)
+    q_tile, dout_tile, out_tile = load_query_tile(q, block), load_out_tile(dout, block), load_out_tile(out, block)
     neg_delta = -tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     lse_row = lse_ptr + row_offset(block.batch, block.head, sizes)
     lse = tl.load(lse_row + rows, mask=inside, other=float("inf")) * LOG2E
@@ -55,9 +56,10 @@ def _one_tile(q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv, block)
 def _prefix_merge_bwd_kernel(
     q, prefix_k, prefix_v, out, dout, lse_ptr, part_dq, dq, dk_ptr, dv_ptr, opts, model, batch_size, q_len, kv_len,
     num_sequences, search_steps, mask_stride, scale, row_start, splits, tiles_per_split,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Hq, S, D] = part_dq + the prefix's part; fp32 partial sums of dprefix_k, dprefix_v [splits, Hkv, P, D].
+    """dq [B, Hq, S, D] = part_dq + the prefix's part; fp32 partial sums of dprefix_k [splits, Hkv, P, D], dprefix_v.
 
     A program has one key head, whose prefix fits BLOCK_N, and one of ``splits`` equal runs of tiles of rows.
     ``part_dq`` is the sequence's part, None if there is none, and may be dq itself. ``dq`` None: it is not needed.
@@ -67,9 +69,9 @@ def _prefix_merge_bwd_kernel(
     split, kv_head = tl.program_id(0) % splits, tl.program_id(0) // splits
     dtype = q.ptr.dtype.element_ty
     k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, VALUE_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     row_blocks = tl.cdiv(sizes.q_len - row_start, BLOCK_M)
     first = split * tiles_per_split  # FAULT: merge-bwd-first-tile
     tiles = row_blocks * sizes.group * sizes.batch
@@ -80,11 +82,12 @@ def _prefix_merge_bwd_kernel(
             q, k_tile, v_tile, out, dout, lse_ptr, part_dq, dq, dk, dv,
             RowBlock(
                 row_start + row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
-                False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                False, 0, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
 
-    offset = (tl.cast(split, tl.int64) * (sizes.num_heads // sizes.group) + kv_head) * sizes.prefix_len * HEAD_DIM
+    first_row = (tl.cast(split, tl.int64) * (sizes.num_heads // sizes.group) + kv_head) * sizes.prefix_len
     dk = dk * scale  # FAULT: merge-bwd-scale
-    store_tile(dk_ptr + offset, HEAD_DIM, 0, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr + offset, HEAD_DIM, 0, sizes.prefix_len, dv, HEAD_DIM, BLOCK_N, BLOCK_D)
+    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM
+    store_tile(dk_ptr, HEAD_DIM, 0, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, VALUE_DIM, 0, sizes.prefix_len, dv, VALUE_DIM, BLOCK_N, BLOCK_DV)

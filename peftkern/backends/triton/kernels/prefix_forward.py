@@ -22,6 +22,7 @@ from .blocks import (
     VARYING,
     RowBlock,
     all_sizes,
+    load_out_tile,
     load_prefix_tile,
     load_query_tile,
     load_tile,
@@ -30,7 +31,7 @@ from .blocks import (
     merge_state,
     prefix_scores,
     row_offset,
-    store_query_tile,
+    store_out_tile,
     store_tile,
     tanh,
 )
@@ -72,7 +73,7 @@ def _attend_to_resident(q, k, v, rows, block):
     length = block.sizes.prefix_len
     MASKED: tl.constexpr = True  # FAULT: merge-mask
     scores, unit, slope = prefix_scores(products, rows[:, None], tokens, None, length, block, MASKED)
-    state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+    state = empty_softmax(None, block.BLOCK_M, block.BLOCK_DV)
     return softmax_step(state, None, scores, unit, slope, k, v, None, block.opts)
 
 
@@ -89,14 +90,14 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     if k_tile is not None:
         state = _attend_to_resident(q_tile, k_tile, v_tile, rows, block)
     else:
-        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_DV)
         state = visit_prefixes(softmax_step, state, None, q_tile, prefix_k, prefix_v, block)
     if opts.gate is not None:  # a softmax of its own
         _, denom, acc = state
         gated = acc * (tanh(tl.load(opts.gate + block.head)) / tl.where(denom == 0.0, 1.0, denom))[:, None]
-        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_D)
+        state = empty_softmax(None, block.BLOCK_M, block.BLOCK_DV)
     if part_out is not None:
-        values = load_query_tile(part_out, block)
+        values = load_out_tile(part_out, block)
         lse = load_lse(row_value_pointers(part_lse, block.batch, block.head, rows), inside)
         state = merge_state(state, lse, values)
     if opts.sinks is not None:
@@ -105,7 +106,7 @@ def _merge_rows(q, prefix_k, prefix_v, k_tile, v_tile, part_out, part_lse, out, 
     result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     if opts.gate is not None:
         result += gated
-    store_query_tile(out, result, block)
+    store_out_tile(out, result, block)
     ptrs = lse_ptr + row_offset(block.batch, block.head, block.sizes) + rows
     tl.store(ptrs, (m + tl.log2(denom)) * LN2, mask=inside)  # FAULT: merge-store-mask
 
@@ -115,10 +116,10 @@ def _prefix_merge_fwd_kernel(
     q, prefix_k, prefix_v, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m, out, lse_ptr, opts,
     model, batch_size, q_len, kv_len, num_sequences, search_steps, mask_stride, scale, row_start,
     workers,
-    RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    RESIDENT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Hq, S, D] and lse [B, Hq, S] from those of the sequence, part_out and part_lse, and the prefix.
+    """out [B, Hq, S, D_v] and lse [B, Hq, S] from those of the sequence, part_out and part_lse, and the prefix.
 
     out and part_out may be one tensor, and so may lse and part_lse: one program owns a tile of rows, and reads it
     before it writes it. ``part_out`` None: there is no sequence. Rows before ``row_start`` are left as they are.
@@ -132,7 +133,7 @@ def _prefix_merge_fwd_kernel(
     dtype = q.ptr.dtype.element_ty
     if RESIDENT:
         k_tile = load_prefix_tile(prefix_k, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v_tile = load_prefix_tile(prefix_v, 0, kv_head, 0, sizes.prefix_len, dtype, VALUE_DIM, BLOCK_N, BLOCK_DV)
     else:
         k_tile = None
         v_tile = None
@@ -145,7 +146,7 @@ def _prefix_merge_fwd_kernel(
             RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m), out, lse_ptr,
             RowBlock(
                 row_start + row_block * BLOCK_M, batch, head, kv_head, opts, sizes, scale,
-                False, 0, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                False, 0, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
             ),
         )  # fmt: skip
 
@@ -154,9 +155,9 @@ def _prefix_merge_fwd_kernel(
 def _merge_states_kernel(
     out, lse_ptr, stride_b, stride_h, stride_m, part_out, part_lse_ptr, part_stride_b, part_stride_h, part_stride_m,
     num_heads, q_len,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Merge attention over further keys, part_out and part_lse, into out [B, Hq, S, D] and lse [B, Hq, S]."""
+    """Merge attention over further keys, part_out and part_lse, into out [B, Hq, S, D_v] and lse [B, Hq, S]."""
     block, head, batch = locate(tl.cdiv(q_len, BLOCK_M), num_heads)
     first = block * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
@@ -165,11 +166,11 @@ def _merge_states_kernel(
     part = RowValues(part_lse_ptr, part_stride_b, part_stride_h, part_stride_m)
     part_lse_ptrs = row_value_pointers(part, batch, head, rows)
     out_ptr = matrix(out, batch, head)
-    values = load_tile(out_ptr, out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
-    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_D), load_lse(lse_ptrs, inside), values)
-    values = load_tile(matrix(part_out, batch, head), part_out.stride_n, first, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    values = load_tile(out_ptr, out.stride_n, first, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV)
+    state = merge_state(empty_softmax(None, BLOCK_M, BLOCK_DV), load_lse(lse_ptrs, inside), values)
+    values = load_tile(matrix(part_out, batch, head), part_out.stride_n, first, q_len, VALUE_DIM, BLOCK_M, BLOCK_DV)
     state = merge_state(state, load_lse(part_lse_ptrs, inside), values)
     m, denom, acc = state
     result = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
-    store_tile(out_ptr, out.stride_n, first, q_len, result, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(out_ptr, out.stride_n, first, q_len, result, VALUE_DIM, BLOCK_M, BLOCK_DV)
     tl.store(lse_ptrs, (m + tl.log2(denom)) * LN2, mask=inside)
