@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed_dim_of", "full_cache",
+    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed", "embed_dim_of", "full_cache",
     "given_cache", "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
 ]  # fmt: skip
 
@@ -70,6 +70,17 @@ def embed_dim_of(config: Any) -> int:
     config = text_config(config)
     names = ("embedding_size", "word_embed_proj_dim", "hidden_size")
     return int(next(n for n in (getattr(config, name, None) for name in names) if n))
+
+
+@torch.no_grad()
+def embed(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
+    """[n, E], the model's embeddings of n tokens.
+
+    The embedding runs, because its weight may be quantised and need not have the shape [V, E] then.
+    """
+    embedding = model.get_input_embeddings()
+    rows: Tensor = embedding(torch.as_tensor(ids, device=embedding.weight.device))
+    return rows
 
 
 def text_tokens(tokenizer: Any, text: str, length: int) -> list[int]:

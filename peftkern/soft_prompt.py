@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import soft_prompt_embedding
-from .model_info import Origin, embed_dim_of, text_tokens
+from .model_info import Origin, embed, embed_dim_of, text_config, text_tokens
 
 __all__ = ["SoftPrompt"]
 
@@ -56,20 +56,18 @@ class SoftPrompt(nn.Module):
     ) -> None:
         super().__init__()
         source = model_or_embedding
-        if hasattr(source, "get_input_embeddings"):
-            source = source.get_input_embeddings().weight
         if embed_dim is None and source is None:
             raise ValueError("model_or_embedding: expected a model, config or weight, or embed_dim, got None")
         if embed_dim is None:
-            embed_dim = source.shape[1] if isinstance(source, Tensor) else embed_dim_of(source)
+            embed_dim = _width(source)
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(
                 f"length, num_prompts: expected length >= 0 and num_prompts None or >= 1, got {length}, {num_prompts}"
             )
         self.origin = Origin() if isinstance(model_or_embedding, Tensor) else Origin.of(model_or_embedding)
         shape = (length, embed_dim) if num_prompts is None else (num_prompts, length, embed_dim)
-        if device is None and isinstance(source, Tensor):
-            device = source.device
+        if device is None:
+            device = getattr(source.get_input_embeddings().weight if _is_model(source) else source, "device", None)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         with torch.no_grad():
             if isinstance(init, Tensor):
@@ -81,8 +79,9 @@ class SoftPrompt(nn.Module):
             elif init == "random":
                 self.weight.normal_(std=std)
             elif init == "vocab" and isinstance(source, Tensor):
-                ids = torch.randint(source.shape[0], shape[:-1], device=source.device)
-                self.weight.copy_(nn.functional.embedding(ids, source))
+                self.weight.copy_(source[torch.randint(source.shape[0], shape[:-1], device=source.device)])
+            elif init == "vocab" and _is_model(source):
+                self.weight.copy_(embed(source, torch.randint(text_config(source).vocab_size, shape[:-1])))
             else:
                 raise ValueError(
                     f"init: expected 'random', 'vocab' (with a model or embedding weight) or a tensor, got {init!r}"
@@ -99,11 +98,7 @@ class SoftPrompt(nn.Module):
             length: as for :class:`SoftPrompt`.
             options: as for :class:`SoftPrompt`.
         """
-        embedding = model.get_input_embeddings()
-        ids = torch.tensor(text_tokens(tokenizer, text, length), device=embedding.weight.device)
-        with torch.no_grad():
-            rows = embedding(ids)
-        return cls(model, length, init=rows, **options)
+        return cls(model, length, init=embed(model, text_tokens(tokenizer, text, length)), **options)
 
     @property
     def length(self) -> int:
@@ -128,3 +123,14 @@ class SoftPrompt(nn.Module):
         """The shape of the weight."""
         bank = f"num_prompts={self.weight.shape[0]}, " if self.weight.dim() == 3 else ""
         return f"{bank}length={self.length}, embed_dim={self.embed_dim}"
+
+
+def _is_model(source: Any) -> bool:
+    return hasattr(source, "get_input_embeddings")
+
+
+def _width(source: Any) -> int:
+    """E of a model, config or weight [V, E]."""
+    if _is_model(source):
+        return embed(source, [0]).shape[-1]
+    return source.shape[1] if isinstance(source, Tensor) else embed_dim_of(source)

@@ -8,7 +8,8 @@ reason not to use the patch. Errors that are unrelated to the model, such as out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -76,6 +77,8 @@ class Trial:
         self._stock: Outputs = []
         #: Per output and row, the change of the stock model's output when the prefix is rounded differently.
         self._rounding: list[list[float]] = []
+        #: Relative error of the model's linear layers, at most that of bf16.
+        self._linear_error = 0.0
 
     def try_prefix(self) -> str | None:
         """How a prefix read by attention differs from a prefix in the stock cache; None if it does not."""
@@ -84,21 +87,25 @@ class Trial:
     def _try_prefix(self) -> str | None:
         ids, mask = self.ids, self.mask
         stock, cache = self._cache().as_stock(ids.shape[0], self.backbone.dtype), self._cache()
-        self._stock = self._run(stock, ids, mask)
+        with _measured_linear_layers(self.backbone) as errors:
+            self._stock = self._run(stock, ids, mask)
+        self._linear_error = min(max(errors, default=0.0), torch.finfo(torch.bfloat16).eps)
         self._read_with_tokens = self._read
-        moved = self._cache(prefix=[kv and (_round_otherwise(kv[0]), _round_otherwise(kv[1])) for kv in self.prefix])
+        round_otherwise = self._round_otherwise
+        moved = self._cache(prefix=[kv and (round_otherwise(kv[0]), round_otherwise(kv[1])) for kv in self.prefix])
         moved_stock = moved.as_stock(ids.shape[0], self.backbone.dtype)
-        self._rounding = _rounding(self._run(moved_stock, ids, mask), self._stock, mask)
+        self._rounding = self._measure_rounding(self._run(moved_stock, ids, mask), self._stock, mask)
         what = f"{self.kind} with prefix keys in its cache"
         got = self._run(self._cache(stores=False), ids[:1], None)
-        reason = _compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
+        reason = self._compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
         if reason is None:
-            reason = _compare(f"{what} and padding", self._run(cache, ids, mask), self._stock, mask, self._rounding)
+            got = self._run(cache, ids, mask)
+            reason = self._compare(f"{what} and padding", got, self._stock, mask, self._rounding)
         if reason is not None:
             return reason
         longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
         want, got = self._run(stock, ids[:, :1], longer), self._run(cache, ids[:, :1], longer)
-        return _compare(f"{what}, decoding", got, want, None, self._worst_rounding())
+        return self._compare(f"{what}, decoding", got, want, None, self._worst_rounding())
 
     def _worst_rounding(self) -> list[list[float]]:
         """A bound for tokens other than those whose rounding was measured."""
@@ -126,7 +133,7 @@ class Trial:
             if unread and replaces_tokens and not as_tokens:  # the parameters may be 0 now, and change in training
                 names = ", ".join(sorted(unread))
                 return f"{self.kind} reads {names} only if it is given tokens instead of embeddings"
-            return _compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
+            return self._compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
 
         return self._guarded(run, "on packed rows")
 
@@ -143,14 +150,14 @@ class Trial:
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
             want = self._recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
             rounding = self._worst_rounding()
-            if batch.dtype in _MAX_ROUNDING:  # half precision, where a measured bound is tighter
-                moved = _round_otherwise(batch)
+            if self._eps(batch.dtype) > 1e-4:  # as in half precision, where a measured bound is tighter
+                moved = self._round_otherwise(batch)
                 moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
-                rounding = _rounding(moved_outputs, want, padded)
+                rounding = self._measure_rounding(moved_outputs, want, padded)
             packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
             what = f"{self.kind} on packed rows with a prompt"
-            return _compare(what, got, want, padded, rounding)
+            return self._compare(what, got, want, padded, rounding)
 
         return self._guarded(run, "on packed rows with a prompt")
 
@@ -164,15 +171,64 @@ class Trial:
             mask[2, -1] = 0
             tokens = self.backbone.get_input_embeddings()(ids)
             want = self._recorded(inputs_embeds=tokens, attention_mask=mask, use_cache=False)
-            moved = self._recorded(inputs_embeds=_round_otherwise(tokens), attention_mask=mask, use_cache=False)
-            rounding = _rounding(moved, want, mask)
+            moved = self._recorded(inputs_embeds=self._round_otherwise(tokens), attention_mask=mask, use_cache=False)
+            rounding = self._measure_rounding(moved, want, mask)
             layout = share_rows(layout_of(ids.cpu(), mask.cpu(), False), ids.cpu(), min_saved=1)
             assert layout is not None
             packed = PackedBatch(layout.to(ids.device))
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
-            return _compare(f"{self.kind} on packed rows with shared text", got, want, mask, rounding)
+            return self._compare(f"{self.kind} on packed rows with shared text", got, want, mask, rounding)
 
         return self._guarded(run, "on packed rows with shared text")
+
+    def _eps(self, dtype: torch.dtype) -> float:
+        """Relative error of one operation of the model on tensors of a dtype."""
+        return max(torch.finfo(dtype).eps, self._linear_error)
+
+    def _round_otherwise(self, x: Tensor) -> Tensor:
+        """Each element moved by one rounding error, alternately away from and towards zero."""
+        signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
+        return x * (1 + signs * self._eps(x.dtype))
+
+    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
+        """Per output and row, the change of the stock model's output when its input is rounded differently.
+
+        Raises:
+            ValueError: if the change is too large for rounding.
+        """
+        rounding = [
+            [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
+            for a, b in zip(moved, outputs, strict=True)
+        ]
+        if max(map(max, rounding)) > max(_MAX_ROUNDING.get(outputs[0].dtype, 1e-3), 64 * self._linear_error):
+            raise ValueError("the stock model's outputs change from call to call")
+        return rounding
+
+    def _compare(
+        self, what: str, got: Outputs, want: Outputs, mask: Tensor | None, rounding: list[list[float]]
+    ) -> str | None:
+        """A sentence about a difference that rounding does not explain; None if there is none.
+
+        Compares the output of every attention module and the last hidden states, each relative to its own norm.
+        Rounding grows from layer to layer, whereas an error of the patch shows in the first layer.
+
+        Args:
+            what: subject of the sentence.
+            got, want: outputs of the patched and of the stock model.
+            mask: 0 for places that are not compared.
+            rounding: per output and row, the stock model's change by rounding; eight times as much is allowed.
+        """
+        for index, (x, y) in enumerate(zip(got, want, strict=True)):
+            if x.shape != y.shape:
+                return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
+            tolerance = max(_tolerance(y.dtype), 4 * self._linear_error)
+            for row in range(x.shape[0]):
+                real = slice(None) if mask is None else mask[row].bool()
+                difference = _difference(x[row][real], y[row][real])
+                if difference > max(tolerance, 8 * rounding[index][row]):
+                    where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
+                    return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
+        return None
 
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
         return PackedCache(len(self.prefix), packed, stores=False, options=self.options)
@@ -307,53 +363,36 @@ def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> lis
     return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]
 
 
-def _rounding(moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
-    """Per output and row, the change of the stock model's output when its input is rounded differently.
+@contextlib.contextmanager
+def _measured_linear_layers(backbone: nn.Module) -> Iterator[list[float]]:
+    """Fill a list with the relative error of every linear layer that runs within the block.
 
-    Raises:
-        ValueError: if the change is too large for rounding.
+    ``f(a) + f(b) = f(a + b) + f(0)`` holds up to the rounding of the dtype, unless the layer quantises its inputs or
+    computes in a lower precision.
     """
-    rounding = [
-        [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
-        for a, b in zip(moved, outputs, strict=True)
-    ]
-    if max(map(max, rounding)) > _MAX_ROUNDING.get(outputs[0].dtype, 1e-3):
-        raise ValueError("the stock model's outputs change from call to call")
-    return rounding
+    errors: list[float] = []
 
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+            return
+        rows = args[0].flatten(0, -2)
+        a, b = rows[0], rows[-1]
+        outputs = module.forward(torch.stack([a, b, a + b, torch.zeros_like(a)]))  # not a call, which runs hooks
+        if isinstance(outputs, Tensor):  # a router of experts returns more
+            of_a, of_b, of_sum, of_zero = outputs.float()
+            errors.append(_difference(of_a + of_b - of_zero, of_sum))
 
-def _compare(what: str, got: Outputs, want: Outputs, mask: Tensor | None, rounding: list[list[float]]) -> str | None:
-    """A sentence about a difference that rounding does not explain; None if there is none.
-
-    Compares the output of every attention module and the last hidden states, each relative to its own norm. Rounding
-    grows from layer to layer, whereas an error of the patch shows in the first layer.
-
-    Args:
-        what: subject of the sentence.
-        got, want: outputs of the patched and of the stock model.
-        mask: 0 for places that are not compared.
-        rounding: per output and row, the stock model's change by rounding; eight times as much is allowed.
-    """
-    for index, (x, y) in enumerate(zip(got, want, strict=True)):
-        if x.shape != y.shape:
-            return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
-        for row in range(x.shape[0]):
-            real = slice(None) if mask is None else mask[row].bool()
-            difference = _difference(x[row][real], y[row][real])
-            if difference > max(_tolerance(y.dtype), 8 * rounding[index][row]):
-                where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
-                return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
-    return None
+    layers = [m for m in backbone.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    handles = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
+    try:
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 #: Per dtype, the largest change that rounding explains. A model that keeps a state between calls changes more.
 _MAX_ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.1}
-
-
-def _round_otherwise(x: Tensor) -> Tensor:
-    """Each element moved by one rounding error, alternately away from and towards zero."""
-    signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
-    return x * (1 + signs * torch.finfo(x.dtype).eps)
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeGuard, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...model_info import embed
 from ..calls import running
 from ..prompts import Prompt, PromptSource
 from ..wiring import Patch
@@ -43,7 +44,7 @@ class ModulePrompt(PromptSource):
     concatenates = "such calls have the prompt put before every sample"
 
     def __init__(self, prompt: EmbeddingPrompt, base: PreTrainedModel, *, freeze: bool) -> None:
-        width = base.get_input_embeddings().weight.shape[1]
+        width = embed(base, [0]).shape[-1]
         if prompt.weight.shape[-1] != width:
             raise ValueError(
                 f"prefix: expected a prompt as wide as the token embeddings, {width}, got {prompt.weight.shape[-1]}"
