@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 import peftkern
 from peftkern import PrefixKV, SoftPrompt
+from peftkern.layer_shapes import LayerShape
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS
 
@@ -234,7 +235,7 @@ class Own(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.num_layers, self.num_kv_heads, self.head_dim, self.lengths = 2, 2, 16, [3, 3]
+        self.shapes, self.lengths = [LayerShape(2, 16, 16)] * 2, [3, 3]
         self.kv = nn.Parameter(torch.randn(2, 2, 2, 3, 16))
 
     def layer_kv(self):
