@@ -4,8 +4,8 @@
     python -m benchmarks.starts --seeds 3             writes results/starts.csv
     python -m benchmarks.starts --cpu-time            beside other work
 
-A start is random (standard deviation 0.02), zero, vocabulary (random tokens: a prompt takes their embeddings, a prefix
-their keys and values) or text (two labelled reviews). Everything else is as in `benchmarks.hybrids`.
+A start is random (standard deviation 0.02), zero, vocabulary (random tokens: a prompt takes their embeddings, a
+prefix their keys and values) or text (two labelled reviews). Everything else is as in `benchmarks.hybrids`.
 """
 
 from __future__ import annotations
