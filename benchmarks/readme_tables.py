@@ -24,6 +24,8 @@ from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 from peftkern.tools import versions
 from peftkern.tools.bench.rows import Comparison, groups, read
 
+from .review_training import by_arm, mean_and_error
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -205,6 +207,36 @@ def sharing() -> str:
     return "\n".join(lines)
 
 
+def hybrids() -> str:
+    """Markdown: what is trained on the movie reviews, from ``benchmarks.hybrids``."""
+    lines = [
+        "| SmolLM2-135M, trained | parameters | accuracy, mean of the seeds | seconds per step |",
+        "|---|---|---|---|",
+    ]
+    for rows in by_arm(_rows("hybrids.csv")):
+        name, trained = rows[0]["arm"], rows[0]["steps"] != "0"
+        seconds = f"{statistics.fmean(float(row['step_s']) for row in rows):.2f}" if trained else "-"
+        lines.append(f"| {name} | {int(rows[0]['parameters']):,} | {_accuracy(rows)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def starts() -> str:
+    """Markdown: accuracies from different initial values, from ``benchmarks.starts``."""
+    found = {rows[0]["arm"]: _accuracy(rows) for rows in by_arm(_rows("starts.csv"))}
+    lines = ["| accuracy by start | prefix | prompt |", "|---|---|---|"]
+    for start in dict.fromkeys(name.partition(", ")[2] for name in found):
+        if start:
+            cells = (found.get(f"{kind}, {start}", "-") for kind in ("prefix", "prompt"))
+            lines.append(f"| {start} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _accuracy(rows: list[dict[str, str]]) -> str:
+    """In percent, with the standard error of the mean of several seeds."""
+    mean, error = mean_and_error([100 * float(row["accuracy"]) for row in rows])
+    return f"{mean:.1f} ± {error:.1f}" if len(rows) > 1 else f"{mean:.1f}"
+
+
 def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("model", "dtype", "threads", "B", "S", "P"))
 
@@ -222,7 +254,7 @@ def _ratio(value: str | float | None) -> str:
 
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
-    "sharing": sharing, "versions": versions.sentence,
+    "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
 }  # fmt: skip
 
 

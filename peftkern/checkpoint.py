@@ -33,6 +33,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
 
+#: Subfolders in which a patched model with other adapters saves its prefix or prompt, and names of these submodules.
+PREFIX_NAME, PROMPT_NAME = "peftkern_prefix", "peftkern_prompt"
+
 _PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE", "PEFTKERN_PREFIX")
 _PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PEFTKERN_PROMPT")
 
@@ -88,7 +91,8 @@ def load_prefix(
     Tensors of other modules (``modules_to_save``) are not loaded; a warning names them.
 
     Args:
-        folder: a local folder with the two files. The config may be missing if :func:`save_prefix` wrote the weights.
+        folder: a local folder with the two files, or one in which a patched model with other adapters (LoRA) has
+            saved its prefix beside them. The config may be missing if :func:`save_prefix` wrote the weights.
         trainable: False clears ``requires_grad``.
         model: a Hugging Face model or config that the prefix must fit. A model also determines the device. PEFT's
             file for a model whose layers differ in width (Gemma 4) does not say how wide each layer is, so it needs
@@ -101,7 +105,7 @@ def load_prefix(
         ValueError: naming the file and the problem: missing, truncated, a pickle, another format, another type of
             adapter, shapes that do not fit the config, or a prefix for another model.
     """
-    folder = Path(folder)
+    folder = _holding(Path(folder))
     path = folder / WEIGHTS_NAME
     tensors, config = _read(folder)
     peft_type = config.get("peft_type")
@@ -262,6 +266,22 @@ def _check_nothing_lost(path: Path) -> None:
 
 def _foreign(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name != "prompt_embeddings" and not name.startswith("peftkern."))
+
+
+def _holding(folder: Path) -> Path:
+    """The folder itself if it contains a prefix, else the one beside its other adapters."""
+    beside = [folder / name for name in (PREFIX_NAME, PROMPT_NAME) if (folder / name / WEIGHTS_NAME).is_file()]
+    if not beside:
+        return folder
+    with contextlib.suppress(ValueError):
+        if _read(folder)[1].get("peft_type") in _PREFIX_TYPES + _PROMPT_TYPES:
+            return folder
+    if len(beside) > 1:
+        names = " and ".join(path.name for path in beside)
+        raise ValueError(
+            f"{folder}: expected one prefix or prompt beside the adapters, got {names}; name one of them"
+        )
+    return beside[0]
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -215,13 +215,46 @@ class PrefixKV(nn.Module):
         Raises:
             ValueError: for a text without tokens, or a length beyond the model's positions.
         """
+        return cls._from_tokens(model, length, lambda longest: text_tokens(tokenizer, text, longest), options)
+
+    @classmethod
+    def from_vocabulary(
+        cls, model: Any, length: int | Sequence[int], *, generator: torch.Generator | None = None, **options: Any
+    ) -> PrefixKV:
+        """A prefix initialised with the keys and values of random tokens of the vocabulary.
+
+        It learns faster than random numbers, and more slowly than real text (:meth:`from_text`).
+
+        Args:
+            model: as for :meth:`from_text`.
+            length: as for :class:`PrefixKV`.
+            generator: of the CPU; default: torch's.
+            options: as for :class:`PrefixKV`.
+
+        Raises:
+            ValueError: for a length beyond the model's positions, or of 0 in all layers.
+        """
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+
+        def sample(longest: int) -> list[int]:
+            if longest < 1:
+                raise ValueError(f"length: expected at least one token, got {length}")
+            return torch.randint(vocab_size, (longest,), generator=generator).tolist()
+
+        return cls._from_tokens(model, length, sample, options)
+
+    @classmethod
+    def _from_tokens(
+        cls, model: Any, length: int | Sequence[int], tokens: Callable[[int], list[int]], options: dict[str, Any]
+    ) -> PrefixKV:
+        """A prefix with the keys and values of the token ids that ``tokens`` returns for the largest length."""
         names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
         shapes = shapes_of(model, *(options.get(name) for name in names))
         longest = max(lengths_of(length, shapes))
         positions = getattr(text_config(model), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ValueError(f"length: expected at most the model's {positions} positions, got {longest}")
-        ids = torch.tensor([text_tokens(tokenizer, text, longest)], device=model.get_input_embeddings().weight.device)
+        ids = torch.tensor([tokens(longest)], device=model.get_input_embeddings().weight.device)
         layers = with_layers_that_share(cached_layers(model, ids), shapes, ids.shape[1])
         return cls.from_cache(layers, length, model_or_config=model, **options)
 

@@ -66,8 +66,10 @@ def patch(
 
     In any other model, ``prefix`` becomes a submodule of the Hugging Face model, named ``peftkern_prefix`` (or
     ``peftkern_prompt``). Optimizers, ``Trainer`` and DDP therefore see its parameters, and ``state_dict`` and the
-    checkpoints of ``Trainer`` contain it. ``attention_mask``, ``position_ids`` and caches describe the sequence
-    alone. ``requires_grad`` of the model's own parameters does not change unless ``freeze`` is set.
+    checkpoints of ``Trainer`` contain it. Beside other adapters (LoRA), ``save_pretrained`` saves it to a subfolder
+    of its name, from which ``load_adapter`` and :func:`peftkern.load_prefix` read it. ``attention_mask``,
+    ``position_ids`` and caches describe the sequence alone. ``requires_grad`` of the model's own parameters does not
+    change unless ``freeze`` is set.
 
     No ``forward`` or ``generate`` is replaced, so the model may be wrapped before or after (accelerate, DDP, FSDP2,
     ``torch.compile``, TRL). A trial on a few tokens compares the patched model with the stock model, whose cache

@@ -42,15 +42,15 @@ def is_disabled(model: Any) -> bool:
 
 
 class PeftMethod:
-    """Replaces a method of a ``PeftModel`` instance.
+    """Replaces a method of an instance, of a ``PeftModel`` or of a model that ``transformers`` adds adapters to.
 
     ``disable_adapter()`` saves the method when it starts and restores it when it ends. If the model is unpatched in
     between, it restores this object, which then calls PEFT's method.
 
     Args:
-        model: a ``PeftModel``.
+        model: the instance.
         name: of the method.
-        function: called with PEFT's method, followed by the arguments.
+        function: called with the class's method, followed by the arguments.
     """
 
     def __init__(self, model: Any, name: str, function: Callable[..., Any]) -> None:

@@ -33,7 +33,9 @@ ALLOWED = {
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "model_info"},
-    "huggingface": {"arguments", "functional", "modules", "layer_shapes", "model_info", "backends.registry"},
+    "huggingface": {
+        "arguments", "checkpoint", "functional", "modules", "layer_shapes", "model_info", "backends.registry",
+    },
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {

@@ -8,16 +8,15 @@ from typing import Any, Protocol, TypeGuard, cast
 
 from torch import nn
 
+from ...checkpoint import PREFIX_NAME
 from ...layer_shapes import LayerShape
+from ..adapter_folders import AdapterFolder
 from ..cache import KeyValue
 from ..calls import running
 from ..prefix_patch import PrefixPatch, PrefixSource
 from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
-
-#: Name of the prefix as a submodule of the model.
-SUBMODULE = "peftkern_prefix"
 
 
 class LayerPrefix(Protocol):
@@ -66,11 +65,12 @@ class ModulePrefix(PrefixSource):
         """Make the prefix a submodule of the Hugging Face model, so that it stays when wrappers are removed."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
-        patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prefix))
+        patch.wiring.add_submodule(patch.base, PREFIX_NAME, cast(nn.Module, self.prefix))
+        AdapterFolder.install(patch, PREFIX_NAME, cast(nn.Module, self.prefix))
 
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v); None for a layer of length 0."""
         # The module that runs may be a replica, which has its own copy of the prefix.
-        prefix = getattr(running.module(patch, patch.base), SUBMODULE)
+        prefix = getattr(running.module(patch, patch.base), PREFIX_NAME)
         pairs: Any = zip(prefix.layer_kv(), self.prefix.lengths, strict=True)
         return [kv if length else None for kv, length in pairs]

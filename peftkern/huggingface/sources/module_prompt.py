@@ -8,15 +8,14 @@ from typing import Any, Protocol, TypeGuard, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...checkpoint import PROMPT_NAME
 from ...model_info import embed
+from ..adapter_folders import AdapterFolder
 from ..calls import running
 from ..prompts import Prompt, PromptSource
 from ..wiring import Patch
 
 __all__ = ["EmbeddingPrompt", "ModulePrompt", "is_embedding_prompt"]
-
-#: Name of the prompt as a submodule of the model.
-SUBMODULE = "peftkern_prompt"
 
 
 class EmbeddingPrompt(Protocol):
@@ -56,12 +55,13 @@ class ModulePrompt(PromptSource):
         """Make the prompt a submodule of the Hugging Face model, so that it stays when wrappers are removed."""
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
-        patch.wiring.add_submodule(patch.base, SUBMODULE, cast(nn.Module, self.prompt))
+        patch.wiring.add_submodule(patch.base, PROMPT_NAME, cast(nn.Module, self.prompt))
+        AdapterFolder.install(patch, PROMPT_NAME, cast(nn.Module, self.prompt))
 
     def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The module's weight, or its bank and the prompt of each sample."""
         # The module that runs may be a replica, which has its own copy of the prompt.
-        prompt: EmbeddingPrompt = getattr(running.module(patch, patch.base), SUBMODULE)
+        prompt: EmbeddingPrompt = getattr(running.module(patch, patch.base), PROMPT_NAME)
         weight, ids = prompt.weight, kwargs.pop("prompt_ids", None)
         if continues:
             return None

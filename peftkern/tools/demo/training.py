@@ -157,7 +157,7 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
         for arm in ARMS:
             config = new_config(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
             # PEFT adds modules to the model it receives, so each arm gets its own modules around the same tensors
-            models[arm] = peft.get_peft_model(_sharing_copy(base), config)
+            models[arm] = peft.get_peft_model(sharing_copy(base), config)
             if options.method == "prompt":
                 weight = models[arm].prompt_encoder["default"].embedding.weight
                 weight.data.copy_(base.get_input_embeddings()(examples[0]))
@@ -169,7 +169,8 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     return {arm: Arm(model) for arm, model in models.items()}
 
 
-def _sharing_copy(model: Any) -> Any:
+def sharing_copy(model: Any) -> Any:
+    """A copy of a model with the same tensors."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 

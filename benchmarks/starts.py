@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prefix or prompt learns in equal steps from different initial values.
+
+    python -m benchmarks.starts --seeds 3             writes results/starts.csv
+    python -m benchmarks.starts --cpu-time            beside other work
+
+A start is random (standard deviation 0.02), zero, vocabulary (random tokens: a prompt takes their embeddings, a
+prefix their keys and values) or text (two labelled reviews). Everything else is as in `benchmarks.hybrids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import peftkern
+from peftkern import PrefixKV, SoftPrompt
+from peftkern.tools.demo.reviews import EXAMPLES, Task
+
+from .common import Row
+from .hybrids import PREFIX_LR, PROMPT_LR, trainable
+from .review_training import Settings, Trained, Way, compare
+
+#: Make the prefix or prompt from (base model, tokenizer, length).
+Make = Callable[[Any, Any, int], nn.Module]
+
+STARTS: dict[str, tuple[Make, float]] = {
+    "prefix, random": (lambda base, tokenizer, length: PrefixKV(base, length), PREFIX_LR),
+    "prefix, zero": (lambda base, tokenizer, length: PrefixKV(base, length, init="zero"), PREFIX_LR),
+    "prefix, vocabulary": (lambda base, tokenizer, length: PrefixKV.from_vocabulary(base, length), PREFIX_LR),
+    "prefix, text": (
+        lambda base, tokenizer, length: PrefixKV.from_text(base, tokenizer, EXAMPLES, length),
+        PREFIX_LR,
+    ),
+    "prompt, random": (lambda base, tokenizer, length: SoftPrompt(base, length), PROMPT_LR),
+    "prompt, zero": (lambda base, tokenizer, length: SoftPrompt(base, length, std=0.0), PROMPT_LR),
+    "prompt, vocabulary": (lambda base, tokenizer, length: SoftPrompt(base, length, init="vocab"), PROMPT_LR),
+    "prompt, text": (
+        lambda base, tokenizer, length: SoftPrompt.from_text(base, tokenizer, EXAMPLES, length),
+        PROMPT_LR,
+    ),
+}
+
+
+def trained(make: Make, rate: float, base: Any, task: Task, settings: Settings) -> Trained:
+    """The base model with a new prefix or prompt."""
+    learned = make(base, task.tokenizer, settings.length)
+    peftkern.patch(base, learned, freeze=True, logits="labelled")
+    return Trained(base, [(trainable(learned), rate)])
+
+
+WAYS: dict[str, Way] = {name: partial(trained, make, rate) for name, (make, rate) in STARTS.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run, write and print."""
+    return compare("starts", "Movie reviews: where training starts", str(__doc__), WAYS, arguments)
+
+
+if __name__ == "__main__":
+    main()
