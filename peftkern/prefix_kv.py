@@ -370,8 +370,10 @@ class PrefixKV(LearnedLength):
         PEFT's encoders load them with ``peft_model.prompt_encoder[name].load_prompt_embeddings(x)``.
 
         Raises:
-            ValueError: if the layers have different lengths, or are not stored in PEFT's layout.
+            ValueError: for gates, which PEFT has not, and layers of different lengths, or not stored in its layout.
         """
+        if self.learn_length:
+            raise ValueError("prompt_embeddings: expected a prefix without gates, got learn_length=True")
         if not self.shares_parameter:
             got = list(self.lengths) if len(set(self.lengths)) > 1 else f"layers of {self.shapes}"
             raise ValueError(f"prompt_embeddings: expected one length and width for all layers, got {got}")

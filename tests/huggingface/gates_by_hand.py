@@ -39,9 +39,7 @@ class GatesByHand:
         places = (mask.cumsum(1) - 1).clamp(min=0) + self.positions
         self.kv, self.gates = self.prefix.layer_kv(), self.prefix.gates()
         AttentionInterface.register(NAME, self._attention)
-        return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, **inputs
-        )
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, **inputs)
 
     def _attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
