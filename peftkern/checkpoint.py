@@ -4,8 +4,8 @@
 PEFT reads ``prompt_embeddings`` and the config. Parameters that these do not determine (the MLP of a projection) are
 stored under keys ``peftkern.*``, which PEFT ignores. The header of the weights repeats the config, so the weights
 alone are a complete checkpoint, which a single rename replaces. A prefix that PEFT cannot represent (one length per
-layer, values narrower than keys, a bank, the natural layer order of an encoder-decoder model) has a ``peft_type``
-that PEFT rejects.
+layer, values narrower than keys, a bank, gates, the natural layer order of an encoder-decoder model) has a
+``peft_type`` that PEFT rejects.
 """
 
 from __future__ import annotations
@@ -146,6 +146,8 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
     if (
         is_flat
         and prefix.num_prefixes is None
+        and not prefix.learn_length
+        and prefix.positions == max(prefix.lengths)
         and (prefix.origin.task_type == "SEQ_2_SEQ_LM") == prefix.peft_seq2seq_layout
     ):
         if prefix.num_frozen_tokens:
@@ -153,10 +155,10 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
         else:
             config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": prefix.projection is not None}
             config |= {"encoder_hidden_size": prefix.projection or prefix.token_dim}
-    names = ("lengths", "num_frozen_tokens", "projection", "num_prefixes")
+    names = ("lengths", "num_frozen_tokens", "projection", "num_prefixes", "learn_length", "positions")
     own = {**prefix.geometry, **{name: getattr(prefix, name) for name in names}}
-    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if is_flat else {}
-    if not is_flat or prefix.projection is not None or prefix.num_prefixes is not None:
+    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if is_flat and not prefix.learn_length else {}
+    if not tensors or prefix.projection is not None or prefix.num_prefixes is not None:
         tensors |= {f"peftkern.{name}": x for name, x in prefix.state_dict().items()}
     return config, own, tensors
 
@@ -197,6 +199,7 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], mode
         None, config.get("lengths", length), **geometry, num_prefixes=config.get("num_prefixes"),
         num_frozen_tokens=num_frozen, projection=config.get("projection"), init="zero", device="meta",
         peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
+        learn_length=config.get("learn_length", False), positions=config.get("positions"),
     )  # fmt: skip
     for name, x in prefix.state_dict().items():
         _check_shape(f"peftkern.{name}", state[name], list(x.shape), floats=x.is_floating_point())

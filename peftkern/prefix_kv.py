@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_shapes import LayerShape, cached_layers, lengths_of, shapes_of
-from .model_info import KeyValue, Origin, layers_of, text_config, text_tokens
-from .prefix_layout import checked, groups_of, shares_parameter, with_layers_that_share
+from .layer_shapes import LayerShape, lengths_of, shapes_of
+from .model_info import KeyValue, Origin, layers_of
+from .prefix_layout import checked, groups_of, shares_parameter
+from .prefix_length import LearnedLength, token_layers
 
 __all__ = ["PrefixKV"]
 
 
-class PrefixKV(nn.Module):
+class PrefixKV(LearnedLength):
     """Learned keys and values that every query of a layer attends to before those of the sequence (Li & Liang 2021).
 
     With one length for all layers, the values are stored as in PEFT, in one flat parameter
@@ -48,6 +49,11 @@ class PrefixKV(nn.Module):
         device: default: the model's.
         peft_seq2seq_layout: layer l reads the keys and values stored for layer 2 l mod num_layers, as PEFT does in
             encoder-decoder models. Needs one length for all layers.
+        learn_length: give each token of each layer a gate from 0 to 1, which starts nearly open and is learned with
+            :meth:`sparsity` in the loss. :meth:`prune` then removes tokens. Their logits, :attr:`gate_logits`, need a
+            learning rate of about 0.1 with AdamW. See :class:`.prefix_length.LearnedLength` for the formula.
+        positions: positions that the prefix stands for; the sequence's start after them. Default: the longest length.
+            Pruned prefixes keep theirs.
 
     Attributes:
         shapes: (num_kv_heads, head_dim, value_head_dim) of each layer; None for a layer without keys.
@@ -84,6 +90,8 @@ class PrefixKV(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         peft_seq2seq_layout: bool = False,
+        learn_length: bool = False,
+        positions: int | None = None,
     ) -> None:
         super().__init__()
         self.shapes = shapes_of(model_or_config, num_layers, num_kv_heads, head_dim, value_head_dim)
@@ -92,6 +100,8 @@ class PrefixKV(nn.Module):
         self.num_frozen_tokens = num_frozen_tokens
         self.projection = projection
         self.peft_seq2seq_layout = peft_seq2seq_layout
+        self.learn_length = learn_length
+        self.positions = max(self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
         self._check()
         self._groups = groups_of(self.lengths, self.shapes)
@@ -114,6 +124,7 @@ class PrefixKV(nn.Module):
                 nn.Tanh(),
                 nn.Linear(projection, self._groups[0].width, **like),
             )
+        self._add_gates(**like)
         #: [A] int32, the number of tokens of each prefix of a bank, the others of which nothing reads.
         self.prefix_lens: Tensor | None
         lens = None if num_prefixes is None else torch.full((num_prefixes,), max(self.lengths), dtype=torch.int32)
@@ -127,8 +138,14 @@ class PrefixKV(nn.Module):
             raise ValueError(f"num_prefixes: expected None or at least 1, got {self.num_prefixes}")
         if not 0 <= self.num_frozen_tokens <= longest:
             raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {self.num_frozen_tokens}")
+        if self.positions < longest:
+            raise ValueError(f"positions: expected None or at least length = {longest}, got {self.positions}")
         if self.projection is not None and self.projection < 1:
             raise ValueError(f"projection: expected None or a hidden size of at least 1, got {self.projection}")
+        if self.learn_length and self.peft_seq2seq_layout:
+            raise ValueError(
+                "learn_length: expected False with peft_seq2seq_layout, whose layers share tokens, got True"
+            )
         for argument in ("projection", "peft_seq2seq_layout"):
             if not getattr(self, argument) or shares_parameter(self.lengths, self.shapes):
                 continue
@@ -138,7 +155,8 @@ class PrefixKV(nn.Module):
                 f"{argument}: expected keys and values of the same width in every layer, got layers of {self.shapes}"
             )
         if self.num_prefixes is not None:
-            given = [name for name in ("projection", "peft_seq2seq_layout") if getattr(self, name)]
+            names = ("projection", "peft_seq2seq_layout", "learn_length")
+            given = [name for name in names if getattr(self, name)]
             lengths = {n for n, shape in zip(self.lengths, self.shapes, strict=True) if shape is not None}
             if given or len(lengths) > 1:
                 got = f"{given[0]}={getattr(self, given[0])}" if given else f"lengths {list(self.lengths)}"
@@ -250,12 +268,7 @@ class PrefixKV(nn.Module):
         """A prefix with the keys and values of the token ids that ``tokens`` returns for the largest length."""
         names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
         shapes = shapes_of(model, *(options.get(name) for name in names))
-        longest = max(lengths_of(length, shapes))
-        positions = getattr(text_config(model), "max_position_embeddings", None)
-        if positions is not None and longest > positions:
-            raise ValueError(f"length: expected at most the model's {positions} positions, got {longest}")
-        ids = torch.tensor([tokens(longest)], device=model.get_input_embeddings().weight.device)
-        layers = with_layers_that_share(cached_layers(model, ids), shapes, ids.shape[1])
+        layers = token_layers(model, tokens, max(lengths_of(length, shapes)), shapes)
         return cls.from_cache(layers, length, model_or_config=model, **options)
 
     @classmethod
@@ -390,8 +403,10 @@ class PrefixKV(nn.Module):
         PEFT's encoders load them with ``peft_model.prompt_encoder[name].load_prompt_embeddings(x)``.
 
         Raises:
-            ValueError: if the layers have different lengths, or are not stored in PEFT's layout.
+            ValueError: for gates, which PEFT has not, and layers of different lengths, or not stored in its layout.
         """
+        if self.learn_length:
+            raise ValueError("prompt_embeddings: expected a prefix without gates, got learn_length=True")
         if not self.shares_parameter:
             got = list(self.lengths) if len(set(self.lengths)) > 1 else f"layers of {self.shapes}"
             raise ValueError(f"prompt_embeddings: expected one length and width for all layers, got {got}")
@@ -401,20 +416,20 @@ class PrefixKV(nn.Module):
     def bake(self) -> PrefixKV:
         """A copy with flat keys and values in place of the projection; returns the same values at a lower cost."""
         first = self.trainable[0]
-        baked = self._like(dtype=first.dtype, device=first.device)
+        baked = self._like(self.lengths, dtype=first.dtype, device=first.device)
         with torch.no_grad():
             baked._assign(self._blocks())
+            if baked.gate_logits is not None and self.gate_logits is not None:
+                baked.gate_logits.copy_(self.gate_logits).requires_grad_(self.gate_logits.requires_grad)
         for weight, source in zip(baked.trainable, self.trainable, strict=True):
             weight.requires_grad_(source.requires_grad)
         return baked.train(self.training)
 
-    def _like(self, **options: Any) -> PrefixKV:
-        """A prefix of zeros with the same geometry, without a projection."""
-        other = PrefixKV(
-            None, self.lengths, init="zero",
-            **{"num_frozen_tokens": self.num_frozen_tokens, "peft_seq2seq_layout": self.peft_seq2seq_layout,
-               "num_prefixes": self.num_prefixes, **self.geometry, **options},
-        )  # fmt: skip
+    def _like(self, length: Sequence[int], **options: Any) -> PrefixKV:
+        """A prefix with the same geometry and other lengths, without a projection; by default, of zeros."""
+        names = ("num_frozen_tokens", "peft_seq2seq_layout", "num_prefixes", "learn_length", "positions")
+        own = {name: getattr(self, name) for name in names}
+        other = PrefixKV(None, length, **{"init": "zero", **own, **self.geometry, **options})
         other.origin = self.origin
         if other.num_prefixes == self.num_prefixes and self.prefix_lens is not None:
             other.prefix_lens = self.prefix_lens.clone()
@@ -436,9 +451,10 @@ class PrefixKV(nn.Module):
         parts = [f"{name}={value}" for name, value in geometry.items()]
         uniform = len(set(self.lengths)) == 1
         parts.append(f"length={self.lengths[0]}" if uniform else f"lengths={list(self.lengths)}")
-        for name in ("num_prefixes", "num_frozen_tokens", "projection", "peft_seq2seq_layout"):
+        for name in ("num_prefixes", "num_frozen_tokens", "projection", "peft_seq2seq_layout", "learn_length"):
             value = getattr(self, name)
             parts += [f"{name}={value}"] if value else []
+        parts += [f"positions={self.positions}"] if self.positions != max(self.lengths) else []
         return ", ".join(parts)
 
     def __repr__(self) -> str:

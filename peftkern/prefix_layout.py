@@ -98,13 +98,13 @@ def groups_of(lengths: Sequence[int], shapes: Sequence[LayerShape | None]) -> li
     ]
 
 
-def checked(layer: int, pair: KeyValue | None, shape: LayerShape, length: int) -> KeyValue:
-    """The initial (key, value) of a layer, if it has the shape that is needed."""
+def checked(layer: int, pair: KeyValue | None, shape: LayerShape, length: int, argument: str = "init") -> KeyValue:
+    """The given (key, value) of a layer, if it has the shape that is needed. Otherwise raise, naming ``argument``."""
     for x, dim, name in zip(pair or (None, None), (shape.head_dim, shape.value_head_dim), ("D", "D_v"), strict=True):
         got = None if x is None else list(x.shape)
         if got is None or len(got) != 3 or (got[0], got[2]) != (shape.num_kv_heads, dim) or got[1] < length:
             raise ValueError(
-                f"init: layer {layer}: expected keys and values [Hkv = {shape.num_kv_heads}, at least {length} "
+                f"{argument}: layer {layer}: expected keys and values [Hkv = {shape.num_kv_heads}, at least {length} "
                 f"tokens, {name} = {dim}], got {got}"
             )
     return pair  # type: ignore[return-value]

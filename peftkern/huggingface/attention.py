@@ -144,20 +144,22 @@ def _attend(
             "cu_seq_lens_q: expected None, because the model cannot run packed sequences with a prefix, got a "
             "tensor; pass padded sequences with an attention_mask"
         )
-    options, packed, device = cache.options, cache.packed, query.device
+    options, device = cache.options, query.device
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
-    if packed is not None:
-        mask, mask_bias = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], packed.key_mask), None
+    if cache.packed is not None:
+        mask, mask_bias = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], cache.packed.key_mask), None
     elif attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask, mask_bias = CompactMask(bool(causal), sliding_window if causal else None, None), None
     else:
         hideable = prefix_len if options.in_window else 0
         mask, mask_bias = _read_mask(attention_mask, query, num_keys, hideable, position_bias is not None)
-    prefix_bias, bias = _split(_on(device, mask_bias), num_keys, prefix_len, "attention_mask")
+    query_bias, bias = _split(_on(device, mask_bias), num_keys, prefix_len, "attention_mask")
     if position_bias is not None:
         prefix_positions, positions = _split(position_bias, num_keys, prefix_len, "position_bias")
-        prefix_bias, bias = _add(prefix_bias, prefix_positions), _add(bias, positions)
+        query_bias, bias = _add(query_bias, prefix_positions), _add(bias, positions)
+    if query_bias is not None:
+        _check_prefix_columns(cache, attention_mask, position_bias)
     sequence: dict[str, Any] = {
         "causal": mask.causal,
         "window": mask.window,
@@ -165,21 +167,40 @@ def _attend(
         "key_mask": _on(device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
-        **_places(cache, prefix_len, device),
     }
-    if packed is not None and packed.layout.segments is not None:
-        prefix = prefix[0][None], prefix[1][None]
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
-    if prefix_bias is None:
-        prefix_k, prefix_v = prefix
+    key_bias = cache.bias_for(module, device)
+    if query_bias is None and (key_bias is None or not _has_segments(cache)):
+        prefix_k, prefix_v = (x[None] for x in prefix) if _has_segments(cache) else prefix
+        sequence |= {"prefix_bias": key_bias, **_places(cache, prefix_len, device)}
         out: Tensor = prefix_attention(query, key, value, prefix_k, prefix_v, **sequence, **common)
         return out.transpose(1, 2)
+    query_bias = _add(query_bias, None if key_bias is None else key_bias[None, None])
+    assert query_bias is not None
+    sequence |= _places(cache, 0, device)
+    return _attend_separately(query, key, value, *prefix, query_bias, sequence, common).transpose(1, 2)
+
+
+def _check_prefix_columns(
+    cache: PrefixCache, attention_mask: LazyMask | Tensor | None, position_bias: Tensor | None
+) -> None:
+    """Raise where a bias that depends on queries and prefix positions cannot be given to the prefix's tokens."""
     if cache.ids is not None:
         raise ValueError(
             "attention_mask: expected a causal mask with at most a window, because samples have different prompts, "
             "got another pattern; generate without torch.compile"
         )
-    return _attend_with_query_bias(query, key, value, *prefix, prefix_bias, sequence, common).transpose(1, 2)
+    if cache.has_gaps and (position_bias is not None or isinstance(attention_mask, Tensor)):
+        name = "attention_mask" if position_bias is None else "position_bias"
+        raise ValueError(
+            f"{name}: expected no columns for the prefix, of which pruning has removed some positions, got a tensor "
+            "with such columns"
+        )
+
+
+def _has_segments(cache: PrefixCache) -> bool:
+    """Whether the batch is packed, and its rows share text."""
+    return cache.packed is not None and cache.packed.layout.segments is not None
 
 
 def _places(cache: PrefixCache, prefix_len: int, device: torch.device) -> dict[str, Any]:
@@ -252,7 +273,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _attend_with_query_bias(
+def _attend_separately(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -262,15 +283,18 @@ def _attend_with_query_bias(
     sequence: dict[str, Any],
     common: dict[str, Any],
 ) -> Tensor:
-    """Attention with a prefix bias [B or 1, Hq or 1, S or 1, P] that depends on the query (T5's relative positions).
+    """Attention with a prefix bias [B or 1, Hq or 1, S or 1, P] that the kernels do not support.
 
-    The kernels only support a prefix bias per key. Attention over the sequence and attention over the prefix are
-    therefore computed separately; for the latter, the prefix is passed as a sequence that all B * S queries share.
+    They support one per key, for one prefix per sequence, but neither one that depends on the query (T5's relative
+    positions) nor gates of a prefix that text shared by the batch follows. Attention over the sequence and attention
+    over the prefix are therefore computed separately; for the latter, the prefix is passed as a sequence that all
+    B * S queries share.
     The two results are weighted by their shares of the softmax denominator, exp(lse). Returns [B, Hq, S, D].
     """
     batch, num_heads, q_len, head_dim = query.shape
     no_k, no_v = prefix_k[:, :0], prefix_v[:, :0]
-    out, lse = prefix_attention(query, key, value, no_k, no_v, return_lse=True, **sequence, **common)
+    bank_k, bank_v = (no_k, no_v) if sequence.get("prefix_ids") is None else (no_k[None], no_v[None])
+    out, lse = prefix_attention(query, key, value, bank_k, bank_v, return_lse=True, **sequence, **common)
 
     rows = query.transpose(1, 2).reshape(1, batch * q_len, num_heads, head_dim).transpose(1, 2)
     row_bias = prefix_bias.expand(batch, -1, q_len, -1).transpose(0, 1)

@@ -94,6 +94,10 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
         static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
             None to store the sequence in tensors that grow.
+        bias: per layer [P], added to the scores of the prefix tokens in all heads, or None; empty if no layer has
+            one.
+        has_gaps: whether a prefix token's place does not tell its position, because tokens between others have been
+            removed.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -113,11 +117,15 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         lens: Tensor | None = None,
         as_stored: bool = False,
         static_layers: Sequence[StaticLayer] | None = None,
+        bias: Sequence[Tensor | None] = (),
+        has_gaps: bool = False,
     ) -> None:
         layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
         Cache.__init__(self, layers=layers)
         self.is_static = static_layers is not None
         self.prefix: Sequence[KeyValue | None] = list(prefix)
+        self.bias = list(bias)
+        self.has_gaps = has_gaps
         self.stores = stores
         self.options = options
         self.ids = ids
@@ -164,7 +172,15 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         Args:
             batch: B.
             dtype: of the model.
+
+        Raises:
+            ValueError: for a layer without a prefix, or a prefix with gates, for which a stock cache has no place.
         """
+        if any(bias is not None for bias in self.bias):
+            raise ValueError(
+                "output_attentions: expected False, because the stock attention, which returns its weights, has no "
+                "gates for prefix tokens (learn_length), got True"
+            )
         cache = DynamicCache()
         for layer, kv in enumerate(self.prefix):
             if kv is None:
@@ -264,6 +280,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue] | None:
         prefix = self.prefix[layer]
         return None if prefix is None else ((key, value), prefix)
+
+    def bias_for(self, module: nn.Module, device: torch.device) -> Tensor | None:
+        """[1, P], added to the scores of the prefix that an attention module reads; None if nothing is."""
+        bias = self.bias[getattr(module, LAYER_INFO).layer] if self.bias else None
+        return None if bias is None else bias[None].to(device)
 
 
 def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:

@@ -43,6 +43,20 @@ class PrefixSource(Source):
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
 
+    def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
+        """Per layer [P], added to the scores of the prefix tokens, or None; empty if no layer has one."""
+        return ()
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether some layer has a bias."""
+        return False
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether tokens may have been removed between others, so that a token's place does not tell its position."""
+        return False
+
     def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
         """A stock cache with one copy of the prefix per sample."""
         return cache.as_stock(batch, dtype)
@@ -70,6 +84,11 @@ class PrefixPatch(ModelPatch):
             raise ValueError(
                 "share: expected None, because windows count shared text but not the prefix (prefix_in_window=False "
                 "or shift_positions=False), got 'prefixes'"
+            )
+        if self.packer.has_windows and self.source.has_bias:
+            raise ValueError(
+                "share: expected None, because attention over shared text cannot hide a prefix with gates "
+                "(learn_length) behind windows, got 'prefixes'"
             )
 
     def explain(self) -> str:
@@ -105,19 +124,19 @@ class PrefixPatch(ModelPatch):
             ValueError: for a given cache that it cannot replace.
         """
         check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
-        prefix = self.source.layer_kv(self)
+        prefix, bias = self.source.layer_kv(self), self.source.layer_bias(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
-            self._check_reentrant(prefix)
+            self._check_reentrant(prefix, bias)
         return PrefixCache(
             prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options,
-            static_layers=static_layers(given),
+            static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
         )  # fmt: skip
 
-    def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:
+    def _check_reentrant(self, prefix: Sequence[KeyValue | None], bias: Sequence[Tensor | None]) -> None:
         """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
-        keys = [kv[0] for kv in prefix if kv is not None]
-        if keys and _saves_tensors(keys[0]):
-            reason = "the prefix is computed (projection, MLP), and backward would run through it once per layer"
+        keys, biases = [kv[0] for kv in prefix if kv is not None], [x for x in bias if x is not None]
+        if any(map(_saves_tensors, [*keys[:1], *biases[:1]])):
+            reason = "the prefix is computed (projection, MLP, gates), and backward would run through it per layer"
         elif len(self.prefix_layers) > len({info.layer for info in self.prefix_layers.values()}):
             reason = "layers share keys, whose gradients it loses"
         else:

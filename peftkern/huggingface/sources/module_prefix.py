@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeGuard, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...checkpoint import PREFIX_NAME
 from ...layer_shapes import LayerShape
@@ -20,7 +20,12 @@ __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
 
 
 class LayerPrefix(Protocol):
-    """The interface of a prefix module, which :class:`peftkern.PrefixKV` implements."""
+    """The interface of a prefix module, which :class:`peftkern.PrefixKV` implements.
+
+    A module may also have ``layer_bias()``, per layer [P] or None, which attention adds to the scores of its tokens,
+    ``positions``, those that it stands for if they are not those of its longest layer, and ``has_gaps``, whether
+    tokens between others have been removed.
+    """
 
     shapes: Sequence[LayerShape | None]
     lengths: Sequence[int]
@@ -55,11 +60,30 @@ class ModulePrefix(PrefixSource):
     @property
     def offset(self) -> int:
         """Positions that the model counts for the prefix."""
-        return max(self.prefix.lengths, default=0) if self.shift_positions else 0
+        positions: int = getattr(self.prefix, "positions", max(self.prefix.lengths, default=0))
+        return positions if self.shift_positions else 0
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether some layer's tokens have a bias."""
+        return any(bias is not None for bias in _biases(self.prefix))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether tokens may have been removed between others."""
+        return bool(getattr(self.prefix, "has_gaps", False))
 
     def check(self, patch: PrefixPatch) -> None:
-        """Raise ValueError unless the shape of the prefix fits the model."""
+        """Raise ValueError unless the prefix fits the model: its shape, and its gaps the sliding windows."""
         patch.check_geometry("prefix", self.prefix.shapes)
+        if not self.has_gaps or not patch.options.in_window:
+            return
+        for info in patch.prefix_layers.values():
+            if info.pattern is None or info.pattern[1] is not None:
+                raise ValueError(
+                    f"prefix_in_window: expected False, because the mask of {info.name} may hide prefix tokens by "
+                    "their positions, of which pruning has removed some, got True"
+                )
 
     def wire(self, patch: Patch) -> None:
         """Make the prefix a submodule of the Hugging Face model, so that it stays when wrappers are removed."""
@@ -70,7 +94,17 @@ class ModulePrefix(PrefixSource):
 
     def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v); None for a layer of length 0."""
-        # The module that runs may be a replica, which has its own copy of the prefix.
-        prefix = getattr(running.module(patch, patch.base), PREFIX_NAME)
-        pairs: Any = zip(prefix.layer_kv(), self.prefix.lengths, strict=True)
+        pairs: Any = zip(self._running(patch).layer_kv(), self.prefix.lengths, strict=True)
         return [kv if length else None for kv, length in pairs]
+
+    def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
+        """Per layer [P], added to the scores of the prefix tokens, or None; empty if the prefix has none."""
+        return _biases(self._running(patch))
+
+    def _running(self, patch: PrefixPatch) -> Any:
+        """The prefix of the module that runs, which may be a replica with its own copy."""
+        return getattr(running.module(patch, patch.base), PREFIX_NAME)
+
+
+def _biases(prefix: Any) -> Sequence[Tensor | None]:
+    return prefix.layer_bias() if hasattr(prefix, "layer_bias") else ()
