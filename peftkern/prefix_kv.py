@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_shapes import LayerShape, lengths_of, shapes_of
-from .model_info import KeyValue, Origin, layers_of
+from .model_info import KeyValue, Origin, layers_of, text_tokens
 from .prefix_layout import checked, groups_of, shares_parameter
 from .prefix_length import LearnedLength, token_layers
 
