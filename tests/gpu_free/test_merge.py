@@ -365,7 +365,7 @@ LONG = "merge/{0}/{0}+triton"
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["plain", "packed", "window_after_prefix", "kv_cache", "non_causal"])
+@pytest.mark.parametrize("name", ["plain", "packed", "window_after_prefix", "kv_cache", "non_causal", "wide_values"])
 @pytest.mark.parametrize("row", ["flash", "cpu flash"])
 def test_torchs_kernel_on_a_long_prefix(row, name, monkeypatch):
     stand_ins.install(monkeypatch, row)
