@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import backends
+from peftkern import backends, native
 from peftkern.testing.bounds import check_backend, run
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 
@@ -68,3 +68,23 @@ def test_auto_finds_a_backend(dtype, width):
     explanation = peftkern.explain(*inputs.values(), **options)
     assert f"values of head dim {WIDTHS[width]}" in str(explanation.call)
     assert explanation.chosen
+
+
+@pytest.mark.skipif("cpu" not in CPU_BACKENDS, reason="the native CPU library is not built")
+def test_the_head_dim_of_the_keys_in_the_place_of_the_values_is_noticed(monkeypatch):
+    """A call that tells the native library D for D_v has columns of out that nothing computes."""
+    layout = native.fill._attention_layout
+    monkeypatch.setattr(native.fill, "_attention_layout", lambda q, k, _, *others: layout(q, k, q[3], *others))
+    with pytest.raises(AssertionError, match="error"):
+        check_backend("cpu", tensors(Shape(D=8, Dv=11, S=9), torch.float32), {})
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("width", [(192, 128), (24, 16), (16, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_and_training_of_models_with_compressed_keys(dtype, width, backend):
+    """Their head dims, for a training step and for a decoding step over a cache."""
+    head_dim, value_dim = width
+    for sizes in ({"S": 70, "P": 33}, {"S": 1, "T": 1000, "P": 50}):
+        shape = Shape(B=2, Hq=4, Hkv=4, D=head_dim, Dv=value_dim, **sizes)
+        check_backend(backend, tensors(shape, dtype, torch.float32), {}, backward="T" not in sizes)

@@ -20,7 +20,7 @@ from peftkern import backends, native
 from peftkern.arguments import Call
 from peftkern.backends import registry
 from peftkern.backends.cost import measured, model
-from peftkern.backends.cost.model import RATES, Machine
+from peftkern.backends.cost.model import RATES, Machine, sizes_of
 from peftkern.backends.machine import identity
 from peftkern.backends.torch_attention import KERNELS
 from peftkern.tools import calibrate, cli
@@ -54,6 +54,30 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arch", RATES["gpu"])
 def test_long_training_calls_go_to_another_librarys_kernel(arch):
     assert _first(_call(queries=4096), arch) in ("concat", "merge")
+
+
+def test_values_of_a_head_dim_of_their_own_are_counted():
+    call = replace(_call(dim=192), own_value_dim=128)
+    x, wide, narrow = sizes_of(call), sizes_of(_call(dim=192)), sizes_of(_call(dim=128))
+    assert (x.q, x.out) == (wide.q, narrow.out)
+    for name in ("kv", "prefix_once", "prefix_each", "seq_flops", "prefix_flops"):
+        assert getattr(x, name) == (getattr(wide, name) + getattr(narrow, name)) / 2, name
+
+
+def test_padding_to_one_head_dim_is_counted():
+    """Flash copies and computes as where all have the larger head dim; the efficient kernel does neither."""
+    call, wide = replace(_call(dim=192), own_value_dim=128), _call(dim=192)
+
+    def passes(call, kernel):
+        return registry.BACKENDS["merge"].costs(call, Machine("sm_90", (kernel,)))[f"merge/{kernel}/triton"]
+
+    def total(call, kernel, what):
+        return sum(getattr(x, what) for x in passes(call, kernel) if x.engine == kernel)
+
+    assert total(call, "flash", "flops") == total(wide, "flash", "flops")
+    assert total(call, "flash", "bytes") > total(wide, "flash", "bytes")
+    assert total(call, "efficient", "flops") < total(wide, "efficient", "flops")
+    assert total(call, "efficient", "bytes") < total(wide, "efficient", "bytes")
 
 
 def test_the_same_kernel_for_both_alignments_means_concat():

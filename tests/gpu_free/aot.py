@@ -95,60 +95,69 @@ def recorded_launches(arch: str) -> Iterator[list[tuple[JITFunction, tuple, dict
 
 def attention_launches(
     arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, prefix_len=32, batch=2, bank=(),
-    backend="triton", **options,
+    backend="triton", value_dim: int | None = None, **options,
 ):  # fmt: skip
-    """The launches of one call, forward and backward, with all gradients. ``bank`` is (A,) for a bank of prefixes."""
+    """The launches of one call, forward and backward, with all gradients. ``bank`` is (A,) for a bank of prefixes.
+
+    ``value_dim`` is the values' head dim if it is not ``head_dim``.
+    """
+    dims = head_dim, value_dim or head_dim
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-    prefix = (*bank, 2, prefix_len, head_dim)
     with recorded_launches(arch) as launches:
         out = functional.prefix_attention(
-            empty(batch, 4, 64, head_dim), *(empty(batch, 2, 64, head_dim) for _ in "kv"),
-            *(empty(*prefix, dtype=prefix_dtype or dtype) for _ in "kv"), backend=backend, **options,
+            empty(batch, 4, 64, head_dim), *(empty(batch, 2, 64, dim) for dim in dims),
+            *(empty(*bank, 2, prefix_len, dim, dtype=prefix_dtype or dtype) for dim in dims), backend=backend,
+            **options,
         )  # fmt: skip
         out.backward(torch.empty_like(out))
     return launches
 
 
-def decode_launches(arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, bank=(), **options):
+def decode_launches(
+    arch: str, head_dim: int, dtype: torch.dtype, prefix_dtype=None, bank=(), value_dim: int | None = None, **options
+):
     """The launches of one decoding step, two queries over a cache."""
-    shapes = ((16, 8, 2, head_dim), *[(16, 2, 2048, head_dim)] * 2)
+    dims = head_dim, value_dim or head_dim
+    shapes = ((16, 8, 2, head_dim), *((16, 2, 2048, dim) for dim in dims))
     with recorded_launches(arch) as launches:
         functional.prefix_attention(
             *(torch.empty(shape, dtype=dtype) for shape in shapes),
-            *(torch.empty(*bank, 2, 1024, head_dim, dtype=prefix_dtype or dtype) for _ in "kv"), backend="triton",
+            *(torch.empty(*bank, 2, 1024, dim, dtype=prefix_dtype or dtype) for dim in dims), backend="triton",
             **options,
         )  # fmt: skip
     return launches
 
 
-def packed_prefix_launches(arch: str, head_dim: int, dtype: torch.dtype):
+def packed_prefix_launches(arch: str, head_dim: int, dtype: torch.dtype, value_dim: int | None = None):
     """The launches of the prefix kernels for packed sequences, and of the merge of two results."""
     kernels = prefix_kernels.TritonPrefixKernels()
-    out, key, prefix = (torch.empty(1, n, 64, head_dim, dtype=dtype) for n in (4, 2, 2))
+    value_dim = value_dim or head_dim
+    q, key, prefix = (torch.empty(1, n, 64, head_dim, dtype=dtype) for n in (4, 2, 2))
+    out, value, prefix_v = (torch.empty(1, n, 64, value_dim, dtype=dtype) for n in (4, 2, 2))
     starts, lse = torch.zeros(3, dtype=torch.int32), torch.empty(1, 4, 64)
     args = AttentionArgs(
-        out, key, key, prefix.float(), prefix.float(), None, None, None, None, None, cu_seqlens=starts,
+        q, key, value, prefix.float(), prefix_v.float(), None, None, None, None, None, cu_seqlens=starts,
         prefix_ids=starts[1:], prefix_lens=None, prefix_starts=None, dropout_seed=None, scale=1.0, causal=True,
         window=None, prefix_in_window=True, softcap=0.0, dropout_p=0.0,
     )  # fmt: skip
     with recorded_launches(arch) as launches:
         joined = kernels.concat_prefix(args, starts)
-        kernels.split_gradient(args, *joined, starts, key, key)
+        kernels.split_gradient(args, *joined, starts, key, value)
         kernels.sum_prefix_gradient(args, joined[0], prefix.float(), starts)
         kernels.merge_states(out, lse, out, lse)
     return launches
 
 
-def table_launches(arch: str, head_dim: int, dtype: torch.dtype):
+def table_launches(arch: str, head_dim: int, dtype: torch.dtype, value_dim: int | None = None):
     """One launch of each kernel of the tile table: forward, backward, the bias's gradient, decoding."""
-    bias = torch.zeros(1, 4, 64, 64, requires_grad=True)
+    bias, dims = torch.zeros(1, 4, 64, 64, requires_grad=True), {"value_dim": value_dim}
     launches = [
-        *attention_launches(arch, head_dim, dtype),
-        *(x for x in attention_launches(arch, head_dim, dtype, bias=bias) if "bwd_bias" in x[0].__name__),
-        *decode_launches(arch, head_dim, dtype),
+        *attention_launches(arch, head_dim, dtype, **dims),
+        *(x for x in attention_launches(arch, head_dim, dtype, bias=bias, **dims) if "bwd_bias" in x[0].__name__),
+        *decode_launches(arch, head_dim, dtype, **dims),
     ]
     return list({launch[0].__name__: launch for launch in launches}.values())
 

@@ -22,6 +22,7 @@ from .aot import (
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 DOTS = {"fwd", "dq", "dkv", "prefix", "bias", "decode_prefix", "decode_sequence"}
+MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
 #: Head dims whose kernels may not spill at all. For others ptxas may give up a few registers, in bytes, for a further
 #: block on a multiprocessor.
 EXACT_HEAD_DIMS, FEW = (64, 128), 48
@@ -71,15 +72,38 @@ def test_every_entry_of_the_table_fits_and_uses_the_tensor_cores(arch, head_dim,
     assert compiled["fwd"].count(MATRIX_UNIT.get(arch, "HMMA")) > 0, str(compiled["fwd"])
 
 
+#: Head dims of models with compressed keys, q and k before v: those of DeepSeek-V3, and of tiny models for tests.
+COMPRESSED = {192: 128, 24: 16}
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype"),
+    [
+        *_table(COMPRESSED, {("sm_80", 24)}, torch.bfloat16),
+        *_table(COMPRESSED, set(), torch.float32),
+    ],
+    ids=str,
+)
+def test_values_of_a_head_dim_of_their_own_fit(arch, head_dim, dtype):
+    """Within the budgets of the wider head dim, with the tensor cores' instructions for both."""
+    value_dim = COMPRESSED[head_dim]
+    launches = [*table_launches(arch, head_dim, dtype, value_dim)]
+    launches += attention_launches(arch, head_dim, dtype, prefix_len=16, backend="merge", value_dim=value_dim)
+    launches += packed_prefix_launches(arch, head_dim, dtype, value_dim)
+    compiled = {c.kernel: c for c in (compile_launch(arch, launch) for launch in launches)}
+    assert {*DOTS, *MERGE_DOTS, "decode_combine", "concat_packed_fwd", "split", "merge_states"} <= set(compiled)
+    for c in compiled.values():
+        _check_budgets(c, 256 if head_dim > 128 else 32, dtype)
+        dots = dtype != torch.float32 and c.kernel in {*DOTS, *MERGE_DOTS}
+        assert c.tensor_cores > 0 or not dots, f"no tensor core instructions: {c}"
+
+
 def test_instructions_per_tensor_core_instruction():
     """FlashAttention-2's forward for head dim 64 on sm_80 has 9.0, counted in torch's own library."""
     recorded = attention_launches("sm_80", 64, torch.bfloat16)[0]
     compiled = compile_launch("sm_80", recorded)
     assert compiled.kernel == "fwd"
     assert compiled.instructions.total() <= 9.0 * compiled.count("HMMA"), str(compiled)
-
-
-MERGE_DOTS = {"prefix_merge_fwd", "prefix_merge_bwd"}
 
 
 @pytest.mark.parametrize(

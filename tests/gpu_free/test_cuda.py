@@ -361,7 +361,7 @@ def test_what_it_has_not_is_refused_by_name(shim, name):
     reasons = peftkern.explain(**tensors(shape, torch.float16), **options).reasons["cuda"]
     assert len(reasons) == 1
     assert reasons[0].endswith("use backend='triton'")
-    assert name.removesuffix("_row") in reasons[0]
+    assert name.removesuffix("_row").removeprefix("narrow_").removeprefix("wide_") in reasons[0]
 
 
 def test_other_dtypes_and_head_dims_are_refused(shim):
@@ -369,6 +369,8 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
     for head_dim in (20, 264):
         reasons = peftkern.explain(**tensors(Shape(D=head_dim), torch.float16)).reasons["cuda"]
         assert reasons == [f"head dim {head_dim} is not a multiple of 8 up to 256: use backend='triton'"]
+    reasons = peftkern.explain(**tensors(Shape(D=192, Dv=128), torch.float16)).reasons["cuda"]
+    assert reasons == ["values of head dim 128 beside keys of another: use backend='triton'"]
 
 
 def test_a_status_becomes_an_exception(shim):
@@ -377,6 +379,9 @@ def test_a_status_becomes_an_exception(shim):
         native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *allocate_outputs(args))
     with pytest.raises(native.cuda.NativeError, match="out of range"):
         native.cuda.prefix_attention(args._replace(dropout_p=0.5), *allocate_outputs(args))
+    args = args_of(tensors(Shape(D=64, Dv=56), torch.float16))
+    with pytest.raises(native.cuda.NativeError, match="out of range"):
+        native.cuda.prefix_attention(args, *allocate_outputs(args))
 
 
 def _library(architectures: str) -> SimpleNamespace:

@@ -38,7 +38,7 @@ interpreter = pytest.mark.interpreter
 ROWS = ["FA2", "FA3", "FA4"]
 SHAPE = Shape(B=2, Hq=2, Hkv=1, S=19, P=5, D=20)
 #: Features in which the rows' own code differs.
-OF_A_ROW = {"plain", "non_causal", "kv_cache", "window", "packed", "softcap"}
+OF_A_ROW = {"plain", "narrow_values", "non_causal", "kv_cache", "window", "packed", "softcap"}
 #: What no row has, as none takes a mask.
 LACKS = {backend: REFUSED[backend] - PACKED - {"softcap"} | UNMASKED[backend] for backend in BOTH}
 

@@ -67,8 +67,9 @@ def _starts(lengths: list[int]) -> torch.Tensor:
 
 def packed_step(backend: str, lengths: list[int], prefix: list[torch.Tensor], **options) -> None:
     """Forward and backward of packed sequences behind one prefix."""
-    heads = (HEADS, KV_HEADS, KV_HEADS)
-    q, k, v = (_rows(n, sum(lengths), prefix[0].shape[-1]) for n in heads)
+    head_dim, value_dim = (x.shape[-1] for x in prefix)
+    sizes = (HEADS, head_dim), (KV_HEADS, head_dim), (KV_HEADS, value_dim)
+    q, k, v = (_rows(heads, sum(lengths), dim) for heads, dim in sizes)
     out = peftkern.prefix_attention(
         q, k, v, *prefix, cu_seqlens=_starts(lengths), max_seqlen=max(lengths), backend=backend, **options
     )
@@ -112,10 +113,10 @@ def totals():
     return [random.randrange(2, 3000) for _ in range(400)]
 
 
-@pytest.mark.parametrize(("prefix_len", "head_dim"), [(20, 64), (128, 128)])
+@pytest.mark.parametrize(("prefix_len", "dims"), [(20, (64, 64)), (128, (128, 128)), (20, (192, 128))], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_training_compiles_once(backend, prefix_len, head_dim, totals):
-    prefix = _prefix(prefix_len, head_dim)
+def test_packed_training_compiles_once(backend, prefix_len, dims, totals):
+    prefix = [_prefix(prefix_len, dim)[0] for dim in dims]
     with recorder() as recorded:
         for total in totals:
             packed_step(backend, _lengths(total), prefix)

@@ -77,8 +77,8 @@ def test_every_feature_on_torchs_cpu_kernel(backend, dtype, name):
 
 #: Features in which the rows' own code differs.
 OF_A_ROW = {
-    "plain", "narrow_values", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix", "packed",
-    "packed_bank", "packed_prompt", "packed_shared", "bank", "ragged_bank",
+    "plain", "narrow_values", "wide_values", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix",
+    "packed", "packed_bank", "packed_prompt", "packed_shared", "bank", "ragged_bank",
 }  # fmt: skip
 
 
@@ -365,7 +365,7 @@ LONG = "merge/{0}/{0}+triton"
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["plain", "packed", "window_after_prefix", "kv_cache", "non_causal"])
+@pytest.mark.parametrize("name", ["plain", "packed", "window_after_prefix", "kv_cache", "non_causal", "wide_values"])
 @pytest.mark.parametrize("row", ["flash", "cpu flash"])
 def test_torchs_kernel_on_a_long_prefix(row, name, monkeypatch):
     stand_ins.install(monkeypatch, row)

@@ -29,15 +29,16 @@ def _strided(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 class Packed:
     """A packed call and, by torch alone, where its joined keys come from."""
 
-    def __init__(self, lengths, prefix_len, ids=None, lens=None, head_dim=20, dtype=torch.float32, bank=None):
+    def __init__(self, lengths, prefix_len, ids=None, lens=None, value_dim=20, dtype=torch.float32, bank=None):
         heads, total, n = 2, sum(lengths), len(lengths)
-        shape = (heads, prefix_len, head_dim) if bank is None else (bank, heads, prefix_len, head_dim)
+        dims, shape = (20, value_dim), (heads, prefix_len) if bank is None else (bank, heads, prefix_len)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         self.args: AttentionArgs = args_of(
             {
-                "q": _strided(1, 4, total, head_dim, dtype=dtype),
-                **{name: _strided(1, heads, total, head_dim, dtype=dtype) for name in "kv"},
-                "prefix_k": torch.randn(shape), "prefix_v": torch.randn(shape), "cu_seqlens": cu_seqlens,
+                "q": _strided(1, 4, total, 20, dtype=dtype),
+                **{x: _strided(1, heads, total, dim, dtype=dtype) for x, dim in zip("kv", dims, strict=True)},
+                **{f"prefix_{x}": torch.randn(*shape, dim) for x, dim in zip("kv", dims, strict=True)},
+                "cu_seqlens": cu_seqlens,
                 "prefix_ids": None if ids is None else torch.tensor(ids, dtype=torch.int32),
                 "prefix_lens": None if lens is None else torch.tensor(lens, dtype=torch.int32),
             }
@@ -67,6 +68,8 @@ CASES = {
     "no prefix tokens": lambda **x: Packed([9, 3], 0, **x),
     "prompt first": lambda **x: Packed([19, 30, 2, 41], 19, ids=[-1, 0, 0, 0], bank=1, **x),
     "ragged bank": lambda **x: Packed([8, 0, 30, 17], 21, ids=[2, -1, 0, 2], lens=[21, 3, 0], bank=3, **x),
+    "narrow values": lambda **x: Packed([8, 0, 30], 21, ids=[1, -1, 0], lens=[21, 3], bank=2, value_dim=13, **x),
+    "wide values": lambda **x: Packed([33, 1], 19, value_dim=40, **x),
     "nobody sees a prefix": lambda **x: Packed([8, 3], 7, ids=[-1, -1], bank=2, **x),
 }  # fmt: skip
 
@@ -81,7 +84,7 @@ def test_keys_of_packed_sequences_follow_their_prefix(name, dtype):
     end = int(call.cu_keys[-1])
     for got, keys, prefix in zip(joined, call.args[1:3], call.args[3:5], strict=True):
         bound = call.args.k.shape[2] + len(call.lengths) * call.args.prefix_k.shape[-2]
-        assert got.shape == (1, 2, bound, 20)
+        assert got.shape == (1, 2, bound, keys.shape[3])
         assert got.dtype == dtype
         assert got.transpose(1, 2).is_contiguous()
         assert torch.equal(got[:, :, :end], call.joined(keys, prefix))
@@ -93,7 +96,7 @@ def test_keys_of_packed_sequences_follow_their_prefix(name, dtype):
 def test_the_sequences_rows_come_back(name, needs):
     call = CASES[name](dtype=torch.float16)
     rows = call.args.k.shape[2] + len(call.lengths) * call.args.prefix_k.shape[-2]
-    djoined = [_strided(1, 2, rows, 20, dtype=torch.float16) for _ in "kv"]
+    djoined = [_strided(1, 2, rows, x.shape[3], dtype=torch.float16) for x in call.args[1:3]]
     expected = []
     for x in djoined:
         starts = zip(call.cu_keys.tolist(), call.used, call.lengths, strict=False)
@@ -115,13 +118,13 @@ def test_the_prefixs_gradient_is_summed_over_the_sequences(name, dtype):
     call = CASES[name](dtype=dtype)
     args = call.args
     rows = args.k.shape[2] + len(call.lengths) * args.prefix_k.shape[-2]
-    djoined = _strided(1, 2, rows, 20, dtype=dtype)
+    djoined = _strided(1, 2, rows, args.v.shape[3], dtype=dtype)
     djoined[:, :, int(call.cu_keys[-1]) :] = math.nan
-    expected = torch.zeros(args.prefix_k.shape, dtype=torch.float64)
+    expected = torch.zeros(args.prefix_v.shape, dtype=torch.float64)
     each = expected if expected.dim() == 4 else expected[None]
     for start, number, used in zip(call.cu_keys.tolist(), call.ids, call.used, strict=False):
         each[max(number, 0), :, :used] += djoined[0, :, start : start + used]
-    totals = [torch.full(args.prefix_k.shape, math.nan) for _ in range(2)]
+    totals = [torch.full(args.prefix_v.shape, math.nan) for _ in range(2)]
     with guard():
         for total in totals:
             KERNELS.sum_prefix_gradient(args, djoined, total, call.cu_keys)

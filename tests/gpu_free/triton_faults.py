@@ -53,6 +53,9 @@ FAULTS = [
     Fault("dkv-delta", "neg_delta[None, :]", "0.0 * neg_delta[None, :]", "plain"),
     Fault("partials-first-split", "range(num_splits)", "range(1, num_splits)", "plain"),
     Fault("prefix-last-row-block", "minimum(num_row_blocks,", "minimum(num_row_blocks - 1,", "plain"),
+    Fault("out-columns", "VALUE_DIM", "HEAD_DIM", "narrow_values"),
+    Fault("value-columns", "VALUE_DIM", "HEAD_DIM", "wide_values"),
+    Fault("prefix-value-rows", "VALUE_DIM", "HEAD_DIM", "narrow_values"),
 ]
 
 #: Faults that show in the backends that put these kernels beside another library's.
@@ -75,12 +78,15 @@ FAULTS_BESIDE_OTHERS = [
     Fault("merge-bwd-delta", "dp + neg_delta[:, None]", "dp", "plain", "merge"),
     Fault("merge-bwd-part-dq", "total += ", "", "plain", "merge"),
     Fault("merge-bwd-scale", "dk * scale", "dk", "plain", "merge"),
+    Fault("merge-bwd-value-rows", "VALUE_DIM", "HEAD_DIM", "narrow_values", "merge"),
+    Fault("out-columns", "VALUE_DIM", "HEAD_DIM", "wide_values", "merge"),
     Fault("query-tile-stride", "x.stride_n", "x.stride_h", "plain", "merge"),
     Fault("dq-part", "acc += ", "", "bank", "merge"),
     Fault("concat-first-row", "sizes.prefix_len + tl", "sizes.prefix_len + 1 + tl", "plain", "concat"),
     Fault("concat-last-row", "rows < sizes.kv_len", "rows < sizes.kv_len + 1", "plain", "concat"),
     Fault("concat-prefix-length", "tl.where(prefix < 0, 0, sizes.prefix_len)", "sizes.prefix_len - 1", "plain",
           "concat"),
+    Fault("concat-value-columns", "VALUE_DIM", "HEAD_DIM", "wide_values", "concat"),
     Fault("concat-bwd-first-sample", "range(entries)", "range(1, entries)", "plain", "concat"),
     Fault("concat-bwd-prefix", "== prefix:", "<= prefix:", "bank", "concat"),
     Fault("concat-bwd-head", " * num_kv_heads + kv_head", " * num_kv_heads", "heads", "concat"),

@@ -319,7 +319,7 @@ def _prefix_attention_bwd_prefix_kernel(
     used = tokens < length  # beyond, p is 1 / denom of a token that does not exist
     first_row = matrix_index * sizes.prefix_len
     dk, dv = tl.where(used[:, None], dk * scale, 0.0), tl.where(used[:, None], dv, 0.0)
-    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM
+    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM  # FAULT: prefix-value-rows
     store_tile(dk_ptr, HEAD_DIM, first, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(dv_ptr, VALUE_DIM, first, sizes.prefix_len, dv, VALUE_DIM, BLOCK_N, BLOCK_DV)
     if dbias_ptr is not None:

@@ -139,6 +139,7 @@ def load_out_tile(x, block):
     """[BLOCK_M, BLOCK_DV]: a block of rows of out, or of what is shaped like it."""
     ptr = matrix(x, block.batch, block.head)
     length = block.sizes.q_len
+    # FAULT: out-columns
     return load_tile(ptr, x.stride_n, block.first_row, length, block.VALUE_DIM, block.BLOCK_M, block.BLOCK_DV)
 
 

@@ -42,6 +42,7 @@ def _concat_fwd_kernel(
     prefix = prefix_of(batch, opts)
     first = block * BLOCK_N
     _concat_half(k, prefix_k, joined_k, first, prefix, batch, kv_head, sizes, HEAD_DIM, BLOCK_D, BLOCK_N)
+    # FAULT: concat-value-columns
     _concat_half(v, prefix_v, joined_v, first, prefix, batch, kv_head, sizes, VALUE_DIM, BLOCK_DV, BLOCK_N)
 
 

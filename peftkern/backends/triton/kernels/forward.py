@@ -126,8 +126,9 @@ def visit_sequence(STEP: tl.constexpr, state, operands, q, k, v, bounds, rows, b
             products = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
             scores, unit, slope = seq_scores(products, rows, keys, lower, upper, block, False, section != 1)
             v_tile = load_tile(
-                v_ptr, v.stride_n, first_key, sizes.kv_len, block.VALUE_DIM, BLOCK_N, block.BLOCK_DV, section == 1
-            )
+                # FAULT: value-columns
+                v_ptr, v.stride_n, first_key, sizes.kv_len, block.VALUE_DIM, BLOCK_N, block.BLOCK_DV, section == 1,
+            )  # fmt: skip
             keep = None
             if block.DROPOUT_THRESHOLD > 0:
                 keep = dropout_keep(first_key, block, 0)

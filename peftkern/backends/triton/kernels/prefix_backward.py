@@ -88,6 +88,6 @@ def _prefix_merge_bwd_kernel(
 
     first_row = (tl.cast(split, tl.int64) * (sizes.num_heads // sizes.group) + kv_head) * sizes.prefix_len
     dk = dk * scale  # FAULT: merge-bwd-scale
-    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM
+    dk_ptr, dv_ptr = dk_ptr + first_row * HEAD_DIM, dv_ptr + first_row * VALUE_DIM  # FAULT: merge-bwd-value-rows
     store_tile(dk_ptr, HEAD_DIM, 0, sizes.prefix_len, dk, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(dv_ptr, VALUE_DIM, 0, sizes.prefix_len, dv, VALUE_DIM, BLOCK_N, BLOCK_DV)
