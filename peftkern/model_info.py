@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .eager_attention import record_keys
+
 __all__ = [
     "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed", "embed_dim_of", "full_cache",
-    "given_cache", "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
+    "given_cache", "layers_of", "rename_cache", "takes_cache", "text_cache", "text_config", "text_tokens",
 ]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
@@ -108,6 +110,11 @@ def cache_argument(model: Any) -> str:
     return name
 
 
+def takes_cache(model: Any) -> bool:
+    """Whether a Hugging Face model takes a cache. Encoders like ModernBERT do not."""
+    return cache_name(inspect.signature(model.base_model.forward).parameters) is not None
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments or outputs of a call; None if there is none."""
     name = cache_name(arguments.keys())
@@ -130,13 +137,18 @@ def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
 
 @torch.no_grad()
 def text_cache(model: Any, input_ids: Tensor) -> Any:
-    """The model's cache of the tokens. Sliding layers keep all of them too."""
+    """The model's cache of the tokens; (key, value) of every layer if the model takes no cache.
+
+    Sliding layers keep all tokens too.
+    """
     from transformers import EncoderDecoderCache
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     modes = {module: module.training for module in model.modules()}
     model.eval()  # neither dropout nor gradient checkpointing, which drops the cache
     try:
+        if not takes_cache(model):
+            return record_keys(model.base_model, input_ids)
         cache = full_cache(model.config)
         if model.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, full_cache(model.config))

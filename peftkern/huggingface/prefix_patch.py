@@ -72,6 +72,8 @@ class PrefixPatch(ModelPatch):
         self.source.check(self)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
+        if self.source.offset and (reason := trial.try_positions(self.tables)) is not None:
+            raise ValueError(f"shift_positions: expected False, because {reason}, got True")
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
@@ -95,7 +97,7 @@ class PrefixPatch(ModelPatch):
         """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
-        layers = len({info.layer for info in self.prefix_layers.values()})
+        layers = len({layer for info in self.prefix_layers.values() for layer in info.layers})
         shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
         prefix = f"a prefix in {layers} layers, read in place"
         return f"{type(self.base).__name__}: {prefix}; training batches run {how}{shared}"
@@ -105,12 +107,12 @@ class PrefixPatch(ModelPatch):
     ) -> None:
         """Raise ValueError unless a prefix of these shapes fits all layers but those ``without`` one."""
         for info in self.prefix_layers.values():
-            shape = shapes[info.layer] if info.layer < len(shapes) else None
+            shape = shapes[info.layer] if info.layers[-1] < len(shapes) else None
             if shape is None and info.layer in without:
                 continue
             if shape is None:
                 raise ValueError(
-                    f"{name}: expected a prefix for layer {info.layer} ({info.name}), got {len(shapes)} layers"
+                    f"{name}: expected a prefix for layer {info.layers[-1]} ({info.name}), got {len(shapes)} layers"
                 )
             if shape != info.shape:
                 raise ValueError(
@@ -193,6 +195,9 @@ class PrefixPatch(ModelPatch):
 
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
+        if self.cache_name is None:
+            self._refuse_stock(kwargs)
+            return self.new_cache(stores=False, offset_outside=False)
         given = given_cache(kwargs)
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
@@ -227,6 +232,14 @@ class PrefixPatch(ModelPatch):
             return "cu_seq_lens_q without position_ids"
         return None
 
+    def _refuse_stock(self, kwargs: dict[str, Any]) -> None:
+        """Raise for a call that needs the stock attention, which cannot get the prefix without a cache."""
+        if (reason := self._why_stock(kwargs)) is not None:
+            raise ValueError(
+                f"{reason}: expected False, because {type(self.backbone).__name__} takes no cache, by which its own "
+                "attention would get the prefix, got True"
+            )
+
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
         """Replace our cache by a stock cache that contains the prefix."""
         compressed = [info.name for info in self.prefix_layers.values() if info.compressed]
@@ -240,10 +253,11 @@ class PrefixPatch(ModelPatch):
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
         setattr(self_attention, _REPLACED_CACHE, cache)
-        given = kwargs.get(self.cache_name)
+        name = str(self.cache_name)
+        given = kwargs.get(name)
         if isinstance(given, EncoderDecoderCache) and self_attention is stock:
             stock = EncoderDecoderCache(stock, given.cross_attention_cache)
-        kwargs[self.cache_name] = stock
+        kwargs[name] = stock
         if not cache.counts_outside:
             count_prefix(cache, kwargs)
 

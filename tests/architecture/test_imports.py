@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[2] / "peftkern"
 ALLOWED = {
     "arguments": set(),
     "reference": set(),
-    "model_info": set(),
+    "eager_attention": set(),
+    "model_info": {"eager_attention"},
     "processor": set(),
     "validation": {"arguments"},
     "native": {"arguments"},
@@ -35,7 +36,8 @@ ALLOWED = {
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "model_info"},
     "huggingface": {
-        "arguments", "checkpoint", "functional", "modules", "layer_shapes", "model_info", "backends.registry",
+        "arguments", "checkpoint", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
+        "backends.registry",
     },
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},

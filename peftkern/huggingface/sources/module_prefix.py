@@ -51,6 +51,7 @@ class ModulePrefix(PrefixSource):
     """
 
     is_given = False
+    needs_cache = False
 
     def __init__(self, prefix: LayerPrefix, *, shift_positions: bool, freeze: bool) -> None:
         self.prefix = prefix
