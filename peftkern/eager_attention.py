@@ -70,16 +70,16 @@ def use_attention(model: nn.Module, name: str, function: Callable[..., Any]) -> 
 
 
 @torch.no_grad()
-def record_keys(model: Any, input_ids: Tensor) -> list[KeyValue]:
+def record_keys(model: Any, **inputs: Tensor) -> list[KeyValue]:
     """(key, value) [B, Hkv, S, D] of each layer of a model without a cache, in the order of the layers' calls.
 
     Args:
         model: passes its keyword arguments to its attention modules.
-        input_ids: [B, S].
+        inputs: its arguments.
     """
     record: list[KeyValue] = []
     with use_attention(model, _RECORDING, _recording_attention):
-        model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), peftkern_record=record)
+        model(**inputs, peftkern_record=record)
     return record
 
 

@@ -87,6 +87,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     Args:
         prefix: per layer (prefix_k, prefix_v), each [Hkv, P, D] with any strides, or None for a layer without a
             prefix. With ``ids``, each is a bank [A, Hkv, P, D].
+        beside: the same for the layers of cross-attention, whose keys are in another cache.
         offset: positions that the model counts for the prefix.
         stores: False for a training step.
         offset_outside: whether the offset also counts between two forwards, as PEFT's ``generate`` expects. If False,
@@ -116,6 +117,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         stores: bool,
         offset_outside: bool,
         options: PrefixOptions,
+        beside: Sequence[KeyValue | None] = (),
         ids: Tensor | None = None,
         lens: Tensor | None = None,
         as_stored: bool = False,
@@ -129,6 +131,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.bias = list(bias)
         self.has_gaps = has_gaps
+        self.beside: Sequence[KeyValue | None] = list(beside)
         self.stores = stores
         self.options = options
         self.ids = ids
@@ -271,7 +274,15 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             the module reads no prefix.
         """
         info = getattr(module, LAYER_INFO, None)
-        if info is None or (found := self._with_prefix(self._layer_of(info), key, value)) is None:
+        if info is None:
+            return None
+        layer = self._layer_of(info)
+        if info.part == "cross":
+            prefix = self.beside[layer] if self.beside else None
+            found = None if prefix is None else ((key, value), prefix)
+        else:
+            found = self._with_prefix(layer, key, value)
+        if found is None:
             return None
         sequence, prefix = found
         if self.as_stored:

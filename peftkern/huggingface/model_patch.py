@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,9 +167,22 @@ class ModelPatch(Patch):
             self.remove()
             raise
         if self.requires_prefix:
-            for module in self.prefix_layers:
+            for module in self.readers():
                 self.wiring.set_attribute(module, REQUIRED, True)
         self.mark(self.model, self.base)
+
+    def readers(self) -> dict[nn.Module, PrefixLayerInfo]:
+        """The attention modules that read the prefix."""
+        return self.prefix_layers
+
+    def reads(self, cache: PrefixCache, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Per attention module that a forward of the backbone runs, how many times it reads the prefix."""
+        # Early exit reduces num_hidden_layers for the duration of a call.
+        num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
+        return {
+            info.name: sum(cache.has_prefix(i) and (num_layers is None or i < num_layers) for i in info.layers)
+            for info in self.prefix_layers.values()
+        }
 
     def _hook(self) -> None:
         base, backbone = self.base, self.backbone
@@ -360,13 +374,7 @@ class ModelPatch(Patch):
         if cache.pause is not None:
             without_checkpointing.end(cache.pause)
             cache.pause = None
-        # Early exit reduces num_hidden_layers for the duration of a call.
-        num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
-        expected = {
-            info.name: sum(cache.has_prefix(i) and (num_layers is None or i < num_layers) for i in info.layers)
-            for info in self.prefix_layers.values()
-        }
-        missing = cache.finish(expected)
+        missing = cache.finish(self.reads(cache, kwargs))
         if output is None:
             return None
         implementation = self.backbone.config._attn_implementation

@@ -22,7 +22,7 @@ from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 
-__all__ = ["PrefixLayerInfo", "find_backbone", "survey", "survey_without_cache"]
+__all__ = ["CallRecord", "PrefixLayerInfo", "find_backbone", "survey", "survey_without_cache"]
 
 #: Tokens that the model runs on.
 _NUM_TOKENS = 2
@@ -40,6 +40,8 @@ class PrefixLayerInfo:
         pattern: (causal, window) of its mask; None for any other mask.
         compressed: whether the cache stores compressed keys and values, which the module expands.
         counts_rows: whether the model derives positions from the cache while its layers run.
+        part: the part of an encoder-decoder that the module belongs to, with layers of its own: ``"encoder"``,
+            ``"cross"`` or ``"decoder"``.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PrefixLayerInfo:
     pattern: tuple[bool, int | None] | None = None
     compressed: bool = False
     counts_rows: bool = False
+    part: str = "decoder"
 
     @property
     def layer(self) -> int:
@@ -167,21 +170,34 @@ def survey(
     return prefix_layers, {layer: (keys, values) for layer, keys, values in record.returned}
 
 
-class _Calls:
-    """Records the calls of attention; used like a :class:`.cache.PrefixCache` that holds no prefix."""
+class CallRecord:
+    """Records the calls of attention; used like a :class:`.cache.PrefixCache` that holds no prefix.
 
-    def __init__(self, names: dict[nn.Module, str], num_tokens: int) -> None:
+    Attributes:
+        calls: (module, key, value) of each call, [B, Hkv, T, D].
+    """
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
         self.names = names
-        self.num_tokens = num_tokens
         self.packed = None
         self.calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-        self.patterns: dict[nn.Module, tuple[bool, int | None] | None] = {}
+        self._patterns: dict[nn.Module, tuple[bool, int | None] | None] = {}
 
     def prefix_for(self, module: nn.Module, key: Tensor, value: Tensor, mask: Any) -> None:
-        if key.shape[2] != self.num_tokens:
-            raise ValueError(f"{self.names[module]} attends to {key.shape[2]} keys for {self.num_tokens} tokens")
+        """Record a call."""
         self.calls.append((module, key, value))
-        self.patterns[module] = mask.pattern if isinstance(mask, LazyMask) else None
+        self._patterns[module] = mask.pattern if isinstance(mask, LazyMask) else None
+
+    def infos(self, part: str = "decoder") -> dict[nn.Module, PrefixLayerInfo]:
+        """The modules of the calls. Layers are numbered in the order of the calls."""
+        layers: dict[nn.Module, list[int]] = {}
+        for layer, (module, _, _) in enumerate(self.calls):
+            layers.setdefault(module, []).append(layer)
+        found = {}
+        for module, key, value in self.calls:
+            shape, pattern = LayerShape.of((key, value)), self._patterns[module]
+            found[module] = PrefixLayerInfo(self.names[module], tuple(layers[module]), shape, pattern, part=part)
+        return found
 
 
 def survey_without_cache(
@@ -197,7 +213,7 @@ def survey_without_cache(
         raise ValueError(
             f"model: {kind} takes no cache and no additional keyword arguments, by which a prefix reaches its layers"
         )
-    record = _Calls(names, _NUM_TOKENS)
+    record = CallRecord(names)
     _run(backbone, "with a prefix", peftkern_prefix=record)
     num_layers = getattr(backbone.config.get_text_config(), "num_hidden_layers", len(record.calls))
     if not record.calls or len(record.calls) != num_layers:
@@ -205,16 +221,10 @@ def survey_without_cache(
             f"model: a prefix reaches {len(record.calls)} of {num_layers} layers of {kind}; the others do not call "
             "attention through transformers' AttentionInterface with the keyword arguments of the model"
         )
-    layers: dict[nn.Module, list[int]] = {}
-    for layer, (module, _, _) in enumerate(record.calls):
-        layers.setdefault(module, []).append(layer)
-    prefix_layers = {
-        module: PrefixLayerInfo(
-            names[module], tuple(layers[module]), LayerShape.of((key, value)), record.patterns[module]
-        )
-        for module, key, value in record.calls
-    }
-    return prefix_layers, {layer: (key, value) for layer, (_, key, value) in enumerate(record.calls)}
+    for module, key, _ in record.calls:
+        if key.shape[2] != _NUM_TOKENS:
+            raise ValueError(f"model: {names[module]} attends to {key.shape[2]} keys for {_NUM_TOKENS} tokens")
+    return record.infos(), {layer: (key, value) for layer, (_, key, value) in enumerate(record.calls)}
 
 
 def _run(backbone: PreTrainedModel, how: str, **arguments: Any) -> None:

@@ -38,7 +38,7 @@ Outputs = list[Tensor]
 
 _PREFIX_LEN = 2
 #: Compiles no kernel for these sizes. The trial checks the code around attention, not attention itself.
-_BACKEND = "reference"
+BACKEND = "reference"
 
 
 class Trial:
@@ -64,7 +64,7 @@ class Trial:
     ) -> None:
         self.backbone = backbone
         self.prefix_layers = prefix_layers
-        self.options = replace(options, in_window=self.in_window, backend=_BACKEND)
+        self.options = replace(options, in_window=self.in_window, backend=BACKEND)
         self.kind = type(backbone).__name__
         self.cache_name = cache_name(forward_arguments(backbone))
         self.prefix = _some_prefix(backbone, samples)
@@ -209,14 +209,14 @@ class Trial:
         signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
         return x * (1 + signs * self._eps(x.dtype))
 
-    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
+    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor | None) -> list[list[float]]:
         """Per output and row, the change of the stock model's output when its input is rounded differently.
 
         Raises:
             ValueError: if the change is too large for rounding.
         """
         rounding = [
-            [difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
+            [difference(a[row][_real(mask, row)], b[row][_real(mask, row)]) for row in range(len(b))]
             for a, b in zip(moved, outputs, strict=True)
         ]
         if max(map(max, rounding)) > max(_MAX_ROUNDING.get(outputs[0].dtype, 1e-3), 64 * self._linear_error):
@@ -242,7 +242,7 @@ class Trial:
                 return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
             tolerance = max(_tolerance(y.dtype), 4 * self._linear_error)
             for row in range(x.shape[0]):
-                real = slice(None) if mask is None else mask[row].bool()
+                real = _real(mask, row)
                 off = difference(x[row][real], y[row][real])
                 if off > max(tolerance, 8 * rounding[index][row]):
                     where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
@@ -422,6 +422,11 @@ def _linear_errors(backbone: nn.Module) -> Iterator[list[float]]:
 
 #: Per dtype, the largest change that rounding explains. A model that keeps a state between calls changes more.
 _MAX_ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+def _real(mask: Tensor | None, row: int) -> Any:
+    """Index of the places of a row that are compared."""
+    return slice(None) if mask is None else mask[row].bool()
 
 
 def difference(got: Tensor, want: Tensor) -> float:

@@ -237,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     got = step(model, prefix, MIXED, input_ids=IDS)
     for x, y in zip(got, want, strict=True):
-        by_hand.assert_close(x, y, "outputs or gradients", 1e-6)
+        by_hand.assert_close(x, y, "outputs or gradients", TOLERANCE)
 
 
 def test_layers_with_shared_weights_are_not_recomputed():
