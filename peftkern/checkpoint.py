@@ -4,7 +4,7 @@
 PEFT reads ``prompt_embeddings`` and the config. Parameters that these do not determine (the MLP of a projection) are
 stored under keys ``peftkern.*``, which PEFT ignores. The header of the weights repeats the config, so the weights
 alone are a complete checkpoint, which a single rename replaces. A prefix that PEFT cannot represent (one length per
-layer, values narrower than keys, a bank, gates, the natural layer order of an encoder-decoder model) has a
+layer, values narrower than keys, a bank, gates, an encoder-decoder model's encoder or natural layer order) has a
 ``peft_type`` that PEFT rejects.
 """
 
@@ -148,6 +148,7 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
         and prefix.num_prefixes is None
         and not prefix.learn_length
         and prefix.positions == max(prefix.lengths)
+        and "parts" not in prefix.geometry
         and (prefix.origin.task_type == "SEQ_2_SEQ_LM") == prefix.peft_seq2seq_layout
     ):
         if prefix.num_frozen_tokens:
@@ -192,7 +193,8 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], mode
         "head_dim": token_dim // num_kv_heads,
     }
     if "head_dim" in config:
-        geometry |= {name: config[name] for name in ("num_kv_heads", "head_dim", "value_head_dim") if name in config}
+        names = ("num_kv_heads", "head_dim", "value_head_dim", "parts")
+        geometry |= {name: config[name] for name in names if name in config}
     elif model is not None:
         geometry = _geometry_in(model, geometry)
     prefix = PrefixKV(
@@ -247,7 +249,7 @@ def _master(x: Tensor) -> Tensor:
 
 def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
     if isinstance(prefix, PrefixKV):
-        expected, got = PrefixKV(model, 0, device="meta").geometry, prefix.geometry
+        expected, got = PrefixKV(model, 0, device="meta", parts=tuple(prefix.parts)).geometry, prefix.geometry
     else:
         expected, got = ({"embed_dim": x.embed_dim} for x in (SoftPrompt(model, 0), prefix))
     if expected != got:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .model_info import KeyValue, layers_of, text_cache, text_config
+from .model_info import KeyValue, layers_of, takes_cache, text_cache, text_config
 
 __all__ = ["LayerShape", "cached_layers", "expanded", "lengths_of", "shapes_of", "stores_compressed"]
 
@@ -120,12 +120,29 @@ def _check_at_least_one(name: str, n: Any) -> None:
 def _shapes_of_model(model_or_config: Any) -> tuple[LayerShape | None, ...]:
     config = text_config(model_or_config)
     attends = _attending_layers(config)
-    differ = not all(attends) or getattr(config, "kv_lora_rank", None)
-    if differ and hasattr(model_or_config, "forward") and _is_materialised(model_or_config):
-        ids = torch.zeros(1, 2, dtype=torch.long, device=model_or_config.get_input_embeddings().weight.device)
-        return tuple(None if pair is None else LayerShape.of(pair) for pair in cached_layers(model_or_config, ids))
+    if hasattr(model_or_config, "forward") and _is_materialised(model_or_config):
+        if shapes := _shapes_of_encoder(model_or_config):
+            return shapes
+        if not all(attends) or getattr(config, "kv_lora_rank", None):
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model_or_config.get_input_embeddings().weight.device)
+            return tuple(pair and LayerShape.of(pair) for pair in cached_layers(model_or_config, ids))
     layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config] * len(attends)
     return tuple(_config_shape(layer) if a else None for layer, a in zip(layers, attends, strict=True))
+
+
+def _shapes_of_encoder(model: Any) -> tuple[LayerShape, ...]:
+    """The shapes of a model that takes no cache, whose config may have its own names for them.
+
+    Empty for other models, and for one whose attention cannot be observed.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if takes_cache(model) or not model._can_set_attn_implementation():
+        return ()
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return ()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+    return tuple(LayerShape.of(pair) for pair in text_cache(model, ids))
 
 
 def _is_materialised(model: Any) -> bool:

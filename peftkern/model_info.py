@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .eager_attention import record_keys
+
 __all__ = [
-    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed", "embed_dim_of", "full_cache",
-    "given_cache", "layers_of", "rename_cache", "text_cache", "text_config", "text_tokens",
+    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed", "embed_dim_of", "encoder_inputs",
+    "full_cache", "given_cache", "in_eval_mode", "layers_of", "rename_cache", "takes_cache", "text_cache",
+    "text_config", "text_tokens",
 ]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
@@ -108,6 +112,11 @@ def cache_argument(model: Any) -> str:
     return name
 
 
+def takes_cache(model: Any) -> bool:
+    """Whether a Hugging Face model takes a cache. Encoders like ModernBERT do not."""
+    return cache_name(inspect.signature(model.base_model.forward).parameters) is not None
+
+
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments or outputs of a call; None if there is none."""
     name = cache_name(arguments.keys())
@@ -130,24 +139,54 @@ def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
 
 @torch.no_grad()
 def text_cache(model: Any, input_ids: Tensor) -> Any:
-    """The model's cache of the tokens. Sliding layers keep all of them too."""
+    """The model's cache of the tokens; (key, value) of every layer if the model takes no cache.
+
+    Sliding layers keep all tokens too.
+    """
     from transformers import EncoderDecoderCache
 
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # neither dropout nor gradient checkpointing, which drops the cache
-    try:
+    with in_eval_mode(model):
+        if not takes_cache(model):
+            return record_keys(model.base_model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         cache = full_cache(model.config)
         if model.config.is_encoder_decoder:
             cache = EncoderDecoderCache(cache, full_cache(model.config))
-            inputs = {"decoder_input_ids": input_ids}
+            inputs = {**encoder_inputs(model, input_ids), "decoder_input_ids": input_ids}
         else:
-            model, inputs = model.base_model, {}
-        model(input_ids=input_ids, **inputs, **{cache_argument(model): cache}, use_cache=True)
+            model, inputs = model.base_model, {"input_ids": input_ids}
+        model(**inputs, **{cache_argument(model): cache}, use_cache=True)
+    return cache
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Run a block with neither dropout nor gradient checkpointing, which drops the cache."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return cache
+
+
+def encoder_inputs(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """Arguments of the encoder of an encoder-decoder: the tokens, or silence for one that reads audio features.
+
+    Raises:
+        ValueError: for an encoder of other inputs.
+    """
+    encoder = model.get_encoder()
+    if encoder.main_input_name == "input_ids":
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    bins, positions = (getattr(encoder.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if encoder.main_input_name != "input_features" or not (bins and positions):
+        raise ValueError(
+            f"model: expected an encoder of tokens or audio features, got {type(encoder).__name__}, which reads "
+            f"{encoder.main_input_name}"
+        )
+    return {"input_features": encoder.conv1.weight.new_zeros(input_ids.shape[0], bins, 2 * positions)}
 
 
 def full_cache(config: Any) -> Any:

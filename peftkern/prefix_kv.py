@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer_shapes import LayerShape, lengths_of, shapes_of
+from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, Origin, layers_of, text_tokens
 from .prefix_layout import checked, groups_of, shares_parameter
 from .prefix_length import LearnedLength, token_layers
+from .prefix_parts import DECODER, check_parts, parts_of, positions_of
 
 __all__ = ["PrefixKV"]
 
@@ -47,6 +48,9 @@ class PrefixKV(LearnedLength):
             PEFT's (embeddings N(0, 1), ``nn.Linear``'s defaults).
         dtype: of the parameters. With fp32, half-precision activations read a rounded copy of the fp32 master.
         device: default: the model's.
+        parts: which layers of an encoder-decoder have a prefix: ``"encoder"``, ``"cross"`` (those attend to the
+            encoder's output) and ``"decoder"``. The layers of the prefix are numbered in this order. If
+            ``model_or_config`` is not a model, the number of layers of each part, ``{"encoder": 6, "decoder": 6}``.
         peft_seq2seq_layout: layer l reads the keys and values stored for layer 2 l mod num_layers, as PEFT does in
             encoder-decoder models. Needs one length for all layers.
         learn_length: give each token of each layer a gate from 0 to 1, which starts nearly open and is learned with
@@ -57,6 +61,7 @@ class PrefixKV(LearnedLength):
 
     Attributes:
         shapes: (num_kv_heads, head_dim, value_head_dim) of each layer; None for a layer without keys.
+        parts: the layers of each part.
         lengths: tokens per layer.
         prefix_lens: [A] int32, tokens of each prefix of a bank; None without a bank.
         trainable, frozen: the flat parameters (with a projection, ``trainable[0]`` contains the embeddings).
@@ -89,19 +94,21 @@ class PrefixKV(LearnedLength):
         std: float = 0.02,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        parts: Sequence[str] | Mapping[str, int] = DECODER,
         peft_seq2seq_layout: bool = False,
         learn_length: bool = False,
         positions: int | None = None,
     ) -> None:
         super().__init__()
-        self.shapes = shapes_of(model_or_config, num_layers, num_kv_heads, head_dim, value_head_dim)
+        sizes = (num_layers, num_kv_heads, head_dim, value_head_dim)
+        self.parts, self.shapes = parts_of(model_or_config, parts, *sizes)
         self.lengths = lengths_of(length, self.shapes)
         self.num_prefixes = num_prefixes
         self.num_frozen_tokens = num_frozen_tokens
         self.projection = projection
         self.peft_seq2seq_layout = peft_seq2seq_layout
         self.learn_length = learn_length
-        self.positions = max(self.lengths) if positions is None else positions
+        self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
         self._check()
         self._groups = groups_of(self.lengths, self.shapes)
@@ -134,12 +141,14 @@ class PrefixKV(LearnedLength):
     def _check(self) -> None:
         """Raise ValueError for arguments that do not fit each other."""
         longest = max(self.lengths)
+        check_parts(self.parts, num_prefixes=self.num_prefixes, peft_seq2seq_layout=self.peft_seq2seq_layout)
+        check_parts(self.parts, learn_length=self.learn_length)
         if self.num_prefixes is not None and self.num_prefixes < 1:
             raise ValueError(f"num_prefixes: expected None or at least 1, got {self.num_prefixes}")
         if not 0 <= self.num_frozen_tokens <= longest:
             raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {self.num_frozen_tokens}")
-        if self.positions < longest:
-            raise ValueError(f"positions: expected None or at least length = {longest}, got {self.positions}")
+        if self.positions < (taken := positions_of(self.parts, self.lengths)):
+            raise ValueError(f"positions: expected None or at least length = {taken}, got {self.positions}")
         if self.projection is not None and self.projection < 1:
             raise ValueError(f"projection: expected None or a hidden size of at least 1, got {self.projection}")
         if self.learn_length and self.peft_seq2seq_layout:
@@ -220,8 +229,8 @@ class PrefixKV(LearnedLength):
         """A prefix initialised with the keys and values of real text, as Li & Liang 2021 recommend.
 
         The tokens that ``tokenizer(text)`` returns (no chat template) are repeated or truncated to the (largest)
-        length. In encoder-decoder models, encoder and decoder read the text, and the decoder's keys and values are
-        used.
+        length. In encoder-decoder models, encoder and decoder read the text. The cross-attention's keys and values
+        are those of the encoded text.
 
         Args:
             model: a Hugging Face model. It runs once, in eval mode and without gradients, and is not changed.
@@ -267,8 +276,9 @@ class PrefixKV(LearnedLength):
     ) -> PrefixKV:
         """A prefix with the keys and values of the token ids that ``tokens`` returns for the largest length."""
         names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
-        shapes = shapes_of(model, *(options.get(name) for name in names))
-        layers = token_layers(model, tokens, max(lengths_of(length, shapes)), shapes)
+        parts = options.get("parts", DECODER)
+        _, shapes = parts_of(model, parts, *(options.get(name) for name in names))
+        layers = token_layers(model, tokens, max(lengths_of(length, shapes)), shapes, parts=parts)
         return cls.from_cache(layers, length, model_or_config=model, **options)
 
     @classmethod
@@ -437,11 +447,12 @@ class PrefixKV(LearnedLength):
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """The arguments ``num_layers``, ``num_kv_heads``, ``head_dim`` and ``value_head_dim``."""
+        """The arguments ``num_layers``, ``num_kv_heads``, ``head_dim``, ``value_head_dim`` and other ``parts``."""
         sizes = list(zip(*((0, 0, 0) if shape is None else shape for shape in self.shapes), strict=True))
         names = ("num_kv_heads", "head_dim", "value_head_dim")
         same = {name: each[0] if len(set(each)) == 1 else list(each) for name, each in zip(names, sizes, strict=True)}
-        return {"num_layers": self.num_layers, **same}
+        parts = {name: len(layers) for name, layers in self.parts.items()}
+        return {"num_layers": self.num_layers, **same, **({} if tuple(parts) == DECODER else {"parts": parts})}
 
     def extra_repr(self) -> str:
         """The geometry, and arguments that differ from their defaults."""

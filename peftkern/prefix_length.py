@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
-from .layer_shapes import LayerShape, cached_layers, lengths_of
+from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, layers_of, text_config, text_tokens
 from .prefix_layout import checked, with_layers_that_share
+from .prefix_parts import DECODER, check_parts, text_layers
 
 __all__ = ["LearnedLength", "token_layers"]
 
@@ -41,6 +42,7 @@ class LearnedLength(nn.Module):
             without gates. A frozen token's gate is 1.
     """
 
+    parts: dict[str, range]
     shapes: tuple[LayerShape | None, ...]
     lengths: tuple[int, ...]
     num_prefixes: int | None
@@ -187,11 +189,13 @@ class LearnedLength(nn.Module):
             ValueError: as for :meth:`grow`, and for a text without tokens, or more tokens than the model's positions.
         """
         tokens = self.positions + max(lengths_of(n, self.shapes))
+        check_parts(self.parts, n=n)
         layers = token_layers(model, lambda count: text_tokens(tokenizer, text, count), tokens, self.shapes, "n")
         return self._grown(n, layers)
 
     @torch.no_grad()
     def _grown(self, n: int | Sequence[int], layers: Sequence[KeyValue | None]) -> Self:
+        check_parts(self.parts, n=n)
         more = lengths_of(n, self.shapes)
         if self.num_prefixes is not None:
             raise ValueError(f"num_prefixes: expected None in a prefix that grows, got {self.num_prefixes}")
@@ -234,6 +238,7 @@ def token_layers(
     count: int,
     shapes: Sequence[LayerShape | None],
     argument: str = "length",
+    parts: Sequence[str] | Mapping[str, int] = DECODER,
 ) -> list[KeyValue | None]:
     """(key, value) [Hkv, count, D] of each layer, of the token ids that ``tokens(count)`` returns.
 
@@ -244,4 +249,4 @@ def token_layers(
     if positions is not None and count > positions:
         raise ValueError(f"{argument}: expected at most the model's {positions} positions, got {count}")
     ids = torch.tensor([tokens(count)], device=model.get_input_embeddings().weight.device)
-    return with_layers_that_share(cached_layers(model, ids), shapes, ids.shape[1])
+    return with_layers_that_share(text_layers(model, ids, parts), shapes, ids.shape[1])

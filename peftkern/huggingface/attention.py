@@ -7,16 +7,15 @@ without a prefix, disabled adapters) run the implementation that the model had b
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..eager_attention import attention_of
 from ..functional import prefix_attention
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache
 from .masks import CompactMask, LazyMask, additive, mask_function
@@ -332,18 +331,5 @@ def _previous_attention(
         attention_mask = attention_mask.to(query.device)
     if position_bias is not None:
         kwargs["position_bias"] = position_bias[..., position_bias.shape[-1] - num_keys :]
-    attention = _find_implementation(module, name)
+    attention = attention_of(module, name)
     return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-
-
-def _find_implementation(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The attention function ``name``, looked up as the module does: the eager one is in its modeling file."""
-    for cls in type(module).__mro__:
-        modeling = sys.modules[cls.__module__]
-        eager = getattr(modeling, "eager_attention_forward", None)
-        if eager is not None:
-            registry = getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-            return registry.get_interface(name, eager)  # type: ignore[no-any-return]
-    raise ValueError(
-        f"model: expected eager_attention_forward in the modeling file of {type(module).__name__}, got none"
-    )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,10 +67,13 @@ class _Forward:
     """One forward of the model.
 
     Attributes:
-        served: names of the attention modules that have received their prefix.
+        calls: per attention module that reads the prefix, its calls until now. A module computes several layers if
+            they share their weights.
+        served: per name of an attention module, how many times it has received its prefix.
     """
 
-    served: set[str] = field(default_factory=set)
+    calls: dict[str, int] = field(default_factory=dict)
+    served: dict[str, int] = field(default_factory=dict)
 
 
 class PrefixCache(DynamicCache):  # type: ignore[misc]
@@ -84,6 +87,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     Args:
         prefix: per layer (prefix_k, prefix_v), each [Hkv, P, D] with any strides, or None for a layer without a
             prefix. With ``ids``, each is a bank [A, Hkv, P, D].
+        beside: the same for the layers of cross-attention, whose keys are in another cache.
         offset: positions that the model counts for the prefix.
         stores: False for a training step.
         offset_outside: whether the offset also counts between two forwards, as PEFT's ``generate`` expects. If False,
@@ -113,6 +117,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         stores: bool,
         offset_outside: bool,
         options: PrefixOptions,
+        beside: Sequence[KeyValue | None] = (),
         ids: Tensor | None = None,
         lens: Tensor | None = None,
         as_stored: bool = False,
@@ -126,6 +131,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.bias = list(bias)
         self.has_gaps = has_gaps
+        self.beside: Sequence[KeyValue | None] = list(beside)
         self.stores = stores
         self.options = options
         self.ids = ids
@@ -216,11 +222,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             )
         self._running = _Forward()
 
-    def finish(self, names: Sequence[str]) -> list[str]:
-        """End the forward; returns those of ``names`` (attention modules) that did not receive their prefix."""
-        served = set() if self._running is None else self._running.served
+    def finish(self, expected: Mapping[str, int]) -> list[str]:
+        """End the forward; returns the attention modules that did not receive their prefix as often as expected."""
+        served = {} if self._running is None else self._running.served
         self._running, self._used = None, True
-        return [name for name in names if name not in served]
+        return [name for name, times in expected.items() if served.get(name, 0) < times]
 
     def prefix_lens(self) -> set[int]:
         """The different numbers of prefix tokens that layers read."""
@@ -268,14 +274,35 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             the module reads no prefix.
         """
         info = getattr(module, LAYER_INFO, None)
-        if info is None or (found := self._with_prefix(info.layer, key, value)) is None:
+        if info is None:
+            return None
+        layer = self._layer_of(info)
+        if info.part == "cross":
+            prefix = self.beside[layer] if self.beside else None
+            found = None if prefix is None else ((key, value), prefix)
+        else:
+            found = self._with_prefix(layer, key, value)
+        if found is None:
             return None
         sequence, prefix = found
         if self.as_stored:
             prefix = expanded(module, prefix)
         if self._running is not None:  # None where a layer is recomputed in the backward pass
-            self._running.served.add(info.name)
+            self._running.served[info.name] = self._running.served.get(info.name, 0) + 1
         return sequence, _like_key(prefix, key)
+
+    def _layer_of(self, info: Any) -> int:
+        """The layer that an attention module with this :class:`.survey.PrefixLayerInfo` is about to compute."""
+        if len(info.layers) == 1:
+            return info.layer  # type: ignore[no-any-return]
+        if self._running is None:
+            raise ValueError(
+                f"model: expected no activation checkpointing, because {info.name} computes layers "
+                f"{list(info.layers)}, which cannot be told apart in the backward pass, got a recomputed layer"
+            )
+        call = self._running.calls.get(info.name, 0)
+        self._running.calls[info.name] = call + 1
+        return info.layers[call]  # type: ignore[no-any-return]
 
     def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue] | None:
         prefix = self.prefix[layer]

@@ -17,27 +17,30 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..eager_attention import configs_of
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
 from .calls import running, without_checkpointing
+from .eager_trial import EagerTrial
 from .layout import HostNumbers
 from .masks import LazyMask
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
-from .positions import PositionTable, watch_tables
+from .positions import PositionTable, shift_positions, watch_tables
 from .probing import quiet
 from .relative_bias import SpanningBias
 from .sharer import Sharer
-from .survey import PrefixLayerInfo, find_backbone, survey
+from .survey import PrefixLayerInfo, find_backbone, survey, survey_without_cache
 from .trial import Trial
 from .wiring import Patch, Source
 
@@ -101,9 +104,11 @@ class ModelPatch(Patch):
         self.backbone = find_backbone(base)
         self.arguments = forward_arguments(self.backbone)
         self.base_arguments = forward_arguments(base)
-        #: Names of the cache argument of backbone and base model.
-        self.cache_name = cache_argument(self.backbone)
+        #: Names of the cache argument of backbone and base model; None if they take no cache.
+        self.cache_name = cache_argument(self.backbone) if source.needs_cache else cache_name(self.arguments)
         self.base_cache_name = cache_name(self.base_arguments) or self.cache_name
+        if self.cache_name is None:  # windows of encoders know no positions before the sequence
+            self.options = replace(options, in_window=False)
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
         self.tables: list[PositionTable] = []
@@ -140,17 +145,19 @@ class ModelPatch(Patch):
         register()
         try:
             with quiet(self.backbone):
-                set_implementation(self._configs(), self.wiring)
+                set_implementation(configs_of(self.base), self.wiring)
                 with watch_tables(self.backbone) as self.tables:
                     names = {module: name for name, module in self.model.named_modules()}
-                    self.prefix_layers, samples = survey(self.backbone, names)
+                    examine = survey_without_cache if self.cache_name is None else survey
+                    self.prefix_layers, samples = examine(self.backbone, names)
                 for module, info in self.prefix_layers.items():
                     self.wiring.set_attribute(module, LAYER_INFO, info)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
                 self.packer = Packer(self.base, self.backbone, self.prefix_layers, self.tables)
                 self.sharer = Sharer(self.packer) if self.calls.share else None
-                self.check(Trial(self.backbone, self.prefix_layers, samples, self.options))
+                trial = EagerTrial if self.cache_name is None else Trial
+                self.check(trial(self.backbone, self.prefix_layers, samples, self.options))
             self._hook()
             if self.calls.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]
@@ -160,9 +167,22 @@ class ModelPatch(Patch):
             self.remove()
             raise
         if self.requires_prefix:
-            for module in self.prefix_layers:
+            for module in self.readers():
                 self.wiring.set_attribute(module, REQUIRED, True)
         self.mark(self.model, self.base)
+
+    def readers(self) -> dict[nn.Module, PrefixLayerInfo]:
+        """The attention modules that read the prefix."""
+        return self.prefix_layers
+
+    def reads(self, cache: PrefixCache, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Per attention module that a forward of the backbone runs, how many times it reads the prefix."""
+        # Early exit reduces num_hidden_layers for the duration of a call.
+        num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
+        return {
+            info.name: sum(cache.has_prefix(i) and (num_layers is None or i < num_layers) for i in info.layers)
+            for info in self.prefix_layers.values()
+        }
 
     def _hook(self) -> None:
         base, backbone = self.base, self.backbone
@@ -173,11 +193,6 @@ class ModelPatch(Patch):
             backbone.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True, prepend=True),
             base.register_forward_hook(self.after_call, with_kwargs=True, always_call=True),
         )
-
-    def _configs(self) -> list[Any]:
-        """The configs that determine the attention implementation of the model's parts, each once."""
-        configs = [module.config for module in self.base.modules() if isinstance(module, PreTrainedModel)]
-        return list({id(config): config for config in configs}.values())
 
     def notice(self, case: str, difference: str, remedy: str = "") -> None:
         """Warn, once per ``case``."""
@@ -211,6 +226,13 @@ class ModelPatch(Patch):
         uses_cache = getattr(self.base.config, "use_cache", False) if uses_cache is None else uses_cache
         return bool(uses_cache) and not self.is_training_step
 
+    def _read_cache(self, kwargs: dict[str, Any], name: str | None) -> None:
+        """Rename the cache of a call to ``name``; raise ValueError for a cache if the model takes none."""
+        if name is not None:
+            rename_cache(kwargs, name)
+        elif given_cache(kwargs) is not None:
+            raise ValueError(f"cache: expected None, as {type(self.backbone).__name__} takes none, got one")
+
     # Hooks on the base model
 
     def before_call(
@@ -221,7 +243,7 @@ class ModelPatch(Patch):
         if bound is None:
             return args, kwargs
         kwargs = bound
-        rename_cache(kwargs, self.base_cache_name)
+        self._read_cache(kwargs, self.base_cache_name)
         if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by generate, for a static cache
             kwargs["attention_mask"] = kwargs["attention_mask"].for_static_cache()
         running.enter(self, module)
@@ -290,7 +312,7 @@ class ModelPatch(Patch):
         """Hook: pass the prefix to the backbone, and pack its inputs."""
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        rename_cache(kwargs, self.cache_name)
+        self._read_cache(kwargs, self.cache_name)
         if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by the base model; mask functions take tensors
             kwargs["attention_mask"] = kwargs["attention_mask"].dense()
         packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
@@ -303,14 +325,17 @@ class ModelPatch(Patch):
         cache.packed = packed
         try:
             if packed is None:
-                if not cache.counts_outside:
+                if self.cache_name is None:
+                    if cache.prefix_positions and "position_ids" in self.arguments:
+                        shift_positions(cache.prefix_positions, self.tables, kwargs)
+                elif not cache.counts_outside:
                     count_prefix(cache, kwargs)
             else:
                 self._pack_inputs(module, packed, cache, kwargs)
             for table in self.tables:
                 table.check(cache, kwargs)
         except Exception:
-            cache.finish([])
+            cache.finish({})
             raise
         kwargs["peftkern_prefix"] = cache
         if not torch.is_grad_enabled():
@@ -332,7 +357,7 @@ class ModelPatch(Patch):
             kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         kwargs["position_ids"] = packed.positions(cache.offset)
         kwargs["attention_mask"] = None
-        kwargs[self.cache_name] = cache
+        kwargs[str(self.cache_name)] = cache
         if packed.layout.segments is not None:
             for prefix_len in cache.prefix_lens():  # here, because compiled layers cannot read values
                 packed.chains(prefix_len, packed.cu_seqlens.device)
@@ -349,14 +374,7 @@ class ModelPatch(Patch):
         if cache.pause is not None:
             without_checkpointing.end(cache.pause)
             cache.pause = None
-        # Early exit reduces num_hidden_layers for the duration of a call.
-        num_layers = getattr(self.backbone.config.get_text_config(), "num_hidden_layers", None)
-        expected = [
-            info.name
-            for info in self.prefix_layers.values()
-            if cache.has_prefix(info.layer) and (num_layers is None or info.layer < num_layers)
-        ]
-        missing = cache.finish(expected)
+        missing = cache.finish(self.reads(cache, kwargs))
         if output is None:
             return None
         implementation = self.backbone.config._attn_implementation
@@ -368,7 +386,7 @@ class ModelPatch(Patch):
             )
         if cache.packed is not None:
             output = self.unpack_output(cache.packed, cache, output)
-        drops_cache = kwargs.get("use_cache") is False and not cache.counts_outside
+        drops_cache = self.cache_name and kwargs.get("use_cache") is False and not cache.counts_outside
         return _without_cache(kwargs, output) if drops_cache else output
 
     def unpack_output(self, packed: PackedBatch, cache: PrefixCache, output: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 
 from .cache import PrefixCache
+from .call_arguments import tokens_of
 
-__all__ = ["PositionTable", "watch_tables"]
+__all__ = ["PositionTable", "default_positions", "shift_positions", "watch_tables"]
 
 
 class PositionTable:
@@ -93,3 +94,42 @@ def watch_tables(model: nn.Module) -> Iterator[list[PositionTable]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def default_positions(tables: list[PositionTable], kwargs: Mapping[str, Any]) -> Tensor:
+    """The positions [B or 1, S] that a model without a cache gives the tokens of a call.
+
+    They count from the first column. Where padding has a row of the table (RoBERTa), that row follows all padding,
+    and other tokens are counted from the row behind it.
+
+    Args:
+        tables: the model's.
+        kwargs: arguments of the call.
+    """
+    tokens, input_ids = tokens_of(kwargs), kwargs.get("input_ids")
+    padding = next((table.padding_idx for table in tables if table.padding_idx is not None), None)
+    columns = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if padding is None:
+        return columns
+    if input_ids is None:
+        return columns + padding + 1
+    real: Tensor = (input_ids != padding).long()
+    return real.cumsum(1) * real + padding
+
+
+def shift_positions(offset: int, tables: list[PositionTable], kwargs: dict[str, Any]) -> None:
+    """Count the prefix in the positions of a call of a model without a cache.
+
+    Args:
+        offset: positions that the prefix takes.
+        tables: the model's tables of learned positions.
+        kwargs: arguments of the call, changed in place.
+    """
+    given = kwargs.get("position_ids")
+    if given is not None:
+        kwargs["position_ids"] = given + offset
+        return
+    positions = default_positions(tables, kwargs)
+    padding = next((table.padding_idx for table in tables if table.padding_idx is not None), None)
+    shifted = positions + offset
+    kwargs["position_ids"] = shifted if padding is None else torch.where(positions == padding, positions, shifted)

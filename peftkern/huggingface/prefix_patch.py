@@ -4,23 +4,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from ..layer_shapes import LayerShape
 from ..model_info import given_cache
+from ..prefix_parts import DECODER, PARTS
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
 from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
 from .packing import PackedBatch
+from .parts import EncoderHooks, PartLayers, find_part_layers
+from .parts_trial import PartsTrial
+from .probing import quiet
+from .survey import PrefixLayerInfo
 from .trial import Trial
 from .wiring import Source
 
@@ -39,9 +45,14 @@ class PrefixSource(Source):
     def check(self, patch: PrefixPatch) -> None:
         """Raise ValueError unless the shape of the prefix fits the model."""
 
+    @property
+    def parts(self) -> Sequence[str]:
+        """The parts of an encoder-decoder that have a prefix: see :class:`peftkern.PrefixKV`."""
+        return DECODER
+
     @abstractmethod
-    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
+    def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
+        """Per layer of a part (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
 
     def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
         """Per layer [P], added to the scores of the prefix tokens, or None; empty if no layer has one."""
@@ -66,12 +77,27 @@ class PrefixPatch(ModelPatch):
     """Puts a prefix of keys and values into one model."""
 
     source: PrefixSource
+    #: The layers of other parts than the decoder; None if these have no prefix.
+    part_layers: PartLayers | None = None
 
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
+        if tuple(self.source.parts) != DECODER:
+            names = {module: name for name, module in self.model.named_modules()}
+            with quiet(self.base):
+                self.part_layers = find_part_layers(self.base, self.backbone, names, self.source.parts)
+            self.part_layers.install(self.wiring)
         self.source.check(self)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
+        if self.part_layers is not None:
+            with quiet(self.base):
+                parts = PartsTrial(self.base, self.backbone, self.part_layers, self.num_layers, self.options)
+                reason = parts.try_prefix()
+            if reason is not None:
+                raise ValueError(f"model: {reason}")
+        if self.source.offset and (reason := trial.try_positions(self.tables)) is not None:
+            raise ValueError(f"shift_positions: expected False, because {reason}, got True")
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
@@ -95,22 +121,48 @@ class PrefixPatch(ModelPatch):
         """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
-        layers = len({info.layer for info in self.prefix_layers.values()})
+        layers = str(self.num_layers)
+        if self.part_layers is not None:
+            counts = {"decoder": self.num_layers, **{part: len(self.part_layers.samples[part]) for part in PARTS[:2]}}
+            layers = " and ".join(f"{counts[part]} {part}" for part in PARTS if part in self.source.parts)
         shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
         prefix = f"a prefix in {layers} layers, read in place"
         return f"{type(self.base).__name__}: {prefix}; training batches run {how}{shared}"
 
+    @property
+    def num_layers(self) -> int:
+        """Layers that read the decoder's prefix."""
+        return len({layer for info in self.prefix_layers.values() for layer in info.layers})
+
+    def readers(self) -> dict[nn.Module, PrefixLayerInfo]:
+        """The attention modules that read the prefix."""
+        return {**super().readers(), **(self.part_layers.infos if self.part_layers is not None else {})}
+
+    def reads(self, cache: PrefixCache, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        """Per attention module that a forward of the backbone runs, how many times it reads the prefix."""
+        reads = super().reads(cache, kwargs)
+        if self.part_layers is not None and kwargs.get("encoder_hidden_states") is not None:
+            for info in self.part_layers.of("cross"):
+                reads[info.name] = sum(cache.beside[layer] is not None for layer in info.layers)
+        return reads
+
+    def _hook(self) -> None:
+        super()._hook()
+        if self.part_layers is not None and (infos := self.part_layers.of("encoder")):
+            EncoderHooks(self.part_layers.encoder, infos, self.new_encoder_cache).install(self.wiring)
+
     def check_geometry(
-        self, name: str, shapes: Sequence[LayerShape | None], without: frozenset[int] = frozenset()
-    ) -> None:
-        """Raise ValueError unless a prefix of these shapes fits all layers but those ``without`` one."""
-        for info in self.prefix_layers.values():
-            shape = shapes[info.layer] if info.layer < len(shapes) else None
+        self, name: str, shapes: Sequence[LayerShape | None], without: frozenset[int] = frozenset(),
+        part: str = "decoder",
+    ) -> None:  # fmt: skip
+        """Raise ValueError unless a prefix of these shapes fits all layers of a part but those ``without`` one."""
+        for info in (info for info in self.readers().values() if info.part == part):
+            shape = shapes[info.layer] if info.layers[-1] < len(shapes) else None
             if shape is None and info.layer in without:
                 continue
             if shape is None:
                 raise ValueError(
-                    f"{name}: expected a prefix for layer {info.layer} ({info.name}), got {len(shapes)} layers"
+                    f"{name}: expected a prefix for layer {info.layers[-1]} ({info.name}), got {len(shapes)} layers"
                 )
             if shape != info.shape:
                 raise ValueError(
@@ -125,12 +177,23 @@ class PrefixPatch(ModelPatch):
         """
         check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
         prefix, bias = self.source.layer_kv(self), self.source.layer_bias(self)
+        beside = self.source.layer_kv(self, "cross") if "cross" in self.source.parts else ()
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
-            self._check_reentrant(prefix, bias)
+            self._check_reentrant([*prefix, *beside], bias)
         return PrefixCache(
-            prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options,
-            static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
+            prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
+            options=self.options, static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
         )  # fmt: skip
+
+    def new_encoder_cache(self) -> PrefixCache:
+        """The prefix for a call of the encoder, whose positions and windows do not count it."""
+        assert self.part_layers is not None
+        prefix, encoder = self.source.layer_kv(self, "encoder"), self.part_layers.encoder
+        checkpointed = [m for m in encoder.modules() if hasattr(m, "gradient_checkpointing")]
+        if self.is_training_step and any(map(_is_reentrant, checkpointed)):
+            self._check_reentrant(prefix, ())
+        options = replace(self.options, in_window=False)
+        return PrefixCache(prefix, offset=0, stores=False, offset_outside=False, options=options)
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None], bias: Sequence[Tensor | None]) -> None:
         """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
@@ -193,6 +256,10 @@ class PrefixPatch(ModelPatch):
 
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
+        if self.cache_name is None or self.part_layers is not None:
+            self._refuse_stock(kwargs)
+        if self.cache_name is None:
+            return self.new_cache(stores=False, offset_outside=False)
         given = given_cache(kwargs)
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
@@ -227,6 +294,17 @@ class PrefixPatch(ModelPatch):
             return "cu_seq_lens_q without position_ids"
         return None
 
+    def _refuse_stock(self, kwargs: dict[str, Any]) -> None:
+        """Raise for a call that needs the stock attention, which cannot get the prefix without a cache."""
+        if (reason := self._why_stock(kwargs)) is not None:
+            kind = type(self.backbone).__name__
+            lacks = (
+                f"{kind} takes no cache" if self.cache_name is None else "caches have no encoder or cross-attention"
+            )
+            raise ValueError(
+                f"{reason}: expected False, because {lacks}, by which stock attention would get the prefix, got True"
+            )
+
     def _run_stock(self, cache: PrefixCache, kwargs: dict[str, Any], reason: str) -> None:
         """Replace our cache by a stock cache that contains the prefix."""
         compressed = [info.name for info in self.prefix_layers.values() if info.compressed]
@@ -240,10 +318,11 @@ class PrefixPatch(ModelPatch):
         stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
         self_attention = getattr(stock, "self_attention_cache", stock)
         setattr(self_attention, _REPLACED_CACHE, cache)
-        given = kwargs.get(self.cache_name)
+        name = str(self.cache_name)
+        given = kwargs.get(name)
         if isinstance(given, EncoderDecoderCache) and self_attention is stock:
             stock = EncoderDecoderCache(stock, given.cross_attention_cache)
-        kwargs[self.cache_name] = stock
+        kwargs[name] = stock
         if not cache.counts_outside:
             count_prefix(cache, kwargs)
 

@@ -57,8 +57,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
-    """[count] ids of ordinary tokens, repeated if the vocabulary is too small."""
-    weight: Tensor = backbone.get_input_embeddings().weight
+    """[count] ids of ordinary tokens, repeated if the vocabulary is too small.
+
+    Raises:
+        ValueError: if the model has no embeddings of tokens.
+    """
+    try:
+        weight = getattr(backbone.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        weight = None
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"model: expected a model that embeds tokens, got {type(backbone).__name__}")
     config = backbone.config.get_text_config()
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
     special = {getattr(config, name, None) for name in names}

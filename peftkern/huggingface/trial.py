@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..model_info import cache_argument
+from ..model_info import cache_name
 from .cache import KeyValue, PackedCache, PrefixCache, PrefixOptions
+from .call_arguments import forward_arguments
 from .layout import IGNORED, Layout, next_labels
 from .packing import PackedBatch
+from .positions import PositionTable
 from .probing import is_transient, some_tokens
 from .sharing import share_rows
 from .survey import PrefixLayerInfo
 
-__all__ = ["Trial", "try_head"]
+__all__ = ["Outputs", "Trial", "difference", "prefix_like", "try_head"]
 
 #: ``layout_of(tokens, mask, from_first)`` gives the layout of a packed batch.
 LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
@@ -36,7 +38,7 @@ Outputs = list[Tensor]
 
 _PREFIX_LEN = 2
 #: Compiles no kernel for these sizes. The trial checks the code around attention, not attention itself.
-_BACKEND = "reference"
+BACKEND = "reference"
 
 
 class Trial:
@@ -50,6 +52,9 @@ class Trial:
         options: for the attention function.
     """
 
+    #: Whether windows count the prefix, as those of the stock model do.
+    in_window = True
+
     def __init__(
         self,
         backbone: PreTrainedModel,
@@ -59,9 +64,9 @@ class Trial:
     ) -> None:
         self.backbone = backbone
         self.prefix_layers = prefix_layers
-        self.options = replace(options, in_window=True, backend=_BACKEND)
+        self.options = replace(options, in_window=self.in_window, backend=BACKEND)
         self.kind = type(backbone).__name__
-        self.cache_name = cache_argument(backbone)
+        self.cache_name = cache_name(forward_arguments(backbone))
         self.prefix = _some_prefix(backbone, samples)
         self.ids = some_tokens(backbone, 3 * 3).view(3, 3)
         self.mask = torch.ones_like(self.ids)
@@ -87,9 +92,8 @@ class Trial:
     def _try_prefix(self) -> str | None:
         ids, mask = self.ids, self.mask
         stock, cache = self._cache().as_stock(ids.shape[0], self.backbone.dtype), self._cache()
-        with _measured_linear_layers(self.backbone) as errors:
+        with self._measured_linear_layers():
             self._stock = self._run(stock, ids, mask)
-        self._linear_error = min(max(errors, default=0.0), torch.finfo(torch.bfloat16).eps)
         self._read_with_tokens = self._read
         round_otherwise = self._round_otherwise
         moved = self._cache(prefix=[kv and (round_otherwise(kv[0]), round_otherwise(kv[1])) for kv in self.prefix])
@@ -110,6 +114,21 @@ class Trial:
     def _worst_rounding(self) -> list[list[float]]:
         """A bound for tokens other than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
+
+    @contextlib.contextmanager
+    def _measured_linear_layers(self) -> Iterator[None]:
+        """Measure the error of the linear layers that run within the block."""
+        with _linear_errors(self.backbone) as errors:
+            yield
+        self._linear_error = min(max(errors, default=0.0), torch.finfo(torch.bfloat16).eps)
+
+    def try_positions(self, tables: list[PositionTable]) -> str | None:
+        """Why positions cannot count the prefix; None if they can, as they do in a model with a cache.
+
+        Args:
+            tables: the backbone's tables of learned positions.
+        """
+        return None
 
     @property
     def reads_tokens(self) -> bool:
@@ -190,14 +209,14 @@ class Trial:
         signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
         return x * (1 + signs * self._eps(x.dtype))
 
-    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor) -> list[list[float]]:
+    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor | None) -> list[list[float]]:
         """Per output and row, the change of the stock model's output when its input is rounded differently.
 
         Raises:
             ValueError: if the change is too large for rounding.
         """
         rounding = [
-            [_difference(x[real], y[real]) for x, y, real in zip(a, b, mask.bool(), strict=True)]
+            [difference(a[row][_real(mask, row)], b[row][_real(mask, row)]) for row in range(len(b))]
             for a, b in zip(moved, outputs, strict=True)
         ]
         if max(map(max, rounding)) > max(_MAX_ROUNDING.get(outputs[0].dtype, 1e-3), 64 * self._linear_error):
@@ -223,11 +242,11 @@ class Trial:
                 return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
             tolerance = max(_tolerance(y.dtype), 4 * self._linear_error)
             for row in range(x.shape[0]):
-                real = slice(None) if mask is None else mask[row].bool()
-                difference = _difference(x[row][real], y[row][real])
-                if difference > max(tolerance, 8 * rounding[index][row]):
+                real = _real(mask, row)
+                off = difference(x[row][real], y[row][real])
+                if off > max(tolerance, 8 * rounding[index][row]):
                     where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
-                    return f"{what} differs from the stock model: its {where} off by {difference:.1e}"
+                    return f"{what} differs from the stock model: its {where} off by {off:.1e}"
         return None
 
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
@@ -250,12 +269,15 @@ class Trial:
     def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Outputs:
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], _PREFIX_LEN), mask], 1)
-        arguments = {"input_ids": tokens, "attention_mask": mask, self.cache_name: cache, "use_cache": True}
+        arguments = {"input_ids": tokens, "attention_mask": mask, str(self.cache_name): cache, "use_cache": True}
         if not isinstance(cache, PrefixCache):
             return self._recorded(**arguments)
+        return self._recorded_with(cache, **arguments)
+
+    def _recorded_with(self, cache: PrefixCache, **arguments: Any) -> Outputs:
         cache.begin()
         outputs = self._recorded(**arguments, peftkern_prefix=cache)
-        missing = cache.finish([info.name for info in self.prefix_layers.values()])
+        missing = cache.finish({info.name: len(info.layers) for info in self.prefix_layers.values()})
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
         return outputs
@@ -266,7 +288,7 @@ class Trial:
         inputs = {"inputs_embeds": packed.embeddings(rows)} if tokens.dim() > 2 else {"input_ids": rows}
         outputs = self._recorded(
             **inputs, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
-            peftkern_prefix=cache, **{self.cache_name: cache},
+            peftkern_prefix=cache, **{str(self.cache_name): cache},
         )  # fmt: skip
         return [packed.unpack(x) for x in outputs]
 
@@ -330,7 +352,7 @@ def try_head(base: PreTrainedModel, trial: Trial) -> bool:
                 backbone.forward = previous
 
     def agree(got: Tensor, want: Tensor) -> bool:
-        return got.shape == want.shape and _difference(got, want) <= 8 * _tolerance(want.dtype)
+        return got.shape == want.shape and difference(got, want) <= 8 * _tolerance(want.dtype)
 
     try:
         kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
@@ -346,25 +368,32 @@ def try_head(base: PreTrainedModel, trial: Trial) -> bool:
 
 
 def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> list[KeyValue | None]:
-    """Keys and values of _PREFIX_LEN tokens per layer: those of the samples with a little noise.
-
-    A prefix that differs much from the model's own keys and values would amplify rounding.
-    """
+    """Keys and values of _PREFIX_LEN tokens per layer."""
     generator = torch.Generator().manual_seed(0)
-
-    def vary(x: Tensor) -> Tensor:
-        noise = torch.randn(x.shape[1], _PREFIX_LEN, x.shape[3], generator=generator).to(x.device, x.dtype)
-        return x[0] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
-
-    layers = {layer: (vary(key), vary(value)) for layer, (key, value) in samples.items()}
+    layers = {layer: prefix_like(pair, generator) for layer, pair in samples.items()}
+    if not layers:
+        return []
     # PEFT has a prefix for every layer of the model, even for layers that do not attend to the sequence.
     config = backbone.config.get_text_config(decoder=True)
     num_layers = max(1 + max(layers), getattr(config, "num_hidden_layers", None) or 0)
     return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]
 
 
+def prefix_like(pair: KeyValue, generator: torch.Generator) -> KeyValue:
+    """[Hkv, _PREFIX_LEN, D] each: the first keys and values of a sample [1, Hkv, T, D] with a little noise.
+
+    A prefix that differs much from the model's own keys and values would amplify rounding.
+    """
+
+    def vary(x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape[1], _PREFIX_LEN, x.shape[3], generator=generator).to(x.device, x.dtype)
+        return x[0, :, :_PREFIX_LEN] + 0.1 * x.float().square().mean().sqrt().to(x.dtype) * noise
+
+    return vary(pair[0]), vary(pair[1])
+
+
 @contextlib.contextmanager
-def _measured_linear_layers(backbone: nn.Module) -> Iterator[list[float]]:
+def _linear_errors(backbone: nn.Module) -> Iterator[list[float]]:
     """Fill a list with the relative error of every linear layer that runs within the block.
 
     ``f(a) + f(b) = f(a + b) + f(0)`` holds up to the rounding of the dtype, unless the layer quantises its inputs or
@@ -380,7 +409,7 @@ def _measured_linear_layers(backbone: nn.Module) -> Iterator[list[float]]:
         outputs = module.forward(torch.stack([a, b, a + b, torch.zeros_like(a)]))  # not a call, which runs hooks
         if isinstance(outputs, Tensor):  # a router of experts returns more
             of_a, of_b, of_sum, of_zero = outputs.float()
-            errors.append(_difference(of_a + of_b - of_zero, of_sum))
+            errors.append(difference(of_a + of_b - of_zero, of_sum))
 
     layers = [m for m in backbone.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
     handles = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
@@ -395,7 +424,12 @@ def _measured_linear_layers(backbone: nn.Module) -> Iterator[list[float]]:
 _MAX_ROUNDING = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def _difference(got: Tensor, want: Tensor) -> float:
+def _real(mask: Tensor | None, row: int) -> Any:
+    """Index of the places of a row that are compared."""
+    return slice(None) if mask is None else mask[row].bool()
+
+
+def difference(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want|, in the Euclidean norm."""
     got, want = got.float(), want.float().to(got.device)
     if bool(want.isnan().any()) and torch.equal(want.isnan(), got.isnan()):

@@ -100,9 +100,11 @@ class Source(ABC):
     Attributes:
         is_given: whether the caller of the base model provides it with each call, as PEFT does. Otherwise every call
             that does not continue a sequence gets it.
+        needs_cache: whether it only fits models that take a key-value cache.
     """
 
     is_given: bool
+    needs_cache = True
 
     @abstractmethod
     def wire(self, patch: Patch) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeGuard, cast
 
 from torch import Tensor, nn
@@ -51,17 +51,25 @@ class ModulePrefix(PrefixSource):
     """
 
     is_given = False
+    needs_cache = False
 
     def __init__(self, prefix: LayerPrefix, *, shift_positions: bool, freeze: bool) -> None:
         self.prefix = prefix
         self.shift_positions = shift_positions
         self.freeze = freeze
+        #: The layers of each part.
+        self._layers: Mapping[str, range] = getattr(prefix, "parts", {"decoder": range(len(prefix.shapes))})
 
     @property
     def offset(self) -> int:
         """Positions that the model counts for the prefix."""
         positions: int = getattr(self.prefix, "positions", max(self.prefix.lengths, default=0))
-        return positions if self.shift_positions else 0
+        return positions if self.shift_positions and "decoder" in self._layers else 0
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """The parts of an encoder-decoder that have a prefix."""
+        return tuple(self._layers)
 
     @property
     def has_bias(self) -> bool:
@@ -75,7 +83,9 @@ class ModulePrefix(PrefixSource):
 
     def check(self, patch: PrefixPatch) -> None:
         """Raise ValueError unless the prefix fits the model: its shape, and its gaps the sliding windows."""
-        patch.check_geometry("prefix", self.prefix.shapes)
+        for part, layers in self._layers.items():
+            name = "prefix" if part == "decoder" else f"prefix ({part})"
+            patch.check_geometry(name, self.prefix.shapes[layers.start : layers.stop], part=part)
         if not self.has_gaps or not patch.options.in_window:
             return
         for info in patch.prefix_layers.values():
@@ -92,10 +102,12 @@ class ModulePrefix(PrefixSource):
         patch.wiring.add_submodule(patch.base, PREFIX_NAME, cast(nn.Module, self.prefix))
         AdapterFolder.install(patch, PREFIX_NAME, cast(nn.Module, self.prefix))
 
-    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
-        """Per layer (prefix_k, prefix_v); None for a layer of length 0."""
-        pairs: Any = zip(self._running(patch).layer_kv(), self.prefix.lengths, strict=True)
-        return [kv if length else None for kv, length in pairs]
+    def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
+        """Per layer of a part (prefix_k, prefix_v); None for a layer of length 0."""
+        if part not in self._layers:
+            return [None] * patch.num_layers
+        kv, lengths = self._running(patch).layer_kv(), self.prefix.lengths
+        return [kv[layer] if lengths[layer] else None for layer in self._layers[part]]
 
     def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
         """Per layer [P], added to the scores of the prefix tokens, or None; empty if the prefix has none."""

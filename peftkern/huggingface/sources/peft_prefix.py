@@ -142,7 +142,7 @@ class PeftPrefix(PrefixSource):
         """The cache that PEFT passes to the model."""
         return type(self.model).get_prompt(self.model, batch)
 
-    def layer_kv(self, patch: PrefixPatch) -> Sequence[KeyValue | None]:
+    def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
         """Per layer (prefix_k, prefix_v), views [Hkv, P, D] of PEFT's flat parameter [P, L * 2 * Hkv * D].
 
         A single ``unbind`` for all layers, so that the gradient is assembled once instead of once per layer.
