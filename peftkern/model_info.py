@@ -131,7 +131,9 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
             cache = EncoderDecoderCache(cache, full_cache(model.config))
             inputs = {"decoder_input_ids": input_ids}
         else:
-            model, inputs = model.base_model, {}
+            # Without the output layer, unless what is below it takes no cache (the decoder of BartForCausalLM).
+            takes_cache = cache_name(inspect.signature(model.base_model.forward).parameters)
+            model, inputs = (model.base_model if takes_cache else model), {}
         model(input_ids=input_ids, **inputs, **{cache_argument(model): cache}, use_cache=True)
     finally:
         for module, training in modes.items():
@@ -142,8 +144,10 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
 def full_cache(config: Any) -> Any:
     """An empty cache whose layers keep all tokens, also those with a sliding window."""
     from transformers.cache_utils import (
+        DummyLayer,
         DynamicCache,
         DynamicLayer,
+        DynamicSlidingWindowLayer,
         LinearAttentionAndFullAttentionLayer,
         LinearAttentionCacheLayerMixin,
     )
@@ -152,13 +156,15 @@ def full_cache(config: Any) -> Any:
     if not getattr(config, "layer_types", None):
         return DynamicCache()
     cache = DynamicCache(config=config)
-    recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
-    if not any(recurrent):
+    if all(
+        isinstance(layer, DummyLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        for layer in cache.layers
+    ):
         return DynamicCache()
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DynamicLayer) and recurrent[index]:
+        if isinstance(layer, DynamicLayer) and isinstance(layer, LinearAttentionCacheLayerMixin):
             cache.layers[index] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
-        elif isinstance(layer, DynamicLayer):
+        elif isinstance(layer, DynamicSlidingWindowLayer):
             cache.layers[index] = DynamicLayer()
     return cache
 
