@@ -154,7 +154,8 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
             cache = EncoderDecoderCache(cache, full_cache(model.config))
             inputs = {**encoder_inputs(model, input_ids), "decoder_input_ids": input_ids}
         else:
-            model, inputs = model.base_model, {"input_ids": input_ids}
+            # Without the output layer, unless what is below it takes no cache (the decoder of BartForCausalLM).
+            model, inputs = (model.base_model if takes_cache(model.base_model) else model), {"input_ids": input_ids}
         model(**inputs, **{cache_argument(model): cache}, use_cache=True)
     return cache
 
@@ -192,6 +193,7 @@ def encoder_inputs(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
 def full_cache(config: Any) -> Any:
     """An empty cache whose layers keep all tokens, also those with a sliding window."""
     from transformers.cache_utils import (
+        DummyLayer,
         DynamicCache,
         DynamicLayer,
         DynamicSlidingWindowLayer,
@@ -203,7 +205,8 @@ def full_cache(config: Any) -> Any:
     if not getattr(config, "layer_types", None):
         return DynamicCache()
     cache = DynamicCache(config=config)
-    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    if all(type(layer) in plain for layer in cache.layers):
         return DynamicCache()  # grows where the model has more layers than its config says
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):

@@ -8,7 +8,7 @@ import torch
 
 import peftkern
 from peftkern import PrefixKV
-from peftkern.model_info import given_cache
+from peftkern.model_info import cache_argument, given_cache
 from tests.huggingface import models
 from tests.huggingface.families import tiny
 from tests.huggingface.families.trials import relative
@@ -41,8 +41,9 @@ def built(family):
 
 @torch.no_grad()
 def logits_behind_text(model, text):
-    ids = torch.cat([torch.tensor([text]).expand(BATCH, -1), IDS], 1)
-    logits = model(input_ids=ids, use_cache=False).logits[:, LENGTH:]
+    """The stock model's logits where it continues from its own cache of the text."""
+    cache = given_cache(model(input_ids=torch.tensor([text]).expand(BATCH, -1), use_cache=True))
+    logits = model(input_ids=IDS, **{cache_argument(model): cache}).logits
     tiny.forget(model)
     return logits
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import peftkern
@@ -20,6 +24,7 @@ from peftkern import PrefixKV, SoftPrompt
 from peftkern.layer_shapes import LayerShape
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS
+from tests.huggingface.test_two_processes import _free_port as free_port
 
 LLAMA = FAMILIES["llama (GQA)"]
 KINDS = {
@@ -349,3 +354,25 @@ def test_auto_class_loads_the_folder(tmp_path):
     model.save_pretrained(tmp_path / "both")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "both")
     assert torch.equal(logits(peftkern.patch(loaded, peftkern.load_prefix(tmp_path / "both"))), want)
+
+
+def _save_sharded(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for kind in ("cartridge", "prompt"):
+        model, mesh = hybrid(kind), init_device_mesh("cpu", (2,))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        model.save_pretrained(f"{folder}/{kind}", state_dict=state, is_main_process=rank == 0)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_model_saves_what_has_been_gathered(tmp_path):
+    torch.multiprocessing.spawn(_save_sharded, args=(free_port(), str(tmp_path)), nprocs=2)
+    for kind in ("cartridge", "prompt"):
+        loaded, want = peftkern.load_prefix(tmp_path / kind), learned(hybrid(kind)).state_dict()
+        assert all(torch.equal(x, want[name]) for name, x in loaded.state_dict().items()), kind
