@@ -114,7 +114,11 @@ def cache_argument(model: Any) -> str:
 
 def takes_cache(model: Any) -> bool:
     """Whether a Hugging Face model takes a cache. Encoders like ModernBERT do not."""
-    return cache_name(inspect.signature(model.base_model.forward).parameters) is not None
+    return _accepts_cache(model.base_model) or _accepts_cache(model)
+
+
+def _accepts_cache(module: Any) -> bool:
+    return cache_name(inspect.signature(module.forward).parameters) is not None
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
@@ -155,7 +159,10 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
             inputs = {**encoder_inputs(model, input_ids), "decoder_input_ids": input_ids}
         else:
             # Without the output layer, unless what is below it takes no cache (the decoder of BartForCausalLM).
-            model, inputs = (model.base_model if takes_cache(model.base_model) else model), {"input_ids": input_ids}
+            model, inputs = (
+                (model.base_model if _accepts_cache(model.base_model) else model),
+                {"input_ids": input_ids},
+            )
         model(**inputs, **{cache_argument(model): cache}, use_cache=True)
     return cache
 

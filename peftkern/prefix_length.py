@@ -30,9 +30,9 @@ class LearnedLength(nn.Module):
         w_p = g_p exp(s_p) / (sum over prefix tokens j of g_j exp(s_j) + sum over sequence tokens t of exp(s_t)).
 
     A gate of 1 changes nothing, and a gate of 0 removes the token exactly. APT (Zhang et al. 2023, arXiv 2305.15212)
-    gates the tokens of each layer in a similar way. The gates are the plain sigmoid of their logits, without the
-    noise of the hard concrete gates of L0 regularisation (Louizos et al. 2018, arXiv 1712.01312), so that outputs are
-    deterministic.
+    also learns a gate per layer and token, but multiplies keys and values by it, so that a closed gate leaves a token
+    with a key of 0. The gates are the plain sigmoid of their logits, without the noise of the hard concrete gates of
+    L0 regularisation (Louizos et al. 2018, arXiv 1712.01312), so that outputs are deterministic.
 
     Attributes:
         lengths: tokens per layer.
@@ -109,7 +109,7 @@ class LearnedLength(nn.Module):
         """The mean gate, a scalar from 0 to 1; differentiable. A multiple of it is added to the loss.
 
         If each gate is read as the probability that its token stays, this is the expected length divided by the
-        length: the expected L0 norm of Louizos et al. 2018 (equation 2) per token. Frozen tokens do not count.
+        length: the penalty of Louizos et al. 2018, an expected L0 norm, per token. Frozen tokens do not count.
 
         Raises:
             ValueError: for a prefix without gates.
