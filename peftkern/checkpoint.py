@@ -4,8 +4,8 @@
 PEFT reads ``prompt_embeddings`` and the config. Parameters that these do not determine (the MLP of a projection) are
 stored under keys ``peftkern.*``, which PEFT ignores. The header of the weights repeats the config, so the weights
 alone are a complete checkpoint, which a single rename replaces. A prefix that PEFT cannot represent (one length per
-layer, values narrower than keys, a bank, gates, an encoder-decoder model's encoder or natural layer order) has a
-``peft_type`` that PEFT rejects.
+layer, values narrower than keys, a bank, gates, states, an encoder-decoder model's encoder or natural layer order)
+has a ``peft_type`` that PEFT rejects.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .model_info import Origin
 from .modules import PrefixKV, SoftPrompt
+from .recurrent_state import RecurrentState
 
 __all__ = ["load_prefix", "save_prefix"]
 
@@ -134,7 +135,7 @@ def load_prefix(
 
 def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """PEFT's config fields, our own fields, and the tensors."""
-    is_flat = prefix.shares_parameter
+    is_flat = prefix.shares_parameter and prefix.num_prefixes is None and prefix.state is None
     config: dict[str, Any] = {
         "peft_type": "PEFTKERN_PREFIX",
         "num_virtual_tokens": max(prefix.lengths),
@@ -145,7 +146,6 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
     }
     if (
         is_flat
-        and prefix.num_prefixes is None
         and not prefix.learn_length
         and prefix.positions == max(prefix.lengths)
         and "parts" not in prefix.geometry
@@ -158,8 +158,9 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
             config |= {"encoder_hidden_size": prefix.projection or prefix.token_dim}
     names = ("lengths", "num_frozen_tokens", "projection", "num_prefixes", "learn_length", "positions")
     own = {**prefix.geometry, **{name: getattr(prefix, name) for name in names}}
+    own |= {} if prefix.state is None else {"state": prefix.state.shapes}
     tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if is_flat and not prefix.learn_length else {}
-    if not tensors or prefix.projection is not None or prefix.num_prefixes is not None:
+    if not tensors or prefix.projection is not None:
         tensors |= {f"peftkern.{name}": x for name, x in prefix.state_dict().items()}
     return config, own, tensors
 
@@ -202,6 +203,7 @@ def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], mode
         num_frozen_tokens=num_frozen, projection=config.get("projection"), init="zero", device="meta",
         peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
         learn_length=config.get("learn_length", False), positions=config.get("positions"),
+        state=RecurrentState(config["state"], device="meta") if "state" in config else False,
     )  # fmt: skip
     for name, x in prefix.state_dict().items():
         _check_shape(f"peftkern.{name}", state[name], list(x.shape), floats=x.is_floating_point())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, Origin, layers_of, text_tokens
-from .prefix_layout import checked, groups_of, shares_parameter
+from .prefix_layout import check_arguments, checked, groups_of, shares_parameter
 from .prefix_length import LearnedLength, token_layers
 from .prefix_parts import DECODER, check_parts, parts_of, positions_of
+from .recurrent_state import RecurrentState, as_state
 
 __all__ = ["PrefixKV"]
 
@@ -53,16 +55,21 @@ class PrefixKV(LearnedLength):
             ``model_or_config`` is not a model, the number of layers of each part, ``{"encoder": 6, "decoder": 6}``.
         peft_seq2seq_layout: layer l reads the keys and values stored for layer 2 l mod num_layers, as PEFT does in
             encoder-decoder models. Needs one length for all layers.
-        learn_length: give each token of each layer a gate, the sigmoid of a learned logit. Attention adds its logarithm
-            to the token's scores, so that it multiplies the softmax weight in all heads. Gates start nearly open.
+        learn_length: give each token of each layer a gate, the sigmoid of a learned logit. Attention adds its
+            logarithm to the token's scores, so that it multiplies the softmax weight in all heads. Gates start nearly
+            open.
             With :meth:`sparsity` in the loss they close where they can, and :meth:`prune` removes their tokens. The
             logits, ``gate_logits``, need a larger learning rate than keys and values (with AdamW, 0.1 to 0.3).
         positions: positions that the prefix stands for; the sequence's start after them. Default: the longest length.
             Pruned prefixes keep theirs.
+        state: also learn the states in which the recurrent layers of a model start, which runs on two tokens. Such
+            layers do not attend to the keys. Initially the states are fresh ones (0), or with :meth:`from_text` those
+            after the text. A :class:`RecurrentState` is taken as it is.
 
     Attributes:
         shapes: (num_kv_heads, head_dim, value_head_dim) of each layer; None for a layer without keys.
         parts: the layers of each part.
+        state: :class:`RecurrentState`, or None.
         lengths: tokens per layer.
         prefix_lens: [A] int32, tokens of each prefix of a bank; None without a bank.
         trainable, frozen: the flat parameters (with a projection, ``trainable[0]`` contains the embeddings).
@@ -99,6 +106,7 @@ class PrefixKV(LearnedLength):
         peft_seq2seq_layout: bool = False,
         learn_length: bool = False,
         positions: int | None = None,
+        state: bool | RecurrentState = False,
     ) -> None:
         super().__init__()
         sizes = (num_layers, num_kv_heads, head_dim, value_head_dim)
@@ -111,7 +119,9 @@ class PrefixKV(LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        self._check()
+        check_parts(self.parts, num_prefixes=num_prefixes, peft_seq2seq_layout=peft_seq2seq_layout)
+        check_parts(self.parts, learn_length=learn_length)
+        check_arguments(self, taken=positions_of(self.parts, self.lengths), has_state=state is not False)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)
@@ -125,6 +135,7 @@ class PrefixKV(LearnedLength):
                 self.frozen.append(nn.Parameter(frozen, requires_grad=False))
             columns = group.width if projection is None else self.token_dim
             self.trainable.append(nn.Parameter(torch.empty(*bank, group.length - num_frozen, columns, **like)))
+        self.state = as_state(state, model_or_config, **like)
         self.transform: nn.Sequential | None = None
         if projection is not None:
             self.transform = nn.Sequential(
@@ -138,39 +149,6 @@ class PrefixKV(LearnedLength):
         lens = None if num_prefixes is None else torch.full((num_prefixes,), max(self.lengths), dtype=torch.int32)
         self.register_buffer("prefix_lens", lens if lens is None or device is None else lens.to(device))
         self._initialise(init, std)
-
-    def _check(self) -> None:
-        """Raise ValueError for arguments that do not fit each other."""
-        longest = max(self.lengths)
-        check_parts(self.parts, num_prefixes=self.num_prefixes, peft_seq2seq_layout=self.peft_seq2seq_layout)
-        check_parts(self.parts, learn_length=self.learn_length)
-        if self.num_prefixes is not None and self.num_prefixes < 1:
-            raise ValueError(f"num_prefixes: expected None or at least 1, got {self.num_prefixes}")
-        if not 0 <= self.num_frozen_tokens <= longest:
-            raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {self.num_frozen_tokens}")
-        if self.positions < (taken := positions_of(self.parts, self.lengths)):
-            raise ValueError(f"positions: expected None or at least length = {taken}, got {self.positions}")
-        if self.projection is not None and self.projection < 1:
-            raise ValueError(f"projection: expected None or a hidden size of at least 1, got {self.projection}")
-        if self.learn_length and self.peft_seq2seq_layout:
-            raise ValueError(
-                "learn_length: expected False with peft_seq2seq_layout, whose layers share tokens, got True"
-            )
-        for argument in ("projection", "peft_seq2seq_layout"):
-            if not getattr(self, argument) or shares_parameter(self.lengths, self.shapes):
-                continue
-            if len(set(self.lengths)) > 1 and all(self.shapes):
-                raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(self.lengths)}")
-            raise ValueError(
-                f"{argument}: expected keys and values of the same width in every layer, got layers of {self.shapes}"
-            )
-        if self.num_prefixes is not None:
-            names = ("projection", "peft_seq2seq_layout", "learn_length")
-            given = [name for name in names if getattr(self, name)]
-            lengths = {n for n, shape in zip(self.lengths, self.shapes, strict=True) if shape is not None}
-            if given or len(lengths) > 1:
-                got = f"{given[0]}={getattr(self, given[0])}" if given else f"lengths {list(self.lengths)}"
-                raise ValueError(f"num_prefixes: expected None, or prefixes of one length for all layers, got {got}")
 
     @torch.no_grad()
     def _initialise(self, init: str | Sequence[KeyValue | None], std: float) -> None:
@@ -279,7 +257,10 @@ class PrefixKV(LearnedLength):
         names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
         parts = options.get("parts", DECODER)
         _, shapes = parts_of(model, parts, *(options.get(name) for name in names))
-        layers = token_layers(model, tokens, max(lengths_of(length, shapes)), shapes, parts=parts)
+        ids = tokens(max(lengths_of(length, shapes)))
+        layers = token_layers(model, lambda _: ids, len(ids), shapes, parts=parts)
+        if options.get("state") is True:
+            options = {**options, "state": RecurrentState.of_tokens(model, ids)}
         return cls.from_cache(layers, length, model_or_config=model, **options)
 
     @classmethod
@@ -293,20 +274,26 @@ class PrefixKV(LearnedLength):
                 for a layer without keys. Compressed keys and values have to be expanded.
             length: as for :class:`PrefixKV`; None takes all T tokens.
             model_or_config: default: the geometry of the cache.
-            options: as for :class:`PrefixKV`.
+            options: as for :class:`PrefixKV`. With ``state=True``, the states are those of the cache, and the length
+                has to be the number of its tokens.
 
         >>> kv = [(torch.randn(1, 2, 7, 16), torch.randn(1, 2, 7, 16)) for _ in range(3)]
         >>> PrefixKV.from_cache(kv, length=5, num_frozen_tokens=1)
         PrefixKV(num_layers=3, num_kv_heads=2, head_dim=16, length=5, num_frozen_tokens=1)
         """
         kv = layers_of(cache)
+        found = {x.shape[1] for pair in kv if pair is not None for x in pair}
         if length is None:
-            tokens = sorted({x.shape[1] for pair in kv if pair is not None for x in pair})
+            tokens = sorted(found)
             if len(tokens) != 1:
                 raise ValueError(
                     f"length: expected an int or one per layer, as the cached layers have {tokens} tokens, got None"
                 )
             length = tokens[0]
+        if options.get("state") is True:
+            options["state"] = RecurrentState.of_cache(cache)
+            if (longest := length if isinstance(length, int) else max(length)) != max(found):
+                raise ValueError(f"length: expected all {max(found)} tokens, which the states follow, got {longest}")
         if model_or_config is None:
             sizes = [(0, 0, 0) if pair is None else LayerShape.of(pair) for pair in kv]
             own: dict[str, Any] = {"num_layers": len(kv), "device": next(pair[0].device for pair in kv if pair)}
@@ -442,6 +429,7 @@ class PrefixKV(LearnedLength):
         own = {name: getattr(self, name) for name in names}
         other = PrefixKV(None, length, **{"init": "zero", **own, **self.geometry, **options})
         other.origin = self.origin
+        other.state = copy.deepcopy(self.state)
         if other.num_prefixes == self.num_prefixes and self.prefix_lens is not None:
             other.prefix_lens = self.prefix_lens.clone()
         return other
@@ -467,6 +455,7 @@ class PrefixKV(LearnedLength):
             value = getattr(self, name)
             parts += [f"{name}={value}"] if value else []
         parts += [f"positions={self.positions}"] if self.positions != max(self.lengths) else []
+        parts += ["state=True"] if self.state is not None else []
         return ", ".join(parts)
 
     def __repr__(self) -> str:

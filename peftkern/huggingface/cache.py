@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from ..layer_shapes import expanded
+from ..recurrent_state import LayerState
+from .cache_layers import PrefixLayer, layer_like
 from .packing import PackedBatch
+from .recurrent import layers_with_states
 
-__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -27,31 +31,6 @@ REQUIRED = "_peftkern_required"
 
 #: Passed instead of a prefix in calls that intentionally have none.
 WITHOUT_PREFIX: Any = "without prefix"
-
-
-class PrefixLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [B, Hkv, T, D] of the sequence.
-
-    The prefix is not part of any batch row, so reordering beams, repeating and cropping only affect the sequence.
-
-    Args:
-        stores: False for a training step, where :meth:`update` returns its arguments and stores nothing. Activation
-            checkpointing runs a layer twice, and the second run must not find the keys of the first in the cache.
-    """
-
-    def __init__(self, stores: bool) -> None:
-        super().__init__()
-        self.stores = stores
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values; returns all of the sequence's. The first call stores its arguments uncopied."""
-        if not self.stores:
-            return key_states, value_states
-        if self.get_seq_length() > 0:
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-        return key_states, value_states
 
 
 @dataclass(frozen=True)
@@ -102,6 +81,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             one.
         has_gaps: whether a prefix token's place does not tell its position, because tokens between others have been
             removed.
+        like: the layers of a stock cache of the model, whose kinds this cache has too; empty if all layers attend.
+        states: for each of them the states before the first token, empty for fresh ones.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -124,8 +105,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         static_layers: Sequence[StaticLayer] | None = None,
         bias: Sequence[Tensor | None] = (),
         has_gaps: bool = False,
+        like: Sequence[Any] = (),
+        states: Sequence[Sequence[LayerState]] = (),
     ) -> None:
-        layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
+        layers: list[Any] = list(static_layers or ())
+        if static_layers is None:
+            layers = [layer_like(stock, stores, own) for stock, own in zip_longest(like, states, fillvalue=())]
+            layers += [PrefixLayer(stores) for _ in prefix[len(layers) :]]
         Cache.__init__(self, layers=layers)
         self.is_static = static_layers is not None
         self.prefix: Sequence[KeyValue | None] = list(prefix)
@@ -172,12 +158,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         """Positions that the prefix consumes, of those that the model has."""
         return self.offset
 
-    def as_stock(self, batch: int, dtype: torch.dtype) -> DynamicCache:
+    def as_stock(self, batch: int, dtype: torch.dtype, config: Any) -> DynamicCache:
         """A stock cache with one copy of the prefix per sample, as PEFT passes it to the model.
 
         Args:
             batch: B.
             dtype: of the model.
+            config: of the model. Recurrent layers of its cache get no prefix.
 
         Raises:
             ValueError: for a layer without a prefix, or a prefix with gates, for which a stock cache has no place.
@@ -188,7 +175,10 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
                 "gates for prefix tokens (learn_length), got True"
             )
         cache = DynamicCache()
+        cache.layers = layers_with_states(config)
         for layer, kv in enumerate(self.prefix):
+            if layer < len(cache.layers) and not isinstance(cache.layers[layer], DynamicLayer):
+                continue
             if kv is None:
                 raise ValueError(
                     f"prefix: expected a prefix in every layer of a stock cache, got none in layer {layer}"
@@ -196,6 +186,16 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             key, value = (x.to(dtype).expand(batch, *x.shape[-3:]) for x in kv)
             cache.update(key, value, layer)
         return cache
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state of a convolution, which models overwrite; a copy in a training step."""
+        state: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state if state is None or self.stores else state.clone()
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state of a recurrence, which models overwrite; a copy in a training step."""
+        state: Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state if state is None or self.stores else state.clone()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before this call, of prefix and sequence."""

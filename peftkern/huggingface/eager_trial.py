@@ -7,6 +7,7 @@ values begin with the prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,31 +33,32 @@ class EagerTrial(Trial):
     def _try_prefix(self) -> str | None:
         ids, mask = self.ids, self.mask
         with use_attention(self.backbone, NAME, attention_with_prefix):
-            with self._measured_linear_layers():
-                stock = self._run(self._cache(stores=False), ids, mask)
+            with self.measured_linear_layers():
+                stock = self.run(self.cache(stores=False), ids, mask)
             moved = [kv and (self._round_otherwise(kv[0]), self._round_otherwise(kv[1])) for kv in self.prefix]
-            self._rounding = self._measure_rounding(self._run(self._cache(False, moved), ids, mask), stock, mask)
+            self._rounding = self._measure_rounding(self.run(self.cache(False, moved), ids, mask), stock, mask)
         what = f"{self.kind} with a prefix"
-        got = self._run(self._cache(stores=False), ids[:1], None)
-        reason = self._compare(what, got, [x[:1] for x in stock], None, self._rounding)
+        got = self.run(self.cache(stores=False), ids[:1], None)
+        reason = self.compare(what, got, [x[:1] for x in stock], None, self._rounding)
         if reason is None:
-            got = self._run(self._cache(stores=False), ids, mask)
-            reason = self._compare(f"{what} and padding", got, stock, mask, self._rounding)
+            got = self.run(self.cache(stores=False), ids, mask)
+            reason = self.compare(f"{what} and padding", got, stock, mask, self._rounding)
         if reason is not None:
             return reason
         nothing = [kv and (kv[0][:, :0], kv[1][:, :0]) for kv in self.prefix]
-        got, stock = self._run(self._cache(False, nothing), ids, mask), self._run_stock()
-        return self._compare(f"{self.kind} with an empty prefix", got, stock, mask, self._worst_rounding())
+        got, stock = self.run(self.cache(False, nothing), ids, mask), self._run_stock()
+        return self.compare(f"{self.kind} with an empty prefix", got, stock, mask, self.worst_rounding())
 
     def _run_stock(self, position_ids: Tensor | None = None) -> Outputs:
         """Outputs of the backbone without a prefix, with the attention that it had before the patch."""
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self._recorded(
+        positions: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        return self.recorded(
             input_ids=self.ids, attention_mask=self.mask, peftkern_prefix=WITHOUT_PREFIX, **positions
         )
 
-    def _run(self, cache: PrefixCache, tokens: Tensor, mask: Tensor | None) -> Outputs:
-        return self._recorded_with(cache, input_ids=tokens, attention_mask=mask)
+    def run(self, cache: Any, tokens: Tensor, mask: Tensor | None, also: Sequence[nn.Module] = ()) -> Outputs:
+        """:meth:`recorded` with a prefix."""
+        return self.recorded_with(cache, also, input_ids=tokens, attention_mask=mask)
 
     def try_positions(self, tables: list[PositionTable]) -> str | None:
         """Why positions cannot count the prefix; None if they can."""
@@ -69,7 +71,7 @@ class EagerTrial(Trial):
             self.ids = self.ids.masked_fill(self.mask == 0, padding)
         usual = default_positions(tables, {"input_ids": self.ids})
         stock, given = self._run_stock(), self._run_stock(usual)
-        if self._compare("", given, stock, self.mask, self._worst_rounding()) is not None:
+        if self.compare("", given, stock, self.mask, self.worst_rounding()) is not None:
             return f"{self.kind} counts positions in another way than from the first token on"
         if difference(self._run_stock(2 * usual)[-1], stock[-1]) == 0:
             return f"{self.kind} ignores position_ids"

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ..eager_attention import configs_of
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
+from ..recurrent_state import LayerState, meta_states
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
 from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
@@ -38,6 +39,7 @@ from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, shift_positions, watch_tables
 from .probing import quiet
+from .recurrent import RecurrentModule, layers_with_states, recurrent_layers, watch_recurrent
 from .relative_bias import SpanningBias
 from .sharer import Sharer
 from .survey import PrefixLayerInfo, find_backbone, survey, survey_without_cache
@@ -85,6 +87,9 @@ class ModelPatch(Patch):
         prefix_layers: the attention modules that read the prefix.
         packer: decides how calls are packed.
         tables: the tables of learned positions.
+        stock_layers: those of a stock cache of the model; empty if all layers attend.
+        recurrent: the modules that keep a state in the cache.
+        state_like: for each layer of the cache, tensors [1, ...] on the meta device like its states.
         sharer: finds the text that rows share; None without ``share``.
     """
 
@@ -112,6 +117,9 @@ class ModelPatch(Patch):
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.packer: Packer
         self.tables: list[PositionTable] = []
+        self.stock_layers = layers_with_states(self.backbone.config)
+        self.recurrent: dict[nn.Module, RecurrentModule] = {}
+        self.state_like: list[list[LayerState]] = []
         self._noticed: set[str] = set()
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
@@ -146,18 +154,29 @@ class ModelPatch(Patch):
         try:
             with quiet(self.backbone):
                 set_implementation(configs_of(self.base), self.wiring)
-                with watch_tables(self.backbone) as self.tables:
-                    names = {module: name for name, module in self.model.named_modules()}
-                    examine = survey_without_cache if self.cache_name is None else survey
-                    self.prefix_layers, samples = examine(self.backbone, names)
+                names = {module: name for name, module in self.model.named_modules()}
+                layers = layers_with_states(self.backbone.config)
+                with (
+                    watch_tables(self.backbone) as self.tables,
+                    watch_recurrent(self.backbone, layers, names) as self.recurrent,
+                ):
+                    if self.cache_name is None:
+                        self.prefix_layers, samples = survey_without_cache(self.backbone, names)
+                    else:
+                        self.prefix_layers, samples = survey(self.backbone, names, layers)
+                self.state_like = meta_states(layers)
                 for module, info in self.prefix_layers.items():
                     self.wiring.set_attribute(module, LAYER_INFO, info)
                     if hasattr(module, "compute_bias"):
                         SpanningBias(module).install(self.wiring)
-                self.packer = Packer(self.base, self.backbone, self.prefix_layers, self.tables)
+                self.packer = Packer(
+                    self.base, self.backbone, self.prefix_layers, self.tables, recurrent_layers(self.stock_layers)
+                )
                 self.sharer = Sharer(self.packer) if self.calls.share else None
                 trial = EagerTrial if self.cache_name is None else Trial
-                self.check(trial(self.backbone, self.prefix_layers, samples, self.options))
+                self.check(
+                    trial(self.backbone, self.prefix_layers, samples, self.options, stock_layers=self.stock_layers)
+                )
             self._hook()
             if self.calls.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Packer:
         backbone: the model in it that runs the layers.
         prefix_layers: its attention modules that read the prefix.
         tables: its tables of learned positions.
+        recurrent: its layers with a state.
 
     Attributes:
         reasons: why the model cannot run packed batches; empty if it can.
@@ -54,7 +55,7 @@ class Packer:
 
     def __init__(
         self, base: PreTrainedModel, backbone: PreTrainedModel, prefix_layers: dict[nn.Module, PrefixLayerInfo],
-        tables: list[PositionTable],
+        tables: list[PositionTable], recurrent: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.base = base
         self.backbone = backbone
@@ -68,6 +69,10 @@ class Packer:
         self.unpacks_routers = False
         self.packs_tokens = False
         self.reasons = _reasons_against(base, backbone, prefix_layers)
+        if recurrent:
+            layers = f"layer{'s' * (len(recurrent) > 1)} {', '.join(map(str, recurrent))}"
+            kind = type(backbone).__name__
+            self.reasons.insert(0, f"{kind} is recurrent in {layers}, whose state would run across packed sequences")
         self.head_forward: Callable[..., Any] | None = None
         self.head: nn.Module | None = None
 

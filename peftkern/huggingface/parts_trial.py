@@ -57,11 +57,11 @@ class PartsTrial(EagerTrial):
             for part, rows in self.rows.items()
         }
         with use_attention(self.backbone, NAME, attention_with_prefix):
-            with self._measured_linear_layers():
+            with self.measured_linear_layers():
                 stock = self._run_parts(self.rows)
             self._rounding = self._measure_rounding(self._run_parts(moved), stock, None)
         what = f"{self.kind} with a prefix in its {' and '.join(part for part, rows in self.rows.items() if rows)}"
-        return self._compare(what, self._run_parts(self.rows), stock, None, self._rounding)
+        return self.compare(what, self._run_parts(self.rows), stock, None, self._rounding)
 
     def _run_parts(self, rows: Rows) -> Outputs:
         """Outputs of the attention modules in the order of their calls, followed by those of the base model.

@@ -6,10 +6,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
@@ -17,6 +20,7 @@ from transformers.utils.import_utils import is_tracing
 from ..layer_shapes import LayerShape
 from ..model_info import given_cache
 from ..prefix_parts import DECODER, PARTS
+from ..recurrent_state import LayerState, shapes_of_states
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
 from .calls import running
@@ -26,6 +30,8 @@ from .packing import PackedBatch
 from .parts import EncoderHooks, PartLayers, find_part_layers
 from .parts_trial import PartsTrial
 from .probing import quiet
+from .recurrent import restore_cache
+from .recurrent_trial import ignores_cache, try_state
 from .survey import PrefixLayerInfo
 from .trial import Trial
 from .wiring import Source
@@ -68,9 +74,13 @@ class PrefixSource(Source):
         """Whether tokens may have been removed between others, so that a token's place does not tell its position."""
         return False
 
-    def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
+    def layer_states(self, patch: PrefixPatch) -> Sequence[Sequence[LayerState]]:
+        """For each layer, its states [1, ...] before the first token; empty for fresh states."""
+        return ()
+
+    def stock_cache(self, cache: PrefixCache, batch: int, backbone: PreTrainedModel) -> Any:
         """A stock cache with one copy of the prefix per sample."""
-        return cache.as_stock(batch, dtype)
+        return cache.as_stock(batch, backbone.dtype, backbone.config)
 
 
 class PrefixPatch(ModelPatch):
@@ -79,6 +89,8 @@ class PrefixPatch(ModelPatch):
     source: PrefixSource
     #: The layers of other parts than the decoder; None if these have no prefix.
     part_layers: PartLayers | None = None
+    #: Whether the model counts positions from 0 whatever its cache contains, unless it is given ``position_ids``.
+    ignores_cache: bool = False
 
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
@@ -88,6 +100,7 @@ class PrefixPatch(ModelPatch):
                 self.part_layers = find_part_layers(self.base, self.backbone, names, self.source.parts)
             self.part_layers.install(self.wiring)
         self.source.check(self)
+        self.ignores_cache = trial.ignores_cache = ignores_cache(trial)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
         if self.part_layers is not None:
@@ -98,6 +111,8 @@ class PrefixPatch(ModelPatch):
                 raise ValueError(f"model: {reason}")
         if self.source.offset and (reason := trial.try_positions(self.tables)) is not None:
             raise ValueError(f"shift_positions: expected False, because {reason}, got True")
+        if states := self.source.layer_states(self):
+            self._check_states(states, trial)
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
@@ -115,6 +130,58 @@ class PrefixPatch(ModelPatch):
             raise ValueError(
                 "share: expected None, because attention over shared text cannot hide a prefix with gates "
                 "(learn_length) behind windows, got 'prefixes'"
+            )
+
+    def _check_states(self, states: Sequence[Sequence[LayerState]], trial: Trial) -> None:
+        """Raise ValueError unless states have the shapes of the model's, and its layers continue from them."""
+        shapes, expected = map(shapes_of_states, (states, self.state_like))
+        for layer, (want, got) in enumerate(zip_longest(expected, shapes)):
+            if want != got:
+                raise ValueError(f"state: expected states {want} in layer {layer}, got {got}")
+        for module, info in self.recurrent.items():
+            if info.gets_prefix:
+                hook = partial(restore_cache, info.cache_name)
+                self.wiring.add_hooks(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if (reason := try_state(trial, [*self.recurrent])) is not None:
+            raise ValueError(f"state: expected False, because {reason}, got True")
+
+    def _initial_states(self, batch: int) -> list[list[LayerState]]:
+        """The states [B, ...] before the first token, in the dtypes and on the devices of the layers."""
+        states = self.source.layer_states(self)
+        if not states:
+            return []
+        if self.is_training_step and any(module.gradient_checkpointing for module in self._checkpointed):
+            for info in self.recurrent.values():
+                if not info.gets_prefix:
+                    raise ValueError(
+                        f"gradient_checkpointing: expected it to be off, because it removes the cache with the "
+                        f"states of {info.name}, got True"
+                    )
+        devices = {info.layer: next(module.parameters()).device for module, info in self.recurrent.items()}
+
+        def expand(x: Tensor | None, like: Tensor | None, layer: int) -> Tensor | None:
+            return None if x is None or like is None else x.to(devices[layer], like.dtype).expand(batch, *x.shape[1:])
+
+        return [
+            [
+                (expand(conv, conv_like, layer), expand(recurrent, recurrent_like, layer))
+                for (conv, recurrent), (conv_like, recurrent_like) in zip(own, likes, strict=True)
+            ]
+            for layer, (own, likes) in enumerate(zip(states, self.state_like, strict=True))
+        ]
+
+    def _refuse_padding_before_states(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for padding between initial states and the sequence.
+
+        Models set the inputs of recurrent layers to 0 at padding, over which a state decays.
+        """
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or is_tracing(mask) or not self.source.layer_states(self):
+            return
+        if mask.shape[1] and bool((mask[:, -tokens_of(kwargs).shape[1]] == 0).any()):
+            raise ValueError(
+                "attention_mask: expected padding on the right only, because states of recurrent layers (state=True) "
+                "decay over padding before the sequence, got padding on the left; batch prompts of one length"
             )
 
     def explain(self) -> str:
@@ -169,8 +236,15 @@ class PrefixPatch(ModelPatch):
                     f"{name}: expected {info.shape} as {info.name} has, got {shape} in layer {info.layer}"
                 )
 
-    def new_cache(self, *, stores: bool, offset_outside: bool, given: Cache | None = None) -> PrefixCache:
+    def new_cache(
+        self, *, stores: bool, offset_outside: bool, given: Cache | None = None, batch: int = 1
+    ) -> PrefixCache:
         """A cache with the prefix, for a call that starts a sequence. It stores in the ``given`` one if it is static.
+
+        Args:
+            stores, offset_outside: as for :class:`PrefixCache`.
+            given: the caller's cache.
+            batch: B, for states of recurrent layers.
 
         Raises:
             ValueError: for a given cache that it cannot replace.
@@ -183,6 +257,7 @@ class PrefixPatch(ModelPatch):
         return PrefixCache(
             prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
             options=self.options, static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
+            like=self.stock_layers, states=self._initial_states(batch),
         )  # fmt: skip
 
     def new_encoder_cache(self) -> PrefixCache:
@@ -272,13 +347,18 @@ class PrefixPatch(ModelPatch):
             return None
         else:
             stores = not self.is_training_step and kwargs.get("use_cache") is not False
-            cache = self.new_cache(stores=stores, offset_outside=False, given=sequence)
+            batch = tokens_of(kwargs).shape[0]
+            self._refuse_padding_before_states(kwargs)
+            cache = self.new_cache(stores=stores, offset_outside=False, given=sequence, batch=batch)
             if isinstance(given, EncoderDecoderCache):
                 kwargs[self.cache_name] = EncoderDecoderCache(cache, given.cross_attention_cache)
             elif kwargs.get("encoder_hidden_states") is not None:
                 kwargs[self.cache_name] = EncoderDecoderCache(cache, DynamicCache())
             else:
                 kwargs[self.cache_name] = cache
+        if packed is None and self.ignores_cache and kwargs.get("position_ids") is None:
+            places = torch.arange(tokens_of(kwargs).shape[1], device=tokens_of(kwargs).device)
+            kwargs["position_ids"] = places[None] + cache.get_seq_length()
         if packed is None:
             self._refuse_packing(kwargs)
             if (reason := self._why_stock(kwargs)) is not None and cache.get_seq_length() == cache.offset:
@@ -315,7 +395,7 @@ class PrefixPatch(ModelPatch):
             )
         self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
-        stock = self.source.stock_cache(cache, batch, self.backbone.dtype)
+        stock = self.source.stock_cache(cache, batch, self.backbone)
         self_attention = getattr(stock, "self_attention_cache", stock)
         setattr(self_attention, _REPLACED_CACHE, cache)
         name = str(self.cache_name)

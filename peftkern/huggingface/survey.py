@@ -9,6 +9,7 @@ model without a cache (BERT's relatives), every attention module reads the prefi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -92,10 +93,13 @@ def _without_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Survey(DynamicCache):  # type: ignore[misc]
-    """A cache that stores nothing and records which modules read it; used like a :class:`.cache.PrefixCache`."""
+    """A cache that stores no keys and records which modules read them; used like a :class:`.cache.PrefixCache`.
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        Cache.__init__(self, layers=[])
+    Recurrent layers find their own kind of layer in it.
+    """
+
+    def __init__(self, names: dict[nn.Module, str], layers: Sequence[Any]) -> None:
+        Cache.__init__(self, layers=list(layers))
         self.names = names
         self.prefix_layers: dict[nn.Module, PrefixLayerInfo] = {}
         self.counts_rows = False
@@ -109,13 +113,8 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         self.returned.append((layer_idx, key_states, value_states))
         return key_states, value_states
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("linear attention has a state instead of keys and values per token")
-
     def update_indexer(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError("an indexer selects the keys that a query sees, and a prefix has no index")
-
-    has_previous_state = get_conv_state = update_conv_state = get_recurrent_state = _refuse
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         self.counts_rows |= bool(self.returned)
@@ -140,7 +139,7 @@ class _Survey(DynamicCache):  # type: ignore[misc]
 
 
 def survey(
-    backbone: PreTrainedModel, names: dict[nn.Module, str]
+    backbone: PreTrainedModel, names: dict[nn.Module, str], layers: Sequence[Any] = ()
 ) -> tuple[dict[nn.Module, PrefixLayerInfo], dict[int, KeyValue]]:
     """The attention modules of ``backbone`` that read the prefix.
 
@@ -148,6 +147,7 @@ def survey(
         backbone: the model that runs the layers, with peftkern's attention implementation and in eval mode
             (:func:`.probing.quiet`).
         names: path of each module, for messages.
+        layers: those of a stock cache of the model; empty if all layers attend.
 
     Returns:
         (the modules; per layer of the cache, keys and values [1, Hkv, 2, D] of two equal tokens, as it stores them)
@@ -155,7 +155,7 @@ def survey(
     Raises:
         ValueError: if the model cannot be run with a cache, or attention that is not dispatched reads the cache.
     """
-    record = _Survey(names)
+    record = _Survey(names, layers)
     _run(backbone, "with a cache", peftkern_prefix=record, **{cache_argument(backbone): record})
     unseen = {layer for layer, _, _ in record.returned} - {info.layer for info in record.prefix_layers.values()}
     if unseen or not record.prefix_layers:

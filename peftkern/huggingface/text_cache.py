@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .cache import KeyValue, LazyLayer, PackedCache, PrefixCache, PrefixLayer
+from .cache import KeyValue, LazyLayer, PackedCache, PrefixCache
+from .cache_layers import PrefixLayer
 
 __all__ = ["TextCache"]
 

@@ -9,7 +9,7 @@ reason not to use the patch. Errors that are unrelated to the model, such as out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model_info import cache_name
+from ..recurrent_state import LayerState
 from .cache import KeyValue, PackedCache, PrefixCache, PrefixOptions
 from .call_arguments import forward_arguments
 from .layout import IGNORED, Layout, next_labels
@@ -50,6 +51,7 @@ class Trial:
         prefix_layers: its attention modules that read the prefix.
         samples: per layer of the cache, keys and values [1, Hkv, _PREFIX_LEN, D] of that many tokens.
         options: for the attention function.
+        stock_layers: those of a stock cache of the model; empty if all layers attend.
     """
 
     #: Whether windows count the prefix, as those of the stock model do.
@@ -61,12 +63,16 @@ class Trial:
         prefix_layers: dict[nn.Module, PrefixLayerInfo],
         samples: dict[int, KeyValue],
         options: PrefixOptions,
+        *,
+        stock_layers: Sequence[Any] = (),
     ) -> None:
         self.backbone = backbone
+        self.stock_layers = stock_layers
         self.prefix_layers = prefix_layers
         self.options = replace(options, in_window=self.in_window, backend=BACKEND)
         self.kind = type(backbone).__name__
         self.cache_name = cache_name(forward_arguments(backbone))
+        self.prefix_len = _PREFIX_LEN
         self.prefix = _some_prefix(backbone, samples)
         self.ids = some_tokens(backbone, 3 * 3).view(3, 3)
         self.mask = torch.ones_like(self.ids)
@@ -79,6 +85,8 @@ class Trial:
         self._read_with_tokens: set[str] = set()
         #: Names of the embeddings that have been called on the token ids, other than the input embeddings.
         self._token_tables: set[str] = set()
+        #: Whether the model counts positions from 0 whatever its cache contains. Runs then give it the positions.
+        self.ignores_cache = False
         self._stock: Outputs = []
         #: Per output and row, the change of the stock model's output when the prefix is rounded differently.
         self._rounding: list[list[float]] = []
@@ -87,36 +95,35 @@ class Trial:
 
     def try_prefix(self) -> str | None:
         """How a prefix read by attention differs from a prefix in the stock cache; None if it does not."""
-        return self._guarded(self._try_prefix, "with a prefix")
+        return self.guarded(self._try_prefix, "with a prefix")
 
     def _try_prefix(self) -> str | None:
         ids, mask = self.ids, self.mask
-        stock, cache = self._cache().as_stock(ids.shape[0], self.backbone.dtype), self._cache()
-        with self._measured_linear_layers():
-            self._stock = self._run(stock, ids, mask)
+        stock, cache = self._stock_cache(self.cache()), self.cache()
+        with self.measured_linear_layers():
+            self._stock = self.run(stock, ids, mask)
         self._read_with_tokens = self._read
         round_otherwise = self._round_otherwise
-        moved = self._cache(prefix=[kv and (round_otherwise(kv[0]), round_otherwise(kv[1])) for kv in self.prefix])
-        moved_stock = moved.as_stock(ids.shape[0], self.backbone.dtype)
-        self._rounding = self._measure_rounding(self._run(moved_stock, ids, mask), self._stock, mask)
+        moved = self.cache(prefix=[kv and (round_otherwise(kv[0]), round_otherwise(kv[1])) for kv in self.prefix])
+        self._rounding = self._measure_rounding(self.run(self._stock_cache(moved), ids, mask), self._stock, mask)
         what = f"{self.kind} with prefix keys in its cache"
-        got = self._run(self._cache(stores=False), ids[:1], None)
-        reason = self._compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
+        got = self.run(self.cache(stores=False), ids[:1], None)
+        reason = self.compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
         if reason is None:
-            got = self._run(cache, ids, mask)
-            reason = self._compare(f"{what} and padding", got, self._stock, mask, self._rounding)
+            got = self.run(cache, ids, mask)
+            reason = self.compare(f"{what} and padding", got, self._stock, mask, self._rounding)
         if reason is not None:
             return reason
         longer = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        want, got = self._run(stock, ids[:, :1], longer), self._run(cache, ids[:, :1], longer)
-        return self._compare(f"{what}, decoding", got, want, None, self._worst_rounding())
+        want, got = self.run(stock, ids[:, :1], longer), self.run(cache, ids[:, :1], longer)
+        return self.compare(f"{what}, decoding", got, want, None, self.worst_rounding())
 
-    def _worst_rounding(self) -> list[list[float]]:
+    def worst_rounding(self) -> list[list[float]]:
         """A bound for tokens other than those whose rounding was measured."""
         return [[4 * max(rows)] * len(rows) for rows in self._rounding]
 
     @contextlib.contextmanager
-    def _measured_linear_layers(self) -> Iterator[None]:
+    def measured_linear_layers(self) -> Iterator[None]:
         """Measure the error of the linear layers that run within the block."""
         with _linear_errors(self.backbone) as errors:
             yield
@@ -147,14 +154,14 @@ class Trial:
         def run() -> str | None:
             packed = PackedBatch(layout_of(self.ids, self.mask, False))
             tokens = self.backbone.get_input_embeddings()(self.ids) if not as_tokens else self.ids
-            got = self._run_packed(self._cache(), packed, tokens)
+            got = self._run_packed(self.cache(), packed, tokens)
             unread = self._read_with_tokens - self._read
             if unread and replaces_tokens and not as_tokens:  # the parameters may be 0 now, and change in training
                 names = ", ".join(sorted(unread))
                 return f"{self.kind} reads {names} only if it is given tokens instead of embeddings"
-            return self._compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
+            return self.compare(f"{self.kind} on packed rows", got, self._stock, self.mask, self._rounding)
 
-        return self._guarded(run, "on packed rows")
+        return self.guarded(run, "on packed rows")
 
     def try_prompt(self, layout_of: LayoutOf) -> str | None:
         """How a packed batch with a prompt differs from a batch with the prompt in every row; None if it does not."""
@@ -167,18 +174,18 @@ class Trial:
             tokens = tokens.view(samples, length, -1)
             padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
-            want = self._recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
-            rounding = self._worst_rounding()
+            want = self.recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
+            rounding = self.worst_rounding()
             if self._eps(batch.dtype) > 1e-4:  # as in half precision, where a measured bound is tighter
                 moved = self._round_otherwise(batch)
-                moved_outputs = self._recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
+                moved_outputs = self.recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
                 rounding = self._measure_rounding(moved_outputs, want, padded)
             packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
             what = f"{self.kind} on packed rows with a prompt"
-            return self._compare(what, got, want, padded, rounding)
+            return self.compare(what, got, want, padded, rounding)
 
-        return self._guarded(run, "on packed rows with a prompt")
+        return self.guarded(run, "on packed rows with a prompt")
 
     def try_shared(self, layout_of: LayoutOf) -> str | None:
         """How a packed batch with shared text differs from the padded batch; None if it does not."""
@@ -189,16 +196,16 @@ class Trial:
             mask = torch.ones_like(ids)
             mask[2, -1] = 0
             tokens = self.backbone.get_input_embeddings()(ids)
-            want = self._recorded(inputs_embeds=tokens, attention_mask=mask, use_cache=False)
-            moved = self._recorded(inputs_embeds=self._round_otherwise(tokens), attention_mask=mask, use_cache=False)
+            want = self.recorded(inputs_embeds=tokens, attention_mask=mask, use_cache=False)
+            moved = self.recorded(inputs_embeds=self._round_otherwise(tokens), attention_mask=mask, use_cache=False)
             rounding = self._measure_rounding(moved, want, mask)
             layout = share_rows(layout_of(ids.cpu(), mask.cpu(), False), ids.cpu(), min_saved=1)
             assert layout is not None
             packed = PackedBatch(layout.to(ids.device))
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
-            return self._compare(f"{self.kind} on packed rows with shared text", got, want, mask, rounding)
+            return self.compare(f"{self.kind} on packed rows with shared text", got, want, mask, rounding)
 
-        return self._guarded(run, "on packed rows with shared text")
+        return self.guarded(run, "on packed rows with shared text")
 
     def _eps(self, dtype: torch.dtype) -> float:
         """Relative error of one operation of the model on tensors of a dtype."""
@@ -223,7 +230,7 @@ class Trial:
             raise ValueError("the stock model's outputs change from call to call")
         return rounding
 
-    def _compare(
+    def compare(
         self, what: str, got: Outputs, want: Outputs, mask: Tensor | None, rounding: list[list[float]]
     ) -> str | None:
         """A sentence about a difference that rounding does not explain; None if there is none.
@@ -252,7 +259,8 @@ class Trial:
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
         return PackedCache(len(self.prefix), packed, stores=False, options=self.options)
 
-    def _guarded(self, run: Callable[[], str | None], what: str) -> str | None:
+    def guarded(self, run: Callable[[], str | None], what: str) -> str | None:
+        """The result of ``run``, or a sentence about the error that it raises."""
         try:
             return run()
         except Exception as error:
@@ -260,23 +268,34 @@ class Trial:
                 raise
             return f"{self.kind} could not be run {what}: {_first_line(error)}"
 
-    def _cache(self, stores: bool = True, prefix: list[KeyValue | None] | None = None) -> PrefixCache:
+    def cache(
+        self, stores: bool = True, prefix: Sequence[KeyValue | None] = (), states: Sequence[Sequence[LayerState]] = ()
+    ) -> PrefixCache:
+        """A cache with a prefix, by default that of the trial, and states."""
         return PrefixCache(
             prefix or self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options,
-            as_stored=True,
+            as_stored=True, like=self.stock_layers, states=states,
         )  # fmt: skip
 
-    def _run(self, cache: Any, tokens: Tensor, mask: Tensor | None) -> Outputs:
+    def _stock_cache(self, cache: PrefixCache) -> Any:
+        return cache.as_stock(self.ids.shape[0], self.backbone.dtype, self.backbone.config)
+
+    def run(self, cache: Any, tokens: Tensor, mask: Tensor | None, also: Sequence[nn.Module] = ()) -> Outputs:
+        """:meth:`recorded` behind a cache, stock or with a prefix."""
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], _PREFIX_LEN), mask], 1)
         arguments = {"input_ids": tokens, "attention_mask": mask, str(self.cache_name): cache, "use_cache": True}
+        if self.ignores_cache:
+            places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            arguments["position_ids"] = places + cache.get_seq_length()
         if not isinstance(cache, PrefixCache):
-            return self._recorded(**arguments)
-        return self._recorded_with(cache, **arguments)
+            return self.recorded(also, **arguments)
+        return self.recorded_with(cache, also, **arguments)
 
-    def _recorded_with(self, cache: PrefixCache, **arguments: Any) -> Outputs:
+    def recorded_with(self, cache: PrefixCache, also: Sequence[nn.Module] = (), **arguments: Any) -> Outputs:
+        """:meth:`recorded`, if every attention module receives its prefix."""
         cache.begin()
-        outputs = self._recorded(**arguments, peftkern_prefix=cache)
+        outputs = self.recorded(also, **arguments, peftkern_prefix=cache)
         missing = cache.finish({info.name: len(info.layers) for info in self.prefix_layers.values()})
         if missing:
             raise ValueError(f"attention ran without its prefix in {', '.join(missing)}")
@@ -285,15 +304,17 @@ class Trial:
     def _run_packed(self, cache: PrefixCache, packed: PackedBatch, tokens: Tensor) -> Outputs:
         cache.packed = packed
         rows = packed.layout.pack(tokens)
-        inputs = {"inputs_embeds": packed.embeddings(rows)} if tokens.dim() > 2 else {"input_ids": rows}
-        outputs = self._recorded(
+        inputs: dict[str, Any] = (
+            {"inputs_embeds": packed.embeddings(rows)} if tokens.dim() > 2 else {"input_ids": rows}
+        )
+        outputs = self.recorded(
             **inputs, position_ids=packed.positions(cache.offset), attention_mask=None, use_cache=False,
             peftkern_prefix=cache, **{str(self.cache_name): cache},
         )  # fmt: skip
         return [packed.unpack(x) for x in outputs]
 
-    def _recorded(self, **arguments: Any) -> Outputs:
-        """Outputs of the attention modules in the order of their calls, followed by the last hidden states."""
+    def recorded(self, also: Sequence[nn.Module] = (), **arguments: Any) -> Outputs:
+        """Outputs of the attention and other modules in the order of their calls, then the last hidden states."""
         outputs: Outputs = []
         if "inputs_embeds" in arguments:  # CTRL changes them
             arguments["inputs_embeds"] = arguments["inputs_embeds"].clone()
@@ -310,7 +331,7 @@ class Trial:
                 self._token_tables.add(name)
 
         self._read = set()
-        handles = [module.register_forward_hook(record) for module in self.prefix_layers]
+        handles = [module.register_forward_hook(record) for module in (*self.prefix_layers, *also)]
         handles += [
             module.register_forward_pre_hook(partial(record_table, name=name))
             for name, module in self.backbone.named_modules()

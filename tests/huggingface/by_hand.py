@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import peftkern
 from peftkern import PrefixKV, SoftPrompt
@@ -65,13 +66,18 @@ def with_prefix(model: nn.Module, prefix: PrefixKV, ids: Tensor, mask: Tensor | 
     """The output of a stock ``model`` with the prefix in its cache."""
     if mask is not None:
         more["attention_mask"] = nn.functional.pad(mask, (max(prefix.lengths), 0), value=1)
-    return model(input_ids=ids, past_key_values=stock_cache(prefix, ids.shape[0]), **more)
+    return model(input_ids=ids, past_key_values=stock_cache(prefix, ids.shape[0], model), **more)
 
 
-def stock_cache(prefix: PrefixKV, batch: int) -> DynamicCache:
-    """A stock cache with the prefix of every sample."""
-    cache = DynamicCache()
+def stock_cache(prefix: PrefixKV, batch: int, model: Any = None) -> DynamicCache:
+    """A stock cache with the prefix of every sample; where ``model`` has recurrent layers, they keep fresh states."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True)) if model is not None else DynamicCache()
+    recurrent = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers]
+    if not any(recurrent):
+        cache, recurrent = DynamicCache(), []
     for layer, (key, value) in enumerate(prefix.layer_kv()):
+        if layer < len(recurrent) and recurrent[layer]:
+            continue
         cache.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), layer)
     return cache
 

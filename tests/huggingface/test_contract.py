@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peftkern.huggingface.cache import PrefixLayer
+from peftkern.huggingface.cache_layers import PrefixLayer
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import PREFIX_NAME
 from ...layer_shapes import LayerShape
+from ...recurrent_state import LayerState
 from ..adapter_folders import AdapterFolder
 from ..cache import KeyValue
 from ..calls import running
@@ -23,8 +24,9 @@ class LayerPrefix(Protocol):
     """The interface of a prefix module, which :class:`peftkern.PrefixKV` implements.
 
     A module may also have ``layer_bias()``, per layer [P] or None, which attention adds to the scores of its tokens,
-    ``positions``, those that it stands for if they are not those of its longest layer, and ``has_gaps``, whether
-    tokens between others have been removed.
+    ``positions``, those that it stands for if they are not those of its longest layer, ``has_gaps``, whether tokens
+    between others have been removed, and ``state``, whose ``layer_states()`` are the states [1, ...] in which
+    recurrent layers start.
     """
 
     shapes: Sequence[LayerShape | None]
@@ -101,6 +103,12 @@ class ModulePrefix(PrefixSource):
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, PREFIX_NAME, cast(nn.Module, self.prefix))
         AdapterFolder.install(patch, PREFIX_NAME, cast(nn.Module, self.prefix))
+
+    def layer_states(self, patch: PrefixPatch) -> Sequence[Sequence[LayerState]]:
+        """The module's states of recurrent layers."""
+        prefix = getattr(running.module(patch, patch.base), PREFIX_NAME, self.prefix)
+        state = getattr(prefix, "state", None)
+        return () if state is None else state.layer_states()
 
     def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
         """Per layer of a part (prefix_k, prefix_v); None for a layer of length 0."""

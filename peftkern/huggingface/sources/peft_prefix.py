@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...layer_shapes import LayerShape
@@ -22,6 +23,7 @@ from ..call_arguments import is_plain
 from ..calls import running
 from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixPatch, PrefixSource
+from ..recurrent import recurrent_layers
 from ..wiring import Patch
 
 __all__ = ["KEY_VALUE_TYPES", "PeftPrefix"]
@@ -138,8 +140,10 @@ class PeftPrefix(PrefixSource):
         inputs["past_key_values"] = new
         return inputs
 
-    def stock_cache(self, cache: PrefixCache, batch: int, dtype: torch.dtype) -> Any:
-        """The cache that PEFT passes to the model."""
+    def stock_cache(self, cache: PrefixCache, batch: int, backbone: PreTrainedModel) -> Any:
+        """The cache that PEFT passes to the model; PEFT has none for a model with recurrent layers."""
+        if recurrent_layers(cache.layers):
+            return super().stock_cache(cache, batch, backbone)
         return type(self.model).get_prompt(self.model, batch)
 
     def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:

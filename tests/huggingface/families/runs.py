@@ -8,13 +8,14 @@ embeddings of the tokens. Logits are those at tokens, [N, V]; batches are those 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from peftkern import PrefixKV, SoftPrompt
 from peftkern.model_info import given_cache
@@ -179,20 +180,28 @@ def copies(model: Any, prefix: PrefixKV, *, as_configured: bool = False) -> Dyna
     """A cache that holds the prefix for every sample.
 
     It is laid out as PEFT has it, with keys and values in all layers, or ``as_configured``, where layers without
-    attention keep their own states.
+    attention keep their own states. A model with recurrent layers can only take the latter.
     """
-    kv = [tuple(x.to(model.dtype).expand(BATCH, -1, -1, -1) for x in pair) for pair in prefix.layer_kv()]
-    if not as_configured:
-        return DynamicCache(kv)
+    kv = [pair and tuple(x.to(model.dtype).expand(BATCH, -1, -1, -1) for x in pair) for pair in prefix.layer_kv()]
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    if not recurrent and not as_configured:
+        return DynamicCache(kv)
     for index, (layer, pair) in enumerate(zip(cache.layers, kv, strict=False)):
-        if isinstance(layer, DynamicLayer):
+        if isinstance(layer, DynamicLayer) and pair is not None:
             cache.update(*pair, index)
     return cache
 
 
 def _behind(mask: Tensor | None) -> dict[str, Tensor]:
     return {} if mask is None else {"attention_mask": models.behind_prompt(mask)}
+
+
+def _places(model: Any) -> dict[str, Tensor]:
+    """Positions behind the prefix, for a model that never asks its cache for its length."""
+    source = inspect.getsource(inspect.unwrap(type(model.base_model).forward))
+    asks = "get_seq_length" in source or "create_recurrent_attention_mask" not in source
+    return {} if asks else {"position_ids": torch.arange(PREFIX, PREFIX + SEQ)[None]}
 
 
 @torch.no_grad()
@@ -206,7 +215,8 @@ def prefix_by_hand(model: Any, prefix: PrefixKV, cache: DynamicCache, mask: Tens
     """A training step of a plain model with the prefix in its cache."""
     _prepare(model)
     prefix.zero_grad(set_to_none=True)
-    out = model(input_ids=IDS, labels=labels_behind(mask), past_key_values=cache, **_behind(mask))
+    inputs = {**_behind(mask), **_places(model)}
+    out = model(input_ids=IDS, labels=labels_behind(mask), past_key_values=cache, **inputs)
     return _finish(out.loss, _at_tokens(out.logits, mask), prefix)
 
 
@@ -233,14 +243,15 @@ def _embeddings(model: Any, prompt: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate_behind_cache(model: Any, cache: DynamicCache, mask: Tensor) -> Tensor:
+def generate_behind_cache(model: Any, cache: DynamicCache, mask: Tensor, **options: Any) -> Tensor:
     """Greedy tokens of a plain model with the prefix in its cache.
 
     ``generate`` leaves out the tokens that the cache holds, so any ids stand for the prefix.
     """
     _prepare(model, trains=False)
     ids, mask = nn.functional.pad(IDS, (PREFIX, 0), value=3), models.behind_prompt(mask)
-    return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **_GREEDY)[:, -NEW_TOKENS:]
+    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **_GREEDY, **options)
+    return out[:, -NEW_TOKENS:]
 
 
 @torch.no_grad()
