@@ -114,11 +114,18 @@ def cache_argument(model: Any) -> str:
 
 def takes_cache(model: Any) -> bool:
     """Whether a Hugging Face model takes a cache. Encoders like ModernBERT do not."""
-    return _accepts_cache(model.base_model) or _accepts_cache(model)
+    return _accepts_cache(_below_head(model))
 
 
 def _accepts_cache(module: Any) -> bool:
     return cache_name(inspect.signature(module.forward).parameters) is not None
+
+
+def _below_head(model: Any) -> Any:
+    """The model without its output layer, or the whole model if what is below passes any arguments on (BART)."""
+    parameters = inspect.signature(model.base_model.forward).parameters.values()
+    passes_on = all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters)
+    return model if passes_on else model.base_model
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
@@ -158,11 +165,7 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
             cache = EncoderDecoderCache(cache, full_cache(model.config))
             inputs = {**encoder_inputs(model, input_ids), "decoder_input_ids": input_ids}
         else:
-            # Without the output layer, unless what is below it takes no cache (the decoder of BartForCausalLM).
-            model, inputs = (
-                (model.base_model if _accepts_cache(model.base_model) else model),
-                {"input_ids": input_ids},
-            )
+            model, inputs = _below_head(model), {"input_ids": input_ids}
         model(**inputs, **{cache_argument(model): cache}, use_cache=True)
     return cache
 
