@@ -37,6 +37,9 @@ ROWS = {
     "head dim 8, 16, 24 to 256": [(torch.bfloat16, {"D": D}) for D in (8, 40, 64, 80, 96, 128, 192, 256)],
     "any head dim to 256": [(torch.bfloat16, {"D": D}) for D in (1, 20, 63, 100)],
     "head dim over 256": [(torch.bfloat16, {"D": 264})],
+    "values of another head dim (compressed keys)": [
+        (torch.bfloat16, {"D": D, "Dv": Dv}) for D, Dv in ((192, 128), (24, 16), (16, 40))
+    ],
 }
 NAMES = {
     "plain": "causal, grouped heads", "non_causal": "bidirectional", "kv_cache": "KV cache (T > S)",
