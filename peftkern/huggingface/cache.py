@@ -19,7 +19,7 @@ from .cache_layers import PrefixLayer, layer_like
 from .packing import PackedBatch
 from .recurrent import layers_with_states
 
-__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions", "like_key"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -289,7 +289,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             prefix = expanded(module, prefix)
         if self._running is not None:  # None where a layer is recomputed in the backward pass
             self._running.served[info.name] = self._running.served.get(info.name, 0) + 1
-        return sequence, _like_key(prefix, key)
+        return sequence, like_key(prefix, key)
 
     def _layer_of(self, info: Any) -> int:
         """The layer that an attention module with this :class:`.survey.PrefixLayerInfo` is about to compute."""
@@ -314,7 +314,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         return None if bias is None else bias[None].to(device)
 
 
-def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
+def like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     """The prefix on the key's device, in fp32 if both tensors are fp32 and in the key's dtype otherwise."""
     prefix_k, prefix_v = prefix
     dtype = torch.float32 if prefix_k.dtype == prefix_v.dtype == torch.float32 else key.dtype
