@@ -75,6 +75,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         ids: [B], index into the bank for each sample, -1 for none.
         lens: [A], the number of tokens of each prefix in the bank; None if all have P.
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
+        offsets: [A], positions that each prefix of the bank takes before the samples that read it; None if the model
+            counts ``offset`` for all samples.
         static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
             None to store the sequence in tensors that grow.
         bias: per layer [P], added to the scores of the prefix tokens in all heads, or None; empty if no layer has
@@ -102,6 +104,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         ids: Tensor | None = None,
         lens: Tensor | None = None,
         as_stored: bool = False,
+        offsets: Tensor | None = None,
         static_layers: Sequence[StaticLayer] | None = None,
         bias: Sequence[Tensor | None] = (),
         has_gaps: bool = False,
@@ -123,6 +126,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.ids = ids
         self.lens = lens
         self.as_stored = as_stored
+        self.offsets = offsets
         self.packed: PackedBatch | None = None
         #: Prefix tokens of the longest layer; relative position biases cover them.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
@@ -147,6 +151,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def prefix_positions(self) -> int:
         """Positions that the model counts for the prefix during a forward."""
         return self._offset
+
+    @property
+    def row_offsets(self) -> Tensor | None:
+        """[B], positions before the first token of each sample; None if the model counts the offset for all."""
+        if self.offsets is None or self.ids is None:
+            return None
+        ids = self.ids.long()
+        return torch.where(ids < 0, 0, self.offsets[ids])
 
     @property
     def num_tokens(self) -> int:

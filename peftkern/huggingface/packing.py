@@ -159,9 +159,16 @@ class PackedBatch:
         rows = self.prompts.flatten(0, 1)[None].to(sequences.device, sequences.dtype)
         return torch.cat([rows, sequences], 1)
 
-    def positions(self, offset: int) -> Tensor:
-        """[1, N], position ids: prompts start at 0, sequences at ``offset`` plus the length of the prompt."""
+    def positions(self, offset: int | Tensor) -> Tensor:
+        """[1, N], position ids: prompts start at 0, sequences at ``offset`` plus the length of the prompt.
+
+        Args:
+            offset: of all sequences, or [n].
+        """
         positions = self.layout.positions
+        if isinstance(offset, Tensor):
+            lengths = self.layout.cu_seqlens.diff()
+            offset = offset.to(positions.device).repeat_interleave(lengths, output_size=positions.shape[0])
         positions = torch.where(positions < 0, positions, positions + (offset + self.prompt_len))
         prompt = torch.arange(self.prompt_len, device=positions.device).repeat(self.num_prompts)
         return torch.cat([prompt, positions])[None]
