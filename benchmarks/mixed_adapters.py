@@ -93,20 +93,15 @@ def compare(kind: str, batch: int, repeats: int) -> list[dict[str, Any]]:
     table = []
     for what, run in (("training step", train), ("generation", generate)):
         seconds = measure({"one": run, "mixed": lambda run=run: run(adapter_names=names)}, repeats)
-        table.append(
-            {
-                "adapters": kind,
-                "run": what,
-                "batch": batch,
-                "number": len(LENGTHS),
-                "tokens": SEQ,
-                "threads": torch.get_num_threads(),
-                "one_ms": round(1e3 * seconds["one"], 2),
-                "mixed_ms": round(1e3 * seconds["mixed"], 2),
-                "ratio": round(seconds["mixed"] / seconds["one"], 3),
-                "largest_difference": f"{difference:.1e}",
-            }  # fmt: skip
-        )
+        ratio = round(seconds["mixed"] / seconds["one"], 3)
+        row = {"adapters": kind, "run": what, "batch": batch, "number": len(LENGTHS), "tokens": SEQ}
+        row |= {"threads": torch.get_num_threads(), "one_ms": round(1e3 * seconds["one"], 2)}
+        row |= {
+            "mixed_ms": round(1e3 * seconds["mixed"], 2),
+            "ratio": ratio,
+            "largest_difference": f"{difference:.1e}",
+        }
+        table.append(row)
     return table
 
 

@@ -391,7 +391,7 @@ class PackedCache(PrefixCache):
         nothing: list[KeyValue | None] = [None] * num_layers
         super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
         self.packed = packed
-        self.ids = packed.prefix_ids
+        self.ids, self.lens = packed.prefix_ids, packed.prompt_lens
         self.span = packed.prompt_len
 
     @property
@@ -443,7 +443,7 @@ class PackedCache(PrefixCache):
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
             banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
-            as_stored=True,
+            as_stored=True, lens=packed.prompt_lens, offsets=packed.prompt_lens,
         )  # fmt: skip
         cache.layers = self._padded_layers()
         return cache

@@ -281,7 +281,7 @@ class ModelPatch(Patch):
         count = numbers.get("labelled") + (numbers.get("labelled first") if packed.prompts is not None else 0)
         packed.logit_rows = LogitRows(
             packed, labels, labelled=labelled, keep=0 if keep is None else keep,
-            num_labelled=count if labelled and numbers.all("labelled") else None,
+            num_labelled=count if labelled and numbers.all("labelled") and packed.prompt_lens is None else None,
         )  # fmt: skip
         kwargs["labels"] = packed.logit_rows.labels
 

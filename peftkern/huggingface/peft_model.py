@@ -163,6 +163,13 @@ class AdapterNames:
             raise ValueError(
                 f"adapter_names: expected names among {', '.join(known)}, got {', '.join(map(str, unknown))}"
             )
+        for name in sorted(set(names) - {BASE}):
+            if getattr(self.model.peft_config[name], "modules_to_save", None):
+                raise ValueError(
+                    f"adapter_names: expected adapters without modules_to_save, got {name!r}, which has a head"
+                )
+        if getattr(self.model, "modules_to_save", None):
+            raise ValueError("adapter_names: expected None, because every adapter has a head of its own, got names")
         if not names or num_rows % len(names):
             raise ValueError(f"adapter_names: expected one name for each of {num_rows} samples, got {len(names)}")
         return [name for name in names for _ in range(num_rows // len(names))]

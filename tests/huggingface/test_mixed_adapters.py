@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 import peftkern
 from tests.huggingface.models import _DECODER, _GPT2, VOCAB
 
-NAMES = ["short", "__base__", "long", "default", "short"]
+#: The sample without an adapter has no padding on the left, which the stock model would count as positions.
+NAMES = ["short", "default", "long", "short", "__base__"]
 LENGTHS = {"default": 5, "short": 2, "long": 8}
 _OPT = {**_DECODER, "ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}
 KINDS = {
@@ -27,7 +28,17 @@ SOURCES = {
     "mlp": lambda length: PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=True, encoder_hidden_size=16
     ),
+    "prompt": lambda length: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length),
+    "p-tuning": lambda length: PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=length, encoder_hidden_size=16
+    ),
 }
+#: Every kind of model with prefixes and prompts, and adapters that an MLP computes.
+BOTH = [
+    *((kind, source) for kind in KINDS for source in ("prefix", "prompt")),
+    ("llama", "mlp"),
+    ("llama", "p-tuning"),
+]
 PADDINGS = ("none", "left", "right")
 pytestmark = pytest.mark.filterwarnings("ignore:.*right-padding was detected")
 
@@ -86,11 +97,13 @@ def _patch(model, **options):
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize(("kind", "source"), [*((kind, "prefix") for kind in KINDS), ("llama", "mlp")])
+@pytest.mark.parametrize(("kind", "source"), BOTH)
 def test_training_equals_runs_of_one_adapter_each(kind, source, padding):
     model, batch = _model(kind, source), _batch(padding)
     _patch(model).train()
     counts = (batch["labels"][:, 1:] != -100).sum(1)
+    if source in ("prompt", "p-tuning"):  # prompts predict the first token, where there is one
+        counts = (batch["labels"] != -100).sum(1) - torch.tensor([name == "__base__" for name in NAMES]).int()
 
     def run(sample):
         output = model(**sample)
@@ -116,9 +129,9 @@ def test_training_equals_runs_of_one_adapter_each(kind, source, padding):
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_equals_runs_of_one_adapter_each(kind, padding):
-    model, batch = _patch(_model(kind)).eval(), _batch(padding)
+@pytest.mark.parametrize(("kind", "source"), BOTH)
+def test_evaluation_equals_runs_of_one_adapter_each(kind, source, padding):
+    model, batch = _patch(_model(kind, source)).eval(), _batch(padding)
     with torch.no_grad():
         want = torch.cat(_one_by_one(model, batch, lambda sample: model(**sample).logits[:, -9:]))
         got = model(**batch, adapter_names=NAMES).logits[:, -9:]
@@ -130,22 +143,25 @@ def test_evaluation_equals_runs_of_one_adapter_each(kind, padding):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_generation_equals_runs_of_one_adapter_each(kind, beams):
-    model, batch = _patch(_model(kind)).eval(), _batch("left")
+@pytest.mark.parametrize(("kind", "source"), BOTH)
+def test_generation_equals_runs_of_one_adapter_each(kind, source, beams):
+    model, batch = _patch(_model(kind, source)).eval(), _batch("left")
     del batch["labels"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
-    want = torch.cat(_one_by_one(model, batch, lambda sample: model.generate(**sample, **options)))
-    assert torch.equal(model.generate(**batch, **options, adapter_names=NAMES), want)
+    names = NAMES[1:] + NAMES[:1]
+    want = torch.cat(_one_by_one(model, batch, lambda sample: model.generate(**sample, **options), names))
+    assert torch.equal(model.generate(**batch, **options, adapter_names=names), want)
 
 
-def test_checkpointing_and_labelled_logits():
-    model, batch = _model(), _batch("right")
+@pytest.mark.parametrize("source", SOURCES)
+def test_checkpointing_and_labelled_logits(source):
+    model, batch = _model(source=source), _batch("right")
     _patch(model, logits="labelled").train()
     want = model(**batch, adapter_names=NAMES)
     want.loss.backward()
     gradients = _gradients(model)
-    assert want.logits.shape[:2] == (1, int((batch["labels"][:, 1:] != -100).sum()))
+    firsts = 0 if source in ("prefix", "mlp") else 4  # prompts predict them, where there is one
+    assert want.logits.shape[:2] == (1, firsts + int((batch["labels"][:, 1:] != -100).sum()))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(**batch, adapter_names=NAMES).loss.backward()
     got = _gradients(model)
