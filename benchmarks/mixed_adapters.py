@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftkern
 
 RESULTS = Path(__file__).parent / "results" / "mixed_adapters.csv"
-VOCAB, SEQ, NEW_TOKENS = 4096, 64, 8
+VOCAB, SEQ, NEW_TOKENS = 1024, 64, 8
 #: Lengths of the adapters; the batch of one adapter has their mean.
 LENGTHS = (8, 12, 16, 16, 16, 16, 20, 24)
 CONFIGS: dict[str, Callable[..., Any]] = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
@@ -32,7 +32,7 @@ def build(kind: str) -> Any:
     """A patched model with an adapter per length, and the adapter ``default`` of their mean length."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
 

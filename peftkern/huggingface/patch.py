@@ -68,6 +68,9 @@ def patch(
     used; outputs at such padding are those of a neighbouring token. If ``position_ids`` without a mask divide a row
     into several sequences, each sequence follows the prefix or prompt.
 
+    Calls of a ``PeftModel`` and its ``generate`` take ``adapter_names``, one name per sample (``"__base__"`` for no
+    adapter), for adapters of different lengths of one of these two kinds.
+
     In PEFT models with ADAPTION_PROMPT adapters (LLaMA-Adapter), attention and adapter are computed together, from
     the same queries; training steps skip padding.
 

@@ -179,6 +179,36 @@ def test_one_adapter_by_name_is_that_adapter():
         assert torch.allclose(got, model(**batch).logits[:, -9:], atol=2e-5)
 
 
+@pytest.mark.parametrize("source", ["prefix", "prompt"])
+def test_adapters_are_replaced_while_patched(source, tmp_path):
+    """Weights copied into an adapter, loaded over it, or added under a new name count in the next call."""
+    model, batch = _patch(_model(source=source)).eval(), _batch("right")
+
+    def run(names=NAMES):
+        with torch.no_grad():
+            return model(**batch, adapter_names=names).logits[batch["attention_mask"].bool()]
+
+    model.save_pretrained(tmp_path)
+    before, weight = run(), model.prompt_encoder["long"].embedding.weight
+    with torch.no_grad():
+        weight.copy_(torch.randn_like(weight))
+    assert not torch.allclose(run(), before, atol=1e-3)
+    model.load_adapter(tmp_path / "long", "long")
+    assert torch.allclose(run(), before, atol=1e-5)
+    model.load_adapter(tmp_path / "short", "new")
+    assert torch.allclose(run([name.replace("short", "new") for name in NAMES]), before, atol=1e-5)
+
+
+def test_heads_of_adapters_are_refused():
+    """The head of the active adapter would run on all rows."""
+    torch.manual_seed(0)
+    base = hf.LlamaForSequenceClassification(hf.LlamaConfig(**_DECODER, num_labels=3))
+    model = get_peft_model(base, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    peftkern.patch(model)
+    with pytest.raises(ValueError, match=r"adapter_names: .*head"):
+        model(input_ids=_batch()["input_ids"], adapter_names=["default"] * 5)
+
+
 def test_wrong_names_and_models_are_refused():
     model, batch = _patch(_model()), _batch()
     with pytest.raises(ValueError, match=r"adapter_names: expected names among .*, got other"):
