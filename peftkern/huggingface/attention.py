@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..eager_attention import attention_of
 from ..functional import prefix_attention
-from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache
+from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, KeyValue, PrefixCache, PrefixOptions
+from .gated import GatedPrefix
 from .masks import CompactMask, LazyMask, additive, mask_function
 from .wiring import Wiring
 
@@ -81,6 +82,7 @@ def attention_forward(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     peftkern_prefix: PrefixCache | None = None,
+    peftkern_gated: GatedPrefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``transformers``' attention interface.
@@ -91,6 +93,7 @@ def attention_forward(
         key, value: [B, Hkv, T, D], of the sequence.
         attention_mask: made by :func:`.masks.mask_function`, or a user's own [B, 1, S, T or P + T], bool or additive.
         peftkern_prefix: the cache that the forward hook of a patched model added to the keyword arguments.
+        peftkern_gated: the gated prefix that the caller of the attention module added to them.
         kwargs: ``dropout``, ``scaling``, ``sliding_window``, ``softcap``, ``s_aux``, ``position_bias`` and any other
             arguments that the model passes.
 
@@ -104,20 +107,94 @@ def attention_forward(
             "model: expected a call of the model, whose hooks pass the prefix to its layers, got a call of its "
             "forward or of one of its parts, which would run without the prefix"
         )
-    if peftkern_prefix is None or peftkern_prefix is WITHOUT_PREFIX:
+    cache = None if peftkern_prefix is WITHOUT_PREFIX else peftkern_prefix
+    if cache is None and peftkern_gated is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     query, key, value = _autocast(query, key, value)
-    found = peftkern_prefix.prefix_for(module, key, value, attention_mask)
-    if found is None and peftkern_prefix.packed is not None:
-        if not hasattr(module, LAYER_INFO):
-            kind = type(module).__name__
-            raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
-        # A layer without a prefix must also separate the packed sequences.
-        found = (key, value), (key[0, :, :0], value[0, :, :0])
+    found = None if cache is None else _find_prefix(module, key, value, attention_mask, cache)
+    if peftkern_gated is not None:
+        return _attend_gated(module, query, key, value, attention_mask, found, cache, peftkern_gated, **kwargs)
     if found is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
+    assert cache is not None
     (key, value), prefix = found
-    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
+    return _attend(module, query, key, value, attention_mask, prefix, cache, **kwargs), None
+
+
+def _find_prefix(
+    module: nn.Module, key: Tensor, value: Tensor, mask: LazyMask | Tensor | None, cache: PrefixCache
+) -> tuple[KeyValue, KeyValue] | None:
+    """((key, value), (prefix_k, prefix_v)) that a module reads; None if the previous attention runs it."""
+    found = cache.prefix_for(module, key, value, mask)
+    if found is not None or cache.packed is None:
+        return found
+    if not hasattr(module, LAYER_INFO):
+        kind = type(module).__name__
+        raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
+    # A layer without a prefix must also separate the packed sequences.
+    return (key, value), (key[0, :, :0], value[0, :, :0])
+
+
+def _attend_gated(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    found: tuple[KeyValue, KeyValue] | None,
+    cache: PrefixCache | None,
+    gated: GatedPrefix,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a module with a gated prefix, in one call of the op where the two parts permit.
+
+    Args:
+        found: what :func:`_find_prefix` has found.
+        cache: of a packed batch, or with a prefix that is not gated.
+        gated: the gated prefix.
+    """
+    kwargs = {**kwargs, "dropout": dropout, "scaling": scaling}
+    if found is not None:
+        (key, value), prefix = found
+    if gated.joins(module, **kwargs) and _is_plain_sequence(attention_mask, key.shape[2], found, cache):
+        reader = _without_prefixes(gated.options) if cache is None else cache
+        out = _attend(
+            module, query, key, value, attention_mask, gated.pair(key), reader, gate=gated.open_gate(query),
+            options=gated.options, **kwargs,
+        )  # fmt: skip
+        return out, None
+    weights = None
+    if found is None:
+        out, weights = _previous_attention(module, query, key, value, attention_mask, **kwargs)
+    else:
+        assert cache is not None
+        out = _attend(module, query, key, value, attention_mask, prefix, cache, **kwargs)
+    gated_out = gated.attend(query, key)
+    if not gated.apart:
+        return (out + gated_out).to(out.dtype), weights
+    gated.out = gated_out.flatten(2)
+    return out, weights
+
+
+@functools.lru_cache(maxsize=8)
+def _without_prefixes(options: PrefixOptions) -> PrefixCache:
+    """A cache for calls whose model has no prefix in its cache."""
+    return PrefixCache([], offset=0, stores=False, offset_outside=False, options=options)
+
+
+def _is_plain_sequence(
+    mask: LazyMask | Tensor | None,
+    num_keys: int,
+    found: tuple[KeyValue, KeyValue] | None,
+    cache: PrefixCache | None,
+) -> bool:
+    """Whether a module reads no other prefix, and its mask is compact."""
+    if found is None or cache is None or cache.packed is None:
+        return found is None and (mask is None or (isinstance(mask, LazyMask) and mask.compact(num_keys) is not None))
+    return cache.packed.layout.segments is None and found[1][0].shape[-2] == 0
 
 
 def _attend(
@@ -129,6 +206,8 @@ def _attend(
     prefix: KeyValue,
     cache: PrefixCache,
     *,
+    options: PrefixOptions | None = None,
+    gate: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -138,18 +217,13 @@ def _attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            "cu_seq_lens_q: expected None, because the model cannot run packed sequences with a prefix, got a "
-            "tensor; pass padded sequences with an attention_mask"
-        )
-    options, device = cache.options, query.device
+    _refuse_boundaries(**kwargs)
+    options, device = cache.options if options is None else options, query.device
     num_keys, prefix_len = key.shape[2], prefix[0].shape[-2]
     if cache.packed is not None:
         mask, mask_bias = CompactMask(True, getattr(module, LAYER_INFO).pattern[1], cache.packed.key_mask), None
     elif attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask, mask_bias = CompactMask(bool(causal), sliding_window if causal else None, None), None
+        mask, mask_bias = _mask_of(module, is_causal, sliding_window), None
     else:
         hideable = prefix_len if options.in_window else 0
         mask, mask_bias = _read_mask(attention_mask, query, num_keys, hideable, position_bias is not None)
@@ -166,6 +240,7 @@ def _attend(
         "key_mask": _on(device, mask.key_mask),
         "sinks": s_aux,
         "bias": bias,
+        "gate": gate,
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
     key_bias = cache.bias_for(module, device)
@@ -200,6 +275,21 @@ def _check_prefix_columns(
 def _has_segments(cache: PrefixCache) -> bool:
     """Whether the batch is packed, and its rows share text."""
     return cache.packed is not None and cache.packed.layout.segments is not None
+
+
+def _refuse_boundaries(cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> None:
+    """Raise ValueError for boundaries of packed sequences that the seam has not replaced by its own."""
+    if cu_seq_lens_q is not None:
+        raise ValueError(
+            "cu_seq_lens_q: expected None, because the model cannot run packed sequences with a prefix, got a "
+            "tensor; pass padded sequences with an attention_mask"
+        )
+
+
+def _mask_of(module: nn.Module, is_causal: bool | None, sliding_window: int | None) -> CompactMask:
+    """The mask of a call that gets none."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return CompactMask(bool(causal), sliding_window if causal else None, None)
 
 
 def _places(cache: PrefixCache, prefix_len: int, device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .cache_layers import PrefixLayer, layer_like
 from .packing import PackedBatch
 from .recurrent import layers_with_states
 
-__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions", "like_key"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -75,6 +75,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         ids: [B], index into the bank for each sample, -1 for none.
         lens: [A], the number of tokens of each prefix in the bank; None if all have P.
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
+        offsets: [A], positions that each prefix of the bank takes before the samples that read it; None if the model
+            counts ``offset`` for all samples.
         static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
             None to store the sequence in tensors that grow.
         bias: per layer [P], added to the scores of the prefix tokens in all heads, or None; empty if no layer has
@@ -102,6 +104,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         ids: Tensor | None = None,
         lens: Tensor | None = None,
         as_stored: bool = False,
+        offsets: Tensor | None = None,
         static_layers: Sequence[StaticLayer] | None = None,
         bias: Sequence[Tensor | None] = (),
         has_gaps: bool = False,
@@ -123,6 +126,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.ids = ids
         self.lens = lens
         self.as_stored = as_stored
+        self.offsets = offsets
         self.packed: PackedBatch | None = None
         #: Prefix tokens of the longest layer; relative position biases cover them.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
@@ -147,6 +151,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def prefix_positions(self) -> int:
         """Positions that the model counts for the prefix during a forward."""
         return self._offset
+
+    @property
+    def row_offsets(self) -> Tensor | None:
+        """[B], positions before the first token of each sample; None if the model counts the offset for all."""
+        if self.offsets is None or self.ids is None:
+            return None
+        ids = self.ids.long()
+        return torch.where(ids < 0, 0, self.offsets[ids])
 
     @property
     def num_tokens(self) -> int:
@@ -289,7 +301,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             prefix = expanded(module, prefix)
         if self._running is not None:  # None where a layer is recomputed in the backward pass
             self._running.served[info.name] = self._running.served.get(info.name, 0) + 1
-        return sequence, _like_key(prefix, key)
+        return sequence, like_key(prefix, key)
 
     def _layer_of(self, info: Any) -> int:
         """The layer that an attention module with this :class:`.survey.PrefixLayerInfo` is about to compute."""
@@ -314,7 +326,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         return None if bias is None else bias[None].to(device)
 
 
-def _like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
+def like_key(prefix: KeyValue, key: Tensor) -> KeyValue:
     """The prefix on the key's device, in fp32 if both tensors are fp32 and in the key's dtype otherwise."""
     prefix_k, prefix_v = prefix
     dtype = torch.float32 if prefix_k.dtype == prefix_v.dtype == torch.float32 else key.dtype
@@ -379,7 +391,7 @@ class PackedCache(PrefixCache):
         nothing: list[KeyValue | None] = [None] * num_layers
         super().__init__(nothing, offset=0, stores=stores, offset_outside=False, options=options)
         self.packed = packed
-        self.ids = packed.prefix_ids
+        self.ids, self.lens = packed.prefix_ids, packed.prompt_lens
         self.span = packed.prompt_len
 
     @property
@@ -431,7 +443,7 @@ class PackedCache(PrefixCache):
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
             banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
-            as_stored=True,
+            as_stored=True, lens=packed.prompt_lens, offsets=packed.prompt_lens,
         )  # fmt: skip
         cache.layers = self._padded_layers()
         return cache

@@ -45,7 +45,13 @@ class FallbackPatch(Patch):
         warnings.warn(f"peftkern: {self.explain()}", stacklevel=5)
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Hook on the base model: pad TOKEN_CLS labels for the prompt's rows, where PEFT would raise."""
+        """Hook on the base model: pad TOKEN_CLS labels for the prompt's rows, where PEFT would raise.
+
+        Raises:
+            ValueError: for ``adapter_names``, which PEFT passes to the model, and the model ignores.
+        """
+        if kwargs.get("adapter_names") is not None and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(f"adapter_names: expected None, because {self.reason}, got names")
         labels, embeddings = kwargs.get("labels"), kwargs.get("inputs_embeds")
         task = self.model.active_peft_config.task_type
         if getattr(task, "value", task) != "TOKEN_CLS" or self.keeps_bugs or labels is None or embeddings is None:

@@ -30,7 +30,7 @@ from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, r
 from ..recurrent_state import LayerState, meta_states
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
+from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, place_rows, tokens_of
 from .calls import running, without_checkpointing
 from .eager_trial import EagerTrial
 from .layout import HostNumbers
@@ -281,7 +281,7 @@ class ModelPatch(Patch):
         count = numbers.get("labelled") + (numbers.get("labelled first") if packed.prompts is not None else 0)
         packed.logit_rows = LogitRows(
             packed, labels, labelled=labelled, keep=0 if keep is None else keep,
-            num_labelled=count if labelled and numbers.all("labelled") else None,
+            num_labelled=count if labelled and numbers.all("labelled") and packed.prompt_lens is None else None,
         )  # fmt: skip
         kwargs["labels"] = packed.logit_rows.labels
 
@@ -349,6 +349,7 @@ class ModelPatch(Patch):
                         shift_positions(cache.prefix_positions, self.tables, kwargs)
                 elif not cache.counts_outside:
                     count_prefix(cache, kwargs)
+                place_rows(cache, kwargs, count_mask=self.packer.count_mask)
             else:
                 self._pack_inputs(module, packed, cache, kwargs)
             for table in self.tables:
@@ -374,7 +375,10 @@ class ModelPatch(Patch):
                 # The embedding may have hooks and wrappers, which see the unpacked batch.
                 tokens = module.get_input_embeddings()(tokens)
             kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
-        kwargs["position_ids"] = packed.positions(cache.offset)
+        if cache.offsets is not None and cache.ids is not None and packed.layout.owners is not None:
+            cache.ids = cache.ids[packed.layout.owners]  # of every sequence
+        row_offsets = cache.row_offsets
+        kwargs["position_ids"] = packed.positions(cache.offset if row_offsets is None else row_offsets)
         kwargs["attention_mask"] = None
         kwargs[str(self.cache_name)] = cache
         if packed.layout.segments is not None:

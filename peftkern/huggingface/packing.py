@@ -44,6 +44,7 @@ class PackedBatch:
         layout: of the sequences.
         prompts: [A, P, E], each run once; None for a prefix that has no rows.
         prompt_ids: [B], the prompt of each sample; None if all samples have the same prompt.
+        prompt_lens: [A], the number of tokens of each prompt, and an id of -1 stands for none; None if all have P.
         show_prompts: whether unpacked outputs are [B, P + S], as if each sample had contained its prompt.
 
     Attributes:
@@ -59,11 +60,13 @@ class PackedBatch:
         prompts: Tensor | None = None,
         prompt_ids: Tensor | None = None,
         *,
+        prompt_lens: Tensor | None = None,
         show_prompts: bool = False,
     ) -> None:
         self.layout = layout
         self.prompts = prompts
         self.prompt_ids = prompt_ids
+        self.prompt_lens = prompt_lens
         self.show_prompts = show_prompts
         self.used = False
         self.logit_rows: LogitRows | None = None
@@ -73,7 +76,8 @@ class PackedBatch:
         self.prompt_rows = self.num_prompts * self.prompt_len
         self.max_seqlen = max(layout.longest, self.prompt_len)
         has_segments = layout.segments is not None
-        self.prefix_start = self.prompt_len if self.num_prompts == 1 and not has_segments else None
+        has_one = self.num_prompts == 1 and prompt_lens is None
+        self.prefix_start = self.prompt_len if has_one and not has_segments else None
         self._chains: dict[tuple[int, torch.device], dict[str, Any]] = {}
         if prompts is None:
             self._mark_constants()
@@ -100,6 +104,17 @@ class PackedBatch:
         if self.prompt_ids is None:
             return torch.zeros_like(self.layout.firsts)
         return self.prompt_ids if owners is None else self.prompt_ids[owners]
+
+    def prompt_end(self, sequences: Tensor) -> tuple[Tensor, Tensor | int]:
+        """(the last row of the prompt of each sequence, the number of its tokens).
+
+        Args:
+            sequences: [n], the prompt of each sequence; without a prompt, the row is any.
+        """
+        if self.prompt_lens is None:
+            return (sequences + 1) * self.prompt_len - 1, self.prompt_len
+        lens = torch.where(sequences < 0, 0, self.prompt_lens.to(sequences.device)[sequences.long()])
+        return (sequences * self.prompt_len + lens - 1).clamp(min=0), lens
 
     def chains(self, prefix_len: int, device: torch.device) -> dict[str, Any]:
         """Arguments of :func:`peftkern.prefix_attention` for a layout with segments.
@@ -159,10 +174,20 @@ class PackedBatch:
         rows = self.prompts.flatten(0, 1)[None].to(sequences.device, sequences.dtype)
         return torch.cat([rows, sequences], 1)
 
-    def positions(self, offset: int) -> Tensor:
-        """[1, N], position ids: prompts start at 0, sequences at ``offset`` plus the length of the prompt."""
+    def positions(self, offset: int | Tensor) -> Tensor:
+        """[1, N], position ids: prompts start at 0, sequences at ``offset`` plus the length of the prompt.
+
+        Args:
+            offset: of all sequences, or [n].
+        """
         positions = self.layout.positions
-        positions = torch.where(positions < 0, positions, positions + (offset + self.prompt_len))
+        before = offset + (
+            self.prompt_len if self.prompt_lens is None else self.prompt_end(self.sequence_prompts())[1]
+        )
+        if isinstance(before, Tensor):
+            lengths = self.layout.cu_seqlens.diff()
+            before = before.to(positions.device).repeat_interleave(lengths, output_size=positions.shape[0])
+        positions = torch.where(positions < 0, positions, positions + before)
         prompt = torch.arange(self.prompt_len, device=positions.device).repeat(self.num_prompts)
         return torch.cat([prompt, positions])[None]
 
@@ -348,9 +373,11 @@ class LogitRows:
             targets = torch.cat([targets, layout.targets(labels).flatten()[repeated]])
         num_before = 0
         if packed.prompts is not None:
-            last = (packed.sequence_prompts() + 1) * packed.prompt_len - 1
+            prompts, firsts = packed.sequence_prompts(), labels.flatten()[layout.firsts]
+            last, _ = packed.prompt_end(prompts)
             rows = torch.cat([last, torch.arange(num_shown, device=rows.device), rows])
-            targets = torch.cat([labels.flatten()[layout.firsts], targets.new_full((num_shown,), IGNORED), targets])
+            firsts = firsts.masked_fill(prompts < 0, IGNORED)  # without a prompt, nothing predicts the first token
+            targets = torch.cat([firsts, targets.new_full((num_shown,), IGNORED), targets])
             num_before = last.shape[0] + num_shown
         if labelled:
             chosen = targets != IGNORED

@@ -14,6 +14,7 @@ from ..backends.registry import get_backend
 from .cache import PrefixOptions
 from .concatenation_patch import ConcatenationPatch
 from .fallback_patch import FallbackPatch
+from .gated_patch import GatedPatch
 from .model_patch import CallOptions, LogitsError
 from .peft_model import has_prompt, is_peft_model
 from .prefix_patch import PrefixPatch
@@ -26,6 +27,9 @@ from .sources.peft_prompt import PROMPT_TYPES, PeftPrompt
 from .wiring import PATCH, Patch
 
 __all__ = ["explain", "patch", "patched", "unpatch"]
+
+#: PEFT's name of the adapters that are gated prefixes of attention modules.
+ATTENTION_TYPE = "ADAPTION_PROMPT"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,6 +67,12 @@ def patch(
     Padding in batches of a causal model is skipped where labels or ``logits_to_keep`` show that its outputs are not
     used; outputs at such padding are those of a neighbouring token. If ``position_ids`` without a mask divide a row
     into several sequences, each sequence follows the prefix or prompt.
+
+    Calls of a ``PeftModel`` and its ``generate`` take ``adapter_names``, one name per sample (``"__base__"`` for no
+    adapter), for adapters of different lengths of one of these two kinds.
+
+    In PEFT models with ADAPTION_PROMPT adapters (LLaMA-Adapter), attention and adapter are computed together, from
+    the same queries; training steps skip padding.
 
     In any other model, ``prefix`` becomes a submodule of the Hugging Face model, named ``peftkern_prefix`` (or
     ``peftkern_prompt``). Optimizers, ``Trainer`` and DDP therefore see its parameters, and ``state_dict`` and the
@@ -137,7 +147,7 @@ def patch(
         )
     if peft_bugs and not (is_prompt and prefix is None):
         raise ValueError("peft_bugs: expected False except for a PEFT model with a prompt, got True")
-    if prefix is None and share and not _adapts_prefix(model):
+    if prefix is None and share and not (_adapts_prefix(model) or _adapts_attention(model)):
         if freeze or fix_seq2seq_layout or not (shift_positions and prefix_in_window and packing):
             raise ValueError(
                 "freeze, fix_seq2seq_layout, shift_positions, prefix_in_window, packing: expected their defaults, "
@@ -149,6 +159,8 @@ def patch(
         _check_peft_model(model, shift_positions)
         if is_prompt:
             _patch_peft_prompt(model, peft_bugs, options, calls)
+        elif _adapts_attention(model):
+            _patch_peft_attention(model, fix_seq2seq_layout or not prefix_in_window, options, calls)
         else:
             _patch_peft_prefix(model, fix_seq2seq_layout, options, calls)
         return model
@@ -226,6 +238,13 @@ def _adapts_prefix(model: nn.Module) -> bool:
     )
 
 
+def _adapts_attention(model: nn.Module) -> bool:
+    """Whether the adapters of a PEFT model are gated prefixes of its attention modules."""
+    return is_peft_model(model) and any(
+        config.peft_type.value == ATTENTION_TYPE for config in cast(Any, model).peft_config.values()
+    )
+
+
 def _check_options(model: nn.Module, logits: str, share: str | None, backend: str) -> None:
     """Raise ValueError for a patched model, or for names that are unknown."""
     if any(PATCH in module.__dict__ for module in model.modules()):
@@ -244,7 +263,7 @@ def _check_peft_model(model: nn.Module, shift_positions: bool) -> None:
         raise ValueError(f"prefix: expected a PrefixKV, because {type(model).__name__} is not a PEFT model, got None")
     if not shift_positions:
         raise ValueError("shift_positions: expected True, because PEFT counts the prefix's positions, got False")
-    known = (*KEY_VALUE_TYPES, *PROMPT_TYPES)
+    known = (*KEY_VALUE_TYPES, *PROMPT_TYPES, ATTENTION_TYPE)
     for name, config in cast(Any, model).peft_config.items():
         kind = config.peft_type.value
         if kind not in known:
@@ -284,6 +303,22 @@ def _patch_peft_prefix(
         if fix_seq2seq_layout:
             raise
         _fall_back(model, "the prefix is copied for every sample", error, calls)
+
+
+def _patch_peft_attention(model: nn.Module, has_others: bool, options: PrefixOptions, calls: CallOptions) -> None:
+    from .sources.peft_attention import PeftAttention  # imports peft, which not every user has
+
+    if has_others:
+        raise ValueError(
+            "fix_seq2seq_layout, prefix_in_window: expected their defaults, because the adapter has neither layout "
+            "nor positions, got others"
+        )
+    try:
+        GatedPatch(model, _outermost(model), PeftAttention(model), options, calls).install()
+    except LogitsError:
+        raise
+    except ValueError as error:
+        _fall_back(model, "the adapter computes queries and keys again", error, calls)
 
 
 def _patch_peft_prompt(model: nn.Module, peft_bugs: bool, options: PrefixOptions, calls: CallOptions) -> None:

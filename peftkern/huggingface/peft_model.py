@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from .calls import running
 from .wiring import Wiring
 
 __all__ = [
+    "BASE",
+    "AdapterNames",
     "GenerationInputs",
     "PeftCalls",
     "PeftMethod",
@@ -60,14 +62,21 @@ class PeftMethod:
         self.previous = model.__dict__.get(name)
         self.installed = False
 
-    def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Call the function, or PEFT's method after the patch has been undone."""
+    def __call__(
+        self, *args: Any, task_ids: Tensor | None = None, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Call the function, or PEFT's method after the patch has been undone.
+
+        ``generate`` only passes on arguments that have a name here.
+        """
         model = running.module(self.model, self.model)
         method = partial(getattr(type(model), self.name), model) if self.previous is None else self.previous
         if task_ids is not None:
             kwargs["task_ids"] = task_ids
         if not self.installed or is_disabled(self.model):
             return method(*args, **kwargs)
+        if adapter_names is not None:
+            kwargs["adapter_names"] = adapter_names
         return self.function(method, *args, **kwargs)
 
     def install(self, wiring: Wiring) -> None:
@@ -107,6 +116,63 @@ class PeftCalls:
         """Hook: a call has returned or raised."""
         if not torch.compiler.is_compiling():
             running.leave(self.model)
+
+
+#: PEFT's name for a sample without an adapter.
+BASE = "__base__"
+
+
+class AdapterNames:
+    """The argument ``adapter_names`` of calls of a ``PeftModel``: one name per sample, as for PEFT's LoRA.
+
+    Args:
+        model: a ``PeftModel``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def install(self, wiring: Wiring) -> None:
+        """Add the hook. Install it after :class:`PeftCalls`, which records the calls."""
+        wiring.add_hooks(self.model.register_forward_pre_hook(self.before, with_kwargs=True))
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Hook: keep the names for ``get_prompt``. PEFT's forward passes them to the model, which ignores them."""
+        if "adapter_names" not in kwargs or is_disabled(module):
+            return None
+        names = kwargs.pop("adapter_names")
+        if names is not None and torch.compiler.is_compiling():
+            raise ValueError("adapter_names: expected None under torch.compile, got names")
+        running.leave_note(self.model, names)
+        return args, kwargs
+
+    def of_call(self, num_rows: int) -> list[str] | None:
+        """The names of the rows of the running call; None if it has none."""
+        names = None if torch.compiler.is_compiling() else running.note(self.model)
+        return None if names is None else self.of_rows(names, num_rows)
+
+    def of_rows(self, names: Sequence[str], num_rows: int) -> list[str]:
+        """One name per row; every sample has the same number of rows, which follow each other (beams).
+
+        Raises:
+            ValueError: for a wrong number of names, or an unknown one.
+        """
+        known = [*self.model.peft_config, BASE]
+        unknown = sorted({name for name in names if name not in known})
+        if unknown:
+            raise ValueError(
+                f"adapter_names: expected names among {', '.join(known)}, got {', '.join(map(str, unknown))}"
+            )
+        for name in sorted(set(names) - {BASE}):
+            if getattr(self.model.peft_config[name], "modules_to_save", None):
+                raise ValueError(
+                    f"adapter_names: expected adapters without modules_to_save, got {name!r}, which has a head"
+                )
+        if getattr(self.model, "modules_to_save", None):
+            raise ValueError("adapter_names: expected None, because every adapter has a head of its own, got names")
+        if not names or num_rows % len(names):
+            raise ValueError(f"adapter_names: expected one name for each of {num_rows} samples, got {len(names)}")
+        return [name for name in names for _ in range(num_rows // len(names))]
 
 
 class GenerationInputs:

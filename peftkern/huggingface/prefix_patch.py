@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -36,7 +36,24 @@ from .survey import PrefixLayerInfo
 from .trial import Trial
 from .wiring import Source
 
-__all__ = ["PrefixPatch", "PrefixSource"]
+__all__ = ["PrefixBank", "PrefixPatch", "PrefixSource"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixBank:
+    """Several prefixes, of which every sample of a call reads one.
+
+    Attributes:
+        layers: per layer (prefix_k, prefix_v), each [A, Hkv, P, D]; None for a layer without a prefix.
+        ids: [B], the prefix of each sample, -1 for none.
+        lens: [A], the number of tokens of each prefix.
+        offsets: [A], the positions that each prefix takes.
+    """
+
+    layers: Sequence[KeyValue | None]
+    ids: Tensor
+    lens: Tensor
+    offsets: Tensor
 
 
 class PrefixSource(Source):
@@ -116,7 +133,7 @@ class PrefixPatch(ModelPatch):
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
-            self.packer.reasons = ["packing=False"]
+            self.packer.reasons = [_PACKING_IS_OFF]
         if not self.calls.share:
             return
         if self.packer.reasons:
@@ -237,7 +254,13 @@ class PrefixPatch(ModelPatch):
                 )
 
     def new_cache(
-        self, *, stores: bool, offset_outside: bool, given: Cache | None = None, batch: int = 1
+        self,
+        *,
+        stores: bool,
+        offset_outside: bool,
+        given: Cache | None = None,
+        batch: int = 1,
+        bank: PrefixBank | None = None,
     ) -> PrefixCache:
         """A cache with the prefix, for a call that starts a sequence. It stores in the ``given`` one if it is static.
 
@@ -245,19 +268,21 @@ class PrefixPatch(ModelPatch):
             stores, offset_outside: as for :class:`PrefixCache`.
             given: the caller's cache.
             batch: B, for states of recurrent layers.
+            bank: the prefixes of the samples; None if all have the source's.
 
         Raises:
             ValueError: for a given cache that it cannot replace.
         """
         check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
-        prefix, bias = self.source.layer_kv(self), self.source.layer_bias(self)
+        prefix, bias = self.source.layer_kv(self) if bank is None else bank.layers, self.source.layer_bias(self)
         beside = self.source.layer_kv(self, "cross") if "cross" in self.source.parts else ()
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant([*prefix, *beside], bias)
         return PrefixCache(
             prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
             options=self.options, static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
-            like=self.stock_layers, states=self._initial_states(batch),
+            like=self.stock_layers, states=self._initial_states(batch), ids=None if bank is None else bank.ids,
+            lens=None if bank is None else bank.lens, offsets=None if bank is None else bank.offsets,
         )  # fmt: skip
 
     def new_encoder_cache(self) -> PrefixCache:
@@ -269,6 +294,21 @@ class PrefixPatch(ModelPatch):
             self._check_reentrant(prefix, ())
         options = replace(self.options, in_window=False)
         return PrefixCache(prefix, offset=0, stores=False, offset_outside=False, options=options)
+
+    def why_not_mixed(self) -> str | None:
+        """Why samples cannot read prefixes of different lengths; None if they can."""
+        if any(table.padding_idx is not None for table in self.tables):
+            return "the model derives positions from its padding token"
+        if self.stock_layers:
+            return "the model has recurrent layers"
+        if "position_ids" not in self.arguments:
+            return "the model takes no position_ids"
+        for info in self.prefix_layers.values():
+            if info.compressed:
+                return f"{info.name} has compressed keys"
+            if info.pattern is None or not info.pattern[0] or info.counts_rows:
+                return f"{info.name} has a mask other than a causal one with at most a window"
+        return "; ".join(reason for reason in self.packer.reasons if reason != _PACKING_IS_OFF) or None
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None], bias: Sequence[Tensor | None]) -> None:
         """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
@@ -310,6 +350,9 @@ class PrefixPatch(ModelPatch):
             return None
         if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None
+        if isinstance(cache, PrefixCache) and cache.ids is not None and sharer is not None:
+            sharer.skip("samples have different prefixes")
+            sharer = None
         selects = self.selects_labels(kwargs)
         if plain and not selects:
             return None
@@ -393,6 +436,10 @@ class PrefixPatch(ModelPatch):
                 f"model: expected a call for peftkern's attention, because the stock cache of {compressed[0]} stores "
                 f"compressed keys and cannot contain the prefix, got {reason}"
             )
+        if cache.ids is not None:
+            raise ValueError(
+                f"{reason}: expected none with adapter_names, because it needs the stock attention, got one"
+            )
         self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone)
@@ -425,6 +472,8 @@ class PrefixPatch(ModelPatch):
             "pass padded sequences with an attention_mask"
         )
 
+
+_PACKING_IS_OFF = "packing=False"
 
 #: Note on a call in which every row is known to contain one sequence.
 _ONE_SEQUENCE_PER_ROW = "one sequence per row"

@@ -62,6 +62,8 @@ class PromptPatch(ModelPatch):
         if continues or prompt is None:
             return None
         if (reason := self.packer.why_unpackable(kwargs)) is not None:
+            if prompt.lens is not None:
+                raise ValueError(f"adapter_names: expected None, because {reason}, got names")
             self._concatenate(prompt, kwargs, reason)
             return None
         check_replaceable(cache)
@@ -91,7 +93,9 @@ class PromptPatch(ModelPatch):
         # A cache keeps padding, and windows count it when the sequence continues, so the first call counts it too.
         from_first = not (stores and self.packer.has_windows)
         sharer, host = self.sharer, None
-        if sharer is not None:
+        if sharer is not None and prompt.lens is not None:
+            sharer.skip("samples have prompts of different lengths")
+        elif sharer is not None:
             sequence = kwargs if prompt.input_ids is None else {**kwargs, "input_ids": prompt.input_ids}
             host = sharer.on_host(sequence, group_ids=groups, prompt_ids=prompt.ids)
         if host is not None:
@@ -116,7 +120,9 @@ class PromptPatch(ModelPatch):
         packs_head = self.packer.head_runs_on_rows()
         # A loss that shifts labels needs the prompt's last row, which predicts the first token.
         for_loss = not packs_head and shows_prompt(self.base, labels)
-        packed = PackedBatch(layout, rows, ids, show_prompts=prompt.shown or for_loss)
+        if for_loss and prompt.lens is not None:
+            raise ValueError(f"adapter_names: expected None, because {self.packer.why_head_needs_batch()}, got names")
+        packed = PackedBatch(layout, rows, ids, show_prompts=prompt.shown or for_loss, prompt_lens=prompt.lens)
         if packs_head:
             self.pack_logits(packed, kwargs, numbers)
         elif labels is not None and labels.dim() == 2 and packed.show_prompts:

@@ -29,6 +29,8 @@ class Prompt:
         given: the caller's arguments, if they count the prompt. They are restored for a call that concatenates the
             prompt with every sample.
         input_ids: [B, S], if the caller's arguments contain their embeddings instead.
+        lens: [A], the number of tokens of each prompt; ``rows`` contains the prompts in use, and an id of -1 stands
+            for none. None if all have P tokens.
     """
 
     rows: Tensor
@@ -37,16 +39,17 @@ class Prompt:
     shown: bool = False
     given: dict[str, Any] | None = None
     input_ids: Tensor | None = None
+    lens: Tensor | None = None
 
     def request(self, numbers: HostNumbers) -> None:
         """Request the number of different prompts in the batch."""
-        if self.ids is not None and not is_tracing(self.ids):
+        if self.ids is not None and self.lens is None and not is_tracing(self.ids):
             numbers.request("prompts", first_of_each(self.ids.sort().values).sum())
 
     def used(self, numbers: HostNumbers) -> tuple[Tensor, Tensor | None]:
         """([A, P, E], the prompts in use; [B], the index of each sample's prompt)."""
-        if self.ids is None:
-            return self.rows, None
+        if self.ids is None or self.lens is not None:
+            return self.rows, self.ids
         if is_tracing(self.ids):  # one prompt per sample, as the number of different ones depends on values
             rows = self.rows if self.per_sample else self.rows[self.ids]
             return rows, torch.arange(self.ids.shape[0], device=self.ids.device)

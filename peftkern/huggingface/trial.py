@@ -256,6 +256,25 @@ class Trial:
                     return f"{what} differs from the stock model: its {where} off by {off:.1e}"
         return None
 
+    def try_change(self, change: Callable[[], None], what: str) -> str | None:
+        """How a change of the model changes its last hidden states; None if it does not.
+
+        Args:
+            change: changes the model.
+            what: the changed part, for messages.
+        """
+
+        def run() -> str | None:
+            tokens = self.backbone.get_input_embeddings()(self.ids)
+            arguments = {"attention_mask": self.mask, "use_cache": False}
+            want = self._recorded(inputs_embeds=tokens, **arguments)[-1:]
+            moved = self._recorded(inputs_embeds=_round_otherwise(tokens), **arguments)[-1:]
+            change()
+            got = self._recorded(inputs_embeds=tokens, **arguments)[-1:]
+            return _compare(f"{self.kind} {what}", got, want, self.mask, _rounding(moved, want, self.mask))
+
+        return self._guarded(run, what)
+
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
         return PackedCache(len(self.prefix), packed, stores=False, options=self.options)
 

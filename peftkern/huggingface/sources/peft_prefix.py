@@ -19,10 +19,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...layer_shapes import LayerShape
 from ...model_info import given_cache, layers_of
 from ..cache import KeyValue, PrefixCache
-from ..call_arguments import is_plain
+from ..call_arguments import is_plain, tokens_of
 from ..calls import running
-from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
-from ..prefix_patch import PrefixPatch, PrefixSource
+from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod
+from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
 from ..recurrent import recurrent_layers
 from ..wiring import Patch
 
@@ -48,6 +48,7 @@ class PeftPrefix(PrefixSource):
         self.fix_seq2seq_layout = fix_seq2seq_layout
         self.patch: PrefixPatch | None = None
         self._known: dict[str, tuple[Any, list[LayerShape | None]]] = {}
+        self.names = AdapterNames(model)
         if "get_prompt" in model.__dict__:
             raise ValueError("model: its get_prompt has been replaced, so the prefix may not be that of its adapter")
 
@@ -98,6 +99,7 @@ class PeftPrefix(PrefixSource):
         """Replace PEFT's ``get_prompt`` and the inputs of ``generate``."""
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)
+        self.names.install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
 
@@ -108,12 +110,16 @@ class PeftPrefix(PrefixSource):
         self._check_adapter(self.model.active_adapter)
         assert self.patch is not None
         stores = not (self.model.training and torch.is_grad_enabled())
-        cache = self.patch.new_cache(stores=stores, offset_outside=True)
+        names = self.names.of_call(batch_size)
+        bank = None if names is None else self.bank(names)
+        cache = self.patch.new_cache(stores=stores, offset_outside=True, bank=bank)
         if self.model.active_peft_config.num_transformer_submodules == 2:
             return EncoderDecoderCache(cache, DynamicCache())
         return cache
 
-    def prepare_inputs(self, peft_method: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs(
+        self, peft_method: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         """Replaces ``PeftModel.prepare_inputs_for_generation``: the base model's inputs and a cache with the prefix.
 
         PEFT counts the prefix in masks and lengths, which chunked prefill, assistants and a second turn on the
@@ -132,9 +138,16 @@ class PeftPrefix(PrefixSource):
                 )
             return inputs
         if (cache is not None and cache.get_seq_length() > 0) or not is_plain(cache, static=submodules == 1):
+            if adapter_names is not None:
+                raise ValueError(
+                    "adapter_names: expected None with a cache that cannot hold several prefixes, got names"
+                )
             return peft_method(*args, **kwargs)
         stores = inputs.get("use_cache") is not False
-        new: Any = self.patch.new_cache(stores=stores, offset_outside=False, given=cache)
+        bank = None
+        if adapter_names is not None:
+            bank = self.bank(self.names.of_rows(adapter_names, tokens_of(inputs).shape[0]))
+        new: Any = self.patch.new_cache(stores=stores, offset_outside=False, given=cache, bank=bank)
         if submodules == 2:
             new = EncoderDecoderCache(new, getattr(given, "cross_attention_cache", None) or DynamicCache())
         inputs["past_key_values"] = new
@@ -151,23 +164,56 @@ class PeftPrefix(PrefixSource):
 
         A single ``unbind`` for all layers, so that the gradient is assembled once instead of once per layer.
         """
+        active = running.module(self.model, self.model).active_adapter
+        return self._layers(self._parts(active).unbind(1), active)
+
+    def _parts(self, name: str) -> Tensor:
+        """[P, 2 * L, Hkv, D], the parameter of an adapter, or what its MLP makes of it."""
         model = running.module(self.model, self.model)
-        config = model.active_peft_config
-        encoder = model.prompt_encoder[model.active_adapter]
+        encoder, config = model.prompt_encoder[name], model.peft_config[name]
         flat: Tensor = encoder.embedding.weight
         if getattr(encoder, "transform", None) is not None:
             flat = encoder.transform(flat)
-        num_heads, blocks = config.num_attention_heads, 2 * config.num_layers
-        parts = flat.view(config.num_virtual_tokens, blocks, num_heads, -1).unbind(1)
+        return flat.view(config.num_virtual_tokens, 2 * config.num_layers, config.num_attention_heads, -1)
+
+    def _layers(self, parts: Sequence[Tensor], name: str) -> list[KeyValue | None]:
+        """Per layer (prefix_k, prefix_v), each [Hkv, P, D] or [A, Hkv, P, D].
+
+        Args:
+            parts: 2 * L of [P, Hkv, D] or [A, P, Hkv, D].
+            name: of an adapter.
+        """
+        config, shapes = self.model.peft_config[name], self._check_adapter(name)
         stride = 4 if config.num_transformer_submodules == 2 and not self.fix_seq2seq_layout else 2
-        firsts = [(stride * layer) % blocks for layer in range(config.num_layers)]
-        shapes = self._check_adapter(model.active_adapter)
+        firsts = [(stride * layer) % len(parts) for layer in range(config.num_layers)]
         return [
-            shape and (parts[first].transpose(0, 1)[cut := _cut(shape)], parts[first + 1].transpose(0, 1)[cut])
+            shape and (_cut(parts[first], shape), _cut(parts[first + 1], shape))
             for first, shape in zip(firsts, shapes, strict=False)
         ]
 
+    def bank(self, names: Sequence[str]) -> PrefixBank:
+        """The prefixes of a batch of samples.
 
-def _cut(shape: LayerShape) -> tuple[slice, slice, slice]:
-    """The part of keys [Hkv, P, D] that a narrower layer reads."""
-    return slice(shape.num_kv_heads), slice(None), slice(shape.head_dim)
+        Args:
+            names: of the adapter of each sample, or :data:`BASE`.
+        """
+        assert self.patch is not None
+        if (reason := self.patch.why_not_mixed()) is not None:
+            raise ValueError(f"adapter_names: expected None, because {reason}, got names")
+        used = sorted({name for name in names if name != BASE}) or [self.model.active_adapter]
+        for name in used:
+            self._check_adapter(name)
+        parts = [self._parts(name) for name in used]
+        host_lens, device = [part.shape[0] for part in parts], parts[0].device
+        longest = max(host_lens)
+        padded = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, longest - part.shape[0])) for part in parts]
+        layers = self._layers(torch.stack(padded).unbind(2), used[0])
+        host_ids = [-1 if name == BASE else used.index(name) for name in names]
+        ids = torch.tensor(host_ids, dtype=torch.int32, device=device)
+        lens = torch.tensor(host_lens, dtype=torch.int32, device=device)
+        return PrefixBank(layers, ids, lens, lens)
+
+
+def _cut(part: Tensor, shape: LayerShape) -> Tensor:
+    """Keys [..., P, Hkv, D] -> [..., Hkv, P, D], the part that a narrower layer reads."""
+    return part.transpose(-3, -2)[..., : shape.num_kv_heads, :, : shape.head_dim]

@@ -9,7 +9,8 @@ that bypasses the hook, both have the values of PEFT's tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +18,18 @@ from torch import Tensor, nn
 
 from ...model_info import given_cache
 from ..cache import PrefixCache
-from ..call_arguments import bind, forward_arguments
+from ..call_arguments import bind, forward_arguments, tokens_of
+from ..calls import running
 from ..layout import HostNumbers
-from ..peft_model import GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, is_disabled
 from ..prompt_patch import PromptPatch
 from ..prompts import Prompt, PromptSource
 from ..wiring import Patch
 
 __all__ = ["PROMPT_TYPES", "PeftPrompt"]
+
+#: Those whose prompts depend on nothing but the adapter.
+_PLAIN_TYPES = ("PROMPT_TUNING", "P_TUNING")
 
 PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
@@ -126,6 +131,7 @@ class PeftPrompt(PromptSource):
         self.model = model
         self.peft_bugs = peft_bugs
         self.names = forward_arguments(model)
+        self.adapters = AdapterNames(model)
         self._get_prompt = model.get_prompt
         #: The prompt between PEFT's two calls while torch.compile traces, which does not support tensor attributes.
         self.traced: Prompt | None = None
@@ -157,6 +163,7 @@ class PeftPrompt(PromptSource):
         self.patch = patch
         PeftMethod(self.model, "get_prompt", self.get_prompt).install(patch.wiring)
         PeftCalls(self.model).install(patch.wiring)
+        self.adapters.install(patch.wiring)
         GenerationInputs(self.model).install(patch.wiring)
         PeftMethod(self.model, "prepare_inputs_for_generation", self.prepare_inputs).install(patch.wiring)
         patch.wiring.add_hooks(self.model.register_forward_pre_hook(self.before_peft, with_kwargs=True))
@@ -190,6 +197,9 @@ class PeftPrompt(PromptSource):
         self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
     ) -> Tensor:
         """Replaces ``PeftModel.get_prompt``: the same values, in a tensor that remembers the prompt."""
+        names = self.adapters.of_call(batch_size)
+        if names is not None:
+            return self._mixed_tensor(names)
         prompt = self._prompt(peft_method, batch_size, task_ids)
         rows = prompt.rows if prompt.per_sample else prompt.rows.expand(batch_size, -1, -1)
         if torch.compiler.is_compiling():
@@ -198,6 +208,39 @@ class PeftPrompt(PromptSource):
         tensor = rows.as_subclass(PromptTensor)
         tensor.prompt = prompt
         return tensor
+
+    def _mixed_tensor(self, names: Sequence[str]) -> Tensor:
+        """[B, P, E], NaN: a tensor that remembers prompts of different lengths, P is the active adapter's."""
+        prompt = self._mixed(names)
+        shape = len(names), self.model.active_peft_config.num_virtual_tokens, prompt.rows.shape[2]
+        tensor = prompt.rows.new_full(shape, float("nan")).as_subclass(PromptTensor)
+        tensor.prompt = prompt
+        return tensor
+
+    def _mixed(self, names: Sequence[str]) -> Prompt:
+        """The prompts of a batch of samples.
+
+        Args:
+            names: of the adapter of each sample, or :data:`BASE`.
+        """
+        model: Any = running.module(self.model, self.model)
+        used = sorted({name for name in names if name != BASE}) or [model.active_adapter]
+        kinds = {model.peft_config[name].peft_type.value for name in used}
+        if self.peft_bugs or not kinds <= set(_PLAIN_TYPES):
+            expected = f"{' or '.join(_PLAIN_TYPES)} adapters and peft_bugs=False"
+            raise ValueError(f"adapter_names: expected {expected}, got {', '.join(sorted(kinds))}")
+        rows = [self._rows(model, name) for name in used]
+        longest, device = max(x.shape[0] for x in rows), rows[0].device
+        bank = torch.stack([torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[0])) for x in rows])
+        ids = torch.tensor([-1 if name == BASE else used.index(name) for name in names], device=device)
+        lens = torch.tensor([x.shape[0] for x in rows], dtype=torch.int32, device=device)
+        return Prompt(bank, ids, lens=lens)
+
+    def _rows(self, model: Any, name: str) -> Tensor:
+        """[P, E], the prompt of an adapter, as in PEFT's ``get_prompt``, which computes that of the active one."""
+        encoder, tokens = model.prompt_encoder[name], model.prompt_tokens[name]
+        weight: Tensor = encoder.embedding.weight
+        return weight if model.peft_config[name].inference_mode else encoder(tokens[None].to(weight.device))[0]
 
     def _prompt(self, compute: Any, batch_size: int, task_ids: Tensor | None) -> Prompt:
         """The active adapter's prompt, or those of the tasks in the batch, computed by PEFT's ``get_prompt``."""
@@ -221,7 +264,7 @@ class PeftPrompt(PromptSource):
         if prompt is None or (call is not None and call.peft_way):
             kwargs["inputs_embeds"] = plain(kwargs.get("inputs_embeds"))
             return None
-        given = {**kwargs, "inputs_embeds": plain(kwargs["inputs_embeds"])}
+        given = {**kwargs, "inputs_embeds": plain(kwargs["inputs_embeds"])} if prompt.lens is None else None
         self._remove_prompt(kwargs, prompt, tokens)
         if call is not None and call.position_ids is not None:
             kwargs["position_ids"] = call.position_ids
@@ -231,7 +274,7 @@ class PeftPrompt(PromptSource):
                 "TOKEN_CLS", "labels are those of tokens; PEFT raises, because its outputs include the prompt", _BUGS
             )
         input_ids = None if call is None else call.input_ids
-        return Prompt(prompt.rows, prompt.ids, prompt.per_sample, shown=True, given=given, input_ids=input_ids)
+        return replace(prompt, shown=prompt.lens is None, given=given, input_ids=input_ids)
 
     def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
         """(the prompt in a call's embeddings, the embeddings after it)."""
@@ -247,13 +290,22 @@ class PeftPrompt(PromptSource):
     def _remove_prompt(self, kwargs: dict[str, Any], prompt: Prompt, tokens: Tensor) -> None:
         """Remove the prompt from the arguments."""
         prompt_len, length = prompt.rows.shape[1], tokens.shape[1]
+        if prompt.lens is not None:  # PEFT counts the active adapter's
+            prompt_len = self.model.active_peft_config.num_virtual_tokens
         kwargs["inputs_embeds"] = tokens
         for name in ("attention_mask", "labels"):
             x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] == prompt_len + length:
                 kwargs[name] = x[:, prompt_len:]
 
-    def prepare_inputs(self, peft_method: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def prepare_inputs(
+        self,
+        peft_method: Any,
+        *args: Any,
+        task_ids: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Replaces ``PeftModel.prepare_inputs_for_generation``.
 
         Returns the base model's own inputs, with the prompt until there is a cache. ``generate`` sees a cache of the
@@ -268,6 +320,9 @@ class PeftPrompt(PromptSource):
         reason = self.patch.packer.why_unpackable(
             {n: x for n, x in inputs.items() if n != "position_ids" or x is None}
         )
+        if adapter_names is not None and (reason is not None or begun_by_peft):
+            reason = reason or "the cache was not made by this model"
+            raise ValueError(f"adapter_names: expected None, because {reason}, got names")
         if reason is not None and not begun_by_peft:
             self.patch.fall_back(reason, self.concatenates)
         if begun_by_peft or bug or reason is not None:
@@ -277,8 +332,11 @@ class PeftPrompt(PromptSource):
             if "inputs_embeds" in inputs:
                 inputs["inputs_embeds"] = plain(inputs["inputs_embeds"])
             return inputs
-        rows = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        prompt = self._prompt(self._get_prompt, rows.shape[0], task_ids)
+        num_rows = tokens_of(inputs).shape[0]
+        if adapter_names is not None:
+            inputs["peftkern_prompt"] = self._mixed(self.adapters.of_rows(adapter_names, num_rows))
+            return inputs
+        prompt = self._prompt(self._get_prompt, num_rows, task_ids)
         inputs["peftkern_prompt"] = Prompt(prompt.rows, prompt.ids, prompt.per_sample)
         return inputs
 
