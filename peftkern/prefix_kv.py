@@ -53,10 +53,10 @@ class PrefixKV(LearnedLength):
             ``model_or_config`` is not a model, the number of layers of each part, ``{"encoder": 6, "decoder": 6}``.
         peft_seq2seq_layout: layer l reads the keys and values stored for layer 2 l mod num_layers, as PEFT does in
             encoder-decoder models. Needs one length for all layers.
-        learn_length: give each token of each layer a gate, the sigmoid of a learned logit. Attention adds its logarithm
-            to the token's scores, so that it multiplies the softmax weight in all heads. Gates start nearly open.
-            With :meth:`sparsity` in the loss they close where they can, and :meth:`prune` removes their tokens. The
-            logits, ``gate_logits``, need a larger learning rate than keys and values (with AdamW, 0.1 to 0.3).
+        learn_length: give each token of each layer a gate, the sigmoid of a learned logit. Attention adds its
+            logarithm to the token's scores, so that it multiplies the softmax weight in all heads. Gates start nearly
+            open. With :meth:`sparsity` in the loss they close where they can, and :meth:`prune` removes their tokens.
+            The logits, ``gate_logits``, need a larger learning rate than keys and values (with AdamW, 0.1 to 0.3).
         positions: positions that the prefix stands for; the sequence's start after them. Default: the longest length.
             Pruned prefixes keep theirs.
 
