@@ -466,7 +466,8 @@ class PrefixKV(LearnedLength):
         for name in ("num_prefixes", "num_frozen_tokens", "projection", "peft_seq2seq_layout", "learn_length"):
             value = getattr(self, name)
             parts += [f"{name}={value}"] if value else []
-        parts += [f"positions={self.positions}"] if self.positions != max(self.lengths) else []
+        usual = positions_of(self.parts, self.lengths)
+        parts += [f"positions={self.positions}"] if self.positions != usual else []
         return ", ".join(parts)
 
     def __repr__(self) -> str:

@@ -113,11 +113,11 @@ def attention_forward(
             kind = type(module).__name__
             raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
         # A layer without a prefix must also separate the packed sequences.
-        found = (key, value), (key[0, :, :0], value[0, :, :0])
+        found = (key, value), (key[0, :, :0], value[0, :, :0]), None
     if found is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
-    (key, value), prefix = found
-    return _attend(module, query, key, value, attention_mask, prefix, peftkern_prefix, **kwargs), None
+    (key, value), prefix, bias = found
+    return _attend(module, query, key, value, attention_mask, prefix, bias, peftkern_prefix, **kwargs), None
 
 
 def _attend(
@@ -127,6 +127,7 @@ def _attend(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     prefix: KeyValue,
+    key_bias: Tensor | None,
     cache: PrefixCache,
     *,
     dropout: float = 0.0,
@@ -168,7 +169,6 @@ def _attend(
         "bias": bias,
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
-    key_bias = cache.bias_for(module, device)
     if query_bias is None and (key_bias is None or not _has_segments(cache)):
         prefix_k, prefix_v = (x[None] for x in prefix) if _has_segments(cache) else prefix
         sequence |= {"prefix_bias": key_bias, **_places(cache, prefix_len, device)}
