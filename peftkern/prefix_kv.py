@@ -57,9 +57,8 @@ class PrefixKV(LearnedLength):
             encoder-decoder models. Needs one length for all layers.
         learn_length: give each token of each layer a gate, the sigmoid of a learned logit. Attention adds its
             logarithm to the token's scores, so that it multiplies the softmax weight in all heads. Gates start nearly
-            open.
-            With :meth:`sparsity` in the loss they close where they can, and :meth:`prune` removes their tokens. The
-            logits, ``gate_logits``, need a larger learning rate than keys and values (with AdamW, 0.1 to 0.3).
+            open. With :meth:`sparsity` in the loss they close where they can, and :meth:`prune` removes their tokens.
+            The logits, ``gate_logits``, need a larger learning rate than keys and values (with AdamW, 0.1 to 0.3).
         positions: positions that the prefix stands for; the sequence's start after them. Default: the longest length.
             Pruned prefixes keep theirs.
         state: also learn the states in which the recurrent layers of a model start, which runs on two tokens. Such
@@ -454,7 +453,8 @@ class PrefixKV(LearnedLength):
         for name in ("num_prefixes", "num_frozen_tokens", "projection", "peft_seq2seq_layout", "learn_length"):
             value = getattr(self, name)
             parts += [f"{name}={value}"] if value else []
-        parts += [f"positions={self.positions}"] if self.positions != max(self.lengths) else []
+        usual = positions_of(self.parts, self.lengths)
+        parts += [f"positions={self.positions}"] if self.positions != usual else []
         parts += ["state=True"] if self.state is not None else []
         return ", ".join(parts)
 

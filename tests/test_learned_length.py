@@ -179,6 +179,7 @@ def test_checkpoints_and_copies_keep_gates_and_positions(length, tmp_path):
 def test_a_projection_with_gates_keeps_both_in_a_checkpoint(tmp_path):
     prefix = gated(projection=7)
     save_prefix(prefix, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PEFTKERN_PREFIX"
     assert_same(load_prefix(tmp_path), prefix)
     assert load_prefix(tmp_path).projection == 7
     assert_same(prefix.bake(), prefix)

@@ -7,6 +7,7 @@ without a prefix, disabled adapters) run the implementation that the model had b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -31,6 +32,10 @@ _SEE_ALL = CompactMask(causal=False, window=None, key_mask=None)
 
 #: Devices that support autocast; torch raises for others. A constant, so that torch.compile can trace it.
 _AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
+
+
+#: (key, value), (prefix_k, prefix_v), and the bias [1, P] of the prefix tokens or None.
+_Found = tuple[KeyValue, KeyValue, Tensor | None]
 
 
 class Implementation(str):
@@ -117,14 +122,14 @@ def attention_forward(
     if found is None:
         return _previous_attention(module, query, key, value, attention_mask, **kwargs)
     assert cache is not None
-    (key, value), prefix = found
-    return _attend(module, query, key, value, attention_mask, prefix, cache, **kwargs), None
+    (key, value), prefix, bias = found
+    return _attend(module, query, key, value, attention_mask, prefix, bias, cache, **kwargs), None
 
 
 def _find_prefix(
     module: nn.Module, key: Tensor, value: Tensor, mask: LazyMask | Tensor | None, cache: PrefixCache
-) -> tuple[KeyValue, KeyValue] | None:
-    """((key, value), (prefix_k, prefix_v)) that a module reads; None if the previous attention runs it."""
+) -> _Found | None:
+    """((key, value), (prefix_k, prefix_v), bias) that a module reads; None if the previous attention runs it."""
     found = cache.prefix_for(module, key, value, mask)
     if found is not None or cache.packed is None:
         return found
@@ -132,7 +137,7 @@ def _find_prefix(
         kind = type(module).__name__
         raise ValueError(f"model: expected attention modules that read the prefix in a packed batch, got {kind}")
     # A layer without a prefix must also separate the packed sequences.
-    return (key, value), (key[0, :, :0], value[0, :, :0])
+    return (key, value), (key[0, :, :0], value[0, :, :0]), None
 
 
 def _attend_gated(
@@ -141,7 +146,7 @@ def _attend_gated(
     key: Tensor,
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
-    found: tuple[KeyValue, KeyValue] | None,
+    found: _Found | None,
     cache: PrefixCache | None,
     gated: GatedPrefix,
     *,
@@ -158,11 +163,11 @@ def _attend_gated(
     """
     kwargs = {**kwargs, "dropout": dropout, "scaling": scaling}
     if found is not None:
-        (key, value), prefix = found
+        (key, value), prefix, bias = found
     if gated.joins(module, **kwargs) and _is_plain_sequence(attention_mask, key.shape[2], found, cache):
         reader = _without_prefixes(gated.options) if cache is None else cache
         out = _attend(
-            module, query, key, value, attention_mask, gated.pair(key), reader, gate=gated.open_gate(query),
+            module, query, key, value, attention_mask, gated.pair(key), None, reader, gate=gated.open_gate(query),
             options=gated.options, **kwargs,
         )  # fmt: skip
         return out, None
@@ -171,7 +176,7 @@ def _attend_gated(
         out, weights = _previous_attention(module, query, key, value, attention_mask, **kwargs)
     else:
         assert cache is not None
-        out = _attend(module, query, key, value, attention_mask, prefix, cache, **kwargs)
+        out = _attend(module, query, key, value, attention_mask, prefix, bias, cache, **kwargs)
     gated_out = gated.attend(query, key)
     if not gated.apart:
         return (out + gated_out).to(out.dtype), weights
@@ -188,7 +193,7 @@ def _without_prefixes(options: PrefixOptions) -> PrefixCache:
 def _is_plain_sequence(
     mask: LazyMask | Tensor | None,
     num_keys: int,
-    found: tuple[KeyValue, KeyValue] | None,
+    found: _Found | None,
     cache: PrefixCache | None,
 ) -> bool:
     """Whether a module reads no other prefix, and its mask is compact."""
@@ -204,6 +209,7 @@ def _attend(
     value: Tensor,
     attention_mask: LazyMask | Tensor | None,
     prefix: KeyValue,
+    key_bias: Tensor | None,
     cache: PrefixCache,
     *,
     options: PrefixOptions | None = None,
@@ -243,7 +249,6 @@ def _attend(
         "gate": gate,
     }
     common: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "backend": options.backend}
-    key_bias = cache.bias_for(module, device)
     if query_bias is None and (key_bias is None or not _has_segments(cache)):
         prefix_k, prefix_v = (x[None] for x in prefix) if _has_segments(cache) else prefix
         sequence |= {"prefix_bias": key_bias, **_places(cache, prefix_len, device)}

@@ -278,22 +278,23 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     def prefix_for(
         self, module: nn.Module, key: Tensor, value: Tensor, mask: Any
-    ) -> tuple[KeyValue, KeyValue] | None:
+    ) -> tuple[KeyValue, KeyValue, Tensor | None] | None:
         """What an attention module reads that is about to attend to ``key`` and ``value``.
 
         Returns:
-            ((key, value), (prefix_k, prefix_v)), the prefix on the key's device, in the key's dtype or fp32; None if
-            the module reads no prefix.
+            ((key, value), (prefix_k, prefix_v), bias), the prefix on the key's device, in the key's dtype or fp32,
+            and what is added to its tokens' scores, [1, P] or None; None if the module reads no prefix.
         """
         info = getattr(module, LAYER_INFO, None)
         if info is None:
             return None
-        layer = self._layer_of(info)
+        layer, bias = self._layer_of(info), None
         if info.part == "cross":
             prefix = self.beside[layer] if self.beside else None
             found = None if prefix is None else ((key, value), prefix)
         else:
             found = self._with_prefix(layer, key, value)
+            bias = self.bias[layer] if self.bias else None
         if found is None:
             return None
         sequence, prefix = found
@@ -301,7 +302,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             prefix = expanded(module, prefix)
         if self._running is not None:  # None where a layer is recomputed in the backward pass
             self._running.served[info.name] = self._running.served.get(info.name, 0) + 1
-        return sequence, like_key(prefix, key)
+        return sequence, like_key(prefix, key), None if bias is None else bias[None].to(key.device)
 
     def _layer_of(self, info: Any) -> int:
         """The layer that an attention module with this :class:`.survey.PrefixLayerInfo` is about to compute."""
@@ -319,11 +320,6 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue] | None:
         prefix = self.prefix[layer]
         return None if prefix is None else ((key, value), prefix)
-
-    def bias_for(self, module: nn.Module, device: torch.device) -> Tensor | None:
-        """[1, P], added to the scores of the prefix that an attention module reads; None if nothing is."""
-        bias = self.bias[getattr(module, LAYER_INFO).layer] if self.bias else None
-        return None if bias is None else bias[None].to(device)
 
 
 def like_key(prefix: KeyValue, key: Tensor) -> KeyValue:

@@ -266,14 +266,15 @@ class Trial:
 
         def run() -> str | None:
             tokens = self.backbone.get_input_embeddings()(self.ids)
-            arguments = {"attention_mask": self.mask, "use_cache": False}
-            want = self._recorded(inputs_embeds=tokens, **arguments)[-1:]
-            moved = self._recorded(inputs_embeds=_round_otherwise(tokens), **arguments)[-1:]
+            arguments: dict[str, Any] = {"attention_mask": self.mask, "use_cache": False}
+            want = self.recorded(inputs_embeds=tokens, **arguments)[-1:]
+            moved = self.recorded(inputs_embeds=self._round_otherwise(tokens), **arguments)[-1:]
             change()
-            got = self._recorded(inputs_embeds=tokens, **arguments)[-1:]
-            return _compare(f"{self.kind} {what}", got, want, self.mask, _rounding(moved, want, self.mask))
+            got = self.recorded(inputs_embeds=tokens, **arguments)[-1:]
+            rounding = self._measure_rounding(moved, want, self.mask)
+            return self.compare(f"{self.kind} {what}", got, want, self.mask, rounding)
 
-        return self._guarded(run, what)
+        return self.guarded(run, what)
 
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
         return PackedCache(len(self.prefix), packed, stores=False, options=self.options)

@@ -11,8 +11,9 @@ import peftkern
 from peftkern import PrefixKV
 from tests.huggingface import models
 from tests.huggingface.gates_by_hand import GatesByHand
-from tests.huggingface.models import FAMILIES, IDS, LEFT, ONES, RIGHT, patch_of
+from tests.huggingface.models import FAMILIES, IDS, LEFT, ONES, PREFIX, RIGHT, patch_of
 from tests.huggingface.shared_rows import ROWS, differ, inputs_of, share_everything, train
+from tests.huggingface.test_encoders import encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -198,6 +199,26 @@ def test_gates_of_zero_and_one_are_no_prefix_and_a_plain_one(name):
             got = model(input_ids=IDS, attention_mask=RIGHT).logits
             assert differ(got[RIGHT == 1], logits[RIGHT == 1]) < 1e-10
     assert differ(want[torch.inf], want[-torch.inf]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["albert", "albert (2 groups)", "distilbert", "modernbert"])
+def test_each_layer_of_an_encoder_has_its_gates(name):
+    """Tokens whose gates are 0 are as if they were not there. The layers of albert are one module."""
+    prefix = PrefixKV(base := encoder(name), PREFIX, learn_length=True, std=1.0)
+    generator = torch.Generator().manual_seed(4)
+    kept = [torch.rand(PREFIX, generator=generator) < 0.6 for _ in prefix.lengths]
+    prefix.gate_logits.data = torch.cat([torch.where(keep, torch.inf, -torch.inf) for keep in kept])
+    layers = [(k[:, keep], v[:, keep]) for (k, v), keep in zip(prefix.layer_kv(), kept, strict=True)]
+    plain = PrefixKV.from_cache(layers, [int(keep.sum()) for keep in kept], model_or_config=base)
+    outputs = []
+    for each in (plain, prefix, prefix.prune(0.0)):
+        model = peftkern.patch(encoder(name).eval(), each, shift_positions=False, prefix_in_window=False)
+        with torch.no_grad():
+            outputs.append(model(input_ids=IDS, attention_mask=RIGHT)[0])
+    assert len(set(plain.lengths)) > 1
+    for got in outputs[1:]:
+        real = RIGHT == 1 if got.dim() > 2 else slice(None)
+        assert differ(got[real], outputs[0][real]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["t5", "umt5 (bias per layer)"])
