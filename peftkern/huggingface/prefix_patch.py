@@ -25,7 +25,7 @@ from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
 from .packing import PackedBatch
-from .recurrent import restore_cache
+from .recurrent import give_cache
 from .recurrent_trial import ignores_cache, try_state
 from .trial import Trial
 from .wiring import Source
@@ -82,6 +82,9 @@ class PrefixPatch(ModelPatch):
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
         self.source.check(self)
+        for module, info in self.recurrent.items():
+            hook = partial(give_cache, info)
+            self.wiring.add_hooks(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.ignores_cache = trial.ignores_cache = ignores_cache(trial)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
@@ -112,10 +115,6 @@ class PrefixPatch(ModelPatch):
         for layer, (want, got) in enumerate(zip_longest(expected, shapes)):
             if want != got:
                 raise ValueError(f"state: expected states {want} in layer {layer}, got {got}")
-        for module, info in self.recurrent.items():
-            if info.gets_prefix:
-                hook = partial(restore_cache, info.cache_name)
-                self.wiring.add_hooks(module.register_forward_pre_hook(hook, with_kwargs=True))
         if (reason := try_state(trial, [*self.recurrent])) is not None:
             raise ValueError(f"state: expected False, because {reason}, got True")
 
