@@ -63,12 +63,12 @@ class PrefixKV(LearnedLength):
             Pruned prefixes keep theirs.
         state: also learn the states in which the recurrent layers of a model start, which runs on two tokens. Such
             layers do not attend to the keys. Initially the states are fresh ones (0), or with :meth:`from_text` those
-            after the text. A :class:`RecurrentState` is taken as it is.
+            after the text. A ``RecurrentState`` is taken as it is.
 
     Attributes:
         shapes: (num_kv_heads, head_dim, value_head_dim) of each layer; None for a layer without keys.
         parts: the layers of each part.
-        state: :class:`RecurrentState`, or None.
+        state: the states of recurrent layers, a ``peftkern.recurrent_state.RecurrentState``; None without.
         lengths: tokens per layer.
         prefix_lens: [A] int32, tokens of each prefix of a bank; None without a bank.
         trainable, frozen: the flat parameters (with a projection, ``trainable[0]`` contains the embeddings).

@@ -30,7 +30,7 @@ from .packing import PackedBatch
 from .parts import EncoderHooks, PartLayers, find_part_layers
 from .parts_trial import PartsTrial
 from .probing import quiet
-from .recurrent import restore_cache
+from .recurrent import give_cache
 from .recurrent_trial import ignores_cache, try_state
 from .survey import PrefixLayerInfo
 from .trial import Trial
@@ -117,6 +117,9 @@ class PrefixPatch(ModelPatch):
                 self.part_layers = find_part_layers(self.base, self.backbone, names, self.source.parts)
             self.part_layers.install(self.wiring)
         self.source.check(self)
+        for module, info in self.recurrent.items():
+            hook = partial(give_cache, info)
+            self.wiring.add_hooks(module.register_forward_pre_hook(hook, with_kwargs=True))
         self.ignores_cache = trial.ignores_cache = ignores_cache(trial)
         if (reason := trial.try_prefix()) is not None:
             raise ValueError(f"model: {reason}")
@@ -155,10 +158,6 @@ class PrefixPatch(ModelPatch):
         for layer, (want, got) in enumerate(zip_longest(expected, shapes)):
             if want != got:
                 raise ValueError(f"state: expected states {want} in layer {layer}, got {got}")
-        for module, info in self.recurrent.items():
-            if info.gets_prefix:
-                hook = partial(restore_cache, info.cache_name)
-                self.wiring.add_hooks(module.register_forward_pre_hook(hook, with_kwargs=True))
         if (reason := try_state(trial, [*self.recurrent])) is not None:
             raise ValueError(f"state: expected False, because {reason}, got True")
 

@@ -24,9 +24,9 @@ from ..recurrent_state import LayerState
 __all__ = [
     "RecurrentLayer",
     "RecurrentModule",
+    "give_cache",
     "layers_with_states",
     "recurrent_layers",
-    "restore_cache",
     "watch_recurrent",
 ]
 
@@ -169,9 +169,16 @@ def watch_recurrent(
             del layers[index].update_conv_state, layers[index].update_recurrent_state
 
 
-def restore_cache(cache_name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Hook on a recurrent module: give it the cache, which activation checkpointing has removed."""
-    cache = kwargs.get("peftkern_prefix")
-    if isinstance(cache, Cache) and kwargs.get(cache_name) is None:
-        kwargs[cache_name] = cache
+def give_cache(info: RecurrentModule, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Hook on a recurrent module: give it the cache if it reads or writes a state.
+
+    A training step with fresh states needs no cache, without which models have faster kernels. With initial states it
+    needs one, which activation checkpointing has removed.
+    """
+    given, prefix = kwargs.get(info.cache_name), kwargs.get("peftkern_prefix")
+    cache = given if given is not None else prefix
+    layers = getattr(cache, "layers", ())
+    layer = layers[info.layer] if info.layer < len(layers) else None
+    if isinstance(layer, RecurrentLayer):
+        kwargs[info.cache_name] = cache if layer.initial else given if layer.stores else None
     return args, kwargs

@@ -226,6 +226,17 @@ def test_a_training_step_stores_no_state():
     assert all(map(torch.equal, before, prefix.state.parameters()))
 
 
+@pytest.mark.parametrize("state", [False, True])
+def test_a_training_step_with_fresh_states_has_no_cache(state):
+    """Models have faster kernels without one."""
+    _, model, _ = built("qwen3_next", state=state)
+    mixer, given = model.model.layers[0].linear_attn, []
+    mixer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["cache_params"]), with_kwargs=True)
+    model.train()(IDS)
+    model.eval()(IDS)
+    assert [cache is not None for cache in given] == [state, True]
+
+
 def test_prefix_tuning_runs_where_peft_cannot():
     stock = tiny.tiny_model("qwen3_next")
     geometry = runs.cached_geometry(stock)
