@@ -13,7 +13,8 @@ from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, Origin, layers_of, text_tokens
 from .prefix_layout import checked, groups_of, shares_parameter
 from .prefix_length import LearnedLength, token_layers
-from .prefix_parts import DECODER, check_parts, parts_of, positions_of
+from .prefix_options import check_options
+from .prefix_parts import DECODER, parts_of, positions_of
 
 __all__ = ["PrefixKV"]
 
@@ -110,7 +111,7 @@ class PrefixKV(LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        self._check()
+        check_options(self)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)
@@ -137,39 +138,6 @@ class PrefixKV(LearnedLength):
         lens = None if num_prefixes is None else torch.full((num_prefixes,), max(self.lengths), dtype=torch.int32)
         self.register_buffer("prefix_lens", lens if lens is None or device is None else lens.to(device))
         self._initialise(init, std)
-
-    def _check(self) -> None:
-        """Raise ValueError for arguments that do not fit each other."""
-        longest = max(self.lengths)
-        check_parts(self.parts, num_prefixes=self.num_prefixes, peft_seq2seq_layout=self.peft_seq2seq_layout)
-        check_parts(self.parts, learn_length=self.learn_length)
-        if self.num_prefixes is not None and self.num_prefixes < 1:
-            raise ValueError(f"num_prefixes: expected None or at least 1, got {self.num_prefixes}")
-        if not 0 <= self.num_frozen_tokens <= longest:
-            raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {self.num_frozen_tokens}")
-        if self.positions < (taken := positions_of(self.parts, self.lengths)):
-            raise ValueError(f"positions: expected None or at least length = {taken}, got {self.positions}")
-        if self.projection is not None and self.projection < 1:
-            raise ValueError(f"projection: expected None or a hidden size of at least 1, got {self.projection}")
-        if self.learn_length and self.peft_seq2seq_layout:
-            raise ValueError(
-                "learn_length: expected False with peft_seq2seq_layout, whose layers share tokens, got True"
-            )
-        for argument in ("projection", "peft_seq2seq_layout"):
-            if not getattr(self, argument) or shares_parameter(self.lengths, self.shapes):
-                continue
-            if len(set(self.lengths)) > 1 and all(self.shapes):
-                raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(self.lengths)}")
-            raise ValueError(
-                f"{argument}: expected keys and values of the same width in every layer, got layers of {self.shapes}"
-            )
-        if self.num_prefixes is not None:
-            names = ("projection", "peft_seq2seq_layout", "learn_length")
-            given = [name for name in names if getattr(self, name)]
-            lengths = {n for n, shape in zip(self.lengths, self.shapes, strict=True) if shape is not None}
-            if given or len(lengths) > 1:
-                got = f"{given[0]}={getattr(self, given[0])}" if given else f"lengths {list(self.lengths)}"
-                raise ValueError(f"num_prefixes: expected None, or prefixes of one length for all layers, got {got}")
 
     @torch.no_grad()
     def _initialise(self, init: str | Sequence[KeyValue | None], std: float) -> None:

@@ -32,7 +32,10 @@ ALLOWED = {
     "prefix_layout": {"layer_shapes", "model_info"},
     "prefix_parts": {"eager_attention", "layer_shapes", "model_info"},
     "prefix_length": {"prefix_layout", "prefix_parts", "layer_shapes", "model_info"},
-    "prefix_kv": {"prefix_length", "prefix_layout", "prefix_parts", "layer_shapes", "model_info"},
+    "prefix_options": {"prefix_layout", "prefix_parts"},
+    "prefix_kv": {
+        "prefix_length", "prefix_layout", "prefix_options", "prefix_parts", "layer_shapes", "model_info"
+    },
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "model_info"},
