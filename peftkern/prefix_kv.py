@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, Origin, layers_of, text_tokens
-from .prefix_layout import check_arguments, checked, groups_of, shares_parameter
+from .prefix_layout import checked, groups_of, shares_parameter
 from .prefix_length import LearnedLength, token_layers
-from .prefix_parts import DECODER, check_parts, parts_of, positions_of
+from .prefix_options import check_options
+from .prefix_parts import DECODER, parts_of, positions_of
 from .recurrent_state import RecurrentState, as_state
 
 __all__ = ["PrefixKV"]
@@ -118,9 +119,7 @@ class PrefixKV(LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        check_parts(self.parts, num_prefixes=num_prefixes, peft_seq2seq_layout=peft_seq2seq_layout)
-        check_parts(self.parts, learn_length=learn_length)
-        check_arguments(self, taken=positions_of(self.parts, self.lengths), has_state=state is not False)
+        check_options(self, has_state=state is not False)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)

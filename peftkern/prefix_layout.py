@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 from .layer_shapes import LayerShape
 from .model_info import KeyValue
 
-__all__ = ["Group", "check_arguments", "checked", "groups_of", "shares_parameter", "with_layers_that_share"]
+__all__ = ["Group", "checked", "groups_of", "shares_parameter", "with_layers_that_share"]
 
 
 @dataclass(frozen=True)
@@ -125,41 +124,3 @@ def with_layers_that_share(
 def _zeros(like: Tensor, shape: LayerShape, length: int) -> KeyValue:
     heads, dim, value_dim = shape
     return like.new_zeros(heads, length, dim), like.new_zeros(heads, length, value_dim)
-
-
-def check_arguments(prefix: Any, *, taken: int, has_state: bool) -> None:
-    """Raise ValueError for arguments of a :class:`peftkern.PrefixKV` that do not fit each other.
-
-    Args:
-        prefix: with the arguments as attributes.
-        taken: positions that its tokens take.
-        has_state: whether it has states of recurrent layers.
-    """
-    longest = max(prefix.lengths)
-    if prefix.num_prefixes is not None and prefix.num_prefixes < 1:
-        raise ValueError(f"num_prefixes: expected None or at least 1, got {prefix.num_prefixes}")
-    if not 0 <= prefix.num_frozen_tokens <= longest:
-        raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {prefix.num_frozen_tokens}")
-    if prefix.positions < taken:
-        raise ValueError(f"positions: expected None or at least length = {taken}, got {prefix.positions}")
-    if prefix.projection is not None and prefix.projection < 1:
-        raise ValueError(f"projection: expected None or a hidden size of at least 1, got {prefix.projection}")
-    if prefix.learn_length and prefix.peft_seq2seq_layout:
-        raise ValueError("learn_length: expected False with peft_seq2seq_layout, whose layers share tokens, got True")
-    for argument in ("projection", "peft_seq2seq_layout"):
-        if not getattr(prefix, argument) or shares_parameter(prefix.lengths, prefix.shapes):
-            continue
-        if len(set(prefix.lengths)) > 1 and all(prefix.shapes):
-            raise ValueError(f"{argument}: expected one length for all layers, got lengths {list(prefix.lengths)}")
-        raise ValueError(
-            f"{argument}: expected keys and values of the same width in every layer, got layers of {prefix.shapes}"
-        )
-    if prefix.num_prefixes is not None and has_state:
-        raise ValueError(f"num_prefixes: expected None with state=True, got {prefix.num_prefixes}")
-    if prefix.num_prefixes is not None:
-        names = ("projection", "peft_seq2seq_layout", "learn_length")
-        given = [name for name in names if getattr(prefix, name)]
-        lengths = {n for n, shape in zip(prefix.lengths, prefix.shapes, strict=True) if shape is not None}
-        if given or len(lengths) > 1:
-            got = f"{given[0]}={getattr(prefix, given[0])}" if given else f"lengths {list(prefix.lengths)}"
-            raise ValueError(f"num_prefixes: expected None, or prefixes of one length for all layers, got {got}")

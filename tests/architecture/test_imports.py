@@ -33,8 +33,10 @@ ALLOWED = {
     "prefix_parts": {"eager_attention", "layer_shapes", "model_info"},
     "prefix_length": {"prefix_layout", "prefix_parts", "layer_shapes", "model_info"},
     "recurrent_state": {"model_info"},
+    "prefix_options": {"prefix_layout", "prefix_parts"},
     "prefix_kv": {
-        "prefix_length", "prefix_layout", "prefix_parts", "recurrent_state", "layer_shapes", "model_info",
+        "prefix_length", "prefix_layout", "prefix_options", "prefix_parts", "recurrent_state", "layer_shapes",
+        "model_info",
     },
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
