@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache, StaticLayer
 
 from .packing import PackedBatch
 
-__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixLayer", "PrefixOptions", "stored_layers"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -51,6 +51,15 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
+
+
+def stored_layers(cache: Cache | None) -> list[Any] | None:
+    """The layers of a static or quantised cache if all keep every token of the sequence; None for other caches."""
+    if isinstance(cache, QuantizedCache):
+        return list(cache.layers)
+    if isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers):
+        return list(cache.layers)
+    return None
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         options: passed on to the attention function.
         ids: [B], index into the bank for each sample, -1 for none.
         lens: [A], the number of tokens of each prefix in the bank; None if all have P.
-        static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
-            None to store the sequence in tensors that grow.
+        given: the caller's empty cache. If it is static or quantised, its layers store the sequence; if it offloads
+            layers to the CPU, so does this one. None to store the sequence in tensors that grow.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -109,11 +118,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         options: PrefixOptions,
         ids: Tensor | None = None,
         lens: Tensor | None = None,
-        static_layers: Sequence[StaticLayer] | None = None,
+        given: Cache | None = None,
     ) -> None:
-        layers = [PrefixLayer(stores) for _ in prefix] if static_layers is None else list(static_layers)
-        Cache.__init__(self, layers=layers)
-        self.is_static = static_layers is not None
+        layers = stored_layers(given) or [PrefixLayer(stores) for _ in prefix]
+        Cache.__init__(self, layers=layers, offloading=given is not None and given.offloading)
+        self.is_static = isinstance(given, StaticCache)
         self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.stores = stores
         self.options = options
@@ -318,7 +327,7 @@ class PackedCache(PrefixCache):
     """
 
     packed: PackedBatch
-    #: The caller's own empty cache, if there is one.
+    #: The caller's own empty cache, if there is one; :meth:`unpacked` stores in it as :class:`PrefixCache` does.
     given: Cache | None = None
 
     def __init__(self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions) -> None:
@@ -376,9 +385,16 @@ class PackedCache(PrefixCache):
         if ids is None:
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
-            banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids
-        )
-        cache.layers = self._padded_layers()
+            banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
+            given=self.given,
+        )  # fmt: skip
+        padded = self._padded_layers()
+        if stored_layers(self.given) is None:
+            cache.layers = padded
+            return cache
+        for index, layer in enumerate(padded):
+            if layer.is_initialized:
+                cache.update(layer.keys, layer.values, index)
         return cache
 
 

@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..arguments import constant
 
-__all__ = ["CompactMask", "LazyMask", "additive", "mask_function"]
+__all__ = ["CompactMask", "LazyMask", "additive", "for_static_cache", "mask_function", "unmade"]
 
 
 class CompactMask(NamedTuple):
@@ -227,9 +227,14 @@ class LazyMask:
         """
         return self.for_implementation(self._previous_implementation, self._request["kv_length"])
 
-    def contiguous(self) -> Any:
-        """:meth:`for_static_cache`: some versions of ``generate`` call ``contiguous()`` on these masks."""
-        return self.for_static_cache()
+    def contiguous(self) -> LazyMask:
+        """The mask itself: some versions of ``generate`` call ``contiguous()`` on those for static caches."""
+        return self
+
+    @property
+    def padding(self) -> Tensor | None:
+        """bool [B, T], the padding mask that the mask was made of."""
+        return self._request["attention_mask"]  # type: ignore[no-any-return]
 
     def is_skipped(self) -> bool:
         """Whether the previous implementation makes no mask."""
@@ -262,6 +267,24 @@ def mask_function(**request: Any) -> LazyMask | None:
     if request["q_length"] == 1 and mask.is_aligned and not torch.compiler.is_compiling() and mask.is_skipped():
         return None
     return mask
+
+
+def unmade(mask: Any) -> Any:
+    """The padding mask of which ``generate`` has made ``mask`` for a static cache; any other argument unchanged.
+
+    The model makes the same mask of it, for the cache that replaces the static one.
+    """
+    made = list(mask.values()) if isinstance(mask, dict) else [mask]
+    if made and all(isinstance(x, LazyMask) and not x.edited and x.pattern is not None for x in made):
+        return made[0].padding
+    return mask
+
+
+def for_static_cache(mask: Any) -> Any:
+    """The masks that ``generate`` has made for a static cache as tensors; any other argument unchanged."""
+    if isinstance(mask, dict):
+        return {kind: for_static_cache(x) for kind, x in mask.items()}
+    return mask.for_static_cache() if isinstance(mask, LazyMask) else mask
 
 
 # A pattern is recognised by identity: it is a function of masking_utils, or a closure with the same code. Any other

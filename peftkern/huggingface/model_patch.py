@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, tokens_of
+from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, self_attention_cache, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
-from .masks import LazyMask
+from .masks import LazyMask, for_static_cache, unmade
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, watch_tables
@@ -222,8 +222,9 @@ class ModelPatch(Patch):
             return args, kwargs
         kwargs = bound
         rename_cache(kwargs, self.base_cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by generate, for a static cache
-            kwargs["attention_mask"] = kwargs["attention_mask"].for_static_cache()
+        if (mask := kwargs.get("attention_mask")) is not None:
+            begins = not isinstance(self_attention_cache(kwargs), PrefixCache)
+            kwargs["attention_mask"] = unmade(mask) if begins else for_static_cache(mask)
         running.enter(self, module)
         packed = self.pack_call(kwargs, HostNumbers())
         if packed is None:

@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..model_info import given_cache
 from .cache import KeyValue, PrefixCache
-from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
+from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
 from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
@@ -94,18 +94,18 @@ class PrefixPatch(ModelPatch):
                 )
 
     def new_cache(self, *, stores: bool, offset_outside: bool, given: Cache | None = None) -> PrefixCache:
-        """A cache with the prefix, for a call that starts a sequence. It stores in the ``given`` one if it is static.
+        """A cache with the prefix, for a call that starts a sequence. It stores the sequence as ``given`` does.
 
         Raises:
             ValueError: for a given cache that it cannot replace.
         """
-        check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
+        check_replaceable(given, plain=self.is_training_step or self.backbone.config.is_encoder_decoder)
         prefix = self.source.layer_kv(self)
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant(prefix)
         return PrefixCache(
             prefix, offset=self.source.offset, stores=stores, offset_outside=offset_outside, options=self.options,
-            static_layers=static_layers(given),
+            given=given if stores else None,
         )  # fmt: skip
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None]) -> None:

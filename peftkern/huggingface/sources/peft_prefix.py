@@ -16,7 +16,6 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ...model_info import given_cache
 from ..cache import KeyValue, PrefixCache
-from ..call_arguments import is_plain
 from ..calls import running
 from ..peft_model import GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixPatch, PrefixSource
@@ -100,7 +99,7 @@ class PeftPrefix(PrefixSource):
                     "cache: expected one that generate returned, got one that a forward of the PeftModel returned"
                 )
             return inputs
-        if (cache is not None and cache.get_seq_length() > 0) or not is_plain(cache, static=submodules == 1):
+        if cache is not None and cache.get_seq_length() > 0:
             return peft_method(*args, **kwargs)
         stores = inputs.get("use_cache") is not False
         new: Any = self.patch.new_cache(stores=stores, offset_outside=False, given=cache)
