@@ -388,6 +388,7 @@ class PackedCache(PrefixCache):
             banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
             given=self.given,
         )  # fmt: skip
+        cache._used = True  # a compiled decoding step must not find another state than the steps after it
         padded = self._padded_layers()
         if stored_layers(self.given) is None:
             cache.layers = padded
