@@ -116,8 +116,8 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     Their paged cache contains no prefix, and PEFT's own code would not notice that it is missing.
     """
     raise ValueError(
-        "generate_batch: expected a model without a patch, because continuous batching would leave out the prefix or "
-        "prompt, got a patched one; call generate, or unpatch the model"
+        "generate_batch: expected a model without a patch, because the paged cache of continuous batching has no "
+        "prefix or prompt, got a patched one; call generate, or unpatch the model"
     )
 
 

@@ -225,7 +225,7 @@ def test_continuous_batching_is_refused(kind):
     assert bool(notices) == ("Bloom" in kind)
     base = getattr(model, "get_base_model", lambda: model)()
     for begin in (model.generate_batch, base.generate_batch):
-        with pytest.raises(ValueError, match="continuous batching would leave out the prefix or prompt"):
+        with pytest.raises(ValueError, match="the paged cache of continuous batching has no prefix or prompt"):
             begin([[3, 4, 5]], max_new_tokens=2)
     with pytest.raises(ValueError, match="generate_batch"):
         model.init_continuous_batching()
