@@ -30,7 +30,7 @@ from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOpti
 from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, self_attention_cache, tokens_of
 from .calls import running, without_checkpointing
 from .layout import HostNumbers
-from .masks import LazyMask, for_static_cache, unmade
+from .masks import LazyMask, unmade
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, watch_tables
@@ -224,7 +224,9 @@ class ModelPatch(Patch):
         rename_cache(kwargs, self.base_cache_name)
         if (mask := kwargs.get("attention_mask")) is not None:
             begins = not isinstance(self_attention_cache(kwargs), PrefixCache)
-            kwargs["attention_mask"] = unmade(mask) if begins else for_static_cache(mask)
+            mask = unmade(mask) if begins else mask
+            # Made by generate, for a static cache.
+            kwargs["attention_mask"] = mask.for_static_cache() if isinstance(mask, LazyMask) else mask
         running.enter(self, module)
         packed = self.pack_call(kwargs, HostNumbers())
         if packed is None:

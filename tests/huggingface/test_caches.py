@@ -65,6 +65,20 @@ def test_a_prompt_is_no_part_of_a_static_cache(kind):
         assert int(layer.get_seq_length()) == IDS.shape[1] + STEPS - 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_compiles_one_graph(kind):
+    """As ``generate`` does by itself with a static cache on a GPU."""
+    model = kinds.patched_model(kind, LLAMA).eval()
+    want = generate(model).tolist()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = hf.CompileConfig(backend="eager")
+    config._compile_all_devices = True
+    assert generate(model, cache_implementation="static", compile_config=config).tolist() == want
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_beams_and_several_prompts_in_a_static_cache():
     model = kinds.patched_model("native prompt", LLAMA).eval()
     want = generate(model, num_beams=2).tolist()
