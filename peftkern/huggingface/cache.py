@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache, StaticLayer
 
 from ..layer_shapes import expanded
 from ..recurrent_state import LayerState
@@ -19,7 +19,7 @@ from .cache_layers import PrefixLayer, layer_like
 from .packing import PackedBatch
 from .recurrent import layers_with_states
 
-__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions", "like_key"]
+__all__ = ["LazyLayer", "PackedCache", "PrefixCache", "PrefixOptions", "like_key", "stored_layers"]
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -31,6 +31,15 @@ REQUIRED = "_peftkern_required"
 
 #: Passed instead of a prefix in calls that intentionally have none.
 WITHOUT_PREFIX: Any = "without prefix"
+
+
+def stored_layers(cache: Cache | None) -> list[Any] | None:
+    """The layers of a static or quantised cache if all keep every token of the sequence; None for other caches."""
+    if isinstance(cache, QuantizedCache):
+        return list(cache.layers)
+    if isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers):
+        return list(cache.layers)
+    return None
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,14 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
         offsets: [A], positions that each prefix of the bank takes before the samples that read it; None if the model
             counts ``offset`` for all samples.
-        static_layers: those of the caller's static cache, which store keys and values [B, Hkv, max_cache_len, D];
-            None to store the sequence in tensors that grow.
         bias: per layer [P], added to the scores of the prefix tokens in all heads, or None; empty if no layer has
             one.
         has_gaps: whether a prefix token's place does not tell its position, because tokens between others have been
             removed.
         like: the layers of a stock cache of the model, whose kinds this cache has too; empty if all layers attend.
         states: for each of them the states before the first token, empty for fresh ones.
+        given: the caller's empty cache. If it is static or quantised, its layers store the sequence; if it offloads
+            layers to the CPU, so does this one. None to store the sequence in tensors that grow.
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
@@ -105,18 +114,18 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         lens: Tensor | None = None,
         as_stored: bool = False,
         offsets: Tensor | None = None,
-        static_layers: Sequence[StaticLayer] | None = None,
         bias: Sequence[Tensor | None] = (),
         has_gaps: bool = False,
         like: Sequence[Any] = (),
         states: Sequence[Sequence[LayerState]] = (),
+        given: Cache | None = None,
     ) -> None:
-        layers: list[Any] = list(static_layers or ())
-        if static_layers is None:
+        layers = stored_layers(given)
+        if layers is None:
             layers = [layer_like(stock, stores, own) for stock, own in zip_longest(like, states, fillvalue=())]
             layers += [PrefixLayer(stores) for _ in prefix[len(layers) :]]
-        Cache.__init__(self, layers=layers)
-        self.is_static = static_layers is not None
+        Cache.__init__(self, layers=layers, offloading=given is not None and given.offloading)
+        self.is_static = isinstance(given, StaticCache)
         self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.bias = list(bias)
         self.has_gaps = has_gaps
@@ -380,7 +389,7 @@ class PackedCache(PrefixCache):
     """
 
     packed: PackedBatch
-    #: The caller's own empty cache, if there is one.
+    #: The caller's own empty cache, if there is one; :meth:`unpacked` stores in it as :class:`PrefixCache` does.
     given: Cache | None = None
 
     def __init__(self, num_layers: int, packed: PackedBatch, *, stores: bool, options: PrefixOptions) -> None:
@@ -439,9 +448,16 @@ class PackedCache(PrefixCache):
             banks = [None if bank is None else (bank[0][0], bank[1][0]) for bank in banks]
         cache = PrefixCache(
             banks, offset=packed.prompt_len, stores=True, offset_outside=False, options=self.options, ids=ids,
-            as_stored=True, lens=packed.prompt_lens, offsets=packed.prompt_lens,
+            as_stored=True, lens=packed.prompt_lens, offsets=packed.prompt_lens, given=self.given,
         )  # fmt: skip
-        cache.layers = self._padded_layers()
+        cache._used = True  # a compiled decoding step must not find another state than the steps after it
+        padded = self._padded_layers()
+        if stored_layers(self.given) is None:
+            cache.layers = padded
+            return cache
+        for index, layer in enumerate(padded):
+            if layer.is_initialized:
+                cache.update(layer.keys, layer.values, index)
         return cache
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..model_info import given_cache
-from .cache import PrefixCache
+from .cache import PrefixCache, stored_layers
 
 __all__ = [
     "BOUNDARIES",
@@ -23,7 +23,6 @@ __all__ = [
     "is_plain",
     "place_rows",
     "self_attention_cache",
-    "static_layers",
     "tokens_of",
 ]  # fmt: skip
 
@@ -114,35 +113,24 @@ def place_rows(cache: PrefixCache, kwargs: dict[str, Any], *, count_mask: bool) 
     kwargs["position_ids"] = torch.where(positions < 0, positions, positions + offsets)
 
 
-def static_layers(cache: Cache | None) -> list[StaticLayer] | None:
-    """The layers of a static cache without sliding windows; None for other caches."""
-    if not isinstance(cache, StaticCache) or cache.offloading:
-        return None
-    return list(cache.layers) if all(type(layer) is StaticLayer for layer in cache.layers) else None
+def is_plain(cache: Cache | None) -> bool:
+    """Whether a cache only grows on its device, so that any other cache can replace it while it is empty."""
+    return cache is None or (isinstance(cache, DynamicCache) and not cache.offloading)
 
 
-def is_plain(cache: Cache | None, *, static: bool) -> bool:
-    """Whether a :class:`PrefixCache` can replace the cache while it is empty.
+def check_replaceable(cache: Cache | None, *, plain: bool = False) -> None:
+    """Raise ValueError unless a cache is empty and a :class:`PrefixCache` can store the sequence as it does.
 
     Args:
         cache: the caller's.
-        static: whether it may be a static one.
+        plain: whether it must be a plain one.
     """
-    if cache is None or (static and static_layers(cache) is not None):
-        return True
-    return isinstance(cache, DynamicCache) and not cache.offloading
-
-
-def check_replaceable(cache: Cache | None, *, static: bool = False) -> None:
-    """Raise ValueError unless a cache is empty and :func:`is_plain`."""
-    if not is_plain(cache, static=static):
-        assert cache is not None
-        kind = f"{type(cache).__name__} with offloading" if cache.offloading else type(cache).__name__
-        static_too = ", a StaticCache without sliding windows" if static else ""
-        raise ValueError(f"cache: expected None{static_too} or a DynamicCache without offloading, got a {kind}")
-    if cache is None:
-        return
-    if cache.get_seq_length() > 0:
+    if not (is_plain(cache) if plain else is_plain(cache) or isinstance(cache, DynamicCache) or stored_layers(cache)):
+        kind = type(cache).__name__ + (" with offloading" if getattr(cache, "offloading", False) else "")
+        others = "" if plain else ", a QuantizedCache, a StaticCache without sliding windows"
+        without = " without offloading" if plain else ""
+        raise ValueError(f"cache: expected None{others} or a DynamicCache{without}, got a {kind}")
+    if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             f"cache: expected an empty cache or one that this model returned, got {cache.get_seq_length()} tokens "
             "that have not attended to the prefix"

@@ -90,8 +90,9 @@ def concatenate(
     kwargs["inputs_embeds"] = torch.cat([prompt.to(tokens.device, tokens.dtype), tokens], 1)
     mask, labels, position_ids = (kwargs.get(name) for name in ("attention_mask", "labels", "position_ids"))
     if mask is not None:
-        if mask.dim() != 2:
-            raise ValueError(f"attention_mask: expected [B, S] with a prompt, got {list(mask.shape)}")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            kind = list(mask.shape) if isinstance(mask, Tensor) else "one per kind of layer, as for a static cache"
+            raise ValueError(f"attention_mask: expected [B, S] with a prompt, got {kind}")
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
     if position_ids is not None:
         before = torch.arange(prompt_len, device=position_ids.device).expand(*position_ids.shape[:-1], -1)

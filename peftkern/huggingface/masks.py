@@ -23,7 +23,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..arguments import constant
 
-__all__ = ["CompactMask", "LazyMask", "additive", "mask_function"]
+__all__ = ["CompactMask", "LazyMask", "additive", "mask_function", "unmade"]
 
 
 class CompactMask(NamedTuple):
@@ -238,8 +238,18 @@ class LazyMask:
         return self.for_implementation(self._previous_implementation, self._request["kv_length"])
 
     def contiguous(self) -> Any:
-        """:meth:`for_static_cache`: some versions of ``generate`` call ``contiguous()`` on these masks."""
-        return self.for_static_cache()
+        """:meth:`for_static_cache`: some versions of ``generate`` call ``contiguous()`` on these masks.
+
+        The tensor remembers the padding mask, for :func:`unmade`.
+        """
+        mask = self.for_static_cache()
+        if isinstance(mask, Tensor):
+            setattr(mask, _MADE_OF, self.made_of())
+        return mask
+
+    def made_of(self) -> tuple[Tensor | None] | None:
+        """(The padding mask [B, T] that the mask was made of,); None if it was made of more."""
+        return None if self.edited or self.pattern is None else (self._request["attention_mask"],)
 
     def is_skipped(self) -> bool:
         """Whether the previous implementation makes no mask."""
@@ -272,6 +282,22 @@ def mask_function(**request: Any) -> LazyMask | None:
     if request["q_length"] == 1 and mask.is_aligned and not torch.compiler.is_compiling() and mask.is_skipped():
         return None
     return mask
+
+
+#: Attribute of a mask that ``generate`` has made for a static cache: what :meth:`LazyMask.made_of` returns.
+_MADE_OF = "_peftkern_made_of"
+
+
+def unmade(mask: Any) -> Any:
+    """The padding mask of which ``generate`` has made ``mask`` for a static cache; any other argument unchanged.
+
+    The model makes the same mask of it, for the cache that replaces the static one.
+    """
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    made_of: list[Any] = [x.made_of() if isinstance(x, LazyMask) else getattr(x, _MADE_OF, None) for x in masks]
+    if not made_of or any(padding is None for padding in made_of):
+        return mask
+    return made_of[0][0]
 
 
 # A pattern is recognised by identity: it is a function of masking_utils, or a closure with the same code. Any other

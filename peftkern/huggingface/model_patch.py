@@ -30,11 +30,19 @@ from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, r
 from ..recurrent_state import LayerState, meta_states
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, place_rows, tokens_of
+from .call_arguments import (
+    BOUNDARIES,
+    bind,
+    count_prefix,
+    forward_arguments,
+    place_rows,
+    self_attention_cache,
+    tokens_of,
+)
 from .calls import running, without_checkpointing
 from .eager_trial import EagerTrial
 from .layout import HostNumbers
-from .masks import LazyMask
+from .masks import LazyMask, unmade
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, shift_positions, watch_tables
@@ -263,8 +271,11 @@ class ModelPatch(Patch):
             return args, kwargs
         kwargs = bound
         self._read_cache(kwargs, self.base_cache_name)
-        if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by generate, for a static cache
-            kwargs["attention_mask"] = kwargs["attention_mask"].for_static_cache()
+        if (mask := kwargs.get("attention_mask")) is not None:
+            begins = not isinstance(self_attention_cache(kwargs), PrefixCache)
+            mask = unmade(mask) if begins else mask
+            # Made by generate, for a static cache.
+            kwargs["attention_mask"] = mask.for_static_cache() if isinstance(mask, LazyMask) else mask
         running.enter(self, module)
         packed = self.pack_call(kwargs, HostNumbers())
         if packed is None:

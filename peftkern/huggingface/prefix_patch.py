@@ -22,7 +22,7 @@ from ..model_info import given_cache
 from ..prefix_parts import DECODER, PARTS
 from ..recurrent_state import LayerState, shapes_of_states
 from .cache import KeyValue, PrefixCache
-from .call_arguments import check_replaceable, count_prefix, self_attention_cache, static_layers, tokens_of
+from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
 from .calls import running
 from .layout import HostNumbers
 from .model_patch import ModelPatch
@@ -261,7 +261,7 @@ class PrefixPatch(ModelPatch):
         batch: int = 1,
         bank: PrefixBank | None = None,
     ) -> PrefixCache:
-        """A cache with the prefix, for a call that starts a sequence. It stores in the ``given`` one if it is static.
+        """A cache with the prefix, for a call that starts a sequence. It stores the sequence as ``given`` does.
 
         Args:
             stores, offset_outside: as for :class:`PrefixCache`.
@@ -272,14 +272,14 @@ class PrefixPatch(ModelPatch):
         Raises:
             ValueError: for a given cache that it cannot replace.
         """
-        check_replaceable(given, static=not (self.is_training_step or self.backbone.config.is_encoder_decoder))
+        check_replaceable(given, plain=self.is_training_step or self.backbone.config.is_encoder_decoder)
         prefix, bias = self.source.layer_kv(self) if bank is None else bank.layers, self.source.layer_bias(self)
         beside = self.source.layer_kv(self, "cross") if "cross" in self.source.parts else ()
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant([*prefix, *beside], bias)
         return PrefixCache(
             prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
-            options=self.options, static_layers=static_layers(given), bias=bias, has_gaps=self.source.has_gaps,
+            options=self.options, given=given if stores else None, bias=bias, has_gaps=self.source.has_gaps,
             like=self.stock_layers, states=self._initial_states(batch), ids=None if bank is None else bank.ids,
             lens=None if bank is None else bank.lens, offsets=None if bank is None else bank.offsets,
         )  # fmt: skip

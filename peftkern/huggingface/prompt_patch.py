@@ -66,7 +66,7 @@ class PromptPatch(ModelPatch):
                 raise ValueError(f"adapter_names: expected None, because {reason}, got names")
             self._concatenate(prompt, kwargs, reason)
             return None
-        check_replaceable(cache)
+        check_replaceable(cache, plain=self.is_training_step)
         return self._pack(prompt, groups, kwargs, numbers)
 
     def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
@@ -143,7 +143,9 @@ class PromptPatch(ModelPatch):
         """The cache of a packed batch, or of a sequence that continues."""
         if packed is not None:
             num_layers = 1 + max(info.layer for info in self.prefix_layers.values())
-            return PackedCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
+            new = PackedCache(num_layers, packed, stores=bool(kwargs.get("use_cache")), options=self.options)
+            new.given = self_attention_cache(kwargs)
+            return new
         cache = self_attention_cache(kwargs)
         if isinstance(cache, PrefixCache):
             return cache

@@ -52,7 +52,7 @@ class SharePatch(ModelPatch):
     def pack_call(self, kwargs: dict[str, Any], numbers: HostNumbers) -> PackedBatch | None:
         """Pack a call that starts sequences, if they share enough text or several of them are in one row."""
         groups, cache = kwargs.pop("group_ids", None), self_attention_cache(kwargs)
-        if not is_plain(cache, static=False):
+        if not is_plain(cache):
             if tokens_of(kwargs).shape[1] > 1:  # it starts sequences
                 self.sharer.skip(f"its keys go into a {type(cache).__name__}, which has a place for each row")
             return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -85,9 +85,10 @@ class Patch(ABC):
         """One line: how batches run, and why they do not run faster."""
 
     def mark(self, *models: nn.Module) -> None:
-        """Make the patch an attribute of ``models``, by which it is found again."""
+        """Make the patch an attribute of ``models``, by which it is found again, and refuse continuous batching."""
         for owner in {id(model): model for model in models}.values():
             self.wiring.set_attribute(owner, PATCH, self)
+        self.wiring.set_attribute(self.base, "init_continuous_batching", refuse_continuous_batching)
 
     def remove(self) -> None:
         """Undo :meth:`install`."""
@@ -109,6 +110,17 @@ class Source(ABC):
     @abstractmethod
     def wire(self, patch: Patch) -> None:
         """Install what the source needs in the model."""
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Replaces the method by which ``generate_batch`` and the managers of continuous batching begin.
+
+    Their paged cache contains no prefix, and PEFT's own code would not notice that it is missing.
+    """
+    raise ValueError(
+        "generate_batch: expected a model without a patch, because the paged cache of continuous batching has no "
+        "prefix or prompt, got a patched one; call generate, or unpatch the model"
+    )
 
 
 def _restore_attribute(owner: Any, name: str, value: Any, previous: tuple[Any, ...]) -> None:

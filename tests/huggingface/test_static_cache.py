@@ -18,7 +18,7 @@ from tests.huggingface.test_synchronisations import CountWaits
 
 LENGTH = 24
 STEPS = 5
-WITH_PREFIX = ("prefix", "native prefix")
+WITH_PREFIX = kinds.KINDS
 #: With rotary positions, and with learned ones in two forms.
 NAMES = ("llama (GQA)", "gpt2", "opt")
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from ...layer_shapes import LayerShape
 from ...model_info import given_cache, layers_of
 from ..cache import KeyValue, PrefixCache
-from ..call_arguments import is_plain, tokens_of
+from ..call_arguments import tokens_of
 from ..calls import running
 from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod
 from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
@@ -137,7 +137,7 @@ class PeftPrefix(PrefixSource):
                     "cache: expected one that generate returned, got one that a forward of the PeftModel returned"
                 )
             return inputs
-        if (cache is not None and cache.get_seq_length() > 0) or not is_plain(cache, static=submodules == 1):
+        if cache is not None and cache.get_seq_length() > 0:
             if adapter_names is not None:
                 raise ValueError(
                     "adapter_names: expected None with a cache that cannot hold several prefixes, got names"

@@ -21,6 +21,7 @@ from ..cache import PrefixCache
 from ..call_arguments import bind, forward_arguments, tokens_of
 from ..calls import running
 from ..layout import HostNumbers
+from ..masks import unmade
 from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, is_disabled
 from ..prompt_patch import PromptPatch
 from ..prompts import Prompt, PromptSource
@@ -312,9 +313,12 @@ class PeftPrompt(PromptSource):
         sequence alone.
         """
         inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        cache, mask = given_cache(inputs), inputs.get("attention_mask")
+        cache = given_cache(inputs)
         if isinstance(cache, PrefixCache):
             return inputs
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = unmade(inputs["attention_mask"])
+        mask = inputs.get("attention_mask")
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
         bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
         reason = self.patch.packer.why_unpackable(
