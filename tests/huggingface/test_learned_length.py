@@ -10,10 +10,11 @@ from transformers import StaticCache
 import peftkern
 from peftkern import PrefixKV
 from tests.huggingface import models
+from tests.huggingface.families import tiny
 from tests.huggingface.gates_by_hand import GatesByHand
 from tests.huggingface.models import FAMILIES, IDS, LEFT, ONES, PREFIX, RIGHT, patch_of
 from tests.huggingface.shared_rows import ROWS, differ, inputs_of, share_everything, train
-from tests.huggingface.test_encoders import encoder
+from tests.huggingface.test_encoders import ENCODERS, encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -201,10 +202,14 @@ def test_gates_of_zero_and_one_are_no_prefix_and_a_plain_one(name):
     assert differ(want[torch.inf], want[-torch.inf]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["albert", "albert (2 groups)", "distilbert", "modernbert"])
-def test_each_layer_of_an_encoder_has_its_gates(name):
-    """Tokens whose gates are 0 are as if they were not there. The layers of albert are one module."""
-    prefix = PrefixKV(base := encoder(name), PREFIX, learn_length=True, std=1.0)
+@pytest.mark.parametrize("name", ["albert", "albert (2 groups)", "distilbert", "modernbert", "deepseek_v2"])
+def test_each_layer_of_other_models_has_its_gates(name):
+    """Tokens whose gates are 0 are as if they were not there.
+
+    The layers of albert are one module, and deepseek_v2 caches compressed keys, with values of a width of their own.
+    """
+    build = encoder if name in ENCODERS else tiny.tiny_model
+    prefix = PrefixKV(base := build(name), PREFIX, learn_length=True, std=1.0)
     generator = torch.Generator().manual_seed(4)
     kept = [torch.rand(PREFIX, generator=generator) < 0.6 for _ in prefix.lengths]
     prefix.gate_logits.data = torch.cat([torch.where(keep, torch.inf, -torch.inf) for keep in kept])
@@ -212,7 +217,7 @@ def test_each_layer_of_an_encoder_has_its_gates(name):
     plain = PrefixKV.from_cache(layers, [int(keep.sum()) for keep in kept], model_or_config=base)
     outputs = []
     for each in (plain, prefix, prefix.prune(0.0)):
-        model = peftkern.patch(encoder(name).eval(), each, shift_positions=False, prefix_in_window=False)
+        model = peftkern.patch(build(name).eval(), each, shift_positions=False, prefix_in_window=False)
         with torch.no_grad():
             outputs.append(model(input_ids=IDS, attention_mask=RIGHT)[0])
     assert len(set(plain.lengths)) > 1
