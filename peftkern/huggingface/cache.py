@@ -86,6 +86,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
         offsets: [A], positions that each prefix of the bank takes before the samples that read it; None if the model
             counts ``offset`` for all samples.
+        read_layers: the layers of the cache that self-attention reads; None for all. Others, as those of
+            cross-attention, are left alone.
         bias: per layer [P], added to the scores of the prefix tokens in all heads, or None; empty if no layer has
             one.
         has_gaps: whether a prefix token's place does not tell its position, because tokens between others have been
@@ -97,7 +99,9 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     Attributes:
         packed: the packed batch of the current forward; None if the batch is not packed.
+        padded: the packed batch in whose place the unpacked one runs, because the backbone could not run it.
         from_first: whether positions of a row count from its first token, so that padding before it takes none.
+        hidden: whether callers of the model do not count the prefix during the current call.
         pause: handle of the pause of activation checkpointing during the current forward.
     """
 
@@ -114,6 +118,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         lens: Tensor | None = None,
         as_stored: bool = False,
         offsets: Tensor | None = None,
+        read_layers: frozenset[int] | None = None,
         bias: Sequence[Tensor | None] = (),
         has_gaps: bool = False,
         like: Sequence[Any] = (),
@@ -136,7 +141,9 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.lens = lens
         self.as_stored = as_stored
         self.offsets = offsets
+        self._read_layers = read_layers
         self.packed: PackedBatch | None = None
+        self.padded: PackedBatch | None = None
         #: Prefix tokens of the longest layer; relative position biases cover them.
         self.span = max([0] + [kv[0].shape[-2] for kv in prefix if kv is not None])
         self._offset = offset
@@ -144,17 +151,18 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self._running: _Forward | None = None
         self._used = False
         self.from_first = False
+        self.hidden = False
         self.pause: Any = None
 
     @property
     def offset(self) -> int:
         """Positions that the model currently counts for the prefix."""
-        return self._offset if self._offset_outside or self._running is not None else 0
+        return self._offset if self.counts_outside or self._running is not None else 0
 
     @property
     def counts_outside(self) -> bool:
         """Whether callers of the model count the prefix in masks and positions, as PEFT does."""
-        return self._offset_outside
+        return self._offset_outside and not self.hidden
 
     @property
     def prefix_positions(self) -> int:
@@ -198,7 +206,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         cache = DynamicCache()
         cache.layers = layers_with_states(config)
         for layer, kv in enumerate(self.prefix):
-            if layer < len(cache.layers) and not isinstance(cache.layers[layer], DynamicLayer):
+            unread = self._read_layers is not None and layer not in self._read_layers
+            if unread or (layer < len(cache.layers) and not isinstance(cache.layers[layer], DynamicLayer)):
                 continue
             if kv is None:
                 raise ValueError(

@@ -15,13 +15,16 @@ from ..model_info import given_cache
 from .call_arguments import tokens_of
 from .layout import pad_labels
 
-__all__ = ["Concatenated", "concatenate", "count_concatenated_prompt", "shows_prompt"]
+__all__ = ["Concatenated", "concatenate", "count_concatenated_prompt", "pad_positions", "shows_prompt"]
 
 #: Attribute of a cache that contains a concatenated prompt: the length of the prompt.
 _LENGTH = "_peftkern_prompt_len"
 
 #: Outputs with one entry per token.
 _PER_TOKEN = ("logits", "hidden_states", "last_hidden_state")
+
+#: Arguments [B, S, ...] that say which images a token sees.
+_IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
 
 #: Arguments of models without a cache that hold the state of a sequence.
 _STATES = ("state", "cache_params", "rnn_state")
@@ -84,6 +87,10 @@ def concatenate(
     """
     tokens = tokens_of(kwargs)
     prompt_len = prompt.shape[1]
+    for name, x in kwargs.items():
+        is_per_token = isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == tokens.shape[:2]
+        if is_per_token and name in _IMAGE_MASKS:  # images follow the prompt, so it does not see them
+            kwargs[name] = torch.cat([x.new_zeros(x.shape[0], prompt_len, *x.shape[2:]), x], 1)
     if kwargs.pop("input_ids", None) is not None:
         embedding: nn.Module = base.get_input_embeddings()
         tokens = embedding(tokens)
@@ -95,11 +102,10 @@ def concatenate(
             raise ValueError(f"attention_mask: expected [B, S] with a prompt, got {kind}")
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (prompt_len, 0), value=1)
     if position_ids is not None:
-        before = torch.arange(prompt_len, device=position_ids.device).expand(*position_ids.shape[:-1], -1)
-        behind = position_ids + prompt_len
+        moved = pad_positions(position_ids, prompt_len)
         if mask is not None and mask.shape == position_ids.shape:  # generate gives padding position 0
-            behind = torch.where(mask != 0, behind, position_ids)
-        kwargs["position_ids"] = torch.cat([before, behind], -1)
+            moved[:, prompt_len:] = torch.where(mask != 0, moved[:, prompt_len:], position_ids)
+        kwargs["position_ids"] = moved
     if pads_labels and labels is not None and labels.dim() == 2 and labels.shape[1] == tokens.shape[1]:
         kwargs["labels"] = pad_labels(labels, prompt_len)
     keep = kwargs.get("logits_to_keep")
@@ -109,6 +115,12 @@ def concatenate(
     if types is not None:
         kwargs["token_type_ids"] = torch.nn.functional.pad(types, (prompt_len, 0))
     return Concatenated(prompt_len, prompt_len + tokens.shape[1], given_cache(kwargs))
+
+
+def pad_positions(position_ids: Tensor, prompt_len: int) -> Tensor:
+    """[..., S] -> [..., P + S]: positions of a prompt, and those of the sequence behind it."""
+    before = torch.arange(prompt_len, device=position_ids.device).expand(*position_ids.shape[:-1], -1)
+    return torch.cat([before, position_ids + prompt_len], -1)
 
 
 def count_concatenated_prompt(cache: Any, kwargs: dict[str, Any]) -> bool:

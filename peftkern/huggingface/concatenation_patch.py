@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model_info import cache_name, rename_cache
+from .around_text import rope_positions
 from .call_arguments import forward_arguments, self_attention_cache, tokens_of
 from .calls import running
 from .concatenation import Concatenated, concatenate, count_concatenated_prompt
@@ -68,6 +69,8 @@ class ConcatenationPatch(Patch):
         continues = encoded or count_concatenated_prompt(self_attention_cache(kwargs), kwargs)
         prompt = self.source.find(self, kwargs, continues)
         if prompt is not None:
+            if (positions := rope_positions(self.base, kwargs)) is not None:
+                kwargs["position_ids"] = positions
             rows = prompt.expanded().expand(tokens_of(kwargs).shape[0], -1, -1)
             note = concatenate(module, rows, kwargs, pads_labels=not self.has_encoder)
             if not self.has_encoder:

@@ -50,7 +50,7 @@ from .probing import quiet
 from .recurrent import RecurrentModule, layers_with_states, recurrent_layers, watch_recurrent
 from .relative_bias import SpanningBias
 from .sharer import Sharer
-from .survey import PrefixLayerInfo, find_backbone, survey, survey_without_cache
+from .survey import PrefixLayerInfo, find_backbone, needs_encoder, survey, survey_without_cache
 from .trial import Trial
 from .wiring import Patch, Source
 
@@ -163,6 +163,7 @@ class ModelPatch(Patch):
             with quiet(self.backbone):
                 set_implementation(configs_of(self.base), self.wiring)
                 names = {module: name for name, module in self.model.named_modules()}
+                encoded = self.cache_name is not None and needs_encoder(self.backbone)
                 layers = layers_with_states(self.backbone.config)
                 with (
                     watch_tables(self.backbone) as self.tables,
@@ -171,7 +172,7 @@ class ModelPatch(Patch):
                     if self.cache_name is None:
                         self.prefix_layers, samples = survey_without_cache(self.backbone, names)
                     else:
-                        self.prefix_layers, samples = survey(self.backbone, names, layers)
+                        self.prefix_layers, samples = survey(self.backbone, names, layers, encoded=encoded)
                 self.state_like = meta_states(layers)
                 for module, info in self.prefix_layers.items():
                     self.wiring.set_attribute(module, LAYER_INFO, info)
@@ -183,8 +184,11 @@ class ModelPatch(Patch):
                 self.sharer = Sharer(self.packer) if self.calls.share else None
                 trial = EagerTrial if self.cache_name is None else Trial
                 self.check(
-                    trial(self.backbone, self.prefix_layers, samples, self.options, stock_layers=self.stock_layers)
-                )
+                    trial(
+                        self.backbone, self.prefix_layers, samples, self.options, stock_layers=self.stock_layers,
+                        every_layer=self.source.fills_every_layer, encoded=encoded,
+                    )
+                )  # fmt: skip
             self._hook()
             if self.calls.logits == "labelled" and (self.packer.reasons or self.packer.head_forward is None):
                 reasons = self.packer.reasons or [self.packer.why_head_needs_batch()]
@@ -238,6 +242,11 @@ class ModelPatch(Patch):
         self.notice(reason, how)
 
     @property
+    def read_layers(self) -> frozenset[int]:
+        """The layers of the cache that self-attention reads."""
+        return frozenset(info.layer for info in self.prefix_layers.values())
+
+    @property
     def shared_rows(self) -> tuple[int, int] | None:
         """Rows that the last call would have run as usual, and those that it ran; None if it shared none."""
         return None if self.sharer is None else self.sharer.rows
@@ -280,6 +289,8 @@ class ModelPatch(Patch):
         packed = self.pack_call(kwargs, HostNumbers())
         if packed is None:
             return (), kwargs
+        first = self.packer.around.first_position
+        packed.numbered_from = first, first if kwargs.get("position_ids") is None else 0
         kwargs["peftkern_packed"] = packed
         for name in BOUNDARIES:  # describe the unpacked batch
             kwargs.pop(name, None)
@@ -343,16 +354,20 @@ class ModelPatch(Patch):
         without_checkpointing.restore_interrupted()
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         self._read_cache(kwargs, self.cache_name)
+        packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
+        padded: PackedBatch | None = None
+        if packed is not None and (reason := self.packer.around.why_padded(kwargs)) is not None:
+            self.run_padded(packed, reason)
+            packed, padded = None, packed
         if isinstance(kwargs.get("attention_mask"), LazyMask):  # made by the base model; mask functions take tensors
             kwargs["attention_mask"] = kwargs["attention_mask"].dense()
-        packed: PackedBatch | None = kwargs.pop("peftkern_packed", None)
         cache = self.find_cache(kwargs, packed)
         if cache is None:
             if self.requires_prefix:
                 kwargs["peftkern_prefix"] = WITHOUT_PREFIX
             return (), kwargs
         cache.begin()
-        cache.packed = packed
+        cache.packed, cache.padded = packed, padded
         try:
             if packed is None:
                 if self.cache_name is None:
@@ -373,6 +388,14 @@ class ModelPatch(Patch):
             cache.pause = without_checkpointing.begin(self._checkpointed)
         return (), kwargs
 
+    def run_padded(self, packed: PackedBatch, reason: str) -> None:
+        """Prepare a call whose arguments turn out not to be packable when they reach the backbone.
+
+        Raises:
+            ValueError: if the call cannot run unpacked either.
+        """
+        raise ValueError(f"model: expected arguments of {type(self.backbone).__name__} that can be packed; {reason}")
+
     def _pack_inputs(self, module: Any, packed: PackedBatch, cache: PrefixCache, kwargs: dict[str, Any]) -> None:
         """Replace the batch of a call by the packed batch."""
         tokens = tokens_of(kwargs)
@@ -389,7 +412,7 @@ class ModelPatch(Patch):
         if cache.offsets is not None and cache.ids is not None and packed.layout.owners is not None:
             cache.ids = cache.ids[packed.layout.owners]  # of every sequence
         row_offsets = cache.row_offsets
-        kwargs["position_ids"] = packed.positions(cache.offset if row_offsets is None else row_offsets)
+        self.packer.around.pack(packed, kwargs, cache.offset if row_offsets is None else row_offsets)
         kwargs["attention_mask"] = None
         kwargs[str(self.cache_name)] = cache
         if packed.layout.segments is not None:
@@ -420,6 +443,8 @@ class ModelPatch(Patch):
             )
         if cache.packed is not None:
             output = self.unpack_output(cache.packed, cache, output)
+        elif cache.padded is not None:
+            output = self.pack_output(cache.padded, output)
         drops_cache = self.cache_name and kwargs.get("use_cache") is False and not cache.counts_outside
         return _without_cache(kwargs, output) if drops_cache else output
 
@@ -436,6 +461,16 @@ class ModelPatch(Patch):
         name = cache_name(output.keys())
         if name is not None and output[name] is cache:
             output[name] = self.unpack_cache(cache)
+        return output
+
+    def pack_output(self, packed: PackedBatch, output: Any) -> Any:
+        """The backbone's output for an unpacked batch, with the hidden states that the output layer reads packed."""
+        if packed.logit_rows is None:
+            return output
+        hidden = packed.logit_rows.select(packed.layout.pack(output[0]))
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output["last_hidden_state"] = hidden
         return output
 
     def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:

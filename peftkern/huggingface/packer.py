@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .around_text import AroundText, has_tensor, text_positions
 from .call_arguments import BOUNDARIES, forward_arguments, tokens_of
 from .layout import IGNORED, HostNumbers, Layout, LayoutBuilder, next_labels
 from .positions import PositionTable
@@ -44,6 +45,7 @@ class Packer:
         reasons: why the model cannot run packed batches; empty if it can.
         head_forward, head: the forward of the base model and its output layer, if the trial has shown that they work
             on packed rows; None if they need the unpacked batch.
+        around: the parts of the model around the backbone.
         accepts_logits_to_keep: whether the base model takes ``logits_to_keep``, as causal language models do.
         packs_tokens: whether packed batches give the backbone tokens and not their embeddings, because it looks up
             other embeddings of the tokens too.
@@ -60,6 +62,7 @@ class Packer:
         self.base = base
         self.backbone = backbone
         self.prefix_layers = prefix_layers
+        self.around = AroundText(base, backbone)
         self.accepts_logits_to_keep = "logits_to_keep" in forward_arguments(base)
         self._tables = tables
         self._first_layer = _first_layer(backbone, prefix_layers)
@@ -85,6 +88,9 @@ class Packer:
             shared: also try packed batches with text that rows share.
         """
         if self.reasons:
+            return
+        if (reason := self.around.why_unpackable()) is not None:
+            self.reasons = [reason]
             return
         self.packs_tokens = trial.reads_tokens and not prompts
         inputs = {"as_tokens": self.packs_tokens, "replaces_tokens": not prompts}
@@ -145,12 +151,13 @@ class Packer:
             return "; ".join(self.reasons)
         mask, position_ids, labels = (kwargs.get(name) for name in ("attention_mask", "position_ids", "labels"))
         told_by_positions = BOUNDARIES if mask is None and position_ids is not None else ()
+        known = {*_PACKABLE, *told_by_positions, *self.around.inputs}
         for name, argument in kwargs.items():
-            if isinstance(argument, Tensor) and name not in _PACKABLE and name not in told_by_positions:
+            if has_tensor(argument) and name not in known:
                 return f"{name} cannot be packed"
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "attention_mask is not [B, S]"
-        if position_ids is not None and position_ids.dim() != 2:
+        if position_ids is not None and position_ids.dim() not in ((2, 3) if self.around.reads_more else (2,)):
             return "position_ids are not [B, S]"
         keep = kwargs.get("logits_to_keep")
         if labels is not None and self.accepts_logits_to_keep and labels.shape != tokens_of(kwargs).shape[:2]:
@@ -162,7 +169,7 @@ class Packer:
         wants_routers = kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False))
         if wants_routers and not self.unpacks_routers:
             return "output_router_logits are requested, whose loss counts prompts and padding"
-        return _why_layers_need_samples(self._first_layer)
+        return self.around.why_layers_need_samples(kwargs) or _why_layers_need_samples(self._first_layer)
 
     def _has_trl_head(self) -> bool:
         """Whether TRL's fused output layer has replaced the base model's forward. It masks rows without a label."""
@@ -193,12 +200,12 @@ class Packer:
             without_padding: remove padding that has no label, even if nothing shows that its outputs are not used.
             behind_prefix: whether a prefix or prompt lies before the sequences.
         """
-        tokens = tokens_of(kwargs)
+        tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
         labels = kwargs.get("labels")
         keep_padding, needed = self._padding(kwargs, tokens, pools_last_column, without_padding)
         return LayoutBuilder(
-            (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=kwargs.get("attention_mask"),
-            position_ids=kwargs.get("position_ids"), needed=needed, keep_padding=keep_padding,
+            (tokens.shape[0], tokens.shape[1]), tokens.device, numbers, mask=mask,
+            position_ids=text_positions(kwargs.get("position_ids"), mask), needed=needed, keep_padding=keep_padding,
             keep_gaps=self.has_windows, keep_lead=behind_prefix, from_first=from_first, count_mask=self.count_mask,
             pool_last=pools_last_column, labels=labels if count_labels else None,
         )  # fmt: skip
@@ -237,8 +244,8 @@ def _reasons_against(
     kind, reasons = type(backbone).__name__, []
     if backbone.config.is_encoder_decoder or base.config.is_encoder_decoder:
         reasons.append(f"{kind} reads a second sequence")
-    if any(model.config.get_text_config() is not model.config for model in (backbone, base)):
-        reasons.append(f"{type(base).__name__} has inputs other than text")
+    if backbone.config.get_text_config() is not backbone.config:
+        reasons.append(f"{kind} has inputs other than text")
     for name, model in ((kind, backbone), (type(base).__name__, base)):
         parameters = inspect.signature(type(model).forward).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -51,6 +51,7 @@ class PackedBatch:
         cu_seqlens, prefix_ids, key_mask, max_seqlen, prefix_start: arguments of :func:`peftkern.prefix_attention` for
             the packed batch; prompts are sequences without a prefix. With segments, :meth:`chains` replaces the last.
         used: whether the model has run on it.
+        numbered_from: the position of the first token of a prompt, and of a sequence whose caller gave no positions.
         logit_rows: the rows that the output layer runs on; None if it sees the unpacked batch.
     """
 
@@ -69,6 +70,7 @@ class PackedBatch:
         self.prompt_lens = prompt_lens
         self.show_prompts = show_prompts
         self.used = False
+        self.numbered_from = (0, 0)
         self.logit_rows: LogitRows | None = None
         self.cu_seqlens, self.prefix_ids = layout.cu_seqlens, None
         self.key_mask = None if layout.key_mask is None else layout.key_mask[None]
@@ -180,16 +182,30 @@ class PackedBatch:
         Args:
             offset: of all sequences, or [n].
         """
-        positions = self.layout.positions
+        positions, (prompt, sequence) = self.layout.positions, self.numbered_from
+        positions = torch.where(positions < 0, positions, positions + (self._before(offset) + sequence))
+        return torch.cat([self._prompt_positions(positions.device) + prompt, positions])[None]
+
+    def positions_of(self, given: Tensor, offset: int | Tensor) -> Tensor:
+        """[K, B or 1, S], position ids of the sequences in K dimensions -> [K, 1, N]: see :meth:`positions`."""
+        given = given.expand(-1, self.layout.shape[0], -1)
+        positions = self.layout.pack(given.movedim(0, -1)).movedim(-1, 0) + self._before(offset)
+        prompts = self._prompt_positions(given.device) + self.numbered_from[0]
+        return torch.cat([prompts.expand(given.shape[0], 1, -1), positions], -1)
+
+    def _before(self, offset: int | Tensor) -> int | Tensor:
+        """The number of positions before a sequence, or before that of each row [T]."""
         before = offset + (
             self.prompt_len if self.prompt_lens is None else self.prompt_end(self.sequence_prompts())[1]
         )
-        if isinstance(before, Tensor):
-            lengths = self.layout.cu_seqlens.diff()
-            before = before.to(positions.device).repeat_interleave(lengths, output_size=positions.shape[0])
-        positions = torch.where(positions < 0, positions, positions + before)
-        prompt = torch.arange(self.prompt_len, device=positions.device).repeat(self.num_prompts)
-        return torch.cat([prompt, positions])[None]
+        if not isinstance(before, Tensor):
+            return before
+        rows, lengths = self.layout.positions, self.layout.cu_seqlens.diff()
+        return before.to(rows.device).repeat_interleave(lengths, output_size=rows.shape[0])
+
+    def _prompt_positions(self, device: torch.device) -> Tensor:
+        """[A * P]."""
+        return torch.arange(self.prompt_len, device=device).repeat(self.num_prompts)
 
     def bank(self, x: Tensor) -> Tensor:
         """[1, Hkv, N, D] -> [A, Hkv, P, D], a view of the prompts' rows."""

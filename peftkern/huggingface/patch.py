@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends.registry import get_backend
+from .around_text import reads_more
 from .cache import PrefixOptions
 from .concatenation_patch import ConcatenationPatch
 from .fallback_patch import FallbackPatch
@@ -109,7 +110,8 @@ def patch(
             label, [1, M, V] in the order of the batch (those of first tokens before all others). Loss and gradients
             do not change. Evaluation returns all logits.
         peft_bugs: reproduce PEFT's results where PEFT places prompts incorrectly: sequences padded on the left and
-            ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS).
+            ``position_ids``, which it drops (CAUSAL_LM), pooling of the last column (SEQ_CLS), labels (TOKEN_CLS),
+            positions of images. With a prefix: where it places images incorrectly.
             PEFT's own code then runs such calls. By default they are computed correctly, with one warning.
         strict: raise where the default is to run PEFT's own code, or to put a prompt before every sample, with one
             warning. This applies to the model here, and to each later call that needs it.
@@ -145,8 +147,13 @@ def patch(
             "shift_positions, prefix_in_window, packing: expected True, because a prompt runs through the model, got "
             "False"
         )
-    if peft_bugs and not (is_prompt and prefix is None):
-        raise ValueError("peft_bugs: expected False except for a PEFT model with a prompt, got True")
+    if peft_bugs and (
+        prefix is not None or not (is_prompt or (is_peft_model(model) and reads_more(_outermost(model))))
+    ):
+        raise ValueError(
+            "peft_bugs: expected False except for a PEFT model with a prompt, or with inputs other than text, got "
+            "True"
+        )
     if prefix is None and share and not (_adapts_prefix(model) or _adapts_attention(model)):
         if freeze or fix_seq2seq_layout or not (shift_positions and prefix_in_window and packing):
             raise ValueError(
@@ -162,7 +169,7 @@ def patch(
         elif _adapts_attention(model):
             _patch_peft_attention(model, fix_seq2seq_layout or not prefix_in_window, options, calls)
         else:
-            _patch_peft_prefix(model, fix_seq2seq_layout, options, calls)
+            _patch_peft_prefix(model, fix_seq2seq_layout, peft_bugs, options, calls)
         return model
     if fix_seq2seq_layout:
         raise ValueError(
@@ -291,11 +298,11 @@ def _refuse(calls: CallOptions, reason: str, error: ValueError) -> None:
 
 
 def _patch_peft_prefix(
-    model: nn.Module, fix_seq2seq_layout: bool, options: PrefixOptions, calls: CallOptions
+    model: nn.Module, fix_seq2seq_layout: bool, peft_bugs: bool, options: PrefixOptions, calls: CallOptions
 ) -> None:
     base = _outermost(model)
     try:
-        source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout)
+        source = PeftPrefix(model, fix_seq2seq_layout=fix_seq2seq_layout, peft_bugs=peft_bugs)
         PrefixPatch(model, base, source, options, calls).install()
     except LogitsError:
         raise

@@ -21,6 +21,7 @@ __all__ = [
     "GenerationInputs",
     "PeftCalls",
     "PeftMethod",
+    "drop_token_types",
     "has_prompt",
     "is_disabled",
     "is_peft_model",
@@ -173,6 +174,12 @@ class AdapterNames:
         if not names or num_rows % len(names):
             raise ValueError(f"adapter_names: expected one name for each of {num_rows} samples, got {len(names)}")
         return [name for name in names for _ in range(num_rows // len(names))]
+
+
+def drop_token_types(inputs: dict[str, Any]) -> None:
+    """Leave ``token_type_ids`` out of the inputs of a step of ``generate``, as PEFT does in each call."""
+    if inputs.get("token_type_ids") is not None:
+        inputs["token_type_ids"] = None
 
 
 class GenerationInputs:

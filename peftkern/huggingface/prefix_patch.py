@@ -95,6 +95,9 @@ class PrefixSource(Source):
         """For each layer, its states [1, ...] before the first token; empty for fresh states."""
         return ()
 
+    #: Whether parts of the model that compute positions and masks of images count the prefix as text, as in PEFT.
+    keeps_bugs: bool = False
+
     def stock_cache(self, cache: PrefixCache, batch: int, backbone: PreTrainedModel) -> Any:
         """A stock cache with one copy of the prefix per sample."""
         return cache.as_stock(batch, backbone.dtype, backbone.config)
@@ -108,6 +111,14 @@ class PrefixPatch(ModelPatch):
     part_layers: PartLayers | None = None
     #: Whether the model counts positions from 0 whatever its cache contains, unless it is given ``position_ids``.
     ignores_cache: bool = False
+
+    @property
+    def hides_prefix(self) -> bool:
+        """Whether the parts around the backbone see the sequence without the prefix that PEFT passes to them.
+
+        What they compute from tokens and images (positions, masks) would otherwise count the prefix as tokens.
+        """
+        return self.packer.around.reads_more and not self.source.keeps_bugs
 
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the prefix fits the model and the patched model agrees with the stock model."""
@@ -282,6 +293,7 @@ class PrefixPatch(ModelPatch):
             options=self.options, given=given if stores else None, bias=bias, has_gaps=self.source.has_gaps,
             like=self.stock_layers, states=self._initial_states(batch), ids=None if bank is None else bank.ids,
             lens=None if bank is None else bank.lens, offsets=None if bank is None else bank.offsets,
+            read_layers=None if self.source.is_given else self.read_layers,
         )  # fmt: skip
 
     def new_encoder_cache(self) -> PrefixCache:
@@ -325,6 +337,8 @@ class PrefixPatch(ModelPatch):
         """Pack a training step whose batch has padding, several sequences per row, or text that rows share."""
         sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
+        if isinstance(cache, PrefixCache) and cache.counts_outside and self.hides_prefix:
+            _hide(cache, kwargs)
         if isinstance(cache, PrefixCache):
             starts = not cache.stores
             offset = cache.offset if cache.counts_outside else 0
@@ -371,6 +385,17 @@ class PrefixPatch(ModelPatch):
             self.pack_logits(packed, kwargs, numbers)
         return packed
 
+    def after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook: unpack the logits, and let callers count the prefix again."""
+        cache = self_attention_cache(kwargs)
+        if isinstance(cache, PrefixCache):
+            cache.hidden = False
+        return super().after_call(module, args, kwargs, output)
+
+    def run_padded(self, packed: PackedBatch, reason: str) -> None:
+        """Note that the output layer alone runs on packed rows."""
+        packed.used = True
+
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
         if self.cache_name is None or self.part_layers is not None:
@@ -381,6 +406,8 @@ class PrefixPatch(ModelPatch):
         sequence = self_attention_cache(kwargs)
         if isinstance(sequence, PrefixCache):
             cache = sequence
+            if cache.hidden and self.packer.around.places_images(kwargs):
+                self.notice("images", _PLACES, " patch(model, peft_bugs=True) reproduces PEFT.")
         elif self.source.is_given or hasattr(sequence, _REPLACED_CACHE):
             if hasattr(sequence, _REPLACED_CACHE) and not self.source.is_given:
                 assert sequence is not None
@@ -472,6 +499,20 @@ class PrefixPatch(ModelPatch):
         )
 
 
+def _hide(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+    """Make a caller's cache, mask and positions those of the sequence alone, for one call of the base model."""
+    offset, mask, position_ids = cache.offset, kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs["attention_mask"] = mask[:, offset:]
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids - offset
+    cache.hidden = True
+
+
+_PLACES = (
+    "their positions and masks are computed for the sequence alone, and then moved behind the prefix; PEFT counts "
+    "the prefix as tokens, which moves them, or raises"
+)
 _PACKING_IS_OFF = "packing=False"
 
 #: Note on a call in which every row is known to contain one sequence.

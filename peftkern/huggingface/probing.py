@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-__all__ = ["is_transient", "quiet", "some_tokens"]
+from ..model_info import cache_argument
+
+__all__ = ["beside_encoder", "is_transient", "quiet", "some_tokens"]
 
 #: Buffers with at most this many elements are copied, and restored if a forward writes to them.
 _SMALL_BUFFER = 1 << 20
@@ -54,6 +58,18 @@ def quiet(model: nn.Module) -> Iterator[None]:
             for x, version, copy in copies:
                 if x._version != version:
                     x.copy_(copy)
+
+
+def beside_encoder(backbone: PreTrainedModel, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a decoder that cannot run without the output of an encoder: with states of two tokens."""
+    tokens, width = arguments.get("input_ids"), backbone.get_input_embeddings().weight.shape[1]
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    width = getattr(backbone.config, "cross_attention_hidden_size", None) or width
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, 2, width, generator=generator).to(backbone.device, backbone.dtype)
+    name = cache_argument(backbone)
+    cache = EncoderDecoderCache(arguments[name], DynamicCache()) if arguments.get(name) is not None else None
+    return {**arguments, name: cache, "encoder_hidden_states": states.expand(tokens.shape[0], -1, -1)}
 
 
 def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 from ..arguments import constant
+from .around_text import rope_positions
 from .cache import PackedCache, PrefixCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
-from .concatenation import Concatenated, concatenate, count_concatenated_prompt, shows_prompt
+from .concatenation import Concatenated, concatenate, count_concatenated_prompt, pad_positions, shows_prompt
 from .layout import HostNumbers, pad_labels
 from .model_patch import ModelPatch
 from .packing import PackedBatch
@@ -71,11 +72,15 @@ class PromptPatch(ModelPatch):
 
     def _concatenate(self, prompt: Prompt, kwargs: dict[str, Any], reason: str) -> None:
         """Put the prompt before every sample."""
+        positions = rope_positions(self.base, kwargs)
         if prompt.given is not None:
             self.fall_back(reason, self.source.concatenates)
             kwargs.clear()
             kwargs.update(prompt.given)
+            if positions is not None:
+                kwargs["position_ids"] = pad_positions(positions, prompt.rows.shape[1])
             return
+        kwargs["position_ids"] = kwargs.get("position_ids") if positions is None else positions
         tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and kwargs.get("position_ids") is None:
             # The sequence's positions continue those of the prompt, even with padding between them.

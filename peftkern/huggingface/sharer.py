@@ -82,6 +82,8 @@ class Sharer:
             return "torch.compile traced it; compile the layers of the model instead"
         if (reason := self.packer.why_unpackable(kwargs)) is not None:
             return reason
+        if self.packer.around.is_given(kwargs):
+            return "it has inputs other than text, which are not compared"
         embedding = self.packer.base.get_input_embeddings()
         if _has_hooks(embedding, _EQUAL) or innermost(embedding.forward) is not type(embedding).forward:
             return "hooks on the token embeddings may change equal tokens differently"

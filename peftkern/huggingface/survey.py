@@ -21,9 +21,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..layer_shapes import LayerShape, stores_compressed
 from ..model_info import KeyValue, cache_argument
 from .masks import LazyMask
-from .probing import is_transient, some_tokens
+from .probing import beside_encoder, is_transient, some_tokens
 
-__all__ = ["CallRecord", "PrefixLayerInfo", "find_backbone", "survey", "survey_without_cache"]
+__all__ = ["CallRecord", "PrefixLayerInfo", "find_backbone", "needs_encoder", "survey", "survey_without_cache"]
 
 #: Tokens that the model runs on.
 _NUM_TOKENS = 2
@@ -138,8 +138,24 @@ class _Survey(DynamicCache):  # type: ignore[misc]
         return [layer for layer, keys, _ in self.returned if keys.untyped_storage().data_ptr() == address]
 
 
+def needs_encoder(backbone: PreTrainedModel) -> bool:
+    """Whether a decoder runs only with the output of an encoder and a cache for it, which not all need."""
+    if not backbone.config.is_encoder_decoder and not getattr(backbone.config, "is_decoder", False):
+        return False
+    if "encoder_hidden_states" not in inspect.signature(type(backbone).forward).parameters:
+        return False
+    ids = some_tokens(backbone, 1).expand(1, 2)
+    try:
+        backbone(input_ids=ids, attention_mask=torch.ones_like(ids), **{cache_argument(backbone): DynamicCache()})
+    except Exception as error:
+        if is_transient(error):
+            raise
+        return True
+    return False
+
+
 def survey(
-    backbone: PreTrainedModel, names: dict[nn.Module, str], layers: Sequence[Any] = ()
+    backbone: PreTrainedModel, names: dict[nn.Module, str], layers: Sequence[Any] = (), *, encoded: bool = False
 ) -> tuple[dict[nn.Module, PrefixLayerInfo], dict[int, KeyValue]]:
     """The attention modules of ``backbone`` that read the prefix.
 
@@ -148,6 +164,7 @@ def survey(
             (:func:`.probing.quiet`).
         names: path of each module, for messages.
         layers: those of a stock cache of the model; empty if all layers attend.
+        encoded: see :func:`needs_encoder`.
 
     Returns:
         (the modules; per layer of the cache, keys and values [1, Hkv, 2, D] of two equal tokens, as it stores them)
@@ -156,7 +173,8 @@ def survey(
         ValueError: if the model cannot be run with a cache, or attention that is not dispatched reads the cache.
     """
     record = _Survey(names, layers)
-    _run(backbone, "with a cache", peftkern_prefix=record, **{cache_argument(backbone): record})
+    arguments = {"peftkern_prefix": record, cache_argument(backbone): record}
+    _run(backbone, "with a cache", encoded=encoded, **arguments)
     unseen = {layer for layer, _, _ in record.returned} - {info.layer for info in record.prefix_layers.values()}
     if unseen or not record.prefix_layers:
         layers = f"layers {sorted(unseen)}" if unseen else "all layers"
@@ -227,11 +245,13 @@ def survey_without_cache(
     return record.infos(), {layer: (key, value) for layer, (_, key, value) in enumerate(record.calls)}
 
 
-def _run(backbone: PreTrainedModel, how: str, **arguments: Any) -> None:
+def _run(backbone: PreTrainedModel, how: str, *, encoded: bool = False, **arguments: Any) -> None:
     """Run the backbone on equal tokens. ``how`` names the run in an error."""
     input_ids = some_tokens(backbone, 1).expand(1, _NUM_TOKENS)
+    arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **arguments}
+    arguments = beside_encoder(backbone, arguments) if encoded else arguments
     try:
-        backbone(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **arguments)
+        backbone(**arguments)
     except Exception as error:
         if is_transient(error):
             raise

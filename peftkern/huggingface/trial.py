@@ -25,7 +25,7 @@ from .call_arguments import forward_arguments
 from .layout import IGNORED, Layout, next_labels
 from .packing import PackedBatch
 from .positions import PositionTable
-from .probing import is_transient, some_tokens
+from .probing import beside_encoder, is_transient, some_tokens
 from .sharing import share_rows
 from .survey import PrefixLayerInfo
 
@@ -52,6 +52,8 @@ class Trial:
         samples: per layer of the cache, keys and values [1, Hkv, _PREFIX_LEN, D] of that many tokens.
         options: for the attention function.
         stock_layers: those of a stock cache of the model; empty if all layers attend.
+        every_layer: whether the prefix is in all layers of the cache, instead of those that self-attention reads.
+        encoded: whether the backbone needs the output of an encoder.
     """
 
     #: Whether windows count the prefix, as those of the stock model do.
@@ -65,9 +67,13 @@ class Trial:
         options: PrefixOptions,
         *,
         stock_layers: Sequence[Any] = (),
+        every_layer: bool = True,
+        encoded: bool = False,
     ) -> None:
         self.backbone = backbone
         self.stock_layers = stock_layers
+        self.encoded = encoded
+        self._read_layers = None if every_layer else frozenset(samples)
         self.prefix_layers = prefix_layers
         self.options = replace(options, in_window=self.in_window, backend=BACKEND)
         self.kind = type(backbone).__name__
@@ -175,6 +181,8 @@ class Trial:
             padded = torch.cat([mask.new_ones(samples, _PREFIX_LEN), mask], 1)
             batch = torch.cat([prompt.expand(samples, -1, -1), tokens], 1)
             want = self.recorded(inputs_embeds=batch, attention_mask=padded, use_cache=False)
+            # Without a mask, some models attend in both directions.
+            alone = self.recorded(inputs_embeds=batch[:1], attention_mask=None, use_cache=False)
             rounding = self.worst_rounding()
             if self._eps(batch.dtype) > 1e-4:  # as in half precision, where a measured bound is tighter
                 moved = self._round_otherwise(batch)
@@ -183,7 +191,8 @@ class Trial:
             packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
             what = f"{self.kind} on packed rows with a prompt"
-            return self.compare(what, got, want, padded, rounding)
+            reason = self.compare(what, got, want, padded, rounding)
+            return reason or self.compare(f"{what} and no mask", [x[:1] for x in got], alone, None, rounding)
 
         return self.guarded(run, "on packed rows with a prompt")
 
@@ -294,7 +303,7 @@ class Trial:
         """A cache with a prefix, by default that of the trial, and states."""
         return PrefixCache(
             prefix or self.prefix, offset=_PREFIX_LEN, stores=stores, offset_outside=True, options=self.options,
-            as_stored=True, like=self.stock_layers, states=states,
+            as_stored=True, like=self.stock_layers, states=states, read_layers=self._read_layers,
         )  # fmt: skip
 
     def _stock_cache(self, cache: PrefixCache) -> Any:
@@ -358,6 +367,7 @@ class Trial:
             if isinstance(module, nn.Embedding) and module is not self.backbone.get_input_embeddings()
         ]
         try:
+            arguments = beside_encoder(self.backbone, arguments) if self.encoded else arguments
             self.output = self.backbone(**arguments)
             return [*outputs, self.output[0]]
         finally:
@@ -386,7 +396,8 @@ def try_head(base: PreTrainedModel, trial: Trial) -> bool:
         previous = backbone.__dict__.get("forward")
         backbone.forward = lambda *args, **kwargs: output
         try:
-            return type(base).forward(base, input_ids=ids, labels=labels, use_cache=False)
+            mask = torch.ones_like(ids)  # which some losses read
+            return type(base).forward(base, input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
         finally:
             del backbone.forward
             if previous is not None:
@@ -414,7 +425,6 @@ def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> lis
     layers = {layer: prefix_like(pair, generator) for layer, pair in samples.items()}
     if not layers:
         return []
-    # PEFT has a prefix for every layer of the model, even for layers that do not attend to the sequence.
     config = backbone.config.get_text_config(decoder=True)
     num_layers = max(1 + max(layers), getattr(config, "num_hidden_layers", None) or 0)
     return [layers.get(layer, next(iter(layers.values()))) for layer in range(num_layers)]

@@ -102,10 +102,13 @@ class Source(ABC):
         is_given: whether the caller of the base model provides it with each call, as PEFT does. Otherwise every call
             that does not continue a sequence gets it.
         needs_cache: whether it only fits models that take a key-value cache.
+        fills_every_layer: whether the stock model gets a prefix in all layers of its cache, instead of those that
+            self-attention reads.
     """
 
     is_given: bool
     needs_cache = True
+    fills_every_layer: bool = False
 
     @abstractmethod
     def wire(self, patch: Patch) -> None:

@@ -21,7 +21,7 @@ from ...model_info import given_cache, layers_of
 from ..cache import KeyValue, PrefixCache
 from ..call_arguments import tokens_of
 from ..calls import running
-from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod
+from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, drop_token_types
 from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
 from ..recurrent import recurrent_layers
 from ..wiring import Patch
@@ -39,13 +39,16 @@ class PeftPrefix(PrefixSource):
         fix_seq2seq_layout: give each decoder layer of an encoder-decoder its own prefix. PEFT concatenates two copies
             of the parameter and reads the keys of layer l from block 4l mod 2L. With an even number L of layers,
             layers l and l + L/2 share a prefix, and half of the parameter is never used.
+        peft_bugs: count the prefix among the tokens from which positions and masks of images follow.
     """
 
     is_given = True
+    fills_every_layer = True
 
-    def __init__(self, model: Any, *, fix_seq2seq_layout: bool) -> None:
+    def __init__(self, model: Any, *, fix_seq2seq_layout: bool, peft_bugs: bool = False) -> None:
         self.model = model
         self.fix_seq2seq_layout = fix_seq2seq_layout
+        self.keeps_bugs = peft_bugs
         self.patch: PrefixPatch | None = None
         self._known: dict[str, tuple[Any, list[LayerShape | None]]] = {}
         self.names = AdapterNames(model)
@@ -151,6 +154,7 @@ class PeftPrefix(PrefixSource):
         if submodules == 2:
             new = EncoderDecoderCache(new, getattr(given, "cross_attention_cache", None) or DynamicCache())
         inputs["past_key_values"] = new
+        drop_token_types(inputs)
         return inputs
 
     def stock_cache(self, cache: PrefixCache, batch: int, backbone: PreTrainedModel) -> Any:

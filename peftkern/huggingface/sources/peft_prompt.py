@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ...model_info import given_cache
+from ..around_text import has_rope, rope_positions
 from ..cache import PrefixCache
 from ..call_arguments import bind, forward_arguments, tokens_of
 from ..calls import running
 from ..layout import HostNumbers
 from ..masks import unmade
-from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, is_disabled
+from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, drop_token_types, is_disabled
 from ..prompt_patch import PromptPatch
 from ..prompts import Prompt, PromptSource
 from ..wiring import Patch
@@ -108,7 +109,7 @@ class OuterCall:
     Attributes:
         position_ids: [B, S], which PEFT drops.
         peft_way: run PEFT's own code for the call.
-        input_ids: [B, S], of which PEFT passes the embeddings; None unless rows may share text.
+        input_ids: [B, S], of which PEFT passes the embeddings; None unless rows may share text, or there are images.
     """
 
     position_ids: Tensor | None
@@ -181,7 +182,8 @@ class PeftPrompt(PromptSource):
         position_ids = None if peft_way else kwargs.pop("position_ids", None)
         if position_ids is not None:
             self.patch.notice("position_ids", "they are used; PEFT drops them", _BUGS)
-        input_ids = kwargs.get("input_ids") if self.patch.calls.share else None
+        reads_ids = self.patch.calls.share or self.patch.packer.around.is_given(kwargs)
+        input_ids = kwargs.get("input_ids") if reads_ids else None
         if position_ids is None and input_ids is None and not peft_way:
             return None  # a wrapper of PEFT's forward may not accept another argument
         kwargs["peftkern_call"] = OuterCall(position_ids, peft_way, input_ids)
@@ -192,7 +194,10 @@ class PeftPrompt(PromptSource):
         if not self.peft_bugs or self.task not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
             return self.peft_bugs
         mask = kwargs.get("attention_mask")
-        return kwargs.get("position_ids") is not None or (mask is not None and _has_left_padding(mask))
+        places_images = rope_positions(self.patch.base, kwargs) is not None
+        return (
+            places_images or kwargs.get("position_ids") is not None or (mask is not None and _has_left_padding(mask))
+        )
 
     def get_prompt(
         self, peft_method: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
@@ -275,6 +280,12 @@ class PeftPrompt(PromptSource):
                 "TOKEN_CLS", "labels are those of tokens; PEFT raises, because its outputs include the prompt", _BUGS
             )
         input_ids = None if call is None else call.input_ids
+        if input_ids is not None and self.patch.packer.around.is_given(kwargs):
+            # Positions and masks of images follow from tokens.
+            kwargs["input_ids"] = input_ids
+            del kwargs["inputs_embeds"]
+            if rope_positions(self.patch.base, kwargs) is not None:
+                self.patch.notice("images", "their positions are used; PEFT's are those of text", _BUGS)
         return replace(prompt, shown=prompt.lens is None, given=given, input_ids=input_ids)
 
     def _in_embeddings(self, kwargs: dict[str, Any]) -> tuple[Prompt | None, Tensor]:
@@ -313,6 +324,7 @@ class PeftPrompt(PromptSource):
         sequence alone.
         """
         inputs = self.model.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        drop_token_types(inputs)
         cache = given_cache(inputs)
         if isinstance(cache, PrefixCache):
             return inputs
@@ -320,7 +332,7 @@ class PeftPrompt(PromptSource):
             inputs["attention_mask"] = unmade(inputs["attention_mask"])
         mask = inputs.get("attention_mask")
         begun_by_peft = cache is not None and cache.get_seq_length() > 0
-        bug = self.peft_bugs and isinstance(mask, Tensor) and not bool(mask.all())
+        bug = self.peft_bugs and ((isinstance(mask, Tensor) and not bool(mask.all())) or has_rope(self.patch.base))
         reason = self.patch.packer.why_unpackable(
             {n: x for n, x in inputs.items() if n != "position_ids" or x is None}
         )
