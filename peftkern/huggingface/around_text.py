@@ -22,12 +22,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model_info import CACHE_NAMES
+from .cache import PrefixCache
 from .call_arguments import BOUNDARIES, forward_arguments
 from .masks import LazyMask
 from .packing import PackedBatch
 from .probing import some_tokens
 
-__all__ = ["AroundText", "has_rope", "has_tensor", "reads_more", "rope_positions", "text_positions"]
+__all__ = [
+    "MISPLACED",
+    "AroundText",
+    "has_rope",
+    "has_tensor",
+    "hide_prefix",
+    "reads_more",
+    "rope_positions",
+    "text_positions",
+]
 
 #: Arguments of base models that decide which tokens see each other in both directions.
 _DECIDE_MASKS = ("token_type_ids",)
@@ -58,6 +68,13 @@ def reads_more(base: PreTrainedModel) -> bool:
     """Whether a model without an encoder of text has inputs other than text."""
     config = base.config
     return not config.is_encoder_decoder and config.get_text_config() is not config
+
+
+#: A notice on PEFT's prefix.
+MISPLACED = (
+    "their positions and masks are computed for the sequence alone, and then moved behind the prefix; PEFT counts "
+    "the prefix as tokens, which moves them, or raises"
+)
 
 
 class _Arrived(Exception):
@@ -187,6 +204,16 @@ def rope_positions(base: PreTrainedModel, kwargs: Mapping[str, Any]) -> Tensor |
     known = {x.name: kwargs[x.name] for x in parameters if kwargs.get(x.name) is not None}
     required = (x.name for x in parameters if x.default is x.empty and x.kind is not x.VAR_KEYWORD)
     return compute(**known)[0] if all(name in known for name in required) else None
+
+
+def hide_prefix(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
+    """Make a caller's cache, mask and positions those of the sequence alone, for one call of the base model."""
+    offset, mask, position_ids = cache.offset, kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        kwargs["attention_mask"] = mask[:, offset:]
+    if position_ids is not None:
+        kwargs["position_ids"] = position_ids - offset
+    cache.hidden = True
 
 
 def text_positions(position_ids: Tensor | None, mask: Tensor | None) -> Tensor | None:

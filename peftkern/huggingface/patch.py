@@ -147,12 +147,9 @@ def patch(
             "shift_positions, prefix_in_window, packing: expected True, because a prompt runs through the model, got "
             "False"
         )
-    if peft_bugs and (
-        prefix is not None or not (is_prompt or (is_peft_model(model) and reads_more(_outermost(model))))
-    ):
+    if peft_bugs and (prefix is not None or not (is_prompt or _reads_more(model))):
         raise ValueError(
-            "peft_bugs: expected False except for a PEFT model with a prompt, or with inputs other than text, got "
-            "True"
+            "peft_bugs: expected False except for a PEFT model with a prompt, or with images or sound, got True"
         )
     if prefix is None and share and not (_adapts_prefix(model) or _adapts_attention(model)):
         if freeze or fix_seq2seq_layout or not (shift_positions and prefix_in_window and packing):
@@ -250,6 +247,11 @@ def _adapts_attention(model: nn.Module) -> bool:
     return is_peft_model(model) and any(
         config.peft_type.value == ATTENTION_TYPE for config in cast(Any, model).peft_config.values()
     )
+
+
+def _reads_more(model: nn.Module) -> bool:
+    """Whether a PEFT model has inputs other than text."""
+    return is_peft_model(model) and reads_more(_outermost(model))
 
 
 def _check_options(model: nn.Module, logits: str, share: str | None, backend: str) -> None:

@@ -21,6 +21,7 @@ from ..layer_shapes import LayerShape
 from ..model_info import given_cache
 from ..prefix_parts import DECODER, PARTS
 from ..recurrent_state import LayerState, shapes_of_states
+from .around_text import MISPLACED, hide_prefix
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
 from .calls import running
@@ -338,7 +339,7 @@ class PrefixPatch(ModelPatch):
         sharer, groups = self.sharer, kwargs.pop("group_ids", None) if self.calls.share else None
         cache, offset = self_attention_cache(kwargs), 0
         if isinstance(cache, PrefixCache) and cache.counts_outside and self.hides_prefix:
-            _hide(cache, kwargs)
+            hide_prefix(cache, kwargs)
         if isinstance(cache, PrefixCache):
             starts = not cache.stores
             offset = cache.offset if cache.counts_outside else 0
@@ -407,7 +408,7 @@ class PrefixPatch(ModelPatch):
         if isinstance(sequence, PrefixCache):
             cache = sequence
             if cache.hidden and self.packer.around.places_images(kwargs):
-                self.notice("images", _PLACES, " patch(model, peft_bugs=True) reproduces PEFT.")
+                self.notice("images", MISPLACED, " patch(model, peft_bugs=True) reproduces PEFT.")
         elif self.source.is_given or hasattr(sequence, _REPLACED_CACHE):
             if hasattr(sequence, _REPLACED_CACHE) and not self.source.is_given:
                 assert sequence is not None
@@ -499,20 +500,6 @@ class PrefixPatch(ModelPatch):
         )
 
 
-def _hide(cache: PrefixCache, kwargs: dict[str, Any]) -> None:
-    """Make a caller's cache, mask and positions those of the sequence alone, for one call of the base model."""
-    offset, mask, position_ids = cache.offset, kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        kwargs["attention_mask"] = mask[:, offset:]
-    if position_ids is not None:
-        kwargs["position_ids"] = position_ids - offset
-    cache.hidden = True
-
-
-_PLACES = (
-    "their positions and masks are computed for the sequence alone, and then moved behind the prefix; PEFT counts "
-    "the prefix as tokens, which moves them, or raises"
-)
 _PACKING_IS_OFF = "packing=False"
 
 #: Note on a call in which every row is known to contain one sequence.

@@ -63,14 +63,16 @@ SPEECH: dict[str, Speech] = {
     "whisper": Speech(
         hf.WhisperForConditionalGeneration,
         hf.WhisperConfig,
-        {**_TOKENS, **_LAYERS, "num_mel_bins": 8, "max_source_positions": 10, "init_std": 0.3, "suppress_tokens": None,
+        {**_TOKENS, **_LAYERS, "num_mel_bins": 8, "max_source_positions": 10, "init_std": 0.3,
+         "suppress_tokens": None,
          "begin_suppress_tokens": None},
         lambda: {"input_features": _random(BATCH, 8, 20)},
     ),
     "speech_to_text": Speech(
         hf.Speech2TextForConditionalGeneration,
         hf.Speech2TextConfig,
-        {**_TOKENS, **_LAYERS, "input_feat_per_channel": 8, "conv_channels": 16, "init_std": 0.3, "max_source_positions": 40},
+        {**_TOKENS, **_LAYERS, "input_feat_per_channel": 8, "conv_channels": 16, "init_std": 0.3,
+         "max_source_positions": 40},
         lambda: {"input_features": _random(BATCH, 20, 8)},
     ),
     "moonshine": Speech(

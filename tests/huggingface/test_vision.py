@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +149,32 @@ def test_unpatch_restores_the_model():
     with peftkern.patched(model, prefix):
         model(**batch)
     assert torch.equal(model(**batch).logits, want)
+
+
+def _documented() -> dict[str, list[str]]:
+    """The rows of the table in the documentation, by model."""
+    text = (Path(peftkern.__file__).parents[1] / "docs/support.md").read_text()
+    table = text.split("<!-- images table -->")[1].split("<!-- end of images table -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    return {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+
+def test_documentation_lists_the_models():
+    assert _documented().keys() == VISION.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("qwen3_vl", "mllama") else pytest.mark.slow) for name in VISION]
+)
+def test_documentation_says_how_batches_run(name):
+    for kind, documented in zip(("PrefixKV", "SoftPrompt"), _documented()[name][2:], strict=True):
+        assert (_rows_of_a_step(name, kind) == [1]) == (documented == "yes"), f"{kind}: {documented}"
+
+
+def _rows_of_a_step(name: str, kind: str) -> list[int]:
+    """The batch sizes that the first layer of the text sees in a training step."""
+    model, rows = patched(name, kind), []
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda module, args, kwargs: rows.append(args[0].shape[0]), with_kwargs=True)
+    step(model, batch_of(name, "right"))
+    return rows
