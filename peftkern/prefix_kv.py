@@ -109,8 +109,7 @@ class PrefixKV(LearnedLength):
         state: bool | RecurrentState = False,
     ) -> None:
         super().__init__()
-        sizes = (num_layers, num_kv_heads, head_dim, value_head_dim)
-        self.parts, self.shapes = parts_of(model_or_config, parts, *sizes)
+        self.parts, self.shapes = parts_of(model_or_config, parts, num_layers, num_kv_heads, head_dim, value_head_dim)
         self.lengths = lengths_of(length, self.shapes)
         self.num_prefixes = num_prefixes
         self.num_frozen_tokens = num_frozen_tokens

@@ -118,8 +118,9 @@ class ModulePrefix(PrefixSource):
         return [kv[layer] if lengths[layer] else None for layer in self._layers[part]]
 
     def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
-        """Per layer [P], added to the scores of the prefix tokens, or None; empty if the prefix has none."""
-        return _biases(self._running(patch))
+        """Per layer of the decoder [P], added to the scores of the prefix tokens, or None; empty if none has one."""
+        biases = _biases(self._running(patch))
+        return [biases[layer] for layer in self._layers.get("decoder", ())] if biases else ()
 
     def _running(self, patch: PrefixPatch) -> Any:
         """The prefix of the module that runs, which may be a replica with its own copy."""
