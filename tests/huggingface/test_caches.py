@@ -14,6 +14,7 @@ from transformers.cache_utils import Fp8QuantizedLayer, StaticLayer
 
 import peftkern
 from tests.huggingface import by_hand, kinds, models
+from tests.huggingface import test_mixed_adapters as mixed
 from tests.huggingface.kinds import KINDS
 from tests.huggingface.models import FAMILIES, IDS, LEFT, ONES, PREFIX
 
@@ -86,6 +87,15 @@ def test_beams_and_several_prompts_in_a_static_cache():
     model = models.prompt_model(LLAMA, "MULTITASK_PROMPT_TUNING", patched=True).eval()
     want = generate(model, task_ids=models.TASK_IDS).tolist()
     assert generate(model, task_ids=models.TASK_IDS, **options_of("static")).tolist() == want
+
+
+@pytest.mark.parametrize("source", ["prefix", "prompt"])
+def test_rows_of_several_adapters_in_a_static_cache(source):
+    """Their prefixes have different lengths."""
+    model = peftkern.patch(mixed._model("llama", source)).eval()
+    batch = {**mixed._batch("left"), "labels": None, **by_hand.GREEDY, "adapter_names": mixed.NAMES}
+    want = model.generate(**batch, max_new_tokens=STEPS).tolist()
+    assert model.generate(**batch, max_new_tokens=STEPS, **options_of("static")).tolist() == want
 
 
 @pytest.mark.parametrize("kind", KINDS)
