@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from benchmarks import readme_tables
 from peftkern.tools.demo import training
 from tests.tools.test_demo import tiny
 
@@ -78,3 +79,21 @@ def test_the_error_is_that_of_the_mean(script):
     mean, error = script("review_training").mean_and_error([0.7, 0.8, 0.9])
     assert mean == pytest.approx(0.8)
     assert error == pytest.approx(torch.tensor([0.7, 0.8, 0.9]).std().item() / 3**0.5)
+
+
+def test_tables_have_the_mean_of_the_seeds(monkeypatch, tmp_path):
+    rows = [
+        {"arm": "untrained", "steps": 0, "parameters": 0, "accuracy": 0.745},
+        {"arm": "lora + prefix", "steps": 9, "parameters": 12345, "accuracy": 0.8, "step_s": 1.0},
+        {"arm": "lora + prefix", "steps": 9, "parameters": 12345, "accuracy": 0.9, "step_s": 2.0},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "hybrids.csv", index=False)
+    names = ("prefix, random", "prefix, text", "prompt, text", "prefix, text")
+    pd.DataFrame([{"arm": name, "accuracy": 0.7 + 0.1 * i} for i, name in enumerate(names)]).to_csv(
+        tmp_path / "starts.csv", index=False
+    )
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    lines = readme_tables.hybrids().splitlines()[2:]
+    assert lines == ["| untrained | 0 | 74.5 | - |", "| lora + prefix | 12,345 | 85.0 ± 5.0 | 1.50 |"]
+    lines = readme_tables.starts().splitlines()[2:]
+    assert lines == ["| random | 70.0 | - |", "| text | 90.0 ± 10.0 | 90.0 |"]
