@@ -4,24 +4,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer_shapes import LayerShape, lengths_of
-from .model_info import KeyValue, Origin, layers_of, text_tokens
+from .layer_shapes import lengths_of
+from .model_info import KeyValue, Origin
+from .prefix_bank import Bank
 from .prefix_layout import checked, groups_of, shares_parameter
-from .prefix_length import LearnedLength, token_layers
+from .prefix_length import LearnedLength
 from .prefix_options import check_options
 from .prefix_parts import DECODER, parts_of, positions_of
+from .prefix_starts import Starts
 from .recurrent_state import RecurrentState, as_state
 
 __all__ = ["PrefixKV"]
 
 
-class PrefixKV(LearnedLength):
+class PrefixKV(Starts, Bank, LearnedLength):
     """Learned keys and values that every query of a layer attends to before those of the sequence (Li & Liang 2021).
 
     With one length for all layers, the values are stored as in PEFT, in one flat parameter
@@ -39,7 +41,8 @@ class PrefixKV(LearnedLength):
         num_layers: number of layers; overrides that of the model.
         num_kv_heads, head_dim, value_head_dim: an int for all layers, or one int per layer; override those of the
             model. A layer with 0 heads has no keys (a recurrent layer).
-        num_prefixes: A, for a bank of prefixes [A, P, ...]. ``prefix_ids`` in each forward selects one per sample.
+        num_prefixes: A, for a bank of prefixes [A, P, ...]. ``prefix_ids`` [B] in each call selects one per sample,
+            -1 none; [B, K] selects K, whose union the sample sees. :meth:`stack` makes a bank of prefixes.
         num_frozen_tokens: number of first tokens that keep their initial values (at most the length of each layer).
             Cartridges freeze one as an attention sink (Eyuboglu et al. 2025).
         projection: hidden size of an MLP (Linear, Tanh, Linear) that computes the keys and values of the other tokens
@@ -197,143 +200,6 @@ class PrefixKV(LearnedLength):
                 num_frozen = self.frozen[group].shape[-2]
                 self.frozen[group].copy_(block[..., :num_frozen, :])
             self.trainable[group].copy_(block[..., num_frozen:, :])
-
-    @classmethod
-    def from_text(
-        cls, model: Any, tokenizer: Any, text: str, length: int | Sequence[int], **options: Any
-    ) -> PrefixKV:
-        """A prefix initialised with the keys and values of real text, as Li & Liang 2021 recommend.
-
-        The tokens that ``tokenizer(text)`` returns (no chat template) are repeated or truncated to the (largest)
-        length. In encoder-decoder models, encoder and decoder read the text. The cross-attention's keys and values
-        are those of the encoded text.
-
-        Args:
-            model: a Hugging Face model. It runs once, in eval mode and without gradients, and is not changed.
-            tokenizer: called on the text.
-            text: for example an instruction.
-            length: as for :class:`PrefixKV`.
-            options: as for :class:`PrefixKV`.
-
-        Raises:
-            ValueError: for a text without tokens, or a length beyond the model's positions.
-        """
-        return cls._from_tokens(model, length, lambda longest: text_tokens(tokenizer, text, longest), options)
-
-    @classmethod
-    def from_vocabulary(
-        cls, model: Any, length: int | Sequence[int], *, generator: torch.Generator | None = None, **options: Any
-    ) -> PrefixKV:
-        """A prefix initialised with the keys and values of random tokens of the vocabulary.
-
-        It learns faster than random numbers, and more slowly than real text (:meth:`from_text`).
-
-        Args:
-            model: as for :meth:`from_text`.
-            length: as for :class:`PrefixKV`.
-            generator: of the CPU; default: torch's.
-            options: as for :class:`PrefixKV`.
-
-        Raises:
-            ValueError: for a length beyond the model's positions, or of 0 in all layers.
-        """
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-
-        def sample(longest: int) -> list[int]:
-            if longest < 1:
-                raise ValueError(f"length: expected at least one token, got {length}")
-            return torch.randint(vocab_size, (longest,), generator=generator).tolist()
-
-        return cls._from_tokens(model, length, sample, options)
-
-    @classmethod
-    def _from_tokens(
-        cls, model: Any, length: int | Sequence[int], tokens: Callable[[int], list[int]], options: dict[str, Any]
-    ) -> PrefixKV:
-        """A prefix with the keys and values of the token ids that ``tokens`` returns for the largest length."""
-        names = ("num_layers", "num_kv_heads", "head_dim", "value_head_dim")
-        parts = options.get("parts", DECODER)
-        _, shapes = parts_of(model, parts, *(options.get(name) for name in names))
-        ids = tokens(max(lengths_of(length, shapes)))
-        layers = token_layers(model, lambda _: ids, len(ids), shapes, parts=parts)
-        if options.get("state") is True:
-            options = {**options, "state": RecurrentState.of_tokens(model, ids)}
-        return cls.from_cache(layers, length, model_or_config=model, **options)
-
-    @classmethod
-    def from_cache(
-        cls, cache: Any, length: int | Sequence[int] | None = None, *, model_or_config: Any = None, **options: Any
-    ) -> PrefixKV:
-        """A prefix initialised with the first tokens of a cache.
-
-        Args:
-            cache: a ``transformers`` cache of batch 1, or (key, value) per layer, [1, Hkv, T, D] or [Hkv, T, D], None
-                for a layer without keys. Compressed keys and values have to be expanded.
-            length: as for :class:`PrefixKV`; None takes all T tokens.
-            model_or_config: default: the geometry of the cache.
-            options: as for :class:`PrefixKV`. With ``state=True``, the states are those of the cache, and the length
-                has to be the number of its tokens.
-
-        >>> kv = [(torch.randn(1, 2, 7, 16), torch.randn(1, 2, 7, 16)) for _ in range(3)]
-        >>> PrefixKV.from_cache(kv, length=5, num_frozen_tokens=1)
-        PrefixKV(num_layers=3, num_kv_heads=2, head_dim=16, length=5, num_frozen_tokens=1)
-        """
-        kv = layers_of(cache)
-        found = {x.shape[1] for pair in kv if pair is not None for x in pair}
-        if length is None:
-            tokens = sorted(found)
-            if len(tokens) != 1:
-                raise ValueError(
-                    f"length: expected an int or one per layer, as the cached layers have {tokens} tokens, got None"
-                )
-            length = tokens[0]
-        if options.get("state") is True:
-            options["state"] = RecurrentState.of_cache(cache)
-            if (longest := length if isinstance(length, int) else max(length)) != max(found):
-                raise ValueError(f"length: expected all {max(found)} tokens, which the states follow, got {longest}")
-        if model_or_config is None:
-            sizes = [(0, 0, 0) if pair is None else LayerShape.of(pair) for pair in kv]
-            own: dict[str, Any] = {"num_layers": len(kv), "device": next(pair[0].device for pair in kv if pair)}
-            names = ("num_kv_heads", "head_dim", "value_head_dim")
-            own |= {name: list(each) for name, each in zip(names, zip(*sizes, strict=True), strict=True)}
-            options = {**own, **options}
-        return cls(model_or_config, length, init=kv, **options)
-
-    @classmethod
-    def from_peft(cls, peft_model: Any, adapter_name: str | None = None) -> PrefixKV:
-        """A prefix that shares the parameters of a PEFT model's PREFIX_TUNING or CARTRIDGE adapter.
-
-        It saves and restores an adapter with its projection, which PEFT's own files do not contain::
-
-            save_prefix(PrefixKV.from_peft(peft_model), folder)
-            PrefixKV.from_peft(peft_model).load_state_dict(load_prefix(folder).state_dict())
-
-        Args:
-            peft_model: a ``peft.PeftModel``.
-            adapter_name: default: the active adapter.
-
-        Raises:
-            ValueError: for an adapter of another type.
-        """
-        name = adapter_name or peft_model.active_adapter
-        config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
-        if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
-            raise ValueError(f"adapter_name: expected a PREFIX_TUNING or CARTRIDGE adapter, got {config.peft_type}")
-        transform = getattr(encoder, "transform", None)  # PEFT creates none for inference, even if the config has one
-        prefix = cls(
-            None, config.num_virtual_tokens, num_layers=config.num_layers, num_kv_heads=config.num_attention_heads,
-            head_dim=config.token_dim // config.num_attention_heads, init="zero", device="meta",
-            num_frozen_tokens=getattr(config, "num_frozen_tokens", 0),
-            projection=None if transform is None else transform[0].out_features,
-            peft_seq2seq_layout=config.num_transformer_submodules == 2,
-        )  # fmt: skip
-        prefix.transform = transform
-        prefix.trainable[0] = getattr(encoder, "trainable_embedding", encoder.embedding.weight)
-        if prefix.num_frozen_tokens:
-            prefix.frozen[0] = encoder.frozen_embedding
-        task_type = getattr(config.task_type, "value", config.task_type)
-        prefix.origin = Origin(config.base_model_name_or_path, config.revision, task_type or Origin().task_type)
-        return prefix
 
     @property
     def num_layers(self) -> int:

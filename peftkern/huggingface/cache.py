@@ -81,7 +81,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         offset_outside: whether the offset also counts between two forwards, as PEFT's ``generate`` expects. If False,
             callers of the model see a cache of the sequence alone.
         options: passed on to the attention function.
-        ids: [B], index into the bank for each sample, -1 for none.
+        ids: [B], index into the bank for each sample, -1 for none; or [B, K], several.
         lens: [A], the number of tokens of each prefix in the bank; None if all have P.
         as_stored: whether ``prefix`` has the form of the model's cache. A layer with compressed keys expands it.
         offsets: [A], positions that each prefix of the bank takes before the samples that read it; None if the model
@@ -175,7 +175,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         if self.offsets is None or self.ids is None:
             return None
         ids = self.ids.long()
-        return torch.where(ids < 0, 0, self.offsets[ids])
+        offsets = torch.where(ids < 0, 0, self.offsets[ids])
+        return offsets if ids.dim() == 1 else offsets.sum(1)
 
     @property
     def num_tokens(self) -> int:

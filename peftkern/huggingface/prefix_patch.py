@@ -42,11 +42,11 @@ __all__ = ["PrefixBank", "PrefixPatch", "PrefixSource"]
 
 @dataclass(frozen=True, eq=False)
 class PrefixBank:
-    """Several prefixes, of which every sample of a call reads one.
+    """Several prefixes, of which every sample of a call reads one or more.
 
     Attributes:
         layers: per layer (prefix_k, prefix_v), each [A, Hkv, P, D]; None for a layer without a prefix.
-        ids: [B], the prefix of each sample, -1 for none.
+        ids: [B], the prefix of each sample, -1 for none; or [B, K], several.
         lens: [A], the number of tokens of each prefix.
         offsets: [A], the positions that each prefix takes.
     """
@@ -77,6 +77,20 @@ class PrefixSource(Source):
     @abstractmethod
     def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
         """Per layer of a part (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether calls select prefixes of a bank."""
+        return False
+
+    def bank_of(self, patch: PrefixPatch, prefix_ids: Any, batch: int) -> PrefixBank | None:
+        """The prefixes that a call selects for its samples; None without a bank.
+
+        Args:
+            prefix_ids: that argument of the call.
+            batch: B.
+        """
+        return None
 
     def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
         """Per layer [P], added to the scores of the prefix tokens, or None; empty if no layer has one."""
@@ -149,6 +163,8 @@ class PrefixPatch(ModelPatch):
             self.packer.try_out(trial, shared=self.calls.share)
         else:
             self.packer.reasons = [_PACKING_IS_OFF]
+        if self.source.has_bank and (reason := self.why_not_mixed()) is not None:
+            raise ValueError(f"prefix: expected a single prefix, because {reason}, got a bank")
         if not self.calls.share:
             return
         if self.packer.reasons:
@@ -364,7 +380,8 @@ class PrefixPatch(ModelPatch):
             return None
         if mask is not None and is_tracing(mask):  # the number of packed rows depends on values
             return None
-        if isinstance(cache, PrefixCache) and cache.ids is not None and sharer is not None:
+        has_bank = self.source.has_bank or (isinstance(cache, PrefixCache) and cache.ids is not None)
+        if has_bank and sharer is not None:
             sharer.skip("samples have different prefixes")
             sharer = None
         selects = self.selects_labels(kwargs)
@@ -399,6 +416,7 @@ class PrefixPatch(ModelPatch):
 
     def find_cache(self, kwargs: dict[str, Any], packed: PackedBatch | None) -> PrefixCache | None:
         """The caller's cache if it contains the prefix, or a new one in place of an empty one."""
+        prefix_ids = None if self.source.is_given else kwargs.pop("prefix_ids", None)
         if self.cache_name is None or self.part_layers is not None:
             self._refuse_stock(kwargs)
         if self.cache_name is None:
@@ -419,7 +437,8 @@ class PrefixPatch(ModelPatch):
             stores = not self.is_training_step and kwargs.get("use_cache") is not False
             batch = tokens_of(kwargs).shape[0]
             self._refuse_padding_before_states(kwargs)
-            cache = self.new_cache(stores=stores, offset_outside=False, given=sequence, batch=batch)
+            bank = self.source.bank_of(self, prefix_ids, batch)
+            cache = self.new_cache(stores=stores, offset_outside=False, given=sequence, batch=batch, bank=bank)
             if isinstance(given, EncoderDecoderCache):
                 kwargs[self.cache_name] = EncoderDecoderCache(cache, given.cross_attention_cache)
             elif kwargs.get("encoder_hidden_states") is not None:

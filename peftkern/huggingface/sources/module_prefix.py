@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 
 from ...checkpoint import PREFIX_NAME
@@ -14,7 +16,7 @@ from ...recurrent_state import LayerState
 from ..adapter_folders import AdapterFolder
 from ..cache import KeyValue
 from ..calls import running
-from ..prefix_patch import PrefixPatch, PrefixSource
+from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
 from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]
@@ -83,6 +85,22 @@ class ModulePrefix(PrefixSource):
         """Whether tokens may have been removed between others."""
         return bool(getattr(self.prefix, "has_gaps", False))
 
+    @property
+    def has_bank(self) -> bool:
+        """Whether the module is a bank."""
+        return getattr(self.prefix, "num_prefixes", None) is not None
+
+    def bank_of(self, patch: PrefixPatch, prefix_ids: Any, batch: int) -> PrefixBank | None:
+        """The prefixes that ``prefix_ids`` [B] or [B, K] selects."""
+        if not self.has_bank:
+            if prefix_ids is not None:
+                raise ValueError("prefix_ids: expected None, because the prefix is not a bank, got ids")
+            return None
+        prefix: Any = self._running(patch)
+        ids = _checked_ids(prefix_ids, batch, prefix.num_prefixes).to(prefix.prefix_lens.device)
+        lens = prefix.prefix_lens
+        return PrefixBank(self.layer_kv(patch), ids, lens, lens if self.shift_positions else torch.zeros_like(lens))
+
     def check(self, patch: PrefixPatch) -> None:
         """Raise ValueError unless the prefix fits the model: its shape, and its gaps the sliding windows."""
         for part, layers in self._layers.items():
@@ -103,6 +121,9 @@ class ModulePrefix(PrefixSource):
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, PREFIX_NAME, cast(nn.Module, self.prefix))
         AdapterFolder.install(patch, PREFIX_NAME, cast(nn.Module, self.prefix))
+        if self.has_bank and hasattr(patch.base, "prepare_inputs_for_generation"):
+            inputs = InputsWithIds(patch.base)
+            patch.wiring.set_attribute(patch.base, "prepare_inputs_for_generation", inputs)
 
     def layer_states(self, patch: PrefixPatch) -> Sequence[Sequence[LayerState]]:
         """The module's states of recurrent layers."""
@@ -125,6 +146,39 @@ class ModulePrefix(PrefixSource):
     def _running(self, patch: PrefixPatch) -> Any:
         """The prefix of the module that runs, which may be a replica with its own copy."""
         return getattr(running.module(patch, patch.base), PREFIX_NAME)
+
+
+class InputsWithIds:
+    """A model's ``prepare_inputs_for_generation`` that passes ``prefix_ids`` on to the model.
+
+    ``generate`` accepts the arguments that this method names, and repeats tensors among them for beams.
+
+    Args:
+        model: with a bank of prefixes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.previous = model.__dict__.get("prepare_inputs_for_generation")
+
+    def __call__(self, *args: Any, prefix_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """The inputs of the next step."""
+        prepare = self.previous or partial(type(self.model).prepare_inputs_for_generation, self.model)
+        inputs = prepare(*args, **kwargs)
+        return inputs if prefix_ids is None else {**inputs, "prefix_ids": prefix_ids}
+
+
+def _checked_ids(ids: Any, batch: int, num_prefixes: int) -> Tensor:
+    """``prefix_ids`` as int32, if they select prefixes of the bank for each sample."""
+    expected = (
+        f"the prefix of each sample [{batch}], or [{batch}, K] several, of 0 to {num_prefixes - 1}, -1 for none"
+    )
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.shape[0] != batch:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{type(ids).__name__}"
+        raise ValueError(f"prefix_ids: expected {expected}, got {got}")
+    if ids.device.type == "cpu" and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_prefixes:
+        raise ValueError(f"prefix_ids: expected {expected}, got {int(ids.min())} to {int(ids.max())}")
+    return ids.to(torch.int32)
 
 
 def _biases(prefix: Any) -> Sequence[Tensor | None]:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Banks of prefixes: one or several for each sample, in training, evaluation and generation; replacing rows."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+import peftkern
+from peftkern import PrefixKV
+from tests.huggingface import models
+from tests.huggingface.models import FAMILIES, IDS, LEFT, RIGHT
+
+NAMES = ["llama (GQA)", "gpt2", "gemma2 (softcap)"]
+LENS = (3, 5, 2, 4)
+MASKS = {"none": None, "left": LEFT, "right": RIGHT}
+#: Prefixes of the samples: one, one or none, and several, of which -1 pads.
+IDS_OF = {"one": [2, 0, 1], "one or none": [1, -1, 3], "several": [[0, 2], [3, -1], [1, 0]]}
+
+
+def prefixes(model):
+    return [PrefixKV(model, n, std=0.5) for n in LENS]
+
+
+def concatenated(model, parts):
+    """The prefixes behind each other, as one; None for no prefix."""
+    if not parts:
+        return None
+    pairs = zip(*(part.layer_kv() for part in parts), strict=True)
+    layers = [tuple(torch.cat(x, 1) for x in zip(*layer, strict=True)) for layer in pairs]
+    return PrefixKV.from_cache([tuple(x.detach() for x in pair) for pair in layers], model_or_config=model)
+
+
+def own_prefix(model, parts, row):
+    ids = [i for i in (row if isinstance(row, list) else [row]) if i >= 0]
+    return concatenated(model, [parts[i] for i in ids]), ids
+
+
+def alone(model, prefix, sample, mask):
+    """Logits of one sample behind its prefix, and the gradients of that prefix for the sum of its label losses."""
+    real = slice(None) if mask is None else mask[sample].bool()
+    ids = IDS[sample][real][None]
+    if prefix is None:
+        return model(input_ids=ids).logits[0], []
+    with peftkern.patched(model, prefix):
+        out = model(input_ids=ids, use_cache=False).logits
+        loss(out[0], ids[0]).backward()
+    return out[0].detach(), [p.grad for p in prefix.trainable]
+
+
+def loss(logits, ids):
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", IDS_OF)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_sample_sees_its_prefixes(name, kind, mask):
+    torch.manual_seed(0)
+    model = models.base_model(FAMILIES[name]).eval().requires_grad_(False)
+    parts, mask = prefixes(model), MASKS[mask]
+    bank = PrefixKV.stack(parts)
+    want_grad = torch.zeros_like(bank.trainable[0])
+    rows = []
+    for sample, row in enumerate(IDS_OF[kind]):
+        prefix, ids = own_prefix(model, parts, row)
+        logits, grads = alone(model, prefix, sample, mask)
+        rows.append(logits)
+        for i, part in zip(ids, grads[0].split([LENS[i] for i in ids]) if grads else (), strict=True):
+            want_grad[i, : LENS[i]] += part
+    peftkern.patch(model, bank)
+    real = torch.ones_like(IDS) if mask is None else mask
+    for training in (False, True):
+        model.train(training)
+        bank.zero_grad()
+        out = model(input_ids=IDS, attention_mask=mask, prefix_ids=torch.tensor(IDS_OF[kind]))
+        for sample, logits in enumerate(rows):
+            torch.testing.assert_close(out.logits[sample][real[sample].bool()], logits, rtol=1e-4, atol=1e-5)
+        sum(loss(out.logits[i][real[i].bool()], IDS[i][real[i].bool()]) for i in range(len(rows))).backward()
+        torch.testing.assert_close(bank.trainable[0].grad, want_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("kind", IDS_OF)
+def test_generation_with_beams(kind, num_beams):
+    torch.manual_seed(0)
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    parts = prefixes(model)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
+    want = []
+    for sample, row in enumerate(IDS_OF[kind]):
+        prefix, _ = own_prefix(model, parts, row)
+        ids = IDS[sample][LEFT[sample].bool()][None]
+        if prefix is None:
+            want.append(model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, -4:])
+        else:
+            with peftkern.patched(model, prefix):
+                want.append(model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, -4:])
+    peftkern.patch(model, PrefixKV.stack(parts))
+    got = model.generate(IDS, attention_mask=LEFT, prefix_ids=torch.tensor(IDS_OF[kind]), **arguments)
+    assert torch.equal(got[:, -4:], torch.stack(want))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(
+        again.generate(IDS, attention_mask=LEFT, prefix_ids=torch.tensor(IDS_OF[kind]), **arguments), got
+    )
+
+
+def test_a_row_is_replaced_between_two_calls():
+    torch.manual_seed(0)
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    parts = prefixes(model)
+    bank = PrefixKV.stack(parts[:2])
+    peftkern.patch(model, bank)
+    ids = torch.tensor([0, 1, 0])
+    before = model(input_ids=IDS, prefix_ids=ids).logits
+    bank.replace(1, parts[2])
+    after = model(input_ids=IDS, prefix_ids=ids).logits
+    peftkern.unpatch(model)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    with peftkern.patched(model, parts[2]):
+        torch.testing.assert_close(after[1:2], model(input_ids=IDS[1:2]).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank.select(1).trainable[0], parts[2].trainable[0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (None, "got NoneType"),
+        ([0, 1, 0], "got list"),
+        (torch.tensor([0, 1]), r"got torch.int64 \[2\]"),
+        (torch.tensor([0.0, 1.0, 0.0]), r"got torch.float32 \[3\]"),
+        (torch.tensor([0, 4, 1]), "0 to 3, -1 for none, got 0 to 4"),
+    ],
+)
+def test_ids_that_select_nothing(ids, message):
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    peftkern.patch(model, PrefixKV.stack(prefixes(model)))
+    with pytest.raises(ValueError, match=rf"prefix_ids: expected of each sample a prefix \[3\] .*{message}"):
+        model(input_ids=IDS, prefix_ids=ids)
+
+
+def test_a_single_prefix_takes_no_ids():
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    peftkern.patch(model, PrefixKV(model, 3))
+    with pytest.raises(ValueError, match="prefix_ids: expected None, because the prefix is not a bank"):
+        model(input_ids=IDS, prefix_ids=torch.tensor([0, 0, 0]))
+
+
+def test_a_model_whose_positions_are_not_arguments_takes_no_bank():
+    model = models.base_model(FAMILIES["t5"])
+    with pytest.raises(ValueError, match="prefix: expected a single prefix, because"):
+        peftkern.patch(model, PrefixKV.stack(prefixes(model)))
