@@ -155,14 +155,15 @@ def _attending_layers(config: Any) -> list[bool]:
     Layers that share the keys of another layer have none of their own. A prefix has parameters for them nevertheless,
     which nothing reads, as in PEFT.
     """
-    from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer
+    from transformers import cache_utils
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     num_layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     if not getattr(config, "layer_types", None):
         return [True] * num_layers
     kinds: tuple[type, ...] = (DynamicLayer,)
     if getattr(config, "kv_sharing_modes", None):
-        kinds = (DynamicLayer, DummyLayer)
+        kinds = (DynamicLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))  # transformers 5.21 and later
     layers = DynamicCache(config=config).layers
     return [isinstance(layer, kinds) for layer in layers] if len(layers) == num_layers else [True] * num_layers
 

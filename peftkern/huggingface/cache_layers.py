@@ -7,12 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ..recurrent_state import LayerState
 from .recurrent import RecurrentLayer
@@ -64,11 +59,9 @@ class HybridLayer(RecurrentLayer, PrefixLayer, LinearAttentionAndFullAttentionLa
 
 
 def layer_like(stock: Any, stores: bool, initial: Sequence[LayerState] = ()) -> Any:
-    """A layer that stores what a stock layer stores."""
-    if isinstance(stock, DummyLayer):
-        return DummyLayer()
+    """A layer that stores what a stock layer stores. Layers of neither kind store nothing."""
     if isinstance(stock, DynamicLayer) and isinstance(stock, LinearAttentionLayer):
         return HybridLayer(stores, stock.number_of_states, initial)
     if isinstance(stock, LinearAttentionLayer):
         return RecurrentLayer(stores, stock.number_of_states, initial)
-    return PrefixLayer(stores)
+    return PrefixLayer(stores) if isinstance(stock, DynamicLayer) else stock

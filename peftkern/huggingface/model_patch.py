@@ -256,6 +256,11 @@ class ModelPatch(Patch):
         """Whether the current forward will be followed by a backward."""
         return self.backbone.training and torch.is_grad_enabled()
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the current forward is a training step with activation checkpointing."""
+        return self.is_training_step and any(module.gradient_checkpointing for module in self._checkpointed)
+
     def stores(self, kwargs: dict[str, Any]) -> bool:
         """Whether the output of a call contains a cache."""
         uses_cache = kwargs.get("use_cache")

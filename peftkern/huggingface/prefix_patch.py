@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from transformers.utils.import_utils import is_tracing
 from ..layer_shapes import LayerShape
 from ..model_info import given_cache
 from ..prefix_parts import DECODER, PARTS
-from ..recurrent_state import LayerState, shapes_of_states
+from ..recurrent_state import LayerState
 from .around_text import MISPLACED, hide_prefix
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
 from .calls import running
+from .initial_states import check_states, initial_states, refuse_padding_before_states
 from .layout import HostNumbers
 from .model_patch import ModelPatch
 from .packing import PackedBatch
@@ -32,7 +32,7 @@ from .parts import EncoderHooks, PartLayers, find_part_layers
 from .parts_trial import PartsTrial
 from .probing import quiet
 from .recurrent import give_cache
-from .recurrent_trial import ignores_cache, try_state
+from .recurrent_trial import ignores_cache
 from .survey import PrefixLayerInfo
 from .trial import Trial
 from .wiring import Source
@@ -158,7 +158,7 @@ class PrefixPatch(ModelPatch):
         if self.source.offset and (reason := trial.try_positions(self.tables)) is not None:
             raise ValueError(f"shift_positions: expected False, because {reason}, got True")
         if states := self.source.layer_states(self):
-            self._check_states(states, trial)
+            check_states(self, states, trial)
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
@@ -178,54 +178,6 @@ class PrefixPatch(ModelPatch):
             raise ValueError(
                 "share: expected None, because attention over shared text cannot hide a prefix with gates "
                 "(learn_length) behind windows, got 'prefixes'"
-            )
-
-    def _check_states(self, states: Sequence[Sequence[LayerState]], trial: Trial) -> None:
-        """Raise ValueError unless states have the shapes of the model's, and its layers continue from them."""
-        shapes, expected = map(shapes_of_states, (states, self.state_like))
-        for layer, (want, got) in enumerate(zip_longest(expected, shapes)):
-            if want != got:
-                raise ValueError(f"state: expected states {want} in layer {layer}, got {got}")
-        if (reason := try_state(trial, [*self.recurrent])) is not None:
-            raise ValueError(f"state: expected False, because {reason}, got True")
-
-    def _initial_states(self, batch: int) -> list[list[LayerState]]:
-        """The states [B, ...] before the first token, in the dtypes and on the devices of the layers."""
-        states = self.source.layer_states(self)
-        if not states:
-            return []
-        if self.is_training_step and any(module.gradient_checkpointing for module in self._checkpointed):
-            for info in self.recurrent.values():
-                if not info.gets_prefix:
-                    raise ValueError(
-                        f"gradient_checkpointing: expected it to be off, because it removes the cache with the "
-                        f"states of {info.name}, got True"
-                    )
-        devices = {info.layer: next(module.parameters()).device for module, info in self.recurrent.items()}
-
-        def expand(x: Tensor | None, like: Tensor | None, layer: int) -> Tensor | None:
-            return None if x is None or like is None else x.to(devices[layer], like.dtype).expand(batch, *x.shape[1:])
-
-        return [
-            [
-                (expand(conv, conv_like, layer), expand(recurrent, recurrent_like, layer))
-                for (conv, recurrent), (conv_like, recurrent_like) in zip(own, likes, strict=True)
-            ]
-            for layer, (own, likes) in enumerate(zip(states, self.state_like, strict=True))
-        ]
-
-    def _refuse_padding_before_states(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for padding between initial states and the sequence.
-
-        Models set the inputs of recurrent layers to 0 at padding, over which a state decays.
-        """
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or is_tracing(mask) or not self.source.layer_states(self):
-            return
-        if mask.shape[1] and bool((mask[:, -tokens_of(kwargs).shape[1]] == 0).any()):
-            raise ValueError(
-                "attention_mask: expected padding on the right only, because states of recurrent layers (state=True) "
-                "decay over padding before the sequence, got padding on the left; batch prompts of one length"
             )
 
     def explain(self) -> str:
@@ -305,10 +257,11 @@ class PrefixPatch(ModelPatch):
         beside = self.source.layer_kv(self, "cross") if "cross" in self.source.parts else ()
         if self.is_training_step and any(map(_is_reentrant, self._checkpointed)):
             self._check_reentrant([*prefix, *beside], bias)
+        states = initial_states(self, self.source.layer_states(self), batch)
         return PrefixCache(
             prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
             options=self.options, given=given if stores else None, bias=bias, has_gaps=self.source.has_gaps,
-            like=self.stock_layers, states=self._initial_states(batch), ids=None if bank is None else bank.ids,
+            like=self.stock_layers, states=states, ids=None if bank is None else bank.ids,
             lens=None if bank is None else bank.lens, offsets=None if bank is None else bank.offsets,
             read_layers=None if self.source.is_given else self.read_layers,
         )  # fmt: skip
@@ -436,7 +389,8 @@ class PrefixPatch(ModelPatch):
         else:
             stores = not self.is_training_step and kwargs.get("use_cache") is not False
             batch = tokens_of(kwargs).shape[0]
-            self._refuse_padding_before_states(kwargs)
+            if self.source.layer_states(self):
+                refuse_padding_before_states(kwargs)
             bank = self.source.bank_of(self, prefix_ids, batch)
             cache = self.new_cache(stores=stores, offset_outside=False, given=sequence, batch=batch, bank=bank)
             if isinstance(given, EncoderDecoderCache):
