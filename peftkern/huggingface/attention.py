@@ -7,9 +7,8 @@ without a prefix, disabled adapters) run the implementation that the model had b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -184,7 +183,7 @@ def _attend_gated(
     return out, weights
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def _without_prefixes(options: PrefixOptions) -> PrefixCache:
     """A cache for calls whose model has no prefix in its cache."""
     return PrefixCache([], offset=0, stores=False, offset_outside=False, options=options)

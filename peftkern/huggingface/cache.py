@@ -170,15 +170,6 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         return self._offset
 
     @property
-    def row_offsets(self) -> Tensor | None:
-        """[B], positions before the first token of each sample; None if the model counts the offset for all."""
-        if self.offsets is None or self.ids is None:
-            return None
-        ids = self.ids.long()
-        offsets = torch.where(ids < 0, 0, self.offsets[ids])
-        return offsets if ids.dim() == 1 else offsets.sum(1)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of the sequence in the cache."""
         return int(super().get_seq_length())

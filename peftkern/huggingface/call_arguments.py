@@ -21,7 +21,6 @@ __all__ = [
     "count_prefix",
     "forward_arguments",
     "is_plain",
-    "place_rows",
     "self_attention_cache",
     "tokens_of",
 ]  # fmt: skip
@@ -84,33 +83,6 @@ def count_prefix(cache: PrefixCache, kwargs: dict[str, Any], seen: int | None = 
         kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], offset), mask], dim=1)
     if position_ids is not None:
         kwargs["position_ids"] = position_ids + offset
-
-
-def place_rows(cache: PrefixCache, kwargs: dict[str, Any], *, count_mask: bool) -> None:
-    """Set the positions of a call whose samples stand behind prefixes of different lengths.
-
-    Args:
-        cache: the cache with the prefixes.
-        kwargs: arguments of a call of the backbone, which count ``cache.offset`` for every sample; changed in place.
-        count_mask: whether positions count the tokens of the mask.
-    """
-    offsets = cache.row_offsets
-    if offsets is None:
-        return
-    tokens, mask, position_ids = tokens_of(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if position_ids is not None and position_ids.dim() != 2:
-        raise ValueError(
-            f"position_ids: expected [B, S], as samples have different prefixes, got {position_ids.dim()} dims"
-        )
-    offsets, length = offsets.to(tokens.device)[:, None], tokens.shape[1]
-    if position_ids is not None:
-        positions = position_ids - cache.prefix_positions
-    elif count_mask and isinstance(mask, Tensor):
-        real = mask[:, cache.prefix_positions :] != 0
-        positions = torch.where(real, real.long().cumsum(1) - 1, -1)[:, -length:]
-    else:
-        positions = torch.arange(cache.num_tokens, cache.num_tokens + length, device=tokens.device)[None]
-    kwargs["position_ids"] = torch.where(positions < 0, positions, positions + offsets)
 
 
 def is_plain(cache: Cache | None) -> bool:

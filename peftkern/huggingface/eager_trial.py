@@ -35,8 +35,8 @@ class EagerTrial(Trial):
         with use_attention(self.backbone, NAME, attention_with_prefix):
             with self.measured_linear_layers():
                 stock = self.run(self.cache(stores=False), ids, mask)
-            moved = [kv and (self._round_otherwise(kv[0]), self._round_otherwise(kv[1])) for kv in self.prefix]
-            self._rounding = self._measure_rounding(self.run(self.cache(False, moved), ids, mask), stock, mask)
+            moved = [kv and (self.round_otherwise(kv[0]), self.round_otherwise(kv[1])) for kv in self.prefix]
+            self._rounding = self.measure_rounding(self.run(self.cache(False, moved), ids, mask), stock, mask)
         what = f"{self.kind} with a prefix"
         got = self.run(self.cache(stores=False), ids[:1], None)
         reason = self.compare(what, got, [x[:1] for x in stock], None, self._rounding)

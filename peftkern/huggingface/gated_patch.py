@@ -46,7 +46,7 @@ class GatedPatch(SharePatch):
     def check(self, trial: Trial) -> None:
         """Raise ValueError unless the patched adapter agrees with the stock one, and try packed batches."""
         with self.source.open_gates():
-            reason = trial.try_change(lambda: self.source.adopt(self), "with its adapter") or trial.try_prefix()
+            reason = trial.guarded(lambda: self._try_adapter(trial), "with its adapter") or trial.try_prefix()
             if reason is not None:
                 raise ValueError(f"model: {reason}")
             if self.calls.share:
@@ -55,6 +55,17 @@ class GatedPatch(SharePatch):
                 self.packer.try_out(trial)
             else:
                 self.packer.reasons = ["packing=False"]
+
+    def _try_adapter(self, trial: Trial) -> str | None:
+        """Adopt the adapter. Returns how this changes the last hidden states; None if it does not."""
+        tokens = trial.backbone.get_input_embeddings()(trial.ids)
+        options: dict[str, Any] = {"attention_mask": trial.mask, "use_cache": False}
+        want = trial.recorded(inputs_embeds=tokens, **options)[-1:]
+        moved = trial.recorded(inputs_embeds=trial.round_otherwise(tokens), **options)[-1:]
+        self.source.adopt(self)
+        got = trial.recorded(inputs_embeds=tokens, **options)[-1:]
+        rounding = trial.measure_rounding(moved, want, trial.mask)
+        return trial.compare(f"{trial.kind} with its adapter", got, want, trial.mask, rounding)
 
     def explain(self) -> str:
         """One line: how batches run, and why they do not run faster."""

@@ -35,7 +35,6 @@ from .call_arguments import (
     bind,
     count_prefix,
     forward_arguments,
-    place_rows,
     self_attention_cache,
     tokens_of,
 )
@@ -43,6 +42,7 @@ from .calls import running, without_checkpointing
 from .eager_trial import EagerTrial
 from .layout import HostNumbers
 from .masks import LazyMask, unmade
+from .mixed import place_rows, row_offsets
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, shift_positions, watch_tables
@@ -416,8 +416,8 @@ class ModelPatch(Patch):
             kwargs["inputs_embeds"] = packed.embeddings(packed.layout.pack(tokens))
         if cache.offsets is not None and cache.ids is not None and packed.layout.owners is not None:
             cache.ids = cache.ids[packed.layout.owners]  # of every sequence
-        row_offsets = cache.row_offsets
-        self.packer.around.pack(packed, kwargs, cache.offset if row_offsets is None else row_offsets)
+        offsets = row_offsets(cache)
+        self.packer.around.pack(packed, kwargs, cache.offset if offsets is None else offsets)
         kwargs["attention_mask"] = None
         kwargs[str(self.cache_name)] = cache
         if packed.layout.segments is not None:

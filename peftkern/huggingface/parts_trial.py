@@ -53,13 +53,13 @@ class PartsTrial(EagerTrial):
 
     def _try_prefix(self) -> str | None:
         moved = {
-            part: [(self._round_otherwise(key), self._round_otherwise(value)) for key, value in rows]
+            part: [(self.round_otherwise(key), self.round_otherwise(value)) for key, value in rows]
             for part, rows in self.rows.items()
         }
         with use_attention(self.backbone, NAME, attention_with_prefix):
             with self.measured_linear_layers():
                 stock = self._run_parts(self.rows)
-            self._rounding = self._measure_rounding(self._run_parts(moved), stock, None)
+            self._rounding = self.measure_rounding(self._run_parts(moved), stock, None)
         what = f"{self.kind} with a prefix in its {' and '.join(part for part, rows in self.rows.items() if rows)}"
         return self.compare(what, self._run_parts(self.rows), stock, None, self._rounding)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from .call_arguments import check_replaceable, count_prefix, self_attention_cach
 from .calls import running
 from .initial_states import check_states, initial_states, refuse_padding_before_states
 from .layout import HostNumbers
+from .mixed import PrefixBank, why_not_mixed
 from .model_patch import ModelPatch
 from .packing import PackedBatch
 from .parts import EncoderHooks, PartLayers, find_part_layers
@@ -37,24 +38,7 @@ from .survey import PrefixLayerInfo
 from .trial import Trial
 from .wiring import Source
 
-__all__ = ["PrefixBank", "PrefixPatch", "PrefixSource"]
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixBank:
-    """Several prefixes, of which every sample of a call reads one or more.
-
-    Attributes:
-        layers: per layer (prefix_k, prefix_v), each [A, Hkv, P, D]; None for a layer without a prefix.
-        ids: [B], the prefix of each sample, -1 for none; or [B, K], several.
-        lens: [A], the number of tokens of each prefix.
-        offsets: [A], the positions that each prefix takes.
-    """
-
-    layers: Sequence[KeyValue | None]
-    ids: Tensor
-    lens: Tensor
-    offsets: Tensor
+__all__ = ["PrefixPatch", "PrefixSource"]
 
 
 class PrefixSource(Source):
@@ -162,8 +146,8 @@ class PrefixPatch(ModelPatch):
         if self.calls.packing:
             self.packer.try_out(trial, shared=self.calls.share)
         else:
-            self.packer.reasons = [_PACKING_IS_OFF]
-        if self.source.has_bank and (reason := self.why_not_mixed()) is not None:
+            self.packer.reasons = ["packing=False"]
+        if self.source.has_bank and (reason := why_not_mixed(self)) is not None:
             raise ValueError(f"prefix: expected a single prefix, because {reason}, got a bank")
         if not self.calls.share:
             return
@@ -233,14 +217,9 @@ class PrefixPatch(ModelPatch):
                 )
 
     def new_cache(
-        self,
-        *,
-        stores: bool,
-        offset_outside: bool,
-        given: Cache | None = None,
-        batch: int = 1,
+        self, *, stores: bool, offset_outside: bool, given: Cache | None = None, batch: int = 1,
         bank: PrefixBank | None = None,
-    ) -> PrefixCache:
+    ) -> PrefixCache:  # fmt: skip
         """A cache with the prefix, for a call that starts a sequence. It stores the sequence as ``given`` does.
 
         Args:
@@ -261,9 +240,8 @@ class PrefixPatch(ModelPatch):
         return PrefixCache(
             prefix, beside=beside, offset=self.source.offset, stores=stores, offset_outside=offset_outside,
             options=self.options, given=given if stores else None, bias=bias, has_gaps=self.source.has_gaps,
-            like=self.stock_layers, states=states, ids=None if bank is None else bank.ids,
-            lens=None if bank is None else bank.lens, offsets=None if bank is None else bank.offsets,
-            read_layers=None if self.source.is_given else self.read_layers,
+            like=self.stock_layers, states=states, read_layers=None if self.source.is_given else self.read_layers,
+            **({} if bank is None else bank.rows),
         )  # fmt: skip
 
     def new_encoder_cache(self) -> PrefixCache:
@@ -275,21 +253,6 @@ class PrefixPatch(ModelPatch):
             self._check_reentrant(prefix, ())
         options = replace(self.options, in_window=False)
         return PrefixCache(prefix, offset=0, stores=False, offset_outside=False, options=options)
-
-    def why_not_mixed(self) -> str | None:
-        """Why samples cannot read prefixes of different lengths; None if they can."""
-        if any(table.padding_idx is not None for table in self.tables):
-            return "the model derives positions from its padding token"
-        if self.stock_layers:
-            return "the model has recurrent layers"
-        if "position_ids" not in self.arguments:
-            return "the model takes no position_ids"
-        for info in self.prefix_layers.values():
-            if info.compressed:
-                return f"{info.name} has compressed keys"
-            if info.pattern is None or not info.pattern[0] or info.counts_rows:
-                return f"{info.name} has a mask other than a causal one with at most a window"
-        return "; ".join(reason for reason in self.packer.reasons if reason != _PACKING_IS_OFF) or None
 
     def _check_reentrant(self, prefix: Sequence[KeyValue | None], bias: Sequence[Tensor | None]) -> None:
         """Raise where reentrant checkpointing would fail, or would silently lose gradients."""
@@ -472,8 +435,6 @@ class PrefixPatch(ModelPatch):
             "pass padded sequences with an attention_mask"
         )
 
-
-_PACKING_IS_OFF = "packing=False"
 
 #: Note on a call in which every row is known to contain one sequence.
 _ONE_SEQUENCE_PER_ROW = "one sequence per row"

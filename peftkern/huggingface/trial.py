@@ -109,9 +109,9 @@ class Trial:
         with self.measured_linear_layers():
             self._stock = self.run(stock, ids, mask)
         self._read_with_tokens = self._read
-        round_otherwise = self._round_otherwise
+        round_otherwise = self.round_otherwise
         moved = self.cache(prefix=[kv and (round_otherwise(kv[0]), round_otherwise(kv[1])) for kv in self.prefix])
-        self._rounding = self._measure_rounding(self.run(self._stock_cache(moved), ids, mask), self._stock, mask)
+        self._rounding = self.measure_rounding(self.run(self._stock_cache(moved), ids, mask), self._stock, mask)
         what = f"{self.kind} with prefix keys in its cache"
         got = self.run(self.cache(stores=False), ids[:1], None)
         reason = self.compare(what, got, [x[:1] for x in self._stock], None, self._rounding)
@@ -185,9 +185,9 @@ class Trial:
             alone = self.recorded(inputs_embeds=batch[:1], attention_mask=None, use_cache=False)
             rounding = self.worst_rounding()
             if self._eps(batch.dtype) > 1e-4:  # as in half precision, where a measured bound is tighter
-                moved = self._round_otherwise(batch)
+                moved = self.round_otherwise(batch)
                 moved_outputs = self.recorded(inputs_embeds=moved, attention_mask=padded, use_cache=False)
-                rounding = self._measure_rounding(moved_outputs, want, padded)
+                rounding = self.measure_rounding(moved_outputs, want, padded)
             packed = PackedBatch(layout_of(tokens, mask, True), prompt[None], show_prompts=True)
             got = self._run_packed(self._packed_cache(packed), packed, tokens)
             what = f"{self.kind} on packed rows with a prompt"
@@ -206,8 +206,8 @@ class Trial:
             mask[2, -1] = 0
             tokens = self.backbone.get_input_embeddings()(ids)
             want = self.recorded(inputs_embeds=tokens, attention_mask=mask, use_cache=False)
-            moved = self.recorded(inputs_embeds=self._round_otherwise(tokens), attention_mask=mask, use_cache=False)
-            rounding = self._measure_rounding(moved, want, mask)
+            moved = self.recorded(inputs_embeds=self.round_otherwise(tokens), attention_mask=mask, use_cache=False)
+            rounding = self.measure_rounding(moved, want, mask)
             layout = share_rows(layout_of(ids.cpu(), mask.cpu(), False), ids.cpu(), min_saved=1)
             assert layout is not None
             packed = PackedBatch(layout.to(ids.device))
@@ -220,12 +220,12 @@ class Trial:
         """Relative error of one operation of the model on tensors of a dtype."""
         return max(torch.finfo(dtype).eps, self._linear_error)
 
-    def _round_otherwise(self, x: Tensor) -> Tensor:
+    def round_otherwise(self, x: Tensor) -> Tensor:
         """Each element moved by one rounding error, alternately away from and towards zero."""
         signs = (torch.arange(x.numel(), device=x.device) % 2 * 2 - 1).view(x.shape).to(x.dtype)
         return x * (1 + signs * self._eps(x.dtype))
 
-    def _measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor | None) -> list[list[float]]:
+    def measure_rounding(self, moved: Outputs, outputs: Outputs, mask: Tensor | None) -> list[list[float]]:
         """Per output and row, the change of the stock model's output when its input is rounded differently.
 
         Raises:
@@ -264,26 +264,6 @@ class Trial:
                     where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
                     return f"{what} differs from the stock model: its {where} off by {off:.1e}"
         return None
-
-    def try_change(self, change: Callable[[], None], what: str) -> str | None:
-        """How a change of the model changes its last hidden states; None if it does not.
-
-        Args:
-            change: changes the model.
-            what: the changed part, for messages.
-        """
-
-        def run() -> str | None:
-            tokens = self.backbone.get_input_embeddings()(self.ids)
-            arguments: dict[str, Any] = {"attention_mask": self.mask, "use_cache": False}
-            want = self.recorded(inputs_embeds=tokens, **arguments)[-1:]
-            moved = self.recorded(inputs_embeds=self._round_otherwise(tokens), **arguments)[-1:]
-            change()
-            got = self.recorded(inputs_embeds=tokens, **arguments)[-1:]
-            rounding = self._measure_rounding(moved, want, self.mask)
-            return self.compare(f"{self.kind} {what}", got, want, self.mask, rounding)
-
-        return self.guarded(run, what)
 
     def _packed_cache(self, packed: PackedBatch) -> PackedCache:
         return PackedCache(len(self.prefix), packed, stores=False, options=self.options)

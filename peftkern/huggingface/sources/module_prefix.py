@@ -16,7 +16,8 @@ from ...recurrent_state import LayerState
 from ..adapter_folders import AdapterFolder
 from ..cache import KeyValue
 from ..calls import running
-from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
+from ..mixed import PrefixBank
+from ..prefix_patch import PrefixPatch, PrefixSource
 from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]

@@ -76,7 +76,11 @@ def _is_ours(attention: Any) -> bool:
 
 def _is_linear(project: nn.Module) -> bool:
     """Whether a projection of a sum is the sum of the projections, except for the bias."""
-    return type(project) is nn.Linear and not (project._forward_hooks or project._forward_pre_hooks)
+    hooks = [*project._forward_pre_hooks.values(), *project._forward_hooks.values()]
+    # Those of the trial only look.
+    return type(project) is nn.Linear and all(
+        (getattr(hook, "__module__", None) or "").startswith("peftkern.") for hook in hooks
+    )
 
 
 def _gated(module: Any, key: Tensor, value: Tensor, *, apart: bool) -> GatedPrefix:

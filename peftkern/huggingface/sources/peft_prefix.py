@@ -21,8 +21,9 @@ from ...model_info import given_cache, layers_of
 from ..cache import KeyValue, PrefixCache
 from ..call_arguments import tokens_of
 from ..calls import running
+from ..mixed import PrefixBank, why_not_mixed
 from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, drop_token_types
-from ..prefix_patch import PrefixBank, PrefixPatch, PrefixSource
+from ..prefix_patch import PrefixPatch, PrefixSource
 from ..recurrent import recurrent_layers
 from ..wiring import Patch
 
@@ -202,7 +203,7 @@ class PeftPrefix(PrefixSource):
             names: of the adapter of each sample, or :data:`BASE`.
         """
         assert self.patch is not None
-        if (reason := self.patch.why_not_mixed()) is not None:
+        if (reason := why_not_mixed(self.patch)) is not None:
             raise ValueError(f"adapter_names: expected None, because {reason}, got names")
         used = sorted({name for name in names if name != BASE}) or [self.model.active_adapter]
         for name in used:
