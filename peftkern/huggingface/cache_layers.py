@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    QuantizedCache,
+    StaticCache,
+    StaticLayer,
+)
 
 from ..recurrent_state import LayerState
 from .recurrent import RecurrentLayer
 
-__all__ = ["HybridLayer", "PrefixLayer", "layer_like"]
+__all__ = ["HybridLayer", "LazyLayer", "PrefixLayer", "layer_like", "stored_layers"]
+
+_KeyValue = tuple[Tensor, Tensor]
 
 
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]
@@ -65,3 +76,52 @@ def layer_like(stock: Any, stores: bool, initial: Sequence[LayerState] = ()) -> 
     if isinstance(stock, LinearAttentionLayer):
         return RecurrentLayer(stores, stock.number_of_states, initial)
     return PrefixLayer(stores) if isinstance(stock, DynamicLayer) else stock
+
+
+class LazyLayer(PrefixLayer):
+    """Keys and values [B, Hkv, S, D] that are computed when they are first read.
+
+    A forward whose caller does not continue the sequence, as in evaluation, never computes them.
+
+    Args:
+        compute: returns both.
+        dtype, device: of both.
+    """
+
+    def __init__(self, compute: Callable[[], _KeyValue], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(True)
+        self._compute: Callable[[], _KeyValue] | None = compute
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+
+    def _read(self, name: str) -> Tensor:
+        if self._compute is not None:
+            self.__dict__["keys"], self.__dict__["values"] = self._compute()
+            self._compute = None
+        return self.__dict__[name]  # type: ignore[no-any-return]
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, S, D]."""
+        return self._read("keys")
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self.__dict__["keys"] = keys
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, S, D]."""
+        return self._read("values")
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self.__dict__["values"] = values
+
+
+def stored_layers(cache: Cache | None) -> list[Any] | None:
+    """The layers of a static or quantised cache if all keep every token of the sequence; None for other caches."""
+    if isinstance(cache, QuantizedCache):
+        return list(cache.layers)
+    if isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers):
+        return list(cache.layers)
+    return None

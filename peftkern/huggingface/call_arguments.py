@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from ..model_info import given_cache
-from .cache import PrefixCache, stored_layers
+from .cache import PrefixCache
+from .cache_layers import stored_layers
 
 __all__ = [
     "BOUNDARIES",

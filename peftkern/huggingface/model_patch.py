@@ -18,31 +18,26 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..eager_attention import configs_of
-from ..model_info import CACHE_NAMES, cache_argument, cache_name, given_cache, rename_cache
+from ..model_info import cache_argument, cache_name, given_cache, rename_cache
 from ..recurrent_state import LayerState, meta_states
 from .attention import Implementation, register, set_implementation
 from .cache import LAYER_INFO, REQUIRED, WITHOUT_PREFIX, PrefixCache, PrefixOptions
-from .call_arguments import (
-    BOUNDARIES,
-    bind,
-    count_prefix,
-    forward_arguments,
-    self_attention_cache,
-    tokens_of,
-)
+from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, self_attention_cache, tokens_of
+from .call_options import CallOptions, LogitsError
 from .calls import running, without_checkpointing
 from .eager_trial import EagerTrial
 from .layout import HostNumbers
 from .masks import LazyMask, unmade
 from .mixed import place_rows, row_offsets
+from .outputs import unpack_all, unpack_logits, without_cache
 from .packer import Packer
 from .packing import LogitRows, PackedBatch
 from .positions import PositionTable, shift_positions, watch_tables
@@ -54,28 +49,7 @@ from .survey import PrefixLayerInfo, find_backbone, needs_encoder, survey, surve
 from .trial import Trial
 from .wiring import Patch, Source
 
-__all__ = ["CallOptions", "LogitsError", "ModelPatch"]
-
-
-class LogitsError(ValueError):
-    """The model does not support ``logits="labelled"``."""
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """How the calls of a patched model run: see :func:`peftkern.patch`.
-
-    Attributes:
-        packing: pack batches where this removes rows.
-        logits: ``"all"``, or ``"labelled"`` to compute only the logits that predict a label, in training steps.
-        strict: raise for a call that would run a slower fallback.
-        share: run text that the rows of a batch share once.
-    """
-
-    packing: bool = True
-    logits: str = "all"
-    strict: bool = False
-    share: bool = False
+__all__ = ["ModelPatch"]
 
 
 class ModelPatch(Patch):
@@ -335,20 +309,9 @@ class ModelPatch(Patch):
             names = f"{type(self.base).__name__} to pass its keyword arguments to {type(self.backbone).__name__}"
             raise ValueError(f"model: expected {names}, which got none; patch it with packing=False")
         if packed is not None and packed.logit_rows is not None:
-            output = self.unpack_logits(packed.logit_rows, output, has_loss=kwargs["labels"] is not None)
+            deferred = kwargs["labels"] is not None and self.is_training_step and not torch.compiler.is_compiling()
+            output = unpack_logits(packed.logit_rows, output, deferred=deferred)
         return self.clean_output(note, output)
-
-    def unpack_logits(self, rows: LogitRows, output: Any, *, has_loss: bool) -> Any:
-        """The base model's output with unpacked logits.
-
-        Training steps rarely read the logits of the whole batch, because the model has computed the loss.
-        """
-        deferred = has_loss and self.is_training_step and not torch.compiler.is_compiling()
-        if isinstance(output, tuple):  # the logits follow the losses, which are scalars
-            place = next(i for i, x in enumerate(output) if x.dim() > 2)
-            return (*output[:place], rows.unpack(output[place], deferred=deferred), *output[place + 1 :])
-        output["logits"] = rows.unpack(output["logits"], deferred=deferred)
-        return output
 
     # Hooks on the backbone
 
@@ -451,18 +414,18 @@ class ModelPatch(Patch):
         elif cache.padded is not None:
             output = self.pack_output(cache.padded, output)
         drops_cache = self.cache_name and kwargs.get("use_cache") is False and not cache.counts_outside
-        return _without_cache(kwargs, output) if drops_cache else output
+        return without_cache(kwargs, output) if drops_cache else output
 
     def unpack_output(self, packed: PackedBatch, cache: PrefixCache, output: Any) -> Any:
         """The backbone's output, unpacked."""
         first = packed.unpack if packed.logit_rows is None else packed.logit_rows.select
         if isinstance(output, tuple):  # the heads read its first element
-            others = (self.unpack_cache(cache) if x is cache else _unpack_all(packed, x) for x in output[1:])
+            others = (self.unpack_cache(cache) if x is cache else unpack_all(packed, x) for x in output[1:])
             return (first(output[0]), *others)
         output["last_hidden_state"] = first(output["last_hidden_state"])
         for field in ("hidden_states", "router_logits"):
             if output.get(field) is not None:
-                output[field] = _unpack_all(packed, output[field])
+                output[field] = unpack_all(packed, output[field])
         name = cache_name(output.keys())
         if name is not None and output[name] is cache:
             output[name] = self.unpack_cache(cache)
@@ -481,19 +444,3 @@ class ModelPatch(Patch):
     def unpack_cache(self, cache: PrefixCache) -> PrefixCache | None:
         """The cache of a packed batch, unpacked."""
         return cache
-
-
-def _unpack_all(packed: PackedBatch, x: Any) -> Any:
-    """Hidden states [1, N, E], the logits of a router [N, X], or a tuple of them, unpacked: [B, S, E], [B * S, X]."""
-    if isinstance(x, tuple):
-        return tuple(_unpack_all(packed, y) for y in x)
-    if not isinstance(x, Tensor):
-        return x
-    return packed.unpack(x) if x.dim() > 2 else packed.unpack(x[None]).flatten(0, 1)
-
-
-def _without_cache(kwargs: dict[str, Any], output: Any) -> Any:
-    """The output without the cache. ``generate`` would continue with a cache that the caller did not request."""
-    if isinstance(output, tuple):
-        return tuple(item for item in output if item is not given_cache(kwargs))
-    return type(output)(**{key: value for key, value in output.items() if key not in CACHE_NAMES})

@@ -15,10 +15,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .around_text import AroundText, has_tensor, text_positions
 from .call_arguments import BOUNDARIES, forward_arguments, tokens_of
+from .head_trial import try_head
 from .layout import IGNORED, HostNumbers, Layout, LayoutBuilder, next_labels
 from .positions import PositionTable
 from .survey import PrefixLayerInfo
-from .trial import Trial, try_head
+from .trial import Trial
 
 __all__ = ["Packer", "innermost"]
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from ..backends.registry import get_backend
 from .around_text import reads_more
 from .cache import PrefixOptions
+from .call_options import CallOptions, LogitsError
 from .concatenation_patch import ConcatenationPatch
 from .fallback_patch import FallbackPatch
 from .gated_patch import GatedPatch
-from .model_patch import CallOptions, LogitsError
 from .peft_model import has_prompt, is_peft_model
 from .prefix_patch import PrefixPatch
 from .prompt_patch import PromptPatch

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
@@ -19,7 +17,6 @@ from transformers.utils.import_utils import is_tracing
 from ..layer_shapes import LayerShape
 from ..model_info import given_cache
 from ..prefix_parts import DECODER, PARTS
-from ..recurrent_state import LayerState
 from .around_text import MISPLACED, hide_prefix
 from .cache import KeyValue, PrefixCache
 from .call_arguments import check_replaceable, count_prefix, self_attention_cache, tokens_of
@@ -31,75 +28,14 @@ from .model_patch import ModelPatch
 from .packing import PackedBatch
 from .parts import EncoderHooks, PartLayers, find_part_layers
 from .parts_trial import PartsTrial
+from .prefix_source import PrefixSource
 from .probing import quiet
 from .recurrent import give_cache
 from .recurrent_trial import ignores_cache
 from .survey import PrefixLayerInfo
 from .trial import Trial
-from .wiring import Source
 
-__all__ = ["PrefixPatch", "PrefixSource"]
-
-
-class PrefixSource(Source):
-    """Provides the prefix keys and values of every layer."""
-
-    @property
-    @abstractmethod
-    def offset(self) -> int:
-        """Positions that the model counts for the prefix."""
-
-    @abstractmethod
-    def check(self, patch: PrefixPatch) -> None:
-        """Raise ValueError unless the shape of the prefix fits the model."""
-
-    @property
-    def parts(self) -> Sequence[str]:
-        """The parts of an encoder-decoder that have a prefix: see :class:`peftkern.PrefixKV`."""
-        return DECODER
-
-    @abstractmethod
-    def layer_kv(self, patch: PrefixPatch, part: str = "decoder") -> Sequence[KeyValue | None]:
-        """Per layer of a part (prefix_k, prefix_v), each [Hkv, P, D]; None for a layer without a prefix."""
-
-    @property
-    def has_bank(self) -> bool:
-        """Whether calls select prefixes of a bank."""
-        return False
-
-    def bank_of(self, patch: PrefixPatch, prefix_ids: Any, batch: int) -> PrefixBank | None:
-        """The prefixes that a call selects for its samples; None without a bank.
-
-        Args:
-            prefix_ids: that argument of the call.
-            batch: B.
-        """
-        return None
-
-    def layer_bias(self, patch: PrefixPatch) -> Sequence[Tensor | None]:
-        """Per layer [P], added to the scores of the prefix tokens, or None; empty if no layer has one."""
-        return ()
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether some layer has a bias."""
-        return False
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether tokens may have been removed between others, so that a token's place does not tell its position."""
-        return False
-
-    def layer_states(self, patch: PrefixPatch) -> Sequence[Sequence[LayerState]]:
-        """For each layer, its states [1, ...] before the first token; empty for fresh states."""
-        return ()
-
-    #: Whether parts of the model that compute positions and masks of images count the prefix as text, as in PEFT.
-    keeps_bugs: bool = False
-
-    def stock_cache(self, cache: PrefixCache, batch: int, backbone: PreTrainedModel) -> Any:
-        """A stock cache with one copy of the prefix per sample."""
-        return cache.as_stock(batch, backbone.dtype, backbone.config)
+__all__ = ["PrefixPatch"]
 
 
 class PrefixPatch(ModelPatch):

@@ -17,12 +17,13 @@ from transformers.utils.import_utils import is_tracing
 
 from ..arguments import constant
 from .around_text import rope_positions
-from .cache import PackedCache, PrefixCache
+from .cache import PrefixCache
 from .call_arguments import check_replaceable, self_attention_cache, tokens_of
 from .calls import running
 from .concatenation import Concatenated, concatenate, count_concatenated_prompt, pad_positions, shows_prompt
 from .layout import HostNumbers, pad_labels
 from .model_patch import ModelPatch
+from .packed_cache import PackedCache
 from .packing import PackedBatch
 from .prompts import Prompt, PromptSource, bypassed_hooks
 from .trial import Trial

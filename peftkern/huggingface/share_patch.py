@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
-from .cache import PackedCache, PrefixCache
+from .cache import PrefixCache
 from .call_arguments import is_plain, self_attention_cache, tokens_of
 from .layout import HostNumbers
 from .model_patch import ModelPatch
+from .packed_cache import PackedCache
 from .packing import PackedBatch
 from .sharer import Sharer
 from .text_cache import TextCache

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .cache import KeyValue, LazyLayer, PackedCache, PrefixCache
-from .cache_layers import PrefixLayer
+from .cache import KeyValue, PrefixCache
+from .cache_layers import LazyLayer, PrefixLayer
+from .packed_cache import PackedCache
 
 __all__ = ["TextCache"]
 

@@ -20,16 +20,17 @@ from transformers import PreTrainedModel
 
 from ..model_info import cache_name
 from ..recurrent_state import LayerState
-from .cache import KeyValue, PackedCache, PrefixCache, PrefixOptions
+from .cache import KeyValue, PrefixCache, PrefixOptions
 from .call_arguments import forward_arguments
-from .layout import IGNORED, Layout, next_labels
+from .layout import Layout
+from .packed_cache import PackedCache
 from .packing import PackedBatch
 from .positions import PositionTable
 from .probing import beside_encoder, is_transient, some_tokens
 from .sharing import share_rows
 from .survey import PrefixLayerInfo
 
-__all__ = ["Outputs", "Trial", "difference", "prefix_like", "try_head"]
+__all__ = ["Outputs", "Trial", "difference", "prefix_like", "tolerance"]
 
 #: ``layout_of(tokens, mask, from_first)`` gives the layout of a packed batch.
 LayoutOf = Callable[[Tensor, Tensor, bool], Layout]
@@ -256,11 +257,11 @@ class Trial:
         for index, (x, y) in enumerate(zip(got, want, strict=True)):
             if x.shape != y.shape:
                 return f"{what} returns {list(x.shape)}, but the stock model returns {list(y.shape)}"
-            tolerance = max(_tolerance(y.dtype), 4 * self._linear_error)
+            allowed = max(tolerance(y.dtype), 4 * self._linear_error)
             for row in range(x.shape[0]):
                 real = _real(mask, row)
                 off = difference(x[row][real], y[row][real])
-                if off > max(tolerance, 8 * rounding[index][row]):
+                if off > max(allowed, 8 * rounding[index][row]):
                     where = "last hidden states are" if index == len(got) - 1 else f"attention of layer {index} is"
                     return f"{what} differs from the stock model: its {where} off by {off:.1e}"
         return None
@@ -355,50 +356,6 @@ class Trial:
                 handle.remove()
 
 
-def try_head(base: PreTrainedModel, trial: Trial) -> bool:
-    """Whether the base model's own forward computes logits and loss for each row independently.
-
-    The forward runs on the backbone's hidden states of a batch, and again on those of the rows that predict a label.
-    Logits and loss must agree.
-
-    Args:
-        base: the base model.
-        trial: a trial whose backbone has run.
-    """
-    backbone = trial.backbone
-    ids = some_tokens(backbone, 2 * 3).view(2, 3)
-    targets = next_labels(ids)
-    rows = (targets.flatten() != IGNORED).nonzero().squeeze(1).flip(0)
-    labels = torch.nn.functional.pad(targets.flatten()[rows], (1, 0), value=IGNORED)[None]
-
-    def forward_with(output: Any, labels: Tensor) -> Any:
-        """The base model's forward, with a backbone that returns ``output``."""
-        previous = backbone.__dict__.get("forward")
-        backbone.forward = lambda *args, **kwargs: output
-        try:
-            mask = torch.ones_like(ids)  # which some losses read
-            return type(base).forward(base, input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
-        finally:
-            del backbone.forward
-            if previous is not None:
-                backbone.forward = previous
-
-    def agree(got: Tensor, want: Tensor) -> bool:
-        return got.shape == want.shape and difference(got, want) <= 8 * _tolerance(want.dtype)
-
-    try:
-        kind, hidden = type(trial.output), trial.output["last_hidden_state"].flatten(0, 1)[: ids.numel()]
-        want = forward_with(kind(last_hidden_state=hidden.view(*ids.shape, -1)), ids)
-        chosen = hidden[torch.nn.functional.pad(rows, (0, 1))][None]
-        got = forward_with(kind(last_hidden_state=chosen), labels)
-        wanted = want["logits"].flatten(0, 1)[rows]
-        return agree(got["logits"][0, :-1], wanted) and agree(got["loss"][None], want["loss"][None])
-    except Exception as error:
-        if is_transient(error):
-            raise
-        return False
-
-
 def _some_prefix(backbone: PreTrainedModel, samples: dict[int, KeyValue]) -> list[KeyValue | None]:
     """Keys and values of _PREFIX_LEN tokens per layer."""
     generator = torch.Generator().manual_seed(0)
@@ -468,7 +425,7 @@ def difference(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The relative difference that always counts as rounding."""
     if dtype in (torch.bfloat16, torch.float16):
         return 4 * torch.finfo(dtype).eps

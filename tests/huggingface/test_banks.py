@@ -39,15 +39,15 @@ def own_prefix(model, parts, row):
 
 
 def alone(model, prefix, sample, mask):
-    """Logits of one sample behind its prefix, and the gradients of that prefix for the sum of its label losses."""
-    real = slice(None) if mask is None else mask[sample].bool()
-    ids = IDS[sample][real][None]
+    """Logits of one sample's tokens behind its prefix, and the gradients of that prefix for the sum of their losses."""
+    real = torch.ones_like(IDS[sample]).bool() if mask is None else mask[sample].bool()
+    ids, arguments = IDS[sample : sample + 1], {"attention_mask": real.long()[None], "use_cache": False}
     if prefix is None:
-        return model(input_ids=ids).logits[0], []
+        return model(input_ids=ids, **arguments).logits[0, real], []
     with peftkern.patched(model, prefix):
-        out = model(input_ids=ids, use_cache=False).logits
-        loss(out[0], ids[0]).backward()
-    return out[0].detach(), [p.grad for p in prefix.trainable]
+        out = model(input_ids=ids, **arguments).logits[0, real]
+        loss(out, ids[0, real]).backward()
+    return out.detach(), [p.grad for p in prefix.trainable]
 
 
 def loss(logits, ids):

@@ -17,7 +17,8 @@ from ..adapter_folders import AdapterFolder
 from ..cache import KeyValue
 from ..calls import running
 from ..mixed import PrefixBank
-from ..prefix_patch import PrefixPatch, PrefixSource
+from ..prefix_patch import PrefixPatch
+from ..prefix_source import PrefixSource
 from ..wiring import Patch
 
 __all__ = ["LayerPrefix", "ModulePrefix", "is_layer_prefix"]

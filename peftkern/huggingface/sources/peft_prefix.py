@@ -23,7 +23,8 @@ from ..call_arguments import tokens_of
 from ..calls import running
 from ..mixed import PrefixBank, why_not_mixed
 from ..peft_model import BASE, AdapterNames, GenerationInputs, PeftCalls, PeftMethod, drop_token_types
-from ..prefix_patch import PrefixPatch, PrefixSource
+from ..prefix_patch import PrefixPatch
+from ..prefix_source import PrefixSource
 from ..recurrent import recurrent_layers
 from ..wiring import Patch
 
