@@ -375,8 +375,9 @@ def test_other_dtypes_and_head_dims_are_refused(shim):
 
 def test_a_status_becomes_an_exception(shim):
     args = args_of(tensors(Shape(D=64), torch.float16))
+    shifted = args._make([*(x[..., 1:] for x in args[:5]), *args[5:]])
     with pytest.raises(native.cuda.NativeError, match="not a multiple of 16 bytes"):
-        native.cuda.prefix_attention(args._replace(q=args.q[..., 1:]), *allocate_outputs(args))
+        native.cuda.prefix_attention(shifted, *allocate_outputs(args))
     with pytest.raises(native.cuda.NativeError, match="out of range"):
         native.cuda.prefix_attention(args._replace(dropout_p=0.5), *allocate_outputs(args))
     args = args_of(tensors(Shape(D=64, Dv=56), torch.float16))
