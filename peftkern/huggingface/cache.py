@@ -178,7 +178,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             config: of the model. Recurrent layers of its cache get no prefix.
 
         Raises:
-            ValueError: for a layer without a prefix, or a prefix with gates, for which a stock cache has no place.
+            ValueError: for a layer without a prefix, gates, for which a stock cache has no place, and lengths that
+                are not the positions that the prefix takes, since stock models count the tokens of the cache.
         """
         if any(bias is not None for bias in self.bias):
             raise ValueError(
@@ -187,6 +188,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             )
         cache = DynamicCache()
         cache.layers = layers_with_states(config)
+        lengths = set()
         for layer, kv in enumerate(self.prefix):
             unread = self._read_layers is not None and layer not in self._read_layers
             if unread or (layer < len(cache.layers) and not isinstance(cache.layers[layer], DynamicLayer)):
@@ -197,6 +199,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
                 )
             key, value = (x.to(dtype).expand(batch, *x.shape[-3:]) for x in kv)
             cache.update(key, value, layer)
+            lengths.add(key.shape[-2])
+        if lengths != {self._offset}:
+            raise ValueError(
+                "output_attentions: expected False, because the stock attention, which returns its weights, counts "
+                f"as many positions as the prefix has tokens, got layers of {sorted(lengths)} tokens at "
+                f"{self._offset} positions (shift_positions)"
+            )
         return cache
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:

@@ -339,6 +339,12 @@ class PrefixPatch(ModelPatch):
             raise ValueError(
                 f"{reason}: expected none with adapter_names, because it needs the stock attention, got one"
             )
+        windows = [info.name for info in self.prefix_layers.values() if info.pattern is None or info.pattern[1]]
+        if windows and not self.options.in_window:
+            raise ValueError(
+                f"{reason}: expected False, because the stock attention of {windows[0]} hides the prefix behind its "
+                "window, which prefix_in_window=False or shift_positions=False rules out, got True"
+            )
         self.fall_back(reason, "such calls run the stock attention, with a copy of the prefix for every sample")
         batch = tokens_of(kwargs).shape[0]
         stock = self.source.stock_cache(cache, batch, self.backbone)

@@ -310,6 +310,22 @@ def test_masks_with_columns_of_removed_tokens_are_refused():
         model(input_ids=IDS, attention_mask=mask)
 
 
+@pytest.mark.parametrize(
+    ("name", "length", "options"),
+    [
+        ("llama (GQA)", 5, {"shift_positions": False}),
+        ("llama (GQA)", [2, 5], {}),
+        ("mistral (window 4)", 5, {"prefix_in_window": False}),
+    ],
+    ids=str,
+)
+def test_stock_attention_is_refused_where_it_would_place_the_prefix_elsewhere(name, length, options):
+    base = models.base_model(FAMILIES[name])
+    model = peftkern.patch(base, PrefixKV(base, length), **options).eval()
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        model(input_ids=IDS, output_attentions=True)
+
+
 def test_stock_attention_is_refused():
     model = patched(LLAMA, gated(LLAMA)).eval()
     with pytest.raises(ValueError, match="output_attentions: expected False"):
