@@ -149,7 +149,7 @@ class PrefixPatch(ModelPatch):
                 )
             if shape != info.shape:
                 raise ValueError(
-                    f"{name}: expected {info.shape} as {info.name} has, got {shape} in layer {info.layer}"
+                    f"{name}: expected {info.shape}, as {info.name} has, got {shape} in layer {info.layer}"
                 )
 
     def new_cache(

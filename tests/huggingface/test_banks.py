@@ -137,7 +137,7 @@ def test_a_row_is_replaced_between_two_calls():
 def test_ids_that_select_nothing(ids, message):
     model = models.base_model(FAMILIES["llama (GQA)"]).eval()
     peftkern.patch(model, PrefixKV.stack(prefixes(model)))
-    with pytest.raises(ValueError, match=rf"prefix_ids: expected of each sample a prefix \[3\] .*{message}"):
+    with pytest.raises(ValueError, match=rf"prefix_ids: expected the prefix of each sample \[3\], .*{message}"):
         model(input_ids=IDS, prefix_ids=ids)
 
 

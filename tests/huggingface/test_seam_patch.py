@@ -339,7 +339,7 @@ def test_a_soft_prompt_that_is_concatenated_is_noticed_once(name):
             model(input_ids=IDS)
 
 
-@pytest.mark.parametrize("name", ["diffllama", "stablelm", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["diffllama", "stablelm"])
 def test_a_refused_prefix_names_the_model_and_leaves_it(name):
     """A plain model cannot fall back to PEFT."""
     model = models.base_model(UNCOMMON[name]).eval()

@@ -90,7 +90,7 @@ def test_checkpoints_pass_between_peft_and_prefix_kv(tmp_path):
     again = get_peft_model(gemma4(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     again.load_adapter(tmp_path / "ours", "loaded")
     assert torch.equal(again.prompt_encoder["loaded"].embedding.weight, weight)
-    with pytest.raises(ValueError, match=r"prefix: expected 2 key-value heads of 8 as .* has, got 2 .* of 16"):
+    with pytest.raises(ValueError, match=r"prefix: expected 2 key-value heads of 8, as .* has, got 2 .* of 16"):
         peftkern.patch(gemma4(), load_prefix(tmp_path / "peft"))
 
 
