@@ -39,7 +39,7 @@ def own_prefix(model, parts, row):
 
 
 def alone(model, prefix, sample, mask):
-    """Logits of one sample's tokens behind its prefix, and the gradients of that prefix for the sum of their losses."""
+    """Logits of one sample's tokens behind its prefix, and the gradients of that prefix for their summed loss."""
     real = torch.ones_like(IDS[sample]).bool() if mask is None else mask[sample].bool()
     ids, arguments = IDS[sample : sample + 1], {"attention_mask": real.long()[None], "use_cache": False}
     if prefix is None:
