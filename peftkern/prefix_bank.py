@@ -118,6 +118,8 @@ def _length(prefix: Any, name: str) -> int:
     """The number of tokens of a single prefix with one length for all layers."""
     lengths = {n for n, shape in zip(prefix.lengths, prefix.shapes, strict=True) if shape is not None}
     unfit = [option for option in ("num_prefixes", "projection", "learn_length", "state") if getattr(prefix, option)]
+    if lengths and prefix.positions != max(lengths):
+        unfit.append("positions")
     if len(lengths) != 1 or unfit:
         got = f"{unfit[0]}={getattr(prefix, unfit[0])}" if unfit else f"lengths {sorted(lengths)}"
         raise ValueError(f"{name}: expected a single prefix of one length for all layers, got {got}")

@@ -213,6 +213,8 @@ CASES = {
     "n: expected at most the model's 16": lambda: PrefixKV(
         small := llama(max_position_embeddings=16), 10, learn_length=True
     ).grow_from_text(7, small, tokenizer, TEXT),
+    "prefixes.0.: expected .* got positions=7": lambda: PrefixKV.stack([PrefixKV(None, 3, **GEOMETRY, positions=7)]),
+    "prefixes.0.: expected .* got learn_length=True": lambda: PrefixKV.stack([gated()]),
     "prompt_embeddings: expected a prefix without gates": lambda: gated().prompt_embeddings(),
 }
 
