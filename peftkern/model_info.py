@@ -78,13 +78,15 @@ def embed_dim_of(config: Any) -> int:
 
 @torch.no_grad()
 def embed(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
-    """[n, E], the model's embeddings of n tokens.
+    """[..., E], the model's embeddings of tokens [...].
 
-    The embedding runs, because its weight may be quantised and need not have the shape [V, E] then.
+    The embedding runs, because its weight may be quantised and need not have the shape [V, E] then. It sees a batch of
+    one sequence, as its hooks may expect.
     """
     embedding = model.get_input_embeddings()
-    rows: Tensor = embedding(torch.as_tensor(ids, device=embedding.weight.device))
-    return rows
+    tokens = torch.as_tensor(ids, device=embedding.weight.device)
+    rows: Tensor = embedding(tokens.reshape(1, -1))
+    return rows.reshape(*tokens.shape, -1)
 
 
 def text_tokens(tokenizer: Any, text: str, length: int) -> list[int]:
