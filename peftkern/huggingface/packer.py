@@ -170,7 +170,13 @@ class Packer:
         wants_routers = kwargs.get("output_router_logits", getattr(self.base.config, "output_router_logits", False))
         if wants_routers and not self.unpacks_routers:
             return "output_router_logits are requested, whose loss counts prompts and padding"
+        if self.packs_tokens and kwargs.get("inputs_embeds") is None and self._embedding_is_watched():
+            return "hooks on the token embeddings would see packed tokens"
         return self.around.why_layers_need_samples(kwargs) or _why_layers_need_samples(self._first_layer)
+
+    def _embedding_is_watched(self) -> bool:
+        embedding: Any = self.backbone.get_input_embeddings()
+        return bool(embedding._forward_hooks or embedding._forward_pre_hooks)
 
     def _has_trl_head(self) -> bool:
         """Whether TRL's fused output layer has replaced the base model's forward. It masks rows without a label."""
