@@ -80,8 +80,8 @@ def embed_dim_of(config: Any) -> int:
 def embed(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
     """[..., E], the model's embeddings of tokens [...].
 
-    The embedding runs, because its weight may be quantised and need not have the shape [V, E] then. It sees a batch of
-    one sequence, as its hooks may expect.
+    The embedding runs, because its weight may be quantised and need not have the shape [V, E] then. It sees a batch
+    of one sequence, as its hooks may expect.
     """
     embedding = model.get_input_embeddings()
     tokens = torch.as_tensor(ids, device=embedding.weight.device)
