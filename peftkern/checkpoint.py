@@ -159,7 +159,7 @@ def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], 
     names = ("lengths", "num_frozen_tokens", "projection", "num_prefixes", "learn_length", "positions")
     own = {**prefix.geometry, **{name: getattr(prefix, name) for name in names}}
     own |= {} if prefix.state is None else {"state": prefix.state.shapes}
-    tensors = {"prompt_embeddings": prefix.prompt_embeddings()} if is_flat and not prefix.learn_length else {}
+    tensors = {"prompt_embeddings": prefix.flat_values()} if is_flat and not prefix.learn_length else {}
     if not tensors or prefix.projection is not None:
         tensors |= {f"peftkern.{name}": x for name, x in prefix.state_dict().items()}
     return config, own, tensors

@@ -36,8 +36,8 @@ class Bank(nn.Module):
         """A bank of copies of prefixes, which may differ in length.
 
         Args:
-            prefixes: for the same model, with the same dtype and number of frozen tokens, and one length for all
-                layers each.
+            prefixes: for the same model, with the same number of frozen tokens, and one length for all layers each.
+                The bank has the dtype of the longest.
 
         Raises:
             ValueError: naming the prefix that does not fit the first one.
@@ -117,7 +117,11 @@ class Bank(nn.Module):
 def _length(prefix: Any, name: str) -> int:
     """The number of tokens of a single prefix with one length for all layers."""
     lengths = {n for n, shape in zip(prefix.lengths, prefix.shapes, strict=True) if shape is not None}
-    unfit = [option for option in ("num_prefixes", "projection", "learn_length", "state") if getattr(prefix, option)]
+    unfit = [
+        option
+        for option in ("num_prefixes", "projection", "peft_seq2seq_layout", "learn_length", "state")
+        if getattr(prefix, option)
+    ]
     if lengths and prefix.positions != max(lengths):
         unfit.append("positions")
     if len(lengths) != 1 or unfit:

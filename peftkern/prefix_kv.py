@@ -271,8 +271,16 @@ class PrefixKV(Starts, Bank, LearnedLength):
         if not self.shares_parameter:
             got = list(self.lengths) if len(set(self.lengths)) > 1 else f"layers of {self.shapes}"
             raise ValueError(f"prompt_embeddings: expected one length and width for all layers, got {got}")
-        with torch.no_grad():
-            return self._blocks()[0].detach()
+        usual = positions_of(self.parts, self.lengths)
+        if tuple(self.parts) != DECODER or self.positions != usual:
+            got = f"parts {tuple(self.parts)}" if tuple(self.parts) != DECODER else f"positions {self.positions}"
+            raise ValueError(f"prompt_embeddings: expected a prefix of the decoder at its own positions, got {got}")
+        return self.flat_values()
+
+    @torch.no_grad()
+    def flat_values(self) -> Tensor:
+        """The keys and values of all layers as they lie in their one parameter, with the projection's output."""
+        return self._blocks()[0].detach()
 
     def bake(self) -> PrefixKV:
         """A copy with flat keys and values in place of the projection; returns the same values at a lower cost."""

@@ -170,7 +170,7 @@ class LearnedLength(nn.Module):
             one, so its parameters need a new optimizer.
 
         Raises:
-            ValueError: for a cache that is too short or of other shapes, a bank, or ``peft_seq2seq_layout``.
+            ValueError: for a cache that is too short or of other shapes, a bank, ``peft_seq2seq_layout``, or states.
         """
         return self._grown(n, layers_of(cache))
 
@@ -201,6 +201,10 @@ class LearnedLength(nn.Module):
             raise ValueError(f"num_prefixes: expected None in a prefix that grows, got {self.num_prefixes}")
         if self.peft_seq2seq_layout:
             raise ValueError("peft_seq2seq_layout: expected False in a prefix that grows, got True")
+        if self.state is not None:
+            raise ValueError(
+                "state: expected False in a prefix that grows, whose states are those of its tokens, got True"
+            )
         if len(layers) != len(self.shapes):
             raise ValueError(f"cache: expected keys and values of {len(self.shapes)} layers, got {len(layers)}")
         kv = []

@@ -39,6 +39,8 @@ def check_options(prefix: Any, *, has_state: bool) -> None:
         raise ValueError(
             f"{argument}: expected keys and values of the same width in every layer, got layers of {prefix.shapes}"
         )
+    if prefix.num_prefixes is not None and prefix.positions != longest:
+        raise ValueError(f"positions: expected None in a bank, whose prefixes take their own, got {prefix.positions}")
     if prefix.num_prefixes is not None and has_state:
         raise ValueError(f"num_prefixes: expected None with state=True, got {prefix.num_prefixes}")
     if prefix.num_prefixes is not None:

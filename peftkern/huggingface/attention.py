@@ -265,8 +265,8 @@ def _check_prefix_columns(
     """Raise where a bias that depends on queries and prefix positions cannot be given to the prefix's tokens."""
     if cache.ids is not None:
         raise ValueError(
-            "attention_mask: expected a causal mask with at most a window, because samples have different prompts, "
-            "got another pattern; generate without torch.compile"
+            "attention_mask: expected a causal mask with at most a window, because samples have different prefixes, "
+            f"got another pattern{'; call the model without torch.compile' if torch.compiler.is_compiling() else ''}"
         )
     if cache.has_gaps and (position_bias is not None or isinstance(attention_mask, Tensor)):
         name = "attention_mask" if position_bias is None else "position_bias"

@@ -121,6 +121,11 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             layers += [PrefixLayer(stores) for _ in prefix[len(layers) :]]
         Cache.__init__(self, layers=layers, offloading=given is not None and given.offloading)
         self.is_static = isinstance(given, StaticCache)
+        for own, other in zip(layers, [] if given is None else given.layers, strict=False):
+            if getattr(other, "record_past", False) and hasattr(
+                own, "activate_past_recording"
+            ):  # assisted generation will crop the cache
+                own.activate_past_recording()
         self.prefix: Sequence[KeyValue | None] = list(prefix)
         self.bias = list(bias)
         self.has_gaps = has_gaps

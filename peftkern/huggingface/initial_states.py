@@ -52,7 +52,11 @@ def initial_states(patch: ModelPatch, states: Sequence[Sequence[LayerState]], ba
     devices = {info.layer: next(module.parameters()).device for module, info in patch.recurrent.items()}
 
     def expand(x: Tensor | None, like: Tensor | None, layer: int) -> Tensor | None:
-        return None if x is None or like is None else x.to(devices[layer], like.dtype).expand(batch, *x.shape[1:])
+        if x is None or like is None:
+            return None
+        # The model may have been cast since it was patched. A layer may keep its states in a dtype of their own.
+        dtype = patch.backbone.dtype if like.dtype == patch.patched_dtype else like.dtype
+        return x.to(devices[layer], dtype).expand(batch, *x.shape[1:])
 
     return [
         [
@@ -69,8 +73,13 @@ def refuse_padding_before_states(kwargs: Mapping[str, Any]) -> None:
     Models set the inputs of recurrent layers to 0 at padding, over which a state decays.
     """
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or is_tracing(mask) or not mask.shape[1]:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.shape[1]:
         return
+    if is_tracing(mask):
+        raise ValueError(
+            "attention_mask: expected None under torch.compile, because padding on the left changes the states of "
+            "recurrent layers (state=True) and cannot be detected there, got a tensor"
+        )
     if bool((mask[:, -tokens_of(kwargs).shape[1]] == 0).any()):
         raise ValueError(
             "attention_mask: expected padding on the right only, because states of recurrent layers (state=True) "

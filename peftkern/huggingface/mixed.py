@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .around_text import has_rope
 from .cache import KeyValue, PrefixCache
 from .call_arguments import tokens_of
 
@@ -48,6 +49,8 @@ def why_not_mixed(patch: Any) -> str | None:
         return "the model derives positions from its padding token"
     if patch.stock_layers:
         return "the model has recurrent layers"
+    if has_rope(patch.base):
+        return "the model derives positions from images"
     if "position_ids" not in patch.arguments:
         return "the model takes no position_ids"
     for info in patch.prefix_layers.values():

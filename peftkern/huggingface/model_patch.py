@@ -72,6 +72,7 @@ class ModelPatch(Patch):
         stock_layers: those of a stock cache of the model; empty if all layers attend.
         recurrent: the modules that keep a state in the cache.
         state_like: for each layer of the cache, tensors [1, ...] on the meta device like its states.
+        patched_dtype: of the backbone when it was patched.
         sharer: finds the text that rows share; None without ``share``.
     """
 
@@ -102,6 +103,7 @@ class ModelPatch(Patch):
         self.stock_layers = layers_with_states(self.backbone.config)
         self.recurrent: dict[nn.Module, RecurrentModule] = {}
         self.state_like: list[list[LayerState]] = []
+        self.patched_dtype = self.backbone.dtype
         self._noticed: set[str] = set()
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 

@@ -25,7 +25,7 @@ __all__ = ["Packer", "innermost"]
 
 _PACKABLE = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "start_positions", "end_positions",
-    "logits_to_keep", "num_items_in_batch", "prompt_ids",
+    "logits_to_keep", "num_items_in_batch", "prefix_ids", "prompt_ids",
 )  # fmt: skip
 
 #: Packages whose wrappers around a forward keep shapes (autocast, casts of outputs).

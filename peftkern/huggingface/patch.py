@@ -94,8 +94,8 @@ def patch(
     Args:
         model: a ``PeftModel``, a ``PreTrainedModel``, or a module that holds one (a ``PeftModel`` with LoRA).
         prefix: for a model without prefix adapters: :class:`peftkern.PrefixKV`, or for a causal model
-            :class:`peftkern.SoftPrompt` (a bank needs ``prompt_ids`` in each forward, and does not support
-            ``generate``).
+            :class:`peftkern.SoftPrompt`. A bank needs ``prefix_ids`` in each forward and ``generate``, or
+            ``prompt_ids`` in each forward; a bank of prompts does not support ``generate``.
         shift_positions: the sequence's positions start after the prefix, as in PEFT. False: they start at 0, so the
             prefix does not shorten the longest usable sequence, and sliding windows do not count it. Only with
             ``prefix``. In layers with a shorter prefix than the longest, it ends directly before the sequence.

@@ -337,7 +337,13 @@ class PrefixPatch(ModelPatch):
             )
         if cache.ids is not None:
             raise ValueError(
-                f"{reason}: expected none with adapter_names, because it needs the stock attention, got one"
+                "model: expected a call for peftkern's attention, because samples have different prefixes, got "
+                f"{reason}"
+            )
+        if self.source.layer_states(self):
+            raise ValueError(
+                "model: expected a call for peftkern's attention, because recurrent layers start in learned states, "
+                f"got {reason}"
             )
         windows = [info.name for info in self.prefix_layers.values() if info.pattern is None or info.pattern[1]]
         if windows and not self.options.in_window:

@@ -50,6 +50,16 @@ def alone(model, prefix, sample, mask):
     return out.detach(), [p.grad for p in prefix.trainable]
 
 
+def first_projection(model):
+    """The first layer that sees every row of the backbone."""
+    return next(m for m in model.get_decoder().modules() if type(m).__name__ in ("Linear", "Conv1D"))
+
+
+def packs(name, mask):
+    """Whether padding is left out: not on the left where windows count it."""
+    return "gemma2" not in name or mask is RIGHT
+
+
 def loss(logits, ids):
     return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
 
@@ -75,7 +85,15 @@ def test_each_sample_sees_its_prefixes(name, kind, mask):
     for training in (False, True):
         model.train(training)
         bank.zero_grad()
-        out = model(input_ids=IDS, attention_mask=mask, prefix_ids=torch.tensor(IDS_OF[kind]))
+        rows_run = []
+        watch = first_projection(model).register_forward_pre_hook(
+            lambda module, args, seen=rows_run: seen.append(args[0].shape[0])
+        )
+        labels = IDS if mask is None else IDS.masked_fill(mask == 0, -100)
+        out = model(input_ids=IDS, attention_mask=mask, labels=labels, prefix_ids=torch.tensor(IDS_OF[kind]))
+        watch.remove()
+        if training:
+            assert rows_run == [1 if mask is not None and packs(name, mask) else 3], "rows of the batch that runs"
         for sample, logits in enumerate(rows):
             torch.testing.assert_close(out.logits[sample][real[sample].bool()], logits, rtol=1e-4, atol=1e-5)
         sum(loss(out.logits[i][real[i].bool()], IDS[i][real[i].bool()]) for i in range(len(rows))).backward()
@@ -152,3 +170,37 @@ def test_a_model_whose_positions_are_not_arguments_takes_no_bank():
     model = models.base_model(FAMILIES["t5"])
     with pytest.raises(ValueError, match="prefix: expected a single prefix, because"):
         peftkern.patch(model, PrefixKV.stack(prefixes(model)))
+
+
+def test_a_static_cache_embeddings_and_a_graph():
+    torch.manual_seed(0)
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    peftkern.patch(model, PrefixKV.stack(prefixes(model)))
+    ids = torch.tensor([2, -1, 1])
+    arguments = {"prefix_ids": ids, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(IDS, attention_mask=LEFT, **arguments)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(IDS, attention_mask=LEFT, **static, **arguments), want)
+    embeddings = model.get_input_embeddings()(IDS)
+    assert torch.equal(
+        model.generate(inputs_embeds=embeddings, attention_mask=LEFT, **arguments), want[:, IDS.shape[1] :]
+    )
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(input_ids=IDS, prefix_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(got, model(input_ids=IDS, prefix_ids=ids, use_cache=False).logits)
+
+
+def test_what_a_bank_cannot_hold():
+    geometry = {"num_layers": 4, "num_kv_heads": 2, "head_dim": 4}
+    with pytest.raises(ValueError, match="positions: expected None in a bank, whose prefixes take their own, got 9"):
+        PrefixKV(None, 5, num_prefixes=2, positions=9, **geometry)
+    with pytest.raises(ValueError, match=r"prefixes\[1\]: expected a single prefix .* got peft_seq2seq_layout=True"):
+        PrefixKV.stack([PrefixKV(None, 4, **geometry), PrefixKV(None, 3, peft_seq2seq_layout=True, **geometry)])
+
+
+def test_a_bank_needs_peftkerns_attention():
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    peftkern.patch(model, PrefixKV.stack(prefixes(model)))
+    with pytest.raises(ValueError, match="because samples have different prefixes, got output_attentions"):
+        model(input_ids=IDS, prefix_ids=torch.tensor([0, 1, 2]), output_attentions=True)

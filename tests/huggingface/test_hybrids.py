@@ -364,3 +364,28 @@ def test_the_stock_cache_by_hand_has_fresh_states():
     recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
     assert recurrent
     assert states_of(recurrent) == [[(None, None)]]
+
+
+def test_calls_that_would_lose_learned_states_are_refused():
+    _, model, prefix = built("qwen3_next", state=True)
+    with pytest.raises(ValueError, match="because recurrent layers start in learned states, got output_attentions"):
+        model(input_ids=IDS, output_attentions=True)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=r"attention_mask: expected None under torch.compile"):
+        compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    peftkern.unpatch(model)
+    with pytest.raises(ValueError, match="state: expected False in a prefix that grows"):
+        prefix.grow_from_text(2, model, tokens_of_text, "a text")
+
+
+def test_a_model_that_is_cast_after_it_was_patched():
+    _, model, _ = built("qwen3_next", state=True)
+    model.to(torch.bfloat16)
+    assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+def test_assisted_generation_crops_states_of_convolutions():
+    _, model, _ = built("lfm2_moe")
+    arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(IDS[:1], **arguments)
+    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=2, **arguments), want)

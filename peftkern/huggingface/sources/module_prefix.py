@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeGuard, cast
@@ -162,6 +163,11 @@ class InputsWithIds:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.previous = model.__dict__.get("prepare_inputs_for_generation")
+        signature = inspect.signature(model.prepare_inputs_for_generation)
+        ids = inspect.Parameter("prefix_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        *named, last = signature.parameters.values()
+        others = [last, ids] if last.kind is not last.VAR_KEYWORD else [ids, last]
+        self.__signature__ = signature.replace(parameters=[*named, *others])
 
     def __call__(self, *args: Any, prefix_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The inputs of the next step."""
@@ -178,7 +184,8 @@ def _checked_ids(ids: Any, batch: int, num_prefixes: int) -> Tensor:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.shape[0] != batch:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"{type(ids).__name__}"
         raise ValueError(f"prefix_ids: expected {expected}, got {got}")
-    if ids.device.type == "cpu" and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_prefixes:
+    readable = ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling()
+    if readable and not -1 <= int(ids.min()) <= int(ids.max()) < num_prefixes:
         raise ValueError(f"prefix_ids: expected {expected}, got {int(ids.min())} to {int(ids.max())}")
     return ids.to(torch.int32)
 
