@@ -36,7 +36,8 @@ def _halves(shape: Shape, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.
 def _results(backend: str, inputs: dict[str, torch.Tensor], options: dict) -> dict[str, torch.Tensor]:
     """out, lse and the gradients of out's sum."""
     kernel = functools.partial(functional.prefix_attention, backend=backend, return_lse=True)
-    got = run(kernel, inputs, options, torch.ones(inputs["q"].shape, dtype=inputs["q"].dtype), None)
+    dout = torch.ones(*inputs["q"].shape[:3], inputs["v"].shape[3], dtype=inputs["q"].dtype)
+    got = run(kernel, inputs, options, dout, None)
     return {"out": got.out, "lse": got.lse, **{f"d{n}": x for n, x in got.gradients.items()}}
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FAULTS = {
     "prompt-read-past-its-end": ("a.dim * size);", "a.dim * size + 1);"),
     "rows-cleared-past-their-end": (
-        "(block.vectors * kLanes - block.count) * p.padded_dim);", "(kBlockM - block.count) * p.padded_dim + 1);",
+        "(block.vectors * kLanes - block.count) * dim.padded);", "(kBlockM - block.count) * dim.padded + 1);",
     ),
     "tile-read-past-its-end": ("k < sum.end;", "k < sum.end + kTileWords;"),
     "prefix-read-before-it-is-packed": ("schedule(static)", "schedule(static) nowait"),

@@ -277,19 +277,6 @@ def test_caches_of_the_caller(cache, message):
         model(input_ids=IDS, past_key_values=given)
 
 
-no_stream = pytest.mark.skipif(
-    torch.version.cuda is not None and not torch.cuda.is_available(),
-    reason="offloading asks a CUDA build for a stream",
-)
-
-
-@no_stream
-def test_an_offloaded_cache_is_refused():
-    model = peftkern.patch(models.base_model(LLAMA), llama_prefix(PREFIX)).eval()
-    with pytest.raises(ValueError, match="or a DynamicCache without offloading, got a DynamicCache with offloading"):
-        models.generate(model, LLAMA.task, do_sample=False, cache_implementation="offloaded")
-
-
 @pytest.mark.parametrize(
     "options", [{"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 3}], ids=["assisted", "chunks"]
 )

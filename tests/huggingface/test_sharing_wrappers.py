@@ -250,10 +250,12 @@ def test_experts(name):
     assert patch_of(model).shared_rows == SHARED
 
 
-def test_models_that_embed_tokens_elsewhere_are_refused():
-    """Gemma 3n embeds tokens in every layer, but not if it is given embeddings."""
-    with pytest.raises(ValueError, match=r"embed_tokens_per_layer"):
-        peftkern.patch(models.base_model(FAMILIES["gemma3n (shared KV)"]), share="prefixes")
+def test_models_that_embed_tokens_in_every_layer_share_tokens():
+    """Gemma 3n does not embed them in its layers if it is given embeddings, so packed rows are tokens."""
+    usual = models.base_model(FAMILIES["gemma3n (shared KV)"])
+    model = peftkern.patch(copy.deepcopy(usual), share="prefixes")
+    assert_equal(results(model), results(usual))
+    assert patch_of(model).shared_rows == SHARED
 
 
 def _worker(rank, port, folder):
