@@ -19,16 +19,19 @@ MASKS = {"none": None, "left": LEFT, "right": RIGHT}
 KINDS = {"layers alone": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, "per-layer embeddings": {}}
 
 
-def gemma4(**changes):
-    torch.manual_seed(0)
-    config = transformers.Gemma4TextConfig(**{
+def text_config(**changes):
+    return {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 8,
         "global_head_dim": 16, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB,
         "hidden_size_per_layer_input": 8, "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 3, **changes,
-    })  # fmt: skip
-    return transformers.Gemma4ForCausalLM(config).eval()
+        "layer_types": ["sliding_attention", "full_attention"] * 3, "pad_token_id": 0, **changes,
+    }  # fmt: skip
+
+
+def gemma4(**changes):
+    torch.manual_seed(0)
+    return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**text_config(**changes))).eval()
 
 
 def peft_model(**changes):
@@ -128,3 +131,31 @@ def test_a_soft_prompt_has_no_per_layer_embedding():
     peftkern.patch(model, prompt)
     with pytest.raises(RuntimeError, match="reverse the embedding"):
         model(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize("attention", [None, "vision"], ids=["causal", "images see all of themselves"])
+def test_images_behind_a_prefix_of_text(attention):
+    """The stock model reads the same text before them."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64}
+    config = transformers.Gemma4Config(
+        text_config=text_config(use_bidirectional_attention=attention),
+        vision_config={**tower, "pooling_kernel_size": 2}, audio_config=None, image_token_id=90, boi_token_id=91, eoi_token_id=92, vision_soft_tokens_per_image=4,
+    )  # fmt: skip
+    model = transformers.Gemma4ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 80, (2, 12))
+    ids[:, 3:7] = 90
+    whole = torch.cat([torch.arange(5, 5 + P).expand(2, -1), ids], 1)
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(2, -1, -1)
+    image = {"pixel_values": torch.randn(2, 16, 48), "image_position_ids": places}
+
+    def arguments(tokens):
+        types = (tokens == 90).long()
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": types, **image}
+
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    want = model(**arguments(whole)).logits[:, P:], model.generate(**arguments(whole), **greedy)[:, -3:]
+    peftkern.patch(model, PrefixKV.from_text(model, lambda _: {"input_ids": whole[0, :P].tolist()}, "text", P))
+    torch.testing.assert_close(model(**arguments(ids)).logits, want[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.generate(**arguments(ids), **greedy)[:, -3:], want[1])
