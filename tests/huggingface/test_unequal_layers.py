@@ -139,10 +139,13 @@ def test_images_behind_a_prefix_of_text(attention):
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     tower |= {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64}
+    tokens = {"image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92, "vision_soft_tokens_per_image": 4}
     config = transformers.Gemma4Config(
         text_config=text_config(use_bidirectional_attention=attention),
-        vision_config={**tower, "pooling_kernel_size": 2}, audio_config=None, image_token_id=90, boi_token_id=91, eoi_token_id=92, vision_soft_tokens_per_image=4,
-    )  # fmt: skip
+        vision_config={**tower, "pooling_kernel_size": 2},
+        audio_config=None,
+        **tokens,
+    )
     model = transformers.Gemma4ForConditionalGeneration(config).eval()
     ids = torch.randint(3, 80, (2, 12))
     ids[:, 3:7] = 90
