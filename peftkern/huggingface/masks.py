@@ -199,8 +199,8 @@ class LazyMask:
         A mask that was made before the prefix was known has no columns for it. Its windows then count the prefix as
         positions before the sequence, as in a mask that was made with the prefix in the cache.
         """
-        if self.pattern is not None and self.pattern[1] is None:
-            prefix_len = 0  # only windows hide the prefix
+        if self.pattern is not None and self.pattern[1] is None and not self._key_mask(num_keys)[1]:
+            prefix_len = 0  # neither a window nor padding hides the prefix
         knows_prefix = self._end - num_keys >= prefix_len
         columns = num_keys + (prefix_len if knows_prefix else 0)
         key = ("bias", columns, prefix_len, dtype)

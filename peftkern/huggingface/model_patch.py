@@ -103,7 +103,7 @@ class ModelPatch(Patch):
         self.stock_layers = layers_with_states(self.backbone.config)
         self.recurrent: dict[nn.Module, RecurrentModule] = {}
         self.state_like: list[list[LayerState]] = []
-        self.patched_dtype = self.backbone.dtype
+        self.patched_dtype = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), None)
         self._noticed: set[str] = set()
         self._checkpointed = [m for m in self.backbone.modules() if hasattr(m, "gradient_checkpointing")]
 
