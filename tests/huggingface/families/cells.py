@@ -89,7 +89,7 @@ class PeftPrompt(PeftTrial):
         }
         if runs.has_window(self.stock.get_base_model()):
             weight = self.stock.prompt_encoder[self.stock.active_adapter].embedding.weight
-            plain = tiny.tiny_model(self.family, self.dtype)
+            plain = runs.language_model(tiny.tiny_model(self.family, self.dtype))
             truths["left tokens in windows"] = lambda: runs.generate_behind_prompt(plain, weight, LEFT, alone=False)
         return truths
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from peftkern import PrefixKV, SoftPrompt
@@ -26,7 +27,7 @@ from tests.huggingface.models import BATCH, IDS, LEFT, ONES, PREFIX, RIGHT, SEQ
 __all__ = [
     "MASKS", "NEW_TOKENS", "SHARING_IDS", "SHARING_LEFT", "SHARING_MASKS", "Step", "bare", "cached_geometry",
     "copies", "generate", "generate_alone", "generate_behind_cache", "generate_behind_prompt", "has_window",
-    "peft_model", "prefix_by_hand", "prompt_by_hand", "sharing_step", "step", "step_alone", "without_adapter",
+    "language_model", "peft_model", "prefix_by_hand", "prompt_by_hand", "sharing_step", "step", "step_alone", "without_adapter",
 ]  # fmt: skip
 
 MASKS: dict[str, Tensor | None] = {"none": None, "right": RIGHT, "left": LEFT}
@@ -271,6 +272,21 @@ def generate_behind_prompt(model: Any, prompt: Tensor, mask: Tensor, *, alone: b
         out = model.generate(inputs_embeds=embeddings, attention_mask=models.behind_prompt(own), **_GREEDY)
         rows.append(out[:, -NEW_TOKENS:])
     return torch.cat(rows)
+
+
+def language_model(model: Any) -> Any:
+    """The causal language model in a model that reads images, whose ``generate`` may refuse embeddings."""
+    config = model.config.get_text_config(decoder=True)
+    if config is model.config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return model
+    twin = AutoModelForCausalLM.from_config(config).to(model.dtype)
+    try:
+        twin.base_model.load_state_dict(model.get_decoder().state_dict())
+    except RuntimeError:  # built in another way
+        return model
+    twin.set_output_embeddings(model.get_output_embeddings())
+    twin.generation_config = model.generation_config
+    return twin
 
 
 def has_window(model: Any) -> bool:
