@@ -27,7 +27,8 @@ from tests.huggingface.models import BATCH, IDS, LEFT, ONES, PREFIX, RIGHT, SEQ
 __all__ = [
     "MASKS", "NEW_TOKENS", "SHARING_IDS", "SHARING_LEFT", "SHARING_MASKS", "Step", "bare", "cached_geometry",
     "copies", "generate", "generate_alone", "generate_behind_cache", "generate_behind_prompt", "has_window",
-    "language_model", "peft_model", "prefix_by_hand", "prompt_by_hand", "sharing_step", "step", "step_alone", "without_adapter",
+    "language_model", "peft_model", "prefix_by_hand", "prompt_by_hand", "sharing_step", "step", "step_alone",
+    "without_adapter",
 ]  # fmt: skip
 
 MASKS: dict[str, Tensor | None] = {"none": None, "right": RIGHT, "left": LEFT}
