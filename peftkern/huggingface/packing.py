@@ -236,10 +236,14 @@ class PackedBatch:
         rows = self.prompt_rows + self.layout.rows
         if not self.show_prompts:
             return rows
-        steps = torch.arange(self.prompt_len, device=rows.device)
-        if self.prompt_ids is None:
-            return torch.cat([steps.expand(rows.shape[0], -1), rows], 1)
-        return torch.cat([self.prompt_ids[:, None] * self.prompt_len + steps, rows], 1)
+        prompts = torch.arange(self.prompt_len, device=rows.device).expand(rows.shape[0], -1)
+        if self.prompt_ids is not None:
+            prompts = prompts + self.prompt_ids[:, None] * self.prompt_len
+        if self.prompt_len and not self.layout.several_per_row:
+            # Padding before a sequence shows the prompt's last row, from which a loss predicts the first token.
+            places = torch.arange(rows.numel(), device=rows.device).view(rows.shape)
+            rows = torch.where(places < self.layout.firsts.to(rows.device)[:, None], prompts[:, -1:], rows)
+        return torch.cat([prompts, rows], 1)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, N, E] -> [B, S or P + S, E]; padding shows the row before it."""
