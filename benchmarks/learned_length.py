@@ -15,7 +15,6 @@ nor threshold. Errors are standard errors of the mean over seeds. A run is skipp
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 import warnings
@@ -37,13 +36,11 @@ from peftkern.tools.demo.reviews import EXAMPLES, Task, split, training_rows
 from peftkern.tools.demo.training import evaluate, load_base
 
 from .common import Row, add_model_options, output_of, progress, show, write
+from .review_training import SEQ, mean_and_error, set_learning_rates, short_reviews
 
 ARMS = ("plain", "gates", "pruned", "plain, short")
 #: The arm by whose row a run is recognised, in the order of runs. A run of "gates" also measures "pruned".
 RUNS = ("gates", "plain", "plain, short")
-#: Longest prompt in tokens. Reviews are chosen by their number of words, so that none is cut.
-SEQ = 96
-WARMUP_STEPS = 10
 #: Options that determine a row, with their defaults and those of ``--quick``.
 SETTINGS: dict[str, tuple[Any, Any]] = {
     "steps": (40, 2), "batch_size": (8, 2), "words": (16, 30), "length": (36, 5), "eval_rows": (200, 4),
@@ -59,12 +56,7 @@ class Reviews:
         self.base: Any
         self.task: Task
         self.base, self.task = load_base(source, Options(dtype="fp32", seq=SEQ, length=options.length))
-        short = [
-            review._replace(source="")
-            for review in assets.read_reviews(options.data)
-            if len(review.text.split()) <= options.words
-        ]
-        self.train, self.held_out = split(short, options.eval_rows)
+        self.train, self.held_out = split(short_reviews(options.data, options.words), options.eval_rows)
         self.options = options
 
     def run(self, arm: str, seed: int, rows: Sequence[Row]) -> list[Row]:
@@ -95,9 +87,7 @@ class Reviews:
             self.base.train()
             for step in range(steps):
                 batch = self.task.batch(training_rows(self.train, step, self.options.batch_size, seed))
-                for group in optimizer.param_groups:
-                    warm = min(1.0, (step + 1) / min(WARMUP_STEPS, steps))
-                    group["lr"] = group["peak"] * warm * max(0.05, 1 - step / steps)
+                set_learning_rates(optimizer, step, steps)
                 loss = self.base(**batch._asdict()).loss
                 if prefix.gate_logits is not None:
                     loss = loss + self.options.penalty * prefix.sparsity()
@@ -122,12 +112,6 @@ class Reviews:
 def is_wanted(row: Row, options: argparse.Namespace) -> bool:
     """Whether a row was measured with these options."""
     return all(row[name] == getattr(options, name) for name in SETTINGS)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of seeds, and its standard error s / sqrt(n); 0 for one seed."""
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _cells(arm: str, rows: list[Row]) -> tuple[str, ...]:

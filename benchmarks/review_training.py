@@ -67,15 +67,31 @@ class Trained:
 Way = Callable[[Any, Task, Settings], Trained]
 
 
+def short_reviews(data: str | None, words: int) -> list[assets.Review]:
+    """The reviews of at most so many words, without their sources.
+
+    Args:
+        data: a CSV file, or None for the package's reviews.
+        words: their largest number.
+    """
+    reviews = (review._replace(source="") for review in assets.read_reviews(data))
+    return [review for review in reviews if len(review.text.split()) <= words]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Let the rate of each group rise to its ``peak``, then fall, as in `peftkern demo`."""
+    for group in optimizer.param_groups:
+        warm = min(1.0, (step + 1) / min(WARMUP_STEPS, steps))
+        group["lr"] = group["peak"] * warm * max(0.05, 1 - step / steps)
+
+
 class Reviews:
     """The model, the task, and reviews of at most ``settings.words`` words."""
 
     def __init__(self, options: argparse.Namespace, settings: Settings) -> None:
         source = assets.find_model(options.model, assets.cache_folder(options.cache))
         self.base, self.task = load_base(source, Options(dtype="fp32", seq=SEQ, length=settings.length))
-        reviews = [r._replace(source="") for r in assets.read_reviews(options.data)]
-        short = [r for r in reviews if len(r.text.split()) <= settings.words]
-        self.train, self.held_out = split(short, settings.eval_rows)
+        self.train, self.held_out = split(short_reviews(options.data, settings.words), settings.eval_rows)
         self.title, self.settings = source.title, settings
         self.now = time.process_time if options.cpu_time else time.perf_counter
 
@@ -104,9 +120,7 @@ class Reviews:
         trained.model.train()
         for step in range(steps):
             batch = self.task.batch(training_rows(self.train, step, self.settings.batch_size, seed))
-            for group in optimizer.param_groups:
-                warm = min(1.0, (step + 1) / min(WARMUP_STEPS, steps))
-                group["lr"] = group["peak"] * warm * max(0.05, 1 - step / steps)
+            set_learning_rates(optimizer, step, steps)
             start = self.now()
             loss = trained.model(**batch._asdict()).loss
             loss.backward()
