@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.utils.import_utils import is_tracing
 
+from ..arguments import constant
 from ..layer_shapes import expanded
 from ..recurrent_state import LayerState
 from .cache_layers import PrefixLayer, layer_like, stored_layers
@@ -132,8 +134,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.beside: Sequence[KeyValue | None] = list(beside)
         self.stores = stores
         self.options = options
-        self.ids = ids
-        self.lens = lens
+        self.ids = _own(ids)
+        self.lens = _own(lens)
         self.as_stored = as_stored
         self.offsets = offsets
         self._read_layers = read_layers
@@ -148,6 +150,15 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
         self.from_first = False
         self.hidden = False
         self.pause: Any = None
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The prefix, or the K prefixes, of each row. Constant, so that all layers share what follows from them."""
+        return self._ids
+
+    @ids.setter
+    def ids(self, ids: Tensor | None) -> None:
+        self._ids = ids if ids is None or is_tracing(ids) else constant(ids)
 
     @property
     def offset(self) -> int:
@@ -283,7 +294,7 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
-        self.ids = None if self.ids is None else self.ids.repeat_interleave(repeats)
+        self.ids = None if self.ids is None else self.ids.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
@@ -334,6 +345,13 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[KeyValue, KeyValue] | None:
         prefix = self.prefix[layer]
         return None if prefix is None else ((key, value), prefix)
+
+
+def _own(numbers: Tensor | None) -> Tensor | None:
+    """A constant copy: the caller's tensor may change."""
+    if numbers is None or is_tracing(numbers):
+        return numbers
+    return constant(numbers.detach().clone())
 
 
 def like_key(prefix: KeyValue, key: Tensor) -> KeyValue:

@@ -10,6 +10,7 @@ import torch
 
 import peftkern
 from peftkern import PrefixKV
+from peftkern.backends import gather
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS, LEFT, RIGHT
 
@@ -140,6 +141,35 @@ def test_a_row_is_replaced_between_two_calls():
     with peftkern.patched(model, parts[2]):
         torch.testing.assert_close(after[1:2], model(input_ids=IDS[1:2]).logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(bank.select(1).trainable[0], parts[2].trainable[0])
+
+
+def test_layers_and_steps_share_what_follows_from_the_ids(monkeypatch):
+    counted, compute = [], gather._rows
+    monkeypatch.setattr(gather, "_rows", lambda *args: counted.append(1) or compute(*args))
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    ids = torch.tensor(IDS_OF["several"])
+    with peftkern.patched(model, PrefixKV.stack(prefixes(model))):
+        model(input_ids=IDS, prefix_ids=ids, labels=IDS).loss.backward()
+        assert len(counted) == 1, "computed again in a layer or in the backward"
+        model.generate(input_ids=IDS, prefix_ids=ids, max_new_tokens=4, do_sample=False)
+        assert len(counted) == 2, "computed again in a decoding step"
+        before = model(input_ids=IDS, prefix_ids=ids).logits
+        ids[0] = torch.tensor([3, 1])
+        after = model(input_ids=IDS, prefix_ids=ids).logits
+        assert len(counted) == 4 and not torch.equal(before[0], after[0]), "the caller's ids have changed"
+
+
+def test_a_cache_repeats_several_ids_per_row():
+    model = models.base_model(FAMILIES["llama (GQA)"]).eval()
+    ids = torch.tensor(IDS_OF["several"])
+    with torch.no_grad(), peftkern.patched(model, PrefixKV.stack(prefixes(model))):
+        cache = model(input_ids=IDS, prefix_ids=ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        again, token = ids.repeat_interleave(2, 0), IDS[:, -1:].repeat_interleave(2, 0)
+        got = model(input_ids=token, past_key_values=cache).logits
+        whole = torch.cat([IDS.repeat_interleave(2, 0), token], 1)
+        want = model(input_ids=whole, prefix_ids=again).logits[:, -1:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
