@@ -156,7 +156,8 @@ def test_layers_and_steps_share_what_follows_from_the_ids(monkeypatch):
         before = model(input_ids=IDS, prefix_ids=ids).logits
         ids[0] = torch.tensor([3, 1])
         after = model(input_ids=IDS, prefix_ids=ids).logits
-        assert len(counted) == 4 and not torch.equal(before[0], after[0]), "the caller's ids have changed"
+        assert not torch.equal(before[0], after[0]), "the caller's ids have changed"
+        assert len(counted) == 4
 
 
 def test_a_cache_repeats_several_ids_per_row():
