@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .files import replace_files
 from .model_info import Origin
 from .modules import PrefixKV, SoftPrompt
 from .recurrent_state import RecurrentState
@@ -79,7 +79,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata = {"format": "pt", "peftkern": json.dumps(full, sort_keys=True)}
     weights, text = save(tensors, metadata), json.dumps(public, indent=2, sort_keys=True)
-    _replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
 
 
 def load_prefix(
@@ -332,24 +332,3 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         pickled = head == b"PK" or head[:1] == b"\x80"
         kind = "a pickle, which is not read" if pickled else f"a truncated or foreign file ({error})"
         raise ValueError(f"{path}: expected a safetensors file, got {kind}") from error
-
-
-def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Replace files in the given order, each by one rename, after all of them have been flushed to disk."""
-    temporary = {name: folder / f".{name}.{uuid4().hex}.tmp" for name in contents}
-    try:
-        for name, data in contents.items():
-            with temporary[name].open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

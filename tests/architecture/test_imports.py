@@ -42,7 +42,10 @@ ALLOWED = {
     },
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
-    "checkpoint": {"modules", "recurrent_state", "model_info"},
+    "files": set(),
+    "integrations.kv_file": {"files"},
+    "checkpoint": {"modules", "recurrent_state", "model_info", "files"},
+    "integrations": {"files", "integrations.kv_file", "modules", "checkpoint", "model_info"},
     "huggingface": {
         "arguments", "checkpoint", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
         "prefix_parts", "recurrent_state",
@@ -52,7 +55,7 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "model_info", "processor", "explanation", "testing", "",
+        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "testing", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.
