@@ -9,7 +9,7 @@ of float32, bfloat16 and float16. Layers without keys have none. Metadata (strin
 ``num_layers``                 layers of the model, including those without keys
 ``positions``                  position of the first token after the prefix; at least the largest P_i
 ``num_frozen_tokens``          first tokens that training keeps; 0 if it is missing
-``base_model_name_or_path``    the model, if it is known; also ``revision``
+``base_model_name_or_path``    the model, if it is known; also ``revision`` and ``task_type`` (PEFT's)
 
 A server's folder contains one file ``NAME.safetensors`` for each prefix. This module needs only torch and
 safetensors.
@@ -30,7 +30,10 @@ from torch import Tensor
 
 from ..files import replace_files
 
-__all__ = ["FORMAT", "VERSION", "KVFile", "is_kv_file", "kv_path", "read_kv", "write_kv"]
+__all__ = [
+    "DTYPES", "FORMAT", "VERSION", "KVFile", "check_finite", "is_kv_file", "kv_bytes",
+    "kv_path", "plain_name", "read_kv", "write_kv",
+]  # fmt: skip
 
 FORMAT, VERSION = "peftkern.kv", "1"
 
@@ -39,6 +42,7 @@ MAX_LAYERS = 1 << 16
 #: dtypes by their names in safetensors.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+_ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value)", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -52,7 +56,7 @@ class KVFile:
         layers: (key [P_i, Hkv, D], value [P_i, Hkv, D_v]) of each layer; None for a layer without keys.
         positions: position of the first token after the prefix.
         num_frozen_tokens: first tokens that training keeps.
-        base_model_name_or_path, revision: the model, if it is known.
+        base_model_name_or_path, revision, task_type: the model and PEFT's name of its task, if they are known.
     """
 
     layers: Sequence[tuple[Tensor, Tensor] | None]
@@ -60,6 +64,7 @@ class KVFile:
     num_frozen_tokens: int = 0
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    task_type: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -83,11 +88,16 @@ def kv_path(folder: str | os.PathLike[str], name: str) -> Path:
     Raises:
         ValueError: for a name that is no plain one, such as ``../secret`` or ``.hidden``. Names come from requests.
     """
+    return Path(folder) / f"{plain_name(name)}.safetensors"
+
+
+def plain_name(name: str) -> str:
+    """The name, if it can be that of a file in a folder. Otherwise raise ValueError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
             f"name: expected letters, digits and any of _ . + - (not first: . + -), got {str(name)[:80]!r}"
         )
-    return Path(folder) / f"{name}.safetensors"
+    return name
 
 
 def write_kv(path: str | os.PathLike[str], contents: KVFile) -> None:
@@ -101,6 +111,16 @@ def write_kv(path: str | os.PathLike[str], contents: KVFile) -> None:
         ValueError: naming the tensor or field that the format does not allow.
     """
     path = Path(path)
+    try:
+        data = kv_bytes(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files(path.parent, {path.name: data})
+
+
+def kv_bytes(contents: KVFile) -> bytes:
+    """What :func:`write_kv` writes."""
     tensors = {
         f"layers.{layer}.{part}": x.detach().cpu().contiguous()
         for layer, pair in enumerate(contents.layers)
@@ -109,20 +129,13 @@ def write_kv(path: str | os.PathLike[str], contents: KVFile) -> None:
     }
     metadata = {"format": FORMAT, "version": VERSION, "num_layers": str(contents.num_layers)}
     metadata |= {name: str(getattr(contents, name)) for name in ("positions", "num_frozen_tokens")}
-    metadata |= {
-        name: value
-        for name in ("base_model_name_or_path", "revision")
-        if (value := getattr(contents, name)) is not None
-    }
+    metadata |= {name: value for name in _ORIGIN if (value := getattr(contents, name)) is not None}
     names = {dtype: name for name, dtype in DTYPES.items()}
-    try:
-        _check({name: (list(x.shape), names.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}, metadata)
-        for name, x in tensors.items():
-            _check_finite(name, x)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_files(path.parent, {path.name: save(tensors, metadata)})
+    _check({name: (list(x.shape), names.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}, metadata)
+    for name, x in tensors.items():
+        check_finite(name, x)
+    data: bytes = save(tensors, metadata)
+    return data
 
 
 def is_kv_file(path: str | os.PathLike[str]) -> bool:
@@ -153,7 +166,7 @@ def read_kv(path: str | os.PathLike[str]) -> KVFile:
             # Clones, because the file's pages may disappear.
             tensors = {name: file.get_tensor(name).clone() for name in names}
         for name, x in tensors.items():
-            _check_finite(name, x)
+            check_finite(name, x)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error})") from error
     except ValueError as error:
@@ -163,8 +176,7 @@ def read_kv(path: str | os.PathLike[str]) -> KVFile:
         [(tensors[key], tensors[value]) if key in tensors else None for key, value in keys],
         int(metadata["positions"]),
         int(metadata.get("num_frozen_tokens", "0")),
-        metadata.get("base_model_name_or_path"),
-        metadata.get("revision"),
+        **{name: metadata.get(name) for name in _ORIGIN},
     )
 
 
@@ -223,6 +235,7 @@ def _number(metadata: Mapping[str, str], name: str, least: int, most: int) -> in
     return int(text)
 
 
-def _check_finite(name: str, x: Tensor) -> None:
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise ValueError, naming the tensor, for one with NaN or infinity."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

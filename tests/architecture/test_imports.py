@@ -44,8 +44,14 @@ ALLOWED = {
     "modules": {"prefix_kv", "soft_prompt"},
     "files": set(),
     "integrations.kv_file": {"files"},
-    "checkpoint": {"modules", "recurrent_state", "model_info", "files"},
-    "integrations": {"files", "integrations.kv_file", "modules", "checkpoint", "model_info"},
+    "integrations.torch_file": set(),
+    "integrations.cartridge_file": {"integrations.kv_file", "integrations.torch_file"},
+    "checkpoint": {
+        "modules", "recurrent_state", "model_info", "files", "integrations.kv_file", "integrations.cartridge_file",
+    },
+    "integrations": {
+        "files", "integrations.kv_file", "integrations.cartridge_file", "modules", "checkpoint", "model_info",
+    },
     "huggingface": {
         "arguments", "checkpoint", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
         "prefix_parts", "recurrent_state",
