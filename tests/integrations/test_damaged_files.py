@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peftkern import load_prefix
+from peftkern.integrations import torch_file
 from tests.integrations.files import (
     METADATA,
     Call,
@@ -227,7 +228,7 @@ CARTRIDGES = {
     "a list as the model's name": (
         _config(b"model: {pretrained_model_name_or_path: [a]}"), "pretrained_model_name_or_path: expected a name",
     ),
-    "deep YAML": (_config(b"[" * 3000), "config.yaml: expected YAML"),
+    "deep YAML": (_config(b"[" * 3000), "more than 500 brackets"),
     "nested blocks of YAML": (_config(b"- " * 20_000), "config.yaml: expected YAML"),
     "long YAML": (_config(b"a" * (2 << 20)), "config.yaml: expected YAML"),
 }  # fmt: skip
@@ -367,6 +368,17 @@ def test_bad_kv_files_are_refused(name, tmp_path):
     path = tmp_path / "kv.safetensors"
     write(path)
     _refused(path, message, lambda: load_prefix(path))
+
+
+CODE = list(CARTRIDGES)[: list(CARTRIDGES).index("a plain pickle")]
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_torch_refuses_code_that_our_own_check_would_miss(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_file, "_check_pickle", lambda data: None)
+    path = tmp_path / "cartridge.pt"
+    CARTRIDGES[name][0](path)
+    _refused(path, "what torch.load refuses (UnpicklingError", lambda: load_prefix(path))
 
 
 def test_the_crafted_files_would_run_code(tmp_path):

@@ -386,6 +386,17 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
         export([tmp_path / "a" / "doc", tmp_path / "b" / "doc"], tmp_path / "new", "kv")
 
 
+def test_contents_do_not_change_with_the_file(tmp_path):
+    """A server keeps what it has read, also if somebody writes into the file."""
+    path = tmp_path / "doc.safetensors"
+    export(PrefixKV(None, 2, **GEOMETRY), tmp_path, "kv", name="doc")
+    layers = read_kv(path).layers
+    before = [x.clone() for pair in layers for x in pair]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(map(torch.equal, [x for pair in layers for x in pair], before))
+
+
 def test_wrong_contents_are_not_written(tmp_path):
     x = torch.randn(3, 2, 8)
     for layers, message in (
