@@ -174,8 +174,10 @@ def _model_name(path: Path) -> str | None:
     """
     import yaml
 
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise ValueError(f"{path}: expected YAML, got something that is not a file")
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise ValueError(f"more than {_MAX_CONFIG} bytes")

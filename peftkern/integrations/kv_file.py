@@ -10,6 +10,7 @@ of float32, bfloat16 and float16. Layers without keys have none. Metadata (strin
 ``positions``                  position of the first token after the prefix; at least the largest P_i
 ``num_frozen_tokens``          first tokens that training keeps; 0 if it is missing
 ``base_model_name_or_path``    the model, if it is known; also ``revision`` and ``task_type`` (PEFT's)
+``sha256``                     of the bytes of all tensors, in the order of their names; not compared if missing
 
 A server's folder contains one file ``NAME.safetensors`` for each prefix. This module needs only torch and
 safetensors.
@@ -17,6 +18,7 @@ safetensors.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,8 +33,8 @@ from torch import Tensor
 from ..files import replace_files
 
 __all__ = [
-    "DTYPES", "FORMAT", "VERSION", "KVFile", "check_finite", "is_kv_file", "kv_bytes",
-    "kv_path", "plain_name", "read_kv", "write_kv",
+    "DTYPES", "FORMAT", "VERSION", "KVFile", "check_finite", "kv_bytes", "kv_path", "plain_name", "read_kv",
+    "write_kv",
 ]  # fmt: skip
 
 FORMAT, VERSION = "peftkern.kv", "1"
@@ -134,17 +136,8 @@ def kv_bytes(contents: KVFile) -> bytes:
     _check({name: (list(x.shape), names.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}, metadata)
     for name, x in tensors.items():
         check_finite(name, x)
-    data: bytes = save(tensors, metadata)
+    data: bytes = save(tensors, {**metadata, "sha256": _sha256(tensors)})
     return data
-
-
-def is_kv_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a readable safetensors file says in its metadata that it has this format, of any version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
-        return False
 
 
 def read_kv(path: str | os.PathLike[str]) -> KVFile:
@@ -165,6 +158,8 @@ def read_kv(path: str | os.PathLike[str]) -> KVFile:
             num_layers = _check({n: (list(x.get_shape()), x.get_dtype()) for n, x in slices.items()}, metadata)
             # Clones, because the file's pages may disappear.
             tensors = {name: file.get_tensor(name).clone() for name in names}
+        if metadata.get("sha256") not in (None, _sha256(tensors)):
+            raise ValueError("sha256: expected that of the tensors in the metadata, got another; the file is damaged")
         for name, x in tensors.items():
             check_finite(name, x)
     except (OSError, SafetensorError) as error:
@@ -233,6 +228,13 @@ def _number(metadata: Mapping[str, str], name: str, least: int, most: int) -> in
     if text is None or not _NUMBER.fullmatch(text) or not least <= int(text) <= most:
         raise ValueError(f"{name}: expected an integer from {least} to {most} in the metadata, got {text!r}")
     return int(text)
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def check_finite(name: str, x: Tensor) -> None:

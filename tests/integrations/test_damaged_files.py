@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from peftkern import load_prefix
+from peftkern import PrefixKV, export, load_prefix
 from peftkern.integrations import torch_file
 from tests.integrations.files import (
     METADATA,
@@ -103,12 +103,18 @@ def _tuples(path):
     archive(path, data + b"Ns.")
 
 
-def _config(text):
-    def write(path):
-        torch.save(lists(), path)
-        path.with_name("config.yaml").write_bytes(text)
+def _beside(write):
+    """A fine cartridge whose config ``write`` writes."""
 
-    return write
+    def both(path):
+        torch.save(lists(), path)
+        write(path.with_name("config.yaml"))
+
+    return both
+
+
+def _config(text):
+    return _beside(lambda path: path.write_bytes(text))
 
 
 def _directory(path):
@@ -163,7 +169,7 @@ CARTRIDGES = {
     "a flipped bit": (_flipped, "CRC"),
     "duplicate entries": (_crafted(tensor(Storage(64), SHAPE, STRIDE), extra=[("x/data/0", NUMBERS)]), "duplicate"),
     "a compressed archive": (
-        _crafted(tensor(Storage(1 << 24), (1, 2, 1 << 20, 8), (1 << 24, 1 << 23, 8, 1)), [bytes(1 << 26)],
+        _crafted(tensor(Storage(1 << 20), (1, 2, 1 << 16, 8), (1 << 20, 1 << 19, 8, 1)), [bytes(1 << 22)],
                  compression=zipfile.ZIP_DEFLATED),
         "without compression",
     ),
@@ -221,6 +227,9 @@ CARTRIDGES = {
         "fixed_keys: expected what frozen_keys contains",
     ),
     # the config
+    "a folder as the config": (_beside(lambda path: path.mkdir()), "config.yaml: expected YAML, got something"),
+    "a pipe as the config": (_beside(os.mkfifo), "config.yaml: expected YAML, got something"),
+    "a link to nothing as the config": (_beside(lambda path: path.symlink_to("nothing")), "expected YAML, got some"),
     "no YAML": (_config(b"a: [1"), "config.yaml: expected YAML"),
     "binary YAML": (_config(b"\x00\x01"), "config.yaml: expected YAML"),
     "a list in YAML": (_config(b"- 1"), "config.yaml: expected a mapping, got sequence"),
@@ -258,6 +267,14 @@ def _duplicate(path):
     raw_safetensors(path, header.replace(b"layers.0.value", b"layers.0.key"), NUMBERS * 4)
 
 
+def _kv_flipped(path):
+    """One bit of a tensor differs from what was exported."""
+    export(PrefixKV(None, 4, **GEOMETRY), path.parent, "kv", name="kv")
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+
+
 def _changed(tensors=None, **metadata):
     return lambda path: kv_file(path, tensors, **metadata)
 
@@ -275,6 +292,8 @@ KV_FILES = {
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Call(os.system, _touch(path)))), FOREIGN),
     "a file of torch": (lambda path: torch.save(kv_tensors(), path), FOREIGN),
     "truncated": (_kv_truncated, FOREIGN),
+    "a flipped bit": (_kv_flipped, "sha256: expected that of the tensors"),
+    "another checksum": (_changed(sha256="0" * 64), "sha256: expected that of the tensors"),
     "a folder": (_directory, "expected a safetensors file, got none"),
     "a pipe": (os.mkfifo, "got none"),
     "a link to nothing": (lambda path: path.symlink_to(path.with_name("nothing")), "got none"),
@@ -349,7 +368,7 @@ def little_memory():
 
 
 @pytest.mark.usefixtures("little_memory")
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Duplicate name")
 @pytest.mark.parametrize("name", CARTRIDGES)
 def test_bad_cartridges_are_refused(name, tmp_path):
     write, message = CARTRIDGES[name]
