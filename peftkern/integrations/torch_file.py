@@ -52,6 +52,8 @@ class TorchFile:
         entries = _check_archive(archive, self.size)
         self._archive = archive
         self._records = {_offset(raw, e): e for name, e in entries.items() if name.startswith("data/")}
+        #: The record that was read last, and its bytes; many tensors may lie in one.
+        self._last: tuple[zipfile.ZipInfo | None, bytearray] = None, bytearray()
         _check_pickle(archive.read(entries["data.pkl"]))
         self.state = _load(path)
 
@@ -90,7 +92,9 @@ class TorchFile:
         record = self._record(x)
         if not x.numel() or record is None:
             return torch.empty(x.shape, dtype=x.dtype)
-        numbers = torch.frombuffer(bytearray(self._archive.read(record)), dtype=x.dtype)
+        if record is not self._last[0]:
+            self._last = record, bytearray(self._archive.read(record))
+        numbers = torch.frombuffer(self._last[1], dtype=x.dtype)
         return numbers.as_strided(x.shape, x.stride(), x.storage_offset()).clone(
             memory_format=torch.contiguous_format
         )

@@ -15,6 +15,7 @@ import torch
 from peftkern import PrefixKV, export, load_prefix
 from peftkern.integrations import torch_file
 from tests.integrations.files import (
+    GEOMETRY,
     METADATA,
     Call,
     Storage,
@@ -26,7 +27,7 @@ from tests.integrations.files import (
     pickled,
     raw_safetensors,
     tensor,
-)  # fmt: skip
+)
 
 SHAPE, STRIDE = (1, 2, 4, 8), (64, 32, 8, 1)
 NUMBERS = bytes(64 * 4)

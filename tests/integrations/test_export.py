@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy
 import pytest
@@ -125,14 +126,19 @@ def test_files_of_cartridges_are_read(kind, dtype, tmp_path):
         assert prefix.origin.base_model_name_or_path == "a/b"
 
 
-def test_views_and_shared_storages_are_read(tmp_path):
-    """A tensor may be a strided part of a storage that others use, too."""
+def test_views_and_shared_storages_are_read(tmp_path, monkeypatch):
+    """A tensor may be a strided part of a storage that others use, too, which is read once."""
     whole = torch.randn(2, 1, 4, 2, 8)
     keys = [x.transpose(1, 2) for x in whole]
     torch.save({"trainable_keys": keys, "trainable_values": keys}, tmp_path / "cartridge.pt")
+    read, real = [], zipfile.ZipFile.read
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda self, entry: (read.append(entry.filename), real(self, entry))[1]
+    )
     key, value = load_prefix(tmp_path).layer_kv()[1]
     assert torch.equal(key, keys[1][0])
     assert torch.equal(value, keys[1][0])
+    assert [name for name in read if "/data/" in name] == ["cartridge/data/0"]
 
 
 def test_a_yaml_tag_constructs_nothing(tmp_path):
