@@ -52,8 +52,8 @@ def archive(path: Path, data: bytes, records=(), compression=zipfile.ZIP_STORED,
 class Storage:
     """A storage by its persistent id, with any number of elements."""
 
-    def __init__(self, numel, key="0", kind=torch.FloatStorage):
-        self.parts = kind, key, "cpu", numel
+    def __init__(self, numel, key="0", device="cpu"):
+        self.parts = torch.FloatStorage, key, device, numel
 
     @property
     def id(self):

@@ -407,7 +407,8 @@ def test_the_crafted_files_would_run_code(tmp_path):
     CARTRIDGES["os.system"][0](path)
     torch.load(path, weights_only=False)
     assert (tmp_path / "executed").exists()
-    _crafted(tensor(Storage(64), SHAPE, STRIDE))(path)
-    assert load_prefix(path).lengths == (4,)
+    for device in ("cpu", "cuda:3"):
+        _crafted(tensor(Storage(64, device=device), SHAPE, STRIDE))(path)
+        assert load_prefix(path).lengths == (4,)
     kv_file(tmp_path / "kv.safetensors")
     assert load_prefix(tmp_path / "kv.safetensors").lengths == (4, 4)
