@@ -51,7 +51,7 @@ class TorchFile:
         self.size = path.stat().st_size
         entries = _check_archive(archive, self.size)
         self._archive = archive
-        self._records = {_offset(raw, e): e for name, e in entries.items() if name.startswith("data/")}
+        self._records = _tensor_records(raw, entries)
         #: The record that was read last, and its bytes; many tensors may lie in one.
         self._last: tuple[zipfile.ZipInfo | None, bytearray] = None, bytearray()
         _check_pickle(archive.read(entries["data.pkl"]))
@@ -142,6 +142,22 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Zip
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise ValueError("byteorder: expected little, got another one")
     return names
+
+
+def _tensor_records(raw: BinaryIO, entries: Mapping[str, zipfile.ZipInfo]) -> dict[int, zipfile.ZipInfo]:
+    """The records of tensors by their offsets.
+
+    On the meta device, torch computes offsets if the file has a format version, and then relies on the order in which
+    ``torch.save`` writes records.
+    """
+    records = {_offset(raw, entry): entry for name, entry in entries.items() if name.startswith("data/")}
+    if ".format_version" in entries:
+        for index, offset in enumerate(sorted(records)):
+            if (name := records[offset].filename.partition("/")[2]) != f"data/{index}":
+                raise ValueError(
+                    f"{name!r:.80}: expected data/{index}, the next tensor of torch.save, got this record"
+                )
+    return records
 
 
 def _offset(raw: BinaryIO, entry: zipfile.ZipInfo) -> int:

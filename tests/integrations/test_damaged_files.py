@@ -72,6 +72,15 @@ def _in_list(call):
     return {"trainable_keys": [call], "trainable_values": [tensor(Storage(64), SHAPE, STRIDE)]}
 
 
+def _swapped(path):
+    """The names of two tensors are exchanged."""
+    torch.save(lists(), path)
+    data = path.read_bytes()
+    for old, new in ((b"data/0", b"data/x"), (b"data/1", b"data/0"), (b"data/x", b"data/1")):
+        data = data.replace(old, new)
+    path.write_bytes(data)
+
+
 def _saved_before_archives(path):
     torch.save(lists(), path, _use_new_zipfile_serialization=False)
 
@@ -169,6 +178,7 @@ CARTRIDGES = {
     "a pipe": (os.mkfifo, "got something else"),
     "a flipped bit": (_flipped, "CRC"),
     "duplicate entries": (_crafted(tensor(Storage(64), SHAPE, STRIDE), extra=[("x/data/0", NUMBERS)]), "duplicate"),
+    "records in another order": (_swapped, "'data/1': expected data/0"),
     "a compressed archive": (
         _crafted(tensor(Storage(1 << 20), (1, 2, 1 << 16, 8), (1 << 20, 1 << 19, 8, 1)), [bytes(1 << 22)],
                  compression=zipfile.ZIP_DEFLATED),
