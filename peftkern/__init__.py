@@ -25,6 +25,7 @@ _HOME = {
     "SoftPrompt": "modules",
     "save_prefix": "checkpoint",
     "load_prefix": "checkpoint",
+    "export": "integrations.export",
     "patch": "huggingface",
     "unpatch": "huggingface",
     "patched": "huggingface",
@@ -36,6 +37,7 @@ __all__ = [
     "SoftPrompt",
     "available_backends",
     "explain",
+    "export",
     "load_prefix",
     "patch",
     "patched",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .functional import prefix_attention, soft_prompt_embedding
     from .huggingface.patch import patch, patched, unpatch
+    from .integrations.export import export
     from .modules import PrefixKV, SoftPrompt
 
 

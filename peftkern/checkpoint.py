@@ -17,13 +17,16 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .files import replace_files
+from .integrations.cartridge_file import WEIGHTS_NAME as CARTRIDGE_NAME
+from .integrations.cartridge_file import read_cartridge
+from .integrations.kv_file import KVFile, read_kv
 from .model_info import Origin
 from .modules import PrefixKV, SoftPrompt
 from .recurrent_state import RecurrentState
@@ -79,7 +82,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata = {"format": "pt", "peftkern": json.dumps(full, sort_keys=True)}
     weights, text = save(tensors, metadata), json.dumps(public, indent=2, sort_keys=True)
-    _replace(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
 
 
 def load_prefix(
@@ -88,12 +91,15 @@ def load_prefix(
     """Loads a prefix that :func:`save_prefix` or PEFT's ``save_pretrained`` has saved, for inference or training.
 
     PEFT's PREFIX_TUNING and CARTRIDGE become a :class:`PrefixKV`, PROMPT_TUNING and P_TUNING a :class:`SoftPrompt`.
+    A folder of HazyResearch's Cartridges (``cartridge.pt``) and the ``kv`` file of :func:`export` become a
+    :class:`PrefixKV`, too. No file can run code.
     PEFT saves the output of a projection or prompt encoder without its MLP, so training continues on flat parameters.
     Tensors of other modules (``modules_to_save``) are not loaded; a warning names them.
 
     Args:
         folder: a local folder with the two files, or one in which a patched model with other adapters (LoRA) has
-            saved its prefix beside them. The config may be missing if :func:`save_prefix` wrote the weights.
+            saved its prefix beside them. The config may be missing if :func:`save_prefix` wrote the weights. Also
+            the folder or ``.pt`` file of a cartridge, or a ``kv`` file.
         trainable: False clears ``requires_grad``.
         model: a Hugging Face model or config that the prefix must fit. A model also determines the device. PEFT's
             file for a model whose layers differ in width (Gemma 4) does not say how wide each layer is, so it needs
@@ -106,6 +112,9 @@ def load_prefix(
         ValueError: naming the file and the problem: missing, truncated, a pickle, another format, another type of
             adapter, shapes that do not fit the config, or a prefix for another model.
     """
+    contents = _foreign_contents(Path(folder))
+    if contents is not None:
+        return _placed(_prefix_of(contents), trainable, model, Path(folder))
     folder = _holding(Path(folder))
     path = folder / WEIGHTS_NAME
     tensors, config = _read(folder)
@@ -123,14 +132,39 @@ def load_prefix(
         raise ValueError(f"{path}: expected {error} in the weights or their config, got neither") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    prefix = _placed(prefix, trainable, model, path)
+    foreign = _foreign(tensors)
+    if foreign:
+        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=2)
+    return prefix
+
+
+def _placed(prefix: PrefixKV | SoftPrompt, trainable: bool, model: Any, path: Path) -> PrefixKV | SoftPrompt:
+    """The prefix on the model's device, which it must fit."""
     if model is not None:
         _check_fits(prefix, model, path)
         device = getattr(model, "device", None)
         prefix = prefix if device is None else prefix.to(device)
-    foreign = _foreign(tensors)
-    if foreign:
-        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=2)
     return prefix.requires_grad_(False) if not trainable else prefix
+
+
+def _foreign_contents(path: Path) -> KVFile | None:
+    """The keys and values in a file or folder of another program's format; None for a folder of PEFT's."""
+    if path.is_dir():
+        is_cartridge = os.path.lexists(path / CARTRIDGE_NAME) and not os.path.lexists(path / WEIGHTS_NAME)
+        return read_cartridge(path) if is_cartridge else None
+    readers = {".safetensors": read_kv, Path(CARTRIDGE_NAME).suffix: read_cartridge}
+    return readers[path.suffix](path) if path.suffix in readers and os.path.lexists(path) else None
+
+
+def _prefix_of(contents: KVFile) -> PrefixKV:
+    layers = [None if pair is None else tuple(x.transpose(0, 1) for x in pair) for pair in contents.layers]
+    prefix: PrefixKV = PrefixKV.from_cache(
+        layers, contents.lengths, num_frozen_tokens=contents.num_frozen_tokens, positions=contents.positions
+    )
+    names = {name: getattr(contents, name) for name in Origin._fields}
+    prefix.origin = Origin(**{name: value for name, value in names.items() if value is not None})
+    return prefix
 
 
 def _describe_prefix(prefix: PrefixKV) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -332,24 +366,3 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         pickled = head == b"PK" or head[:1] == b"\x80"
         kind = "a pickle, which is not read" if pickled else f"a truncated or foreign file ({error})"
         raise ValueError(f"{path}: expected a safetensors file, got {kind}") from error
-
-
-def _replace(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Replace files in the given order, each by one rename, after all of them have been flushed to disk."""
-    temporary = {name: folder / f".{name}.{uuid4().hex}.tmp" for name in contents}
-    try:
-        for name, data in contents.items():
-            with temporary[name].open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bench, build_wheel, demo, doctor
+from . import bench, build_wheel, demo, doctor, export
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"peftkern {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for name, module in (("doctor", doctor), ("bench", bench), ("demo", demo), ("build-wheel", build_wheel)):
+    modules = {"doctor": doctor, "bench": bench, "demo": demo, "export": export, "build-wheel": build_wheel}
+    for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -42,7 +42,16 @@ ALLOWED = {
     },
     "soft_prompt": {"functional", "model_info"},
     "modules": {"prefix_kv", "soft_prompt"},
-    "checkpoint": {"modules", "recurrent_state", "model_info"},
+    "files": set(),
+    "integrations.kv_file": {"files"},
+    "integrations.torch_file": set(),
+    "integrations.cartridge_file": {"integrations.kv_file", "integrations.torch_file"},
+    "checkpoint": {
+        "modules", "recurrent_state", "model_info", "files", "integrations.kv_file", "integrations.cartridge_file",
+    },
+    "integrations": {
+        "files", "integrations.kv_file", "integrations.cartridge_file", "modules", "checkpoint", "model_info",
+    },
     "huggingface": {
         "arguments", "checkpoint", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
         "prefix_parts", "recurrent_state",
@@ -52,7 +61,7 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "model_info", "processor", "explanation", "testing", "",
+        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "testing", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.
