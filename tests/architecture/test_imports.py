@@ -28,6 +28,8 @@ ALLOWED = {
     "dispatcher": set(),
     "ops": {"arguments", "backends", "backends.registry", "dispatcher"},
     "functional": {"arguments", "validation", "backends", "backends.registry", "ops"},
+    "output_layer": set(),
+    "distillation": {"arguments", "validation", "output_layer"},
     "layer_shapes": {"model_info"},
     "prefix_layout": {"layer_shapes", "model_info"},
     "prefix_parts": {"eager_attention", "layer_shapes", "model_info"},
@@ -44,7 +46,7 @@ ALLOWED = {
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "recurrent_state", "model_info"},
     "huggingface": {
-        "arguments", "checkpoint", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
+        "arguments", "checkpoint", "distillation", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
         "prefix_parts", "recurrent_state",
         "backends.registry",
     },
