@@ -193,7 +193,8 @@ def _reduced(
     hidden: Tensor, layer: OutputLayer, teacher: _Teacher, weights: Tensor | None, reduction: Reduction
 ) -> Tensor:
     rows = None if weights is None else weights.detach().nonzero().squeeze(1)
-    losses = _DistillationLoss.apply(hidden, layer, teacher, rows)
+    needs_grad = hidden.requires_grad and torch.is_grad_enabled()  # ctx.needs_input_grad is true under no_grad too
+    losses: Tensor = _DistillationLoss.apply(hidden, layer, teacher, rows, needs_grad)
     if weights is not None:
         weights = weights.detach().to(losses.dtype)
         losses = losses * weights
@@ -210,8 +211,9 @@ class _DistillationLoss(torch.autograd.Function):
     """The losses [N] of the rows. Saves their gradients by ``hidden`` and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: OutputLayer, teacher: _Teacher, rows: Tensor | None) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0]
+    def forward(
+        ctx: Any, hidden: Tensor, layer: OutputLayer, teacher: _Teacher, rows: Tensor | None, needs_grad: bool
+    ) -> Tensor:
         losses = hidden.new_zeros(len(hidden), dtype=layer.sum_dtype)
         grad = torch.zeros_like(hidden) if needs_grad else None
         count = len(hidden) if rows is None else len(rows)
@@ -235,7 +237,7 @@ class _DistillationLoss(torch.autograd.Function):
         for first in range(0, len(grad), ctx.block):
             rows = slice(first, first + ctx.block)
             scaled[rows] = grad[rows] * grad_losses[rows, None]  # in fp32
-        return scaled, None, None, None
+        return scaled, None, None, None, None
 
 
 def _losses(
@@ -259,7 +261,7 @@ def _losses(
     if soft.others_mean is None:
         return losses, None
     grad = soft.others_mean.mul_((mass * log_q_rest.exp() - p_rest)[:, None])
-    layer.add_chosen(grad, mass[:, None] * log_q.exp() - p, soft.chosen, ids, sizes)
+    layer.add_gradient(grad, mass[:, None] * log_q.exp() - p, soft.chosen, ids, sizes)
     return losses, grad
 
 
@@ -304,11 +306,12 @@ def _check_layer(
         raise argument_error("lm_head", "at least one token", "[0, E]")
     if bias is not None:
         check_shape("bias", bias, len(lm_head))
-    for name, number in (("temperature", temperature), ("scale", scale), ("softcap", softcap)):
+    numbers: dict[str, Any] = {"temperature": temperature, "scale": scale, "softcap": softcap}
+    for name, number in numbers.items():
         if name == "softcap" and number is None:
             continue
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or (name != "scale" and number <= 0):
+        is_finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        if not is_finite or (name != "scale" and not number > 0):
             raise argument_error(name, "a finite number" + " above 0" * (name != "scale"), repr(number))
 
 
@@ -343,7 +346,7 @@ def _check_teacher(hidden: Tensor, lm_head: Tensor, ids: Tensor, log_probs: Tens
 
 
 def _check_values(lm_head: Tensor, ids: Tensor, log_probs: Tensor, weights: Tensor | None) -> None:
-    """Check the values of a teacher. All are asked for at once, since the host waits for a device once per question."""
+    """Check the values of a teacher, all in one question, because the host waits for each answer of a device."""
     ordered = ids.sort(1).values
     log_probs = log_probs.detach()
     faults = [

@@ -10,8 +10,8 @@
                | -> | -> | -> | -> |        both sums are scaled. So each logit is computed once.
                +----+----+----+----+
 
-This is the recurrence of FlashAttention (Dao et al. 2022), with the hidden states as queries and the output embeddings
-as keys and values.
+This is the recurrence of FlashAttention (Dao et al. 2022), with the hidden states as queries and the output
+embeddings as keys and values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BlockSizes(NamedTuple):
         # A row needs its hidden state, its sum of output embeddings and a product that is added to it.
         most_rows = max(budget // 2 // (3 * width + per_row + 1), 16)
         rows = math.ceil(num_rows / max(math.ceil(num_rows / most_rows), 1))
-        columns = max(budget // 3 // (rows + width + 1), 64)
+        columns = max(budget // 3 // (rows + width + 1) // 64 * 64, 64)
         return cls(max(rows, 1), min(columns, vocabulary), max(budget // 8 // (width + 1), 1))
 
 
@@ -138,8 +138,16 @@ class OutputLayer:
             )
         return logits
 
-    def add_chosen(self, mean: Tensor, factors: Tensor, logits: Tensor, ids: Tensor, sizes: BlockSizes) -> None:
-        """Add the output embeddings of ``ids`` [R, K], times ``factors`` and the derivative of ``logits``, to ``mean``."""
+    def add_gradient(self, mean: Tensor, factors: Tensor, logits: Tensor, ids: Tensor, sizes: BlockSizes) -> None:
+        """Add the gradient of a loss by the hidden states to ``mean`` [R, E].
+
+        Args:
+            mean: changed in place.
+            factors: [R, K], the derivatives of the loss by the logits.
+            logits: [R, K], of :meth:`chosen_logits`.
+            ids: [R, K].
+            sizes: of blocks.
+        """
         slope = self._slope(logits)
         factors = factors * (self.scale / self.temperature)
         factors = factors if slope is None else factors * slope

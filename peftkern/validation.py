@@ -300,7 +300,7 @@ def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_id
 
 
 def check_shape(argument: str, x: Tensor, *expected: int | str) -> None:
-    """Each of ``expected`` is the size of a dimension, or a letter for any size."""
+    """Raise ValueError for another shape. Each of ``expected`` is a dimension's size, or a letter for any size."""
     fits = len(x.shape) == len(expected)
     for size, wanted in zip(x.shape, expected, strict=False):  # a generator would cost as much as a small kernel
         fits = fits and (isinstance(wanted, str) or wanted == size)
@@ -315,16 +315,19 @@ def _check_broadcastable(argument: str, x: Tensor, *sizes: int) -> None:
 
 
 def check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
+    """Raise ValueError unless a tensor has one of the dtypes."""
     if x.dtype not in expected:
         raise argument_error(argument, " or ".join(str(d) for d in dict.fromkeys(expected)), x.dtype)
 
 
 def check_index_tensor(argument: str, x: Tensor, *sizes: int | str) -> None:
+    """Raise ValueError unless a tensor is int32 or int64 and of this shape, as for :func:`check_shape`."""
     check_dtype(argument, x, torch.int32, torch.int64)
     check_shape(argument, x, *sizes)
 
 
 def check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:
+    """Raise ValueError unless a tensor is on the device of the argument ``owner``, or None."""
     if x is not None and x.device != device:
         raise argument_error(argument, f"{owner}'s device {device}", x.device)
 

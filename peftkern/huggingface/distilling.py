@@ -13,6 +13,8 @@ from ..distillation import Objective, Reduction, cross_entropy, distillation_los
 from .call_arguments import tokens_of
 from .layout import IGNORED
 from .output_rows import read_rows
+from .prompt_patch import PromptPatch
+from .wiring import PATCH
 
 __all__ = ["TopK", "capture_top_k", "distil", "label_loss"]
 
@@ -109,6 +111,8 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
     targets = nn.functional.pad(labels[:, 1:], (num_before, 1), value=IGNORED)
     if num_before:  # the last row of a prompt predicts the first token
         targets[:, num_before - 1] = labels[:, 0]
+    elif isinstance(getattr(model, PATCH, None), PromptPatch) and bool((labels[:, 0] != IGNORED).any()):
+        raise ValueError("labels: expected -100 for first tokens, whose prompt is not shown, got others")
     rows = targets != IGNORED
     chosen, targets = hidden[rows.to(hidden.device)], targets[rows]
     return cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())

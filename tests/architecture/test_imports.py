@@ -46,8 +46,8 @@ ALLOWED = {
     "modules": {"prefix_kv", "soft_prompt"},
     "checkpoint": {"modules", "recurrent_state", "model_info"},
     "huggingface": {
-        "arguments", "checkpoint", "distillation", "functional", "modules", "eager_attention", "layer_shapes", "model_info",
-        "prefix_parts", "recurrent_state",
+        "arguments", "checkpoint", "distillation", "functional", "modules", "eager_attention", "layer_shapes",
+        "model_info", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
