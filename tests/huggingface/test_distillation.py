@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation between models: the hidden states and the head are those of the model, whatever it does to its logits."""
+"""Distillation between models: the losses are those of the logits that the model itself computes."""
 
 from __future__ import annotations
 
@@ -164,7 +164,8 @@ def test_the_trial_runs_once_and_leaves_no_trace():
             peftkern.label_loss(model, batch)
     assert trial.call_count == 1
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and not model.get_output_embeddings()._forward_pre_hooks
+    assert model.training
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_the_output_layer_runs_on_no_row():
