@@ -16,6 +16,7 @@ Memory is the most that torch's allocator holds beyond the inputs.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -181,16 +182,14 @@ def teacher_rows(options: argparse.Namespace) -> Iterator[Row]:
         cache = model.model(input_ids=text, use_cache=True).past_key_values
         prefix = peftkern.PrefixKV.from_cache(cache, model_or_config=model).requires_grad_(False)
     reading = time.perf_counter() - begin
-
-    def behind_prefix() -> Any:
-        with peftkern.patched(model, prefix):
-            return peftkern.capture_top_k(model, {"input_ids": ids}, k)
-
-    def reread() -> Any:
-        return peftkern.capture_top_k(model, whole, k, rows=rows)
-
-    behind_prefix()  # tries the output layer
-    runs = measure({"prefix": behind_prefix, "reread": reread}, options)
+    reader = peftkern.patch(copy.deepcopy(model), prefix)
+    runs = measure(
+        {
+            "prefix": lambda: peftkern.capture_top_k(reader, {"input_ids": ids}, k),
+            "reread": lambda: peftkern.capture_top_k(model, whole, k, rows=rows),
+        },
+        options,
+    )
     got, want = runs["prefix"].result, runs["reread"].result
     agree = float((got.ids == want.ids).float().mean())
     common = {"part": "teacher", "dtype": "fp32", "N": ids.numel(), "difference":

@@ -258,8 +258,8 @@ def test_products_in_half_precision(dtype, native):
     torch.testing.assert_close(_gradient(loss, hidden).double(), _gradient(want, exact), rtol=5e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory(dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 9.0)])
+def test_memory(dtype, softcap, monkeypatch):
     """The peak beyond the inputs is at most 5 % of the logits' bytes, with the gradient."""
     monkeypatch.setattr(output_layer, "_MIN_BYTES", 1 << 16)
     hidden, lm_head, ids, log_probs = _inputs(256, 8192, 16, 4, dtype=dtype)
@@ -267,11 +267,14 @@ def test_memory(dtype, monkeypatch):
     hidden.requires_grad_()
     logits = len(hidden) * len(lm_head) * dtype.itemsize
     budget = 0.05 * logits
-    peak = allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs).backward())
+    peak = allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs, softcap=softcap).backward())
     assert 0.01 * logits < peak <= budget
     assert allocated_bytes(lambda: top_k_log_probs(hidden.detach(), lm_head, 4)) <= budget
     with mock.patch.object(output_layer.BlockSizes, "of", return_value=output_layer.BlockSizes(256, 8192, 64)):
-        assert allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs).backward()) > logits
+        assert (
+            allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs, softcap=softcap).backward())
+            > logits
+        )
 
 
 def test_no_gradient_is_computed_that_nobody_needs():

@@ -2,8 +2,8 @@
 """Reads the hidden states that the output layer of a model receives, so that a loss needs no logits [B, S, V].
 
 The model's own forward runs. A hook on its output layer keeps the input and passes on no rows, so the layer costs
-nothing and everything after it sees logits [B, 0, V]. How logits follow from the hidden states (a bias, a scale, a
-softcap) is tried once per model, on a few rows.
+nothing and everything after it sees logits [B, 0, V]. In the first call of a model it passes on a few rows, from
+whose logits the scale and the softcap are found.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..distillation import logits_of
-from .call_arguments import tokens_of
-from .probing import quiet
 
 __all__ = ["Head", "OutputRows", "read_rows"]
 
@@ -27,9 +25,10 @@ __all__ = ["Head", "OutputRows", "read_rows"]
 _LEFT_OUT = ("labels", "logits_to_keep", "num_items_in_batch")
 #: Rows per sample on which the output layer is tried.
 _TRIED = 2
-#: The largest logit of the second trial: a softcap that the first does not reach shows there.
-_LARGE = 100.0
-#: Difference of logits, relative to the largest, up to which a description of the output layer is taken as right.
+#: They are tried as they are, and times factors that make ``hidden @ weight.T`` about this large: a softcap that the
+#: logits themselves do not reach shows there.
+_LARGE = (100.0, 5000.0)
+#: Rounding of logits, relative to the largest, up to which a description of the output layer is taken as right.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 #: Difference of a scale from the measured one, which is a mean over all logits and so more exact than each of them.
 _SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
@@ -61,7 +60,7 @@ class OutputRows(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What the trial has found for an output layer. Its weight and bias are read anew for each call."""
+    """What the first call has shown of an output layer. Its weight and bias are read anew in each call."""
 
     scale: float
     softcap: float | None
@@ -93,29 +92,37 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
         raise ValueError(f"model: expected a causal language model with an output layer of floats, got {got}")
     found = _found.get(layer)
     if found is None or found.dtype != weight.dtype:
-        with quiet(model):
-            found = _found[layer] = _try_layer(model, base, layer, batch)
-    hidden, _ = _run(model, layer, batch, shown=0)
+        hidden, tried, logits = _run(model, layer, batch, shown=_TRIED)
+        found = _found[layer] = _find(base, layer, tried.detach(), logits.detach())
+    else:
+        hidden, *_ = _run(model, layer, batch, shown=0)
     return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), found.scale, found.softcap))
 
 
 def _run(
-    model: nn.Module, layer: nn.Module, batch: Mapping[str, Any], *, shown: int, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """(the input of the output layer [B, P + S, E], the model's logits [B, shown, V] of its last rows).
+    model: nn.Module, layer: nn.Module, batch: Mapping[str, Any], *, shown: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a model with an output layer that computes the logits of few rows.
 
     Args:
         model, batch: as for :func:`read_rows`.
         layer: the output layer.
-        shown: the number of rows that the output layer runs on.
-        factor: by which its input is multiplied.
-    """
-    inputs: list[Tensor] = []
+        shown: rows per sample that it is tried on.
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0] if factor == 1 else args[0] * factor
-        inputs.append(hidden)
-        return (hidden[..., hidden.shape[-2] - shown :, :], *args[1:])
+    Returns:
+        The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, and the model's
+        logits [B, n, V] of them.
+    """
+    inputs: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = args[0][..., max(args[0].shape[-2] - shown, 0) if shown else args[0].shape[-2] :, :]
+        if shown and rows.numel():
+            raw = logits_of(rows.flatten(0, -2), module.weight, bias=getattr(module, "bias", None))
+            largest = max(float(raw.abs().max()), 1e-3)
+            rows = torch.cat([rows, *(rows * (large / largest) for large in _LARGE)], -2)
+        inputs.append((args[0], rows))
+        return (rows, *args[1:])
 
     batch = {name: x for name, x in batch.items() if name not in _LEFT_OUT}
     handle = layer.register_forward_pre_hook(keep)
@@ -123,33 +130,32 @@ def _run(
         output = model(**{"use_cache": False, **batch, "return_dict": True})
     finally:
         handle.remove()
-    if len(inputs) != 1 or inputs[0].dim() != 3:
-        got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0].shape)}"
+    if len(inputs) != 1 or inputs[0][0].dim() != 3:
+        got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0][0].shape)}"
         raise ValueError(f"model: expected an output layer that is called once, with [B, S, E], got {got}")
-    return inputs[0], output.logits
+    return *inputs[0], output.logits
 
 
-def _try_layer(model: nn.Module, base: PreTrainedModel, layer: Any, batch: Mapping[str, Any]) -> _Found:
-    """Find the scale and the softcap for which the model's logits of a few rows follow from the hidden states.
-
-    The numbers are tried on the rows as they are, and on multiples of them with large logits.
+def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> _Found:
+    """Find the scale and the softcap for which ``logits`` [B, n, V] follow from ``rows`` [B, n, E] and the weight.
 
     Raises:
-        ValueError: if none agree.
+        ValueError: if none do.
     """
-    shown = min(_TRIED, tokens_of(batch).shape[1])
-    runs, factor = [], 1.0
-    for _ in range(2):
-        hidden, logits = _run(model, layer, batch, shown=shown, factor=factor)
-        rows, want = hidden[:, hidden.shape[1] - shown :].flatten(0, 1), logits.flatten(0, 1).float()
-        runs.append((logits_of(rows, layer.weight, bias=getattr(layer, "bias", None)).float(), want))
-        factor = _LARGE / max(float(want.abs().max()) if want.numel() else 0.0, 1e-3)
+    weight, device = layer.weight, rows.device.type
+    dtype = weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    rows, want = rows.flatten(0, 1), logits.flatten(0, 1).float()
+    raw = logits_of(rows, weight, bias=getattr(layer, "bias", None)).float()
     numbers = _numbers(base.config.get_text_config())
-    if all(raw.shape == want.shape and raw.numel() for raw, want in runs):
+    if raw.shape == want.shape and raw.numel():
+        shape = (rows.shape[0] // logits.shape[1], len(_LARGE) + 1, -1, raw.shape[-1])
+        runs = list(zip(raw.view(shape).unbind(1), want.view(shape).unbind(1), strict=True))
         for softcap in (None, *(x for x in numbers if x > 0)):
-            scale = _scale(*runs[0], softcap, numbers, _SCALE_TOLERANCE[layer.weight.dtype])
-            if scale is not None and all(_agree(raw, want, scale, softcap, layer.weight.dtype) for raw, want in runs):
-                return _Found(scale, softcap, layer.weight.dtype)
+            scale = _scale(*runs[0], softcap, numbers, _SCALE_TOLERANCE[dtype])
+            if scale is not None and all(_agree(*run, scale, softcap, _TOLERANCE[dtype]) for run in runs):
+                return _Found(scale, softcap, weight.dtype)
     raise ValueError(
         "model: expected logits that are hidden states times output embeddings, with a bias, a scale and a softcap "
         f"from the config, got others from {type(base).__name__}"
@@ -165,13 +171,18 @@ def _numbers(config: Any) -> list[float]:
 def _scale(raw: Tensor, want: Tensor, softcap: float | None, numbers: list[float], tolerance: float) -> float | None:
     """The number, or 1 / number, that ``want / raw`` rounds to; None if there is none."""
     if softcap is not None:
-        want = softcap * torch.atanh((want / softcap).clamp(-0.99, 0.99))
+        raw = raw * (want.abs() < 0.8 * softcap)  # beyond it, atanh would multiply roundings
+        want = softcap * torch.atanh((want / softcap).clamp(-0.8, 0.8))
     measured = float((raw * want).sum() / (raw * raw).sum().clamp(min=torch.finfo(raw.dtype).tiny))
     scale = min([*numbers, *(1 / x for x in numbers)], key=lambda x: abs(x - measured))
     return scale if abs(measured - scale) <= tolerance * abs(scale) else None
 
 
-def _agree(raw: Tensor, want: Tensor, scale: float, softcap: float | None, dtype: torch.dtype) -> bool:
-    """Whether logits follow from ``raw`` logits by a scale and a softcap."""
-    got = raw * scale if softcap is None else softcap * torch.tanh(raw * (scale / softcap))
-    return bool((got - want).abs().max() <= _TOLERANCE[dtype] * want.abs().max())
+def _agree(raw: Tensor, want: Tensor, scale: float, softcap: float | None, tolerance: float) -> bool:
+    """Whether logits follow from ``raw`` logits, which are rounded too, by a scale and a softcap."""
+    got = raw * scale
+    bound = tolerance * got.abs().max()
+    if softcap is not None:
+        got = softcap * torch.tanh(got / softcap)
+        bound = bound * (1 - (got / softcap).square())
+    return bool(((got - want).abs() <= bound + tolerance * want.abs().max()).all())
