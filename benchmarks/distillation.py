@@ -177,11 +177,9 @@ def teacher_rows(options: argparse.Namespace) -> Iterator[Row]:
     whole = {"input_ids": torch.cat([text.expand(batch, -1), ids], 1)}
     rows = torch.zeros(batch, document + question, dtype=torch.bool)
     rows[:, document:] = True
-    begin = time.perf_counter()
     with torch.no_grad():
         cache = model.model(input_ids=text, use_cache=True).past_key_values
         prefix = peftkern.PrefixKV.from_cache(cache, model_or_config=model).requires_grad_(False)
-    reading = time.perf_counter() - begin
     reader = peftkern.patch(copy.deepcopy(model), prefix)
     runs = measure(
         {
@@ -201,7 +199,7 @@ def teacher_rows(options: argparse.Namespace) -> Iterator[Row]:
     }  # fmt: skip
     fast, slow = runs["prefix"].seconds, runs["reread"].seconds
     yield common | {
-        "case": f"time of a step (document read once in {reading:.1f} s, {agree:.1%} of the ids equal)",
+        "case": f"time of a step, {agree:.0%} of the ids equal",
         "peftkern_s": fast, "other_s": slow, "ratio": slow / fast, "bar": f">= {LEAST_SPEEDUP:g}",
         "reached": slow / fast >= LEAST_SPEEDUP,
     }  # fmt: skip
