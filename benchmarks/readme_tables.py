@@ -234,6 +234,29 @@ def starts() -> str:
     return "\n".join(lines)
 
 
+def distillation() -> str:
+    """Markdown: memory and time of the loss of distillation, and of its teacher."""
+    rows = _rows("distillation.csv")
+    where = f"threads={rows[0]['threads']}, {processor(rows[0]['cpu'])}"
+    lines = [f"| distillation, {where} | memory, of the logits' bytes | bar |", "|---|---|---|"]
+    lines += [
+        f"| {r['case']}, {r['dtype']}, N={r['N']} | {float(r['ratio']):.1%} | {r['bar']} |"
+        for r in rows
+        if r["part"] == "memory"
+    ]
+    lines += [
+        "",
+        f"| distillation, {where} | seconds | the other way's | times as fast | bar |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["part"] != "memory":
+            seconds = [f"{float(r[name]):.2f}" if r[name] else "-" for name in ("peftkern_s", "other_s")]
+            cells = (f"{r['case']}, {r['dtype']}, N={r['N']}", *seconds, _ratio(r["ratio"]), r["bar"])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _accuracy(rows: list[dict[str, str]]) -> str:
     """In percent, with the standard error of the mean of several seeds."""
     mean, error = mean_and_error([100 * float(row["accuracy"]) for row in rows])
@@ -258,6 +281,7 @@ def _ratio(value: str | float | None) -> str:
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
     "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
+    "distillation": distillation,
 }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _HOME = {
     "prefix_attention": "functional",
     "soft_prompt_embedding": "functional",
+    "distillation_loss": "distillation",
+    "cross_entropy": "distillation",
     "explain": "explanation",
     "available_backends": "backends.registry",
     "use_backend": "backends.registry",
@@ -26,6 +28,9 @@ _HOME = {
     "save_prefix": "checkpoint",
     "load_prefix": "checkpoint",
     "export": "integrations.export",
+    "capture_top_k": "huggingface",
+    "distil": "huggingface",
+    "label_loss": "huggingface",
     "patch": "huggingface",
     "unpatch": "huggingface",
     "patched": "huggingface",
@@ -36,8 +41,13 @@ __all__ = [
     "PrefixKV",
     "SoftPrompt",
     "available_backends",
+    "capture_top_k",
+    "cross_entropy",
+    "distil",
+    "distillation_loss",
     "explain",
     "export",
+    "label_loss",
     "load_prefix",
     "patch",
     "patched",
@@ -51,8 +61,10 @@ __all__ = [
 if TYPE_CHECKING:
     from .backends.registry import BackendUnavailable, available_backends, use_backend
     from .checkpoint import load_prefix, save_prefix
+    from .distillation import cross_entropy, distillation_loss
     from .explanation import explain
     from .functional import prefix_attention, soft_prompt_embedding
+    from .huggingface.distilling import capture_top_k, distil, label_loss
     from .huggingface.patch import patch, patched, unpatch
     from .integrations.export import export
     from .modules import PrefixKV, SoftPrompt

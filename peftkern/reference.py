@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "chain_ids_and_lens", "dropout_keep", "join_prefixes", "one_prefix_each", "prefix_attention", "prefix_chains",
-    "soft_prompt_embedding", "softmax", "visibility",
+    "chain_ids_and_lens", "distillation_loss", "dropout_keep", "join_prefixes", "one_prefix_each", "prefix_attention",
+    "prefix_chains", "soft_prompt_embedding", "softmax", "visibility",
 ]  # fmt: skip
 
 _INF = float("inf")
@@ -298,3 +298,35 @@ def soft_prompt_embedding(
     batch = input_ids.shape[0]
     rows = prompt.expand(batch, -1, -1) if prompt_ids is None else prompt[prompt_ids]
     return torch.cat([rows.to(weight.dtype), weight[input_ids]], 1)
+
+
+def distillation_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    temperature: float = 1.0,
+    objective: str = "cross_entropy",
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The losses [N] of the rows, from whole logits [N, V].
+
+    Arguments as in :func:`peftkern.distillation_loss`.
+    """
+    logits = hidden @ lm_head.transpose(0, 1)
+    logits = scale * (logits if bias is None else logits + bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_q = (logits / temperature).log_softmax(-1)
+    ids, p = teacher_ids.long(), teacher_log_probs.exp()
+    losses = -(p * log_q.gather(1, ids)).sum(1)
+    if objective == "cross_entropy":
+        return losses
+    losses = losses + torch.xlogy(p, p).sum(1)
+    if ids.shape[1] == lm_head.shape[0]:
+        return losses
+    p_rest = (1 - p.sum(1)).clamp(min=0)
+    log_q_rest = log_q.scatter(1, ids, -_INF).logsumexp(1)
+    return losses + torch.xlogy(p_rest, p_rest) - p_rest * log_q_rest

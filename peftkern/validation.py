@@ -73,20 +73,20 @@ def check_attention(args: AttentionArgs) -> None:
     _check_numbers(args)
     _check_biases(args)
     for name in ("k", "v", "prefix_k", "prefix_v", *_OPTIONAL_TENSORS):
-        _check_device(name, getattr(args, name), "q", args.q.device)
+        check_device(name, getattr(args, name), "q", args.q.device)
 
 
 def _check_sequence(args: AttentionArgs) -> None:
     for name, x in zip(("q", "k", "v", "prefix_k", "prefix_v"), args[:5], strict=True):
         if x.dtype not in FLOATS:
             raise argument_error(name, "fp32, fp16, bf16 or fp64", x.dtype)
-    _check_shape("q", args.q, "B", "Hq", "S", "D")
+    check_shape("q", args.q, "B", "Hq", "S", "D")
     batch, num_heads, q_len, head_dim = args.q.shape
     if head_dim == 0:
         raise argument_error("q", "D >= 1", list(args.q.shape))
-    _check_shape("k", args.k, batch, "Hkv", "T", head_dim)
+    check_shape("k", args.k, batch, "Hkv", "T", head_dim)
     num_kv_heads, kv_len = args.k.shape[1], args.k.shape[2]
-    _check_shape("v", args.v, batch, num_kv_heads, kv_len, "D_v")
+    check_shape("v", args.v, batch, num_kv_heads, kv_len, "D_v")
     if args.v.shape[3] == 0:
         raise argument_error("v", "D_v >= 1", list(args.v.shape))
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
@@ -95,24 +95,24 @@ def _check_sequence(args: AttentionArgs) -> None:
         raise argument_error("causal", "True or False", repr(args.causal))
     if args.causal and kv_len < q_len:
         raise argument_error("k", f"T >= S = {q_len} if causal", kv_len)
-    _check_dtype("k", args.k, args.q.dtype)
-    _check_dtype("v", args.v, args.q.dtype)
+    check_dtype("k", args.k, args.q.dtype)
+    check_dtype("v", args.v, args.q.dtype)
 
 
 def _check_prefix(args: AttentionArgs) -> None:
     prefix_k, num_kv_heads, head_dim = args.prefix_k, args.k.shape[1], args.q.shape[3]
     if len(prefix_k.shape) == 4:
-        _check_shape("prefix_k", prefix_k, "A", num_kv_heads, "P", head_dim)
+        check_shape("prefix_k", prefix_k, "A", num_kv_heads, "P", head_dim)
         if args.prefix_ids is None:
             raise argument_error("prefix_ids", "the prefix of each sequence, since prefix_k is a bank", None)
     else:
-        _check_shape("prefix_k", prefix_k, num_kv_heads, "P", head_dim)
+        check_shape("prefix_k", prefix_k, num_kv_heads, "P", head_dim)
         for name in ("prefix_ids", "prefix_lens", "prefix_starts"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "None, since prefix_k [Hkv, P, D] is a single prefix", "a tensor")
-    _check_shape("prefix_v", args.prefix_v, *prefix_k.shape[:-1], args.v.shape[3])
-    _check_dtype("prefix_k", prefix_k, args.q.dtype, torch.float32)
-    _check_dtype("prefix_v", args.prefix_v, prefix_k.dtype)
+    check_shape("prefix_v", args.prefix_v, *prefix_k.shape[:-1], args.v.shape[3])
+    check_dtype("prefix_k", prefix_k, args.q.dtype, torch.float32)
+    check_dtype("prefix_v", args.prefix_v, prefix_k.dtype)
 
 
 def _check_indices(args: AttentionArgs) -> None:
@@ -123,29 +123,29 @@ def _check_indices(args: AttentionArgs) -> None:
         if batch != 1 or q_len != kv_len:
             got = f"q {list(args.q.shape)}, k {list(args.k.shape)}"
             raise argument_error("cu_seqlens", "packed q and k with B = 1 and S = T", got)
-        _check_index_tensor("cu_seqlens", args.cu_seqlens, "n + 1")
+        check_index_tensor("cu_seqlens", args.cu_seqlens, "n + 1")
         if args.cu_seqlens.shape[0] == 0:
             raise argument_error("cu_seqlens", "at least the offset 0", "an empty tensor")
         sequences = args.cu_seqlens.shape[0] - 1
     if args.prefix_ids is not None:
         several = ("K",) if len(args.prefix_ids.shape) == 2 else ()
-        _check_index_tensor("prefix_ids", args.prefix_ids, sequences, *several)
+        check_index_tensor("prefix_ids", args.prefix_ids, sequences, *several)
     num_prefixes = args.prefix_k.shape[0]
     if args.prefix_starts is not None:
         _check_starts(args)
         num_prefixes += args.prefix_starts.shape[0]
     if args.prefix_lens is not None:
-        _check_index_tensor("prefix_lens", args.prefix_lens, num_prefixes)
+        check_index_tensor("prefix_lens", args.prefix_lens, num_prefixes)
     _check_hints(args)
     if args.key_mask is not None:
         if args.key_mask.dtype != torch.bool:
             raise argument_error("key_mask", "bool, true for visible keys", args.key_mask.dtype)
-        _check_shape("key_mask", args.key_mask, batch, kv_len)
+        check_shape("key_mask", args.key_mask, batch, kv_len)
 
 
 def _check_starts(args: AttentionArgs) -> None:
     assert args.prefix_starts is not None
-    _check_index_tensor("prefix_starts", args.prefix_starts, "C")
+    check_index_tensor("prefix_starts", args.prefix_starts, "C")
     if args.cu_seqlens is None:
         raise argument_error("prefix_starts", "None, since the input is not packed (cu_seqlens)", "a tensor")
     if args.prefix_lens is None:
@@ -197,12 +197,12 @@ def _check_biases(args: AttentionArgs) -> None:
     batch, num_heads, q_len, _ = args.q.shape
     for name, x in (("sinks", args.sinks), ("gate", args.gate)):
         if x is not None:
-            _check_dtype(name, x, *FLOATS)
-            _check_shape(name, x, num_heads)
+            check_dtype(name, x, *FLOATS)
+            check_shape(name, x, num_heads)
     if args.prefix_bias is not None:
         if args.has_chains:
             raise argument_error("prefix_bias", f"None, since {_why_chains(args)}", "a tensor")
-        _check_dtype("prefix_bias", args.prefix_bias, *FLOATS)
+        check_dtype("prefix_bias", args.prefix_bias, *FLOATS)
         _check_broadcastable("prefix_bias", args.prefix_bias, num_heads, args.prefix_k.shape[-2])
     if args.bias is not None:
         if args.bias.dtype not in FLOATS:
@@ -280,27 +280,27 @@ def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_id
             raise argument_error(name, "a tensor", type(x).__name__)
     if prompt_ids is not None and not isinstance(prompt_ids, Tensor):
         raise argument_error("prompt_ids", "a tensor or None", type(prompt_ids).__name__)
-    _check_dtype("input_ids", input_ids, torch.int32, torch.int64)
-    _check_shape("input_ids", input_ids, "B", "S")
-    _check_dtype("weight", weight, *FLOATS)
-    _check_shape("weight", weight, "V", "E")
-    _check_dtype("prompt", prompt, weight.dtype, torch.float32)
+    check_dtype("input_ids", input_ids, torch.int32, torch.int64)
+    check_shape("input_ids", input_ids, "B", "S")
+    check_dtype("weight", weight, *FLOATS)
+    check_shape("weight", weight, "V", "E")
+    check_dtype("prompt", prompt, weight.dtype, torch.float32)
     if prompt_ids is None:
         if len(prompt.shape) == 3:
             raise argument_error("prompt_ids", "the prompt of each sample, since prompt is a bank", None)
-        _check_shape("prompt", prompt, "P", weight.shape[1])
+        check_shape("prompt", prompt, "P", weight.shape[1])
     else:
-        _check_shape("prompt", prompt, "A", "P", weight.shape[1])
-        _check_index_tensor("prompt_ids", prompt_ids, input_ids.shape[0])
+        check_shape("prompt", prompt, "A", "P", weight.shape[1])
+        check_index_tensor("prompt_ids", prompt_ids, input_ids.shape[0])
     for name, tensor in (("input_ids", input_ids), ("prompt", prompt), ("prompt_ids", prompt_ids)):
-        _check_device(name, tensor, "weight", weight.device)
+        check_device(name, tensor, "weight", weight.device)
 
 
 # Messages are formatted on failure only: formatting a size would make torch.compile treat it as a constant.
 
 
-def _check_shape(argument: str, x: Tensor, *expected: int | str) -> None:
-    """Each of ``expected`` is the size of a dimension, or a letter for any size."""
+def check_shape(argument: str, x: Tensor, *expected: int | str) -> None:
+    """Raise ValueError for another shape. Each of ``expected`` is a dimension's size, or a letter for any size."""
     fits = len(x.shape) == len(expected)
     for size, wanted in zip(x.shape, expected, strict=False):  # a generator would cost as much as a small kernel
         fits = fits and (isinstance(wanted, str) or wanted == size)
@@ -314,17 +314,20 @@ def _check_broadcastable(argument: str, x: Tensor, *sizes: int) -> None:
         raise argument_error(argument, f"{len(sizes)} dims broadcastable to {list(sizes)}", list(x.shape))
 
 
-def _check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
+def check_dtype(argument: str, x: Tensor, *expected: torch.dtype) -> None:
+    """Raise ValueError unless a tensor has one of the dtypes."""
     if x.dtype not in expected:
         raise argument_error(argument, " or ".join(str(d) for d in dict.fromkeys(expected)), x.dtype)
 
 
-def _check_index_tensor(argument: str, x: Tensor, *sizes: int | str) -> None:
-    _check_dtype(argument, x, torch.int32, torch.int64)
-    _check_shape(argument, x, *sizes)
+def check_index_tensor(argument: str, x: Tensor, *sizes: int | str) -> None:
+    """Raise ValueError unless a tensor is int32 or int64 and of this shape, as for :func:`check_shape`."""
+    check_dtype(argument, x, torch.int32, torch.int64)
+    check_shape(argument, x, *sizes)
 
 
-def _check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:
+def check_device(argument: str, x: Tensor | None, owner: str, device: torch.device) -> None:
+    """Raise ValueError unless a tensor is on the device of the argument ``owner``, or None."""
     if x is not None and x.device != device:
         raise argument_error(argument, f"{owner}'s device {device}", x.device)
 

@@ -9,6 +9,7 @@ Suggested reading order:
 - :mod:`.attention`: the attention function of the layers, with its :mod:`.cache` and its :mod:`.masks`.
 - :mod:`.packing` and :mod:`.layout`: packed batches. :mod:`.packer` decides when to use them.
 - :mod:`.sharing`: text that rows share; :mod:`.sharer` decides when, and :mod:`.share_patch` needs no prefix for it.
+- :mod:`.distilling`: losses from the hidden states that :mod:`.output_rows` reads.
 - :mod:`.survey` and :mod:`.trial`: examine a model by running it on a few tokens.
 - :mod:`.concatenation_patch` and :mod:`.fallback_patch`: for models that cannot run a prompt once per batch, and for
   PEFT models that keep PEFT's code.
@@ -16,6 +17,7 @@ Suggested reading order:
 
 from __future__ import annotations
 
+from .distilling import TopK, capture_top_k, distil, label_loss
 from .patch import explain, patch, patched, unpatch
 
-__all__ = ["explain", "patch", "patched", "unpatch"]
+__all__ = ["TopK", "capture_top_k", "distil", "explain", "label_loss", "patch", "patched", "unpatch"]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation between Hugging Face models, and the loss of labels, without logits [B, S, V]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distillation import Objective, Reduction, cross_entropy, distillation_loss, top_k_log_probs
+from .call_arguments import tokens_of
+from .layout import IGNORED
+from .output_rows import read_rows
+from .prompt_patch import PromptPatch
+from .wiring import PATCH
+
+__all__ = ["TopK", "capture_top_k", "distil", "label_loss"]
+
+
+class TopK(NamedTuple):
+    """The K most likely tokens of a teacher in M rows, most likely first.
+
+    Attributes:
+        ids: int64 [M, K].
+        log_probs: fp32 [M, K], normalized over the whole vocabulary.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+@torch.no_grad()
+def capture_top_k(
+    model: nn.Module, batch: Mapping[str, Any], k: int, *, rows: Tensor | None = None, temperature: float = 1.0
+) -> TopK:
+    """The K most likely next tokens of a teacher: what :func:`distil` needs of it.
+
+    Args:
+        model: a causal language model, patched or not. It runs in the mode that it is in: call ``eval()`` first.
+        batch: arguments of its forward.
+        k: 1 <= K <= V.
+        rows: bool [B, S], the tokens whose successors are asked for. Default: those before a label, if the batch has
+            ``labels``, or else those of ``attention_mask``, or else all.
+        temperature: by which the logits are divided.
+
+    Returns:
+        The ids and log-probabilities [M, K] of the M chosen rows, in the order of the batch.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was passed.
+    """
+    hidden, head = read_rows(model, batch)
+    chosen = _chosen(hidden, _rows(batch, rows))
+    return TopK(*top_k_log_probs(chosen, head.lm_head, k, temperature=temperature, **head.options()))
+
+
+def distil(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    objective: Objective = "cross_entropy",
+    weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """:func:`peftkern.distillation_loss` of a student.
+
+    The model's own forward runs, with its prefix or prompt, up to its output layer.
+
+    Args:
+        model: a causal language model, patched or not, whose output layer is frozen.
+        batch: arguments of its forward.
+        teacher_ids, teacher_log_probs: [M, K], from :func:`capture_top_k`.
+        rows: bool [B, S] with M true values, the rows of the student that correspond to those of the teacher, in
+            order. Default: as for :func:`capture_top_k`.
+        temperature, objective, weights, reduction: as for :func:`peftkern.distillation_loss`; ``weights`` is [M].
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was passed.
+    """
+    hidden, head = read_rows(model, batch)
+    chosen = _chosen(hidden, _rows(batch, rows))
+    return distillation_loss(
+        chosen, head.lm_head, teacher_ids, teacher_log_probs, temperature=temperature, objective=objective,
+        weights=weights, reduction=reduction, **head.options(),
+    )  # fmt: skip
+
+
+def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reduction = "mean") -> Tensor:
+    """The loss of a causal language model, as its own forward computes it from ``labels``, without logits [B, S, V].
+
+    Args:
+        model: a causal language model, patched or not, whose output layer is frozen.
+        batch: arguments of its forward, with ``labels`` [B, S]; -100 is ignored.
+        reduction: as for :func:`peftkern.distillation_loss`; ``"none"`` gives the loss of each label, in the order of
+            the batch.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was passed.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"batch: expected labels [B, S], got {type(labels).__name__}")
+    hidden, head = read_rows(model, batch)
+    num_before = hidden.shape[1] - labels.shape[1]
+    targets = nn.functional.pad(labels[:, 1:], (num_before, 1), value=IGNORED)
+    if num_before:  # the last row of a prompt predicts the first token
+        targets[:, num_before - 1] = labels[:, 0]
+    elif isinstance(getattr(model, PATCH, None), PromptPatch) and bool((labels[:, 0] != IGNORED).any()):
+        raise ValueError("labels: expected -100 for first tokens, whose prompt is not shown, got others")
+    rows = targets != IGNORED
+    chosen, targets = hidden[rows.to(hidden.device)], targets[rows]
+    return cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())
+
+
+def _rows(batch: Mapping[str, Any], rows: Tensor | None) -> Tensor:
+    """bool [B, S]: the rows of a batch that count."""
+    shape = tokens_of(batch).shape[:2]
+    if rows is not None:
+        if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != shape:
+            got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"rows: expected bool {list(shape)}, got {got}")
+        return rows
+    if isinstance(labels := batch.get("labels"), Tensor):
+        return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        return mask != 0
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _chosen(hidden: Tensor, rows: Tensor) -> Tensor:
+    """[M, E]: the hidden states of the rows; those of a prompt before the sequences are left out."""
+    return hidden[:, hidden.shape[1] - rows.shape[1] :][rows.to(hidden.device)]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the hidden states that the output layer of a model receives, so that a loss needs no logits [B, S, V].
+
+The model's own forward runs. A hook on its output layer keeps the input and passes on no rows, so the layer costs
+nothing and everything after it sees logits [B, 0, V]. In the first call of a model it passes on a few rows, from
+whose logits the scale and the softcap are found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..distillation import logits_of
+
+__all__ = ["Head", "OutputRows", "read_rows"]
+
+#: Arguments with which a forward would compute a loss, or fewer rows.
+_LEFT_OUT = ("labels", "logits_to_keep", "num_items_in_batch")
+#: Rows per sample on which the output layer is tried.
+_TRIED = 2
+#: They are tried as they are, and times factors that make ``hidden @ weight.T`` about this large: a softcap that the
+#: logits themselves do not reach shows there.
+_LARGE = (100.0, 5000.0)
+#: Rounding of logits, relative to the largest, up to which a description of the output layer is taken as right.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+#: Difference of a scale from the measured one, which is a mean over all logits and so more exact than each of them.
+_SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}
+
+
+class Head(NamedTuple):
+    """How logits follow from hidden states; arguments of :func:`peftkern.distillation_loss`."""
+
+    lm_head: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def options(self) -> dict[str, Any]:
+        """The optional arguments."""
+        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+
+
+class OutputRows(NamedTuple):
+    """What the output layer of a model would have read.
+
+    Attributes:
+        hidden: [B, P + S, E]; P > 0 if the model shows the rows of a prompt before the sequences.
+        head: the output layer.
+    """
+
+    hidden: Tensor
+    head: Head
+
+
+class _Found(NamedTuple):
+    """What the first call has shown of an output layer. Its weight and bias are read anew in each call."""
+
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+
+
+#: By output layer.
+_found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+
+
+def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
+    """Run a causal language model up to its output layer.
+
+    Args:
+        model: a Hugging Face model or a module that holds one, patched or not.
+        batch: arguments of its forward; ``labels`` and ``logits_to_keep`` are left out.
+
+    Raises:
+        ValueError: for a model without an output layer, or whose logits follow from it in another way than by a bias,
+            a scale and a softcap.
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
+    layer: Any = base.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in _TOLERANCE:
+        got = type(base).__name__ + (f" with {weight.dtype}" if isinstance(weight, Tensor) else "")
+        raise ValueError(f"model: expected a causal language model with an output layer of floats, got {got}")
+    found = _found.get(layer)
+    if found is None or found.dtype != weight.dtype:
+        hidden, tried, logits = _run(model, layer, batch, shown=_TRIED)
+        found = _found[layer] = _find(base, layer, tried.detach(), logits.detach())
+    else:
+        hidden, *_ = _run(model, layer, batch, shown=0)
+    return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), found.scale, found.softcap))
+
+
+def _run(
+    model: nn.Module, layer: nn.Module, batch: Mapping[str, Any], *, shown: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a model with an output layer that computes the logits of few rows.
+
+    Args:
+        model, batch: as for :func:`read_rows`.
+        layer: the output layer.
+        shown: rows per sample that it is tried on.
+
+    Returns:
+        The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, and the model's
+        logits [B, n, V] of them.
+    """
+    inputs: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = args[0][..., max(args[0].shape[-2] - shown, 0) if shown else args[0].shape[-2] :, :]
+        if shown and rows.numel():
+            raw = logits_of(rows.flatten(0, -2), module.weight, bias=getattr(module, "bias", None))
+            largest = max(float(raw.abs().max()), 1e-3)
+            rows = torch.cat([rows, *(rows * (large / largest) for large in _LARGE)], -2)
+        inputs.append((args[0], rows))
+        return (rows, *args[1:])
+
+    batch = {name: x for name, x in batch.items() if name not in _LEFT_OUT}
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        output = model(**{"use_cache": False, **batch, "return_dict": True})
+    finally:
+        handle.remove()
+    if len(inputs) != 1 or inputs[0][0].dim() != 3:
+        got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0][0].shape)}"
+        raise ValueError(f"model: expected an output layer that is called once, with [B, S, E], got {got}")
+    return *inputs[0], output.logits
+
+
+def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> _Found:
+    """Find the scale and the softcap for which ``logits`` [B, n, V] follow from ``rows`` [B, n, E] and the weight.
+
+    Raises:
+        ValueError: if none do.
+    """
+    weight, device = layer.weight, rows.device.type
+    dtype = weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    rows, want = rows.flatten(0, 1), logits.flatten(0, 1).float()
+    raw = logits_of(rows, weight, bias=getattr(layer, "bias", None)).float()
+    numbers = _numbers(base.config.get_text_config())
+    if raw.shape == want.shape and raw.numel():
+        shape = (rows.shape[0] // logits.shape[1], len(_LARGE) + 1, -1, raw.shape[-1])
+        runs = list(zip(raw.view(shape).unbind(1), want.view(shape).unbind(1), strict=True))
+        for softcap in (None, *(x for x in numbers if x > 0)):
+            scale = _scale(*runs[0], softcap, numbers, _SCALE_TOLERANCE[dtype])
+            if scale is not None and all(_agree(*run, scale, softcap, _TOLERANCE[dtype]) for run in runs):
+                return _Found(scale, softcap, weight.dtype)
+    raise ValueError(
+        "model: expected logits that are hidden states times output embeddings, with a bias, a scale and a softcap "
+        f"from the config, got others from {type(base).__name__}"
+    )
+
+
+def _numbers(config: Any) -> list[float]:
+    """The numbers of a config, and 1."""
+    numbers = [x for x in vars(config).values() if isinstance(x, int | float) and not isinstance(x, bool)]
+    return list(dict.fromkeys([1.0, *(float(x) for x in numbers if x and math.isfinite(x))]))
+
+
+def _scale(raw: Tensor, want: Tensor, softcap: float | None, numbers: list[float], tolerance: float) -> float | None:
+    """The number, or 1 / number, that ``want / raw`` rounds to; None if there is none."""
+    if softcap is not None:
+        raw = raw * (want.abs() < 0.8 * softcap)  # beyond it, atanh would multiply roundings
+        want = softcap * torch.atanh((want / softcap).clamp(-0.8, 0.8))
+    measured = float((raw * want).sum() / (raw * raw).sum().clamp(min=torch.finfo(raw.dtype).tiny))
+    scale = min([*numbers, *(1 / x for x in numbers)], key=lambda x: abs(x - measured))
+    return scale if abs(measured - scale) <= tolerance * abs(scale) else None
+
+
+def _agree(raw: Tensor, want: Tensor, scale: float, softcap: float | None, tolerance: float) -> bool:
+    """Whether logits follow from ``raw`` logits, which are rounded too, by a scale and a softcap."""
+    got = raw * scale
+    bound = tolerance * got.abs().max()
+    if softcap is not None:
+        got = softcap * torch.tanh(got / softcap)
+        bound = bound * (1 - (got / softcap).square())
+    return bool(((got - want).abs() <= bound + tolerance * want.abs().max()).all())

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation between models: the losses are those of the logits that the model itself computes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers as hf
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch.nn import functional as F
+
+import peftkern
+from peftkern import reference
+from peftkern.huggingface import output_rows
+
+VOCAB = 97
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+#: Models whose logits are more than a product, and what the trial must find.
+KINDS = {
+    "llama": (hf.LlamaConfig, {}, (1.0, None)),
+    "tied": (hf.LlamaConfig, {"tie_word_embeddings": True}, (1.0, None)),
+    "softcap": (hf.Gemma2Config, {"head_dim": 16, "query_pre_attn_scalar": 16}, (1.0, 30.0)),
+    "no softcap": (hf.Gemma2Config, {"head_dim": 16, "final_logit_softcapping": None}, (1.0, None)),
+    "factor": (hf.CohereConfig, {"logit_scale": 0.0625}, (0.0625, None)),
+    "divisor": (hf.GraniteConfig, {"logits_scaling": 6.0}, (1 / 6.0, None)),
+    "bias": (hf.PhiConfig, {}, (1.0, None)),
+}
+
+
+def _model(kind="llama", dtype=torch.float32, seed=0):
+    config, options, _ = KINDS[kind]
+    torch.manual_seed(seed)
+    options = {**_SIZES, **options}
+    if kind == "bias":
+        del options["num_key_value_heads"]
+    model = hf.AutoModelForCausalLM.from_config(config(**options)).to(dtype).eval()
+    for parameter in model.parameters():  # logits that a softcap changes
+        parameter.data *= 3
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model.requires_grad_(False)
+
+
+def _batch(labels=True):
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    targets = ids.masked_fill(mask == 0, -100)
+    targets[2, :4] = -100
+    return {**batch, "labels": targets} if labels else batch
+
+
+def _rows(batch):
+    return F.pad(batch["labels"][:, 1:] != -100, (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_found_and_the_numbers_are_the_models(kind, dtype):
+    model, batch = _model(kind, dtype), _batch()
+    output, rows = model(**batch), _rows(batch)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 6e-2}
+    torch.testing.assert_close(peftkern.label_loss(model, batch), output.loss.float(), **tolerance)
+    log_probs = output.logits[rows].float().log_softmax(-1)
+    ids, got = peftkern.capture_top_k(model, batch, 5)
+    torch.testing.assert_close(got, log_probs.gather(1, ids), **tolerance)
+    if dtype == torch.float32:
+        assert torch.equal(ids, log_probs.topk(5).indices)
+    found = output_rows._found[model.get_output_embeddings()]
+    assert found[:2] == KINDS[kind][2]
+
+
+def _students():
+    yield "PrefixKV", lambda m: peftkern.patch(m, peftkern.PrefixKV(m, 4)), lambda m: m.peftkern_prefix.parameters()
+    yield (
+        "SoftPrompt",
+        lambda m: peftkern.patch(m, peftkern.SoftPrompt(m, 4)),
+        lambda m: m.peftkern_prompt.parameters(),
+    )
+    for name, config in (("PREFIX_TUNING", PrefixTuningConfig), ("PROMPT_TUNING", PromptTuningConfig)):
+        yield (
+            name,
+            lambda m, config=config: peftkern.patch(
+                get_peft_model(m, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+            ),
+            lambda m: [p for p in m.parameters() if p.requires_grad],
+        )
+
+
+STUDENTS = {name: (build, parameters) for name, build, parameters in _students()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "softcap"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_losses_and_gradients_of_patched_models(name, kind):
+    """Against the losses from the logits that the patched model itself returns."""
+    build, parameters = STUDENTS[name]
+    teacher, batch = _model(kind, seed=1), _batch()
+    student = build(_model(kind)).train()
+    learned = list(parameters(student))
+    top_k = peftkern.capture_top_k(teacher, batch, 6)
+    logits = student(**{n: x for n, x in batch.items() if n != "labels"}).logits[:, -9:]
+    chosen = logits[_rows(batch)]
+    identity = torch.eye(VOCAB)
+    for objective in ("cross_entropy", "kl_with_tail"):
+        want = reference.distillation_loss(chosen, identity, *top_k, objective=objective).mean()
+        got = peftkern.distil(student, batch, *top_k, objective=objective)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        gradients = (torch.autograd.grad(loss, learned, retain_graph=True) for loss in (got, want))
+        for x, y in zip(*gradients, strict=True):
+            assert y.abs().max() > 0
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_is_labelled", [False, True])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_loss_of_labels_is_the_models_own(name, first_is_labelled):
+    student, batch = STUDENTS[name][0](_model()).train(), _batch()
+    if not first_is_labelled:
+        batch["labels"][:, 0] = -100
+    if name == "SoftPrompt" and first_is_labelled:
+        with pytest.raises(ValueError, match=re.escape("labels: expected -100 for first tokens")):
+            peftkern.label_loss(student, batch)
+        return
+    torch.testing.assert_close(peftkern.label_loss(student, batch), student(**batch).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_activation_checkpointing():
+    student, batch = STUDENTS["PrefixKV"][0](_model()).train(), _batch()
+    top_k = peftkern.capture_top_k(_model(seed=1), batch, 6)
+    gradients = []
+    for _ in range(2):
+        student.zero_grad()
+        peftkern.distil(student, batch, *top_k).backward()
+        gradients.append([p.grad for p in student.peftkern_prefix.parameters()])
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_rows_are_those_asked_for():
+    model, batch = _model(), _batch(labels=False)
+    logits = model(**batch).logits.log_softmax(-1)
+    rows = torch.zeros(3, 9, dtype=torch.bool)
+    rows[0, 2] = rows[2, 5] = True
+    for mask, given in ((rows, {"rows": rows}), (batch["attention_mask"] != 0, {})):
+        got = peftkern.capture_top_k(model, batch, 4, **given)
+        torch.testing.assert_close(got.log_probs, logits[mask].topk(4).values)
+    assert peftkern.capture_top_k(model, {"input_ids": batch["input_ids"]}, 4).ids.shape == (27, 4)
+
+
+def test_the_first_call_tries_the_output_layer_and_later_ones_run_it_on_no_row():
+    model, batch = _model().train(), _batch()
+    calls, shapes = [], []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    losses = [peftkern.label_loss(model, batch) for _ in range(3)]
+    assert len(calls) == 3
+    assert shapes == [(3, 6, VOCAB), (3, 0, VOCAB), (3, 0, VOCAB)]
+    assert losses[0] == losses[1] == losses[2]
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["llama", "softcap", "factor"])
+def test_autocast(kind):
+    model, batch = _model(kind), _batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(
+            peftkern.label_loss(model, batch), model(**batch).loss.float(), rtol=2e-2, atol=2e-2
+        )
+    assert output_rows._found[model.get_output_embeddings()][:2] == KINDS[kind][2]
+
+
+def test_models_with_other_logits_are_refused():
+    batch = _batch()
+    for change in (lambda x: x + 0.1 * x.square(), lambda x: x * 1.37, lambda x: x[..., :-1], lambda x: 9 * x.sin()):
+        model = _model()
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda m, args, out, change=change: change(out))
+        with pytest.raises(ValueError, match="model: expected logits that are hidden states times output embeddings"):
+            peftkern.label_loss(model, batch)
+        assert head not in output_rows._found
+    with pytest.raises(ValueError, match="model: expected a causal language model with an output layer of floats"):
+        peftkern.label_loss(_model().model, batch)
+
+
+def test_bad_arguments_are_named():
+    model, batch = _model(), _batch()
+    top_k = peftkern.capture_top_k(model, batch, 4)
+    with pytest.raises(ValueError, match="teacher_ids: expected shape"):
+        peftkern.distil(model, batch, top_k.ids[1:], top_k.log_probs[1:])
+    with pytest.raises(ValueError, match=re.escape("rows: expected bool [3, 9], got torch.int64 [3, 9]")):
+        peftkern.capture_top_k(model, batch, 4, rows=batch["attention_mask"])
+    with pytest.raises(ValueError, match="k: expected an int in"):
+        peftkern.capture_top_k(model, batch, VOCAB + 1)
+    with pytest.raises(ValueError, match="batch: expected labels"):
+        peftkern.label_loss(model, _batch(labels=False))
+    with pytest.raises(ValueError, match="lm_head: expected a frozen tensor"):
+        peftkern.distil(model.requires_grad_(), batch, *top_k)
+    with pytest.raises(ValueError, match="model: expected a transformers PreTrainedModel"):
+        peftkern.capture_top_k(torch.nn.Linear(2, 2), batch, 4)
