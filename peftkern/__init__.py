@@ -34,6 +34,7 @@ _HOME = {
     "patch": "huggingface",
     "unpatch": "huggingface",
     "patched": "huggingface",
+    "switched": "huggingface",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "prefix_attention",
     "save_prefix",
     "soft_prompt_embedding",
+    "switched",
     "unpatch",
     "use_backend",
 ]
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .functional import prefix_attention, soft_prompt_embedding
     from .huggingface.distilling import capture_top_k, distil, label_loss
     from .huggingface.patch import patch, patched, unpatch
+    from .huggingface.switch import switched
     from .integrations.export import export
     from .modules import PrefixKV, SoftPrompt
 

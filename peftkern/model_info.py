@@ -25,6 +25,11 @@ KeyValue = tuple[Tensor, Tensor]
 #: transformers.
 CACHE_NAMES = ("past_key_values", "cache")
 
+#: The most queries of a call when a model reads a long text.
+CHUNK = 512
+
+_KV = ("keys", "values")
+
 _TASK_OF_CLASS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -89,9 +94,10 @@ def embed(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return rows.reshape(*tokens.shape, -1)
 
 
-def text_tokens(tokenizer: Any, text: str, length: int) -> list[int]:
-    """The text's token ids, repeated or truncated to the length."""
+def text_tokens(tokenizer: Any, text: str, length: int | None = None) -> list[int]:
+    """The text's token ids, repeated or truncated to the length, if there is one."""
     ids = list(tokenizer(text)["input_ids"])
+    length = len(ids) if length is None else length
     if not ids or length < 1:
         raise ValueError(f"text, length: expected at least one token, got {text!r} ({len(ids)} tokens) and {length}")
     return (ids * -(-length // len(ids)))[:length]
@@ -154,7 +160,8 @@ def rename_cache(arguments: MutableMapping[str, Any], name: str) -> None:
 def text_cache(model: Any, input_ids: Tensor) -> Any:
     """The model's cache of the tokens; (key, value) of every layer if the model takes no cache.
 
-    Sliding layers keep all tokens too.
+    Sliding layers keep all tokens too. A causal model reads many tokens in chunks of :data:`CHUNK` queries, so that
+    the scores and masks of a layer are [CHUNK, T] and never [T, T], if a trial shows that chunks change nothing.
     """
     from transformers import EncoderDecoderCache
 
@@ -168,8 +175,43 @@ def text_cache(model: Any, input_ids: Tensor) -> Any:
             inputs = {**encoder_inputs(model, input_ids), "decoder_input_ids": input_ids}
         else:
             model, inputs = _below_head(model), {"input_ids": input_ids}
+            if input_ids.shape[1] > CHUNK and _reads_chunks(model, input_ids[:, :8]):
+                _read(model, input_ids, cache, CHUNK)
+                return cache
         model(**inputs, **{cache_argument(model): cache}, use_cache=True)
     return cache
+
+
+def _read(model: Any, input_ids: Tensor, cache: Any, size: int) -> None:
+    """Fill a cache with tokens [1, T], ``size`` at a time."""
+    for start in range(0, input_ids.shape[1], size):
+        ids = input_ids[:, start : start + size]
+        places = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        model(input_ids=ids, position_ids=places, **{cache_argument(model): cache}, use_cache=True)
+
+
+def _reads_chunks(model: Any, input_ids: Tensor) -> bool:
+    """Whether a causal model computes the same keys and values from several calls as from one: tried on few tokens.
+
+    Models whose rotary frequencies depend on the length of a call, and models with recurrent states, are not tried.
+    """
+    dynamic = [m for m in model.modules() if _depends_on_length(getattr(m, "rope_type", None))]
+    if dynamic or "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    whole, chunks = full_cache(model.config), full_cache(model.config)
+    _read(model, input_ids, whole, input_ids.shape[1])
+    if not all(type(layer) is type(whole.layers[0]) and hasattr(layer, "keys") for layer in whole.layers):
+        return False
+    _read(model, input_ids, chunks, 3)
+    if [layer.keys.shape for layer in whole.layers] != [layer.keys.shape for layer in chunks.layers]:
+        return False
+    pairs = [(getattr(a, x), getattr(b, x)) for a, b in zip(whole.layers, chunks.layers, strict=True) for x in _KV]
+    return all(float((a - b).norm()) <= 8 * torch.finfo(a.dtype).eps * float(a.norm()) for a, b in pairs)
+
+
+def _depends_on_length(rope_type: Any) -> bool:
+    types = rope_type.values() if isinstance(rope_type, Mapping) else [rope_type]
+    return any(isinstance(kind, str) and ("dynamic" in kind or "longrope" in kind) for kind in types)
 
 
 @contextlib.contextmanager

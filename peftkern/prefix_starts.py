@@ -22,23 +22,27 @@ class Starts(nn.Module):
     """The constructors of a prefix with given initial values."""
 
     @classmethod
-    def from_text(cls, model: Any, tokenizer: Any, text: str, length: int | Sequence[int], **options: Any) -> Any:
+    def from_text(
+        cls, model: Any, tokenizer: Any, text: str, length: int | Sequence[int] | None = None, **options: Any
+    ) -> Any:
         """A prefix initialised with the keys and values of real text, as Li & Liang 2021 recommend.
 
         The tokens that ``tokenizer(text)`` returns (no chat template) are repeated or truncated to the (largest)
         length. In encoder-decoder models, encoder and decoder read the text. The cross-attention's keys and values
-        are those of the encoded text.
+        are those of the encoded text. Causal models read a long text in chunks, as in :func:`.model_info.text_cache`.
 
         Args:
-            model: a Hugging Face model. It runs once, in eval mode and without gradients, and is not changed.
+            model: a Hugging Face model. It runs in eval mode and without gradients, and is not changed.
             tokenizer: called on the text.
-            text: for example an instruction.
-            length: as for :class:`PrefixKV`.
+            text: for example an instruction, or a document.
+            length: as for :class:`PrefixKV`; None keeps all tokens of the text.
             options: as for :class:`PrefixKV`.
 
         Raises:
-            ValueError: for a text without tokens, or a length beyond the model's positions.
+            ValueError: for a text without tokens, or more tokens than the model has positions.
         """
+        if length is None:
+            length = len(text_tokens(tokenizer, text))
         return cls._from_tokens(model, length, lambda longest: text_tokens(tokenizer, text, longest), options)
 
     @classmethod

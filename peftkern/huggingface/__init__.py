@@ -3,7 +3,7 @@
 
 Suggested reading order:
 
-- :mod:`.patch`: the public calls.
+- :mod:`.patch`: the public calls; :mod:`.switch` exchanges the prefix of a patched model.
 - :mod:`.model_patch`: the hooks of a patched model. :mod:`.prefix_patch` and :mod:`.prompt_patch` implement them for
   prefixes and prompts, :mod:`.sources` provides the prefix or prompt, and :mod:`.wiring` undoes all changes.
 - :mod:`.attention`: the attention function of the layers, with its :mod:`.cache` and its :mod:`.masks`.
@@ -19,5 +19,16 @@ from __future__ import annotations
 
 from .distilling import TopK, capture_top_k, distil, label_loss
 from .patch import explain, patch, patched, unpatch
+from .switch import switched
 
-__all__ = ["TopK", "capture_top_k", "distil", "explain", "label_loss", "patch", "patched", "unpatch"]
+__all__ = [
+    "TopK",
+    "capture_top_k",
+    "distil",
+    "explain",
+    "label_loss",
+    "patch",
+    "patched",
+    "switched",
+    "unpatch",
+]

@@ -36,21 +36,26 @@ class AdapterFolder:
     Args:
         model: a ``PeftModel``, or a ``transformers`` model, to which ``add_adapter`` may add adapters.
         name: of the submodule, and of the subfolder.
-        prefix: the submodule. A module of the user's own is not saved, which a warning says.
+        base: the model that has the submodule.
     """
 
-    def __init__(self, model: nn.Module, name: str, prefix: nn.Module) -> None:
+    def __init__(self, model: nn.Module, name: str, base: nn.Module) -> None:
         self.model = model
         self.name = name
-        self.prefix = prefix
+        self.base = base
 
     @classmethod
-    def install(cls, patch: Patch, name: str, prefix: nn.Module) -> None:
+    def install(cls, patch: Patch, name: str) -> None:
         """Change every model in the patched one that may save adapters."""
         for model in [patch.base, *filter(is_peft_model, patch.model.modules())]:
-            folder = cls(model, name, prefix)
+            folder = cls(model, name, patch.base)
             PeftMethod(model, "save_pretrained", folder.save).install(patch.wiring)
             PeftMethod(model, "load_adapter", folder.load).install(patch.wiring)
+
+    @property
+    def prefix(self) -> Any:
+        """The submodule. A module of the user's own is not saved, which a warning says."""
+        return getattr(self.base, self.name)
 
     @property
     def has_adapters(self) -> bool:

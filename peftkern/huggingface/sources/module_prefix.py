@@ -64,8 +64,34 @@ class ModulePrefix(PrefixSource):
         self.prefix = prefix
         self.shift_positions = shift_positions
         self.freeze = freeze
+        #: What the model has been tried with.
+        self._takes_bank, self._takes_offset = self.has_bank, False
         #: The layers of each part.
         self._layers: Mapping[str, range] = getattr(prefix, "parts", {"decoder": range(len(prefix.shapes))})
+        self._takes_offset = self.offset > 0
+
+    def switch(self, patch: PrefixPatch, prefix: LayerPrefix) -> LayerPrefix:
+        """Read ``prefix`` from now on, in place of the present prefix, which is returned.
+
+        Raises:
+            ValueError: for a prefix that the patched model has not been tried with.
+        """
+        other = ModulePrefix(prefix, shift_positions=self.shift_positions, freeze=self.freeze)
+        lacks = (other.has_bank and not self._takes_bank, other.offset and not self._takes_offset)
+        needs = next((need for need, missing in zip(("a bank", "tokens"), lacks, strict=True) if missing), None)
+        if needs is None:
+            mine, its = ((x.parts, x.has_bias, x.has_gaps, _has_state(x.prefix)) for x in (self, other))
+            names = ("parts", "gates", "gaps", "states")
+            needs = next((f"other {n}" for n, a, b in zip(names, mine, its, strict=True) if a != b), None)
+        if needs is not None:
+            raise ValueError(
+                f"prefix: expected one of the kind that the model was patched with, got one with {needs}; "
+                "unpatch the model, and patch it with this one"
+            )
+        other.check(patch)
+        previous, self.prefix, self._layers = self.prefix, prefix, other._layers
+        patch.base.add_module(PREFIX_NAME, cast(nn.Module, prefix))
+        return previous
 
     @property
     def offset(self) -> int:
@@ -123,7 +149,7 @@ class ModulePrefix(PrefixSource):
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, PREFIX_NAME, cast(nn.Module, self.prefix))
-        AdapterFolder.install(patch, PREFIX_NAME, cast(nn.Module, self.prefix))
+        AdapterFolder.install(patch, PREFIX_NAME)
         if self.has_bank and hasattr(patch.base, "prepare_inputs_for_generation"):
             inputs = InputsWithIds(patch.base)
             patch.wiring.set_attribute(patch.base, "prepare_inputs_for_generation", inputs)
@@ -188,6 +214,10 @@ def _checked_ids(ids: Any, batch: int, num_prefixes: int) -> Tensor:
     if readable and not -1 <= int(ids.min()) <= int(ids.max()) < num_prefixes:
         raise ValueError(f"prefix_ids: expected {expected}, got {int(ids.min())} to {int(ids.max())}")
     return ids.to(torch.int32)
+
+
+def _has_state(prefix: Any) -> bool:
+    return getattr(prefix, "state", None) is not None
 
 
 def _biases(prefix: Any) -> Sequence[Tensor | None]:

@@ -56,7 +56,7 @@ class ModulePrompt(PromptSource):
         if self.freeze:
             patch.wiring.freeze(patch.model.parameters())
         patch.wiring.add_submodule(patch.base, PROMPT_NAME, cast(nn.Module, self.prompt))
-        AdapterFolder.install(patch, PROMPT_NAME, cast(nn.Module, self.prompt))
+        AdapterFolder.install(patch, PROMPT_NAME)
 
     def find(self, patch: Patch, kwargs: dict[str, Any], continues: bool) -> Prompt | None:
         """The module's weight, or its bank and the prompt of each sample."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A patched model reads another prefix for a while, without being patched again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .sources.module_prefix import ModulePrefix, is_layer_prefix
+from .wiring import PATCH
+
+__all__ = ["switched"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextlib.contextmanager
+def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
+    """Within the block, a patched model reads ``prefix`` in place of its own.
+
+    A teacher and a student that differ only in what they read are then one model::
+
+        patch(model, cartridge, freeze=True)
+        with switched(model, document), torch.no_grad():
+            teacher = model(**batch).logits
+        student = model(**batch).logits
+
+    Nothing is copied or tried again. Sequences begin after the tokens of the prefix that is read. A cache that was
+    filled in the block contains the block's prefix, and is continued only there.
+
+    Args:
+        model: patched with a :class:`peftkern.PrefixKV`.
+        prefix: for the same layers. It may have another length. A bank needs a model that was patched with a bank,
+            where a single prefix is allowed too.
+
+    Raises:
+        ValueError: for a model without such a patch, or a prefix of another kind.
+    """
+    change: Any = model.__dict__.get(PATCH)
+    source = getattr(change, "source", None)
+    if not isinstance(source, ModulePrefix):
+        got = "one that is not patched" if change is None else "one with another kind of prefix or prompt"
+        raise ValueError(f"model: expected one that was given to patch with a PrefixKV, got {got}")
+    if not is_layer_prefix(prefix):
+        raise ValueError(f"prefix: expected a PrefixKV, got {type(prefix).__name__}")
+    previous = source.switch(change, prefix)
+    try:
+        yield model
+    finally:
+        source.switch(change, previous)
