@@ -59,11 +59,13 @@ ALLOWED = {
         "model_info", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
+    "self_study": {"modules", "distillation", "huggingface"},
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "testing", "",
+        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "self_study", "testing",
+        "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cartridge, or several that are composed, learns from the targets of its teachers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..distillation import Objective
+from ..huggingface.distilling import distil
+from ..huggingface.switch import switched
+from ..modules import PrefixKV
+from .batches import packed_batch
+from .files import replace
+from .targets import Targets, digest_of
+
+__all__ = ["Study", "Training", "train"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one kind of batch reads and learns.
+
+    Attributes:
+        targets: of the teacher.
+        prefix_ids: the cartridges of a bank that each sample reads, all at once; None for a single cartridge.
+    """
+
+    targets: Targets
+    prefix_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a cartridge is trained.
+
+    Attributes:
+        steps: of Adam.
+        batch_size: conversations in a step.
+        lr: the largest learning rate, after a linear warm-up over a tenth of the steps; it then falls linearly to a
+            tenth. Keys and values need a large one.
+        seed: of the order of the conversations.
+        clip: the largest norm of the gradient.
+        objective: of :func:`peftkern.distillation_loss`. ``"kl_with_tail"`` also learns how likely all other tokens
+            are together. ``"cross_entropy"``, as in Cartridges, learns that they are impossible, which is close to
+            the truth only for a teacher that is sure of most tokens.
+        save_every: steps between two checkpoints.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    lr: float = 1e-2
+    seed: int = 0
+    clip: float = 1.0
+    objective: Objective = "kl_with_tail"
+    save_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        warm = min(1.0, (step + 1) / max(1, self.steps // 10))
+        return self.lr * warm * (1 - 0.9 * step / self.steps)
+
+    def numbers(self, step: int, count: int) -> list[int]:
+        """The conversations of a step among ``count``: every epoch has another order."""
+        found = []
+        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, index = divmod(place, count)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            found.append(int(torch.randperm(count, generator=generator)[index]))
+        return found
+
+
+def train(
+    model: Any,
+    cartridge: PrefixKV,
+    studies: Study | Sequence[Study],
+    path: str | os.PathLike[str],
+    options: Training | None = None,
+    *,
+    progress: Callable[[int, float], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """Train a cartridge by distillation: its predictions at the tokens of the answers approach the teacher's.
+
+    The loss is :func:`peftkern.distillation_loss` over the teacher's most likely tokens. Batches are packed, so that
+    no padding is computed. With several studies, steps take turns. Cartridges of a bank that are trained alone and
+    together do not spoil each other::
+
+        bank = PrefixKV.stack([a, b])
+        train(model, bank, [Study(of_a, (0,)), Study(of_b, (1,)), Study(of_both, (0, 1))], path)
+
+    The parameters, the optimizer's state and the losses are saved in one file, which a rename replaces. After an
+    interruption at any point the same call continues from it, and gives bitwise equal results.
+
+    Args:
+        model: patched with a :class:`peftkern.PrefixKV` for the same layers, a bank if the cartridge is one. Its own
+            parameters should be frozen.
+        cartridge: trained in place.
+        studies: one or more.
+        path: of the checkpoint, a safetensors file.
+        options: steps, learning rate and so on.
+        progress: called after each step with the number of steps done, and the loss.
+        stop: asked after each step; if it returns True, the state is saved and training ends early.
+
+    Returns:
+        The loss of each step, in nats per token.
+
+    Raises:
+        ValueError: for a checkpoint of another run, or a model whose logits do not follow from its output layer.
+    """
+    options = options or Training()
+    studies = [studies] if isinstance(studies, Study) else list(studies)
+    _check(cartridge, studies)
+    made_with = {"options": asdict(options), "studies": [_describe(study) for study in studies]}
+    state = _State(Path(path), cartridge, {**made_with, "start": digest_of(cartridge)}, options)
+    with switched(model, cartridge), _packing(model):
+        while (done := len(state.losses)) < options.steps:
+            study = studies[done % len(studies)]
+            numbers = options.numbers(done // len(studies), len(study.targets))
+            state.step(options.rate(done), _loss(model, study, numbers, options.objective))
+            if progress is not None:
+                progress(done + 1, state.losses[-1])
+            if (ends := stop()) or (done + 1) % options.save_every == 0 or done + 1 == options.steps:
+                state.save()
+            if ends:
+                break
+    return state.losses
+
+
+def _loss(model: Any, study: Study, numbers: Sequence[int], objective: Objective) -> Tensor:
+    """The mean loss per token of some conversations."""
+    batch = packed_batch([study.targets.conversations[number] for number in numbers], model.device)
+    ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
+    return distil(model, batch.reading(study.prefix_ids), ids, log_probs, rows=batch.rows, objective=objective)
+
+
+class _State:
+    """Everything that a step changes, and its file."""
+
+    def __init__(self, path: Path, cartridge: PrefixKV, made_with: dict[str, Any], options: Training) -> None:
+        self.path, self.made_with, self.options = path, made_with, options
+        self.losses: list[float] = []
+        self.parameters = {name: p for name, p in cartridge.named_parameters() if p.requires_grad and p.numel()}
+        self.optimizer = torch.optim.Adam(self.parameters.values())
+        if path.exists():
+            self._load()
+
+    def step(self, rate: float, loss: Tensor) -> None:
+        """One update."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+
+    def save(self) -> None:
+        """Write the file."""
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"{name}/{slot}": x for slot, x in self.optimizer.state[p].items()}
+        metadata = {"format": FORMAT_VERSION, "losses": self.losses, **self.made_with}
+        tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
+        replace(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        try:
+            with safe_open(self.path, "pt") as file:
+                found = json.loads((file.metadata() or {}).get("peftkern_training", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"path: expected a checkpoint in {self.path}, got {error}; remove it to start again"
+            ) from error
+        expected = json.loads(json.dumps({"format": FORMAT_VERSION, **self.made_with}))
+        losses = found.pop("losses", [])
+        if found != expected:
+            names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise ValueError(
+                f"path: expected a checkpoint of the same run, got {self.path} with other {', '.join(names)}; remove "
+                "it, or choose another path"
+            )
+        for name, p in self.parameters.items():
+            p.copy_(tensors[name])
+            slots = {key.rpartition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{name}/")}
+            self.optimizer.state[p] = {slot: x if slot == "step" else x.to(p.device) for slot, x in slots.items()}
+        self.losses = losses
+
+
+def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
+    """Raise ValueError for studies that do not fit the cartridge."""
+    if not studies:
+        raise ValueError("studies: expected at least one, got none")
+    for index, study in enumerate(studies):
+        ids, count = study.prefix_ids, cartridge.num_prefixes
+        if (ids is None) != (count is None):
+            expected = "None, because the cartridge is no bank" if count is None else f"numbers below {count}"
+            raise ValueError(f"studies[{index}].prefix_ids: expected {expected}, got {ids}")
+    if not any(p.requires_grad and p.numel() for p in cartridge.parameters()):
+        raise ValueError("cartridge: expected one with parameters that require gradients, got none")
+
+
+def _describe(study: Study) -> dict[str, Any]:
+    """What identifies the data of a study."""
+    sums = [float(study.targets.log_probs.double().sum()), int(study.targets.ids.long().sum())]
+    return {"prefix_ids": study.prefix_ids, "conversations": len(study.targets), "sums": sums}
+
+
+@contextmanager
+def _packing(model: Any) -> Iterator[None]:
+    """Have the backbone run training steps, which are packed, while dropout inside stays as it is."""
+    backbone = model.base_model
+    before = backbone.training
+    backbone.training = True
+    try:
+        yield
+    finally:
+        backbone.training = before
