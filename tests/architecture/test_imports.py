@@ -64,8 +64,8 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "self_study", "testing",
-        "",
+        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "self_study",
+        "testing", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.

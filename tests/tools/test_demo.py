@@ -122,7 +122,7 @@ def test_a_run_reports_both_models_and_leaves_every_file(command, tmp_path, caps
         assert words in printed
 
 
-@pytest.mark.parametrize("method", ["prefix", "cartridge", "prompt"])
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_resume_after_ctrl_c_gives_the_losses_of_an_uninterrupted_run(
     command, method, tmp_path, monkeypatch, capsys, no_memory
 ):
@@ -183,20 +183,6 @@ def test_a_second_ctrl_c_stops_at_once(command, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_cartridge_keeps_its_first_token(tiny):
-    options = Options(method="cartridge", dtype="fp32", length=5, seq=24, steps=2)
-    base, task = training.load_base(assets.ModelSource(str(tiny / "model"), "tiny"), options)
-    arms = training.build_arms(base, task, options)
-    before = {arm: {k: p.detach().clone() for k, p in arms[arm].prefix.items()} for arm in ARMS}
-    train, _ = split(assets.read_reviews(str(tiny / "reviews.csv")), 12)
-    training.train_pair(arms, task, train, 0, options)
-    for arm in ARMS:
-        after = arms[arm].prefix
-        changed = {key.rpartition(".")[2]: not torch.equal(before[arm][key], after[key]) for key in after}
-        assert changed == {"frozen_embedding": False, "trainable_embedding": True}, arm
-    assert all(torch.equal(before["stock"][key], before["peftkern"][key]) for key in after), "same initial prefix"
-
-
 # Bad input: exit code 2, one message, no traceback
 
 
@@ -205,7 +191,6 @@ def test_a_cartridge_keeps_its_first_token(tiny):
     [
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--length", "-1"], "--length: expected at least 1"),
-        (["--method", "cartridge", "--length", "1"], "--length: expected at least 2"),
         (["--lr", "nan"], "--lr: expected a positive number"),
         (["--eval-rows", "7"], "--eval-rows: expected an even number"),
         (["--eval-rows", "960"], "too few"),

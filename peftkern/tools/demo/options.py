@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-METHODS = ("prefix", "cartridge", "prompt")
+METHODS = ("prefix", "prompt")
+#: A demo of its own, with other options (:mod:`.cartridge`).
+CARTRIDGE = "cartridge"
 
 
 class DemoError(Exception):
@@ -34,7 +36,7 @@ class Options:
     data: str | None = None
 
     def __post_init__(self) -> None:
-        minimum = {"length": 2 if self.method == "cartridge" else 1, "steps": 1, "batch_size": 1, "seq": 16}
+        minimum = {"length": 1, "steps": 1, "batch_size": 1, "seq": 16}
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise DemoError(f"{flag(name)}: expected at least {least}, got {getattr(self, name)}")
@@ -64,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        choices=METHODS,
-        help="prefix tuning (the default), a cartridge (its first token frozen), or prompt tuning",
+        choices=(*METHODS, CARTRIDGE),
+        help="prefix tuning (the default), prompt tuning, or a cartridge of a document by self-study, without PEFT",
     )
     add(
         "--dtype",

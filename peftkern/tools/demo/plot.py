@@ -10,19 +10,19 @@ from .report import Findings, duration, headline, setting, size, verdict
 from .training import ARMS, TITLES
 
 _COLOURS = {"stock": "#e8963e", "peftkern": "#1f4e9e"}
-_INK, _FAINT = "#22252b", "#8a8f98"
-_STYLE = {
+_INK, FAINT = "#22252b", "#8a8f98"
+STYLE = {
     "font.size": 10,
     "text.color": _INK,
     "axes.edgecolor": "#c9ccd2",
-    "axes.labelcolor": _FAINT,
+    "axes.labelcolor": FAINT,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
@@ -34,7 +34,7 @@ def save_plot(findings: Findings, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 5.4), dpi=150)
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
@@ -48,7 +48,7 @@ def save_plot(findings: Findings, path: Path) -> None:
         _bars(figure.add_subplot(grid[:, 2]), findings)
         figure.text(0.055, 0.925, headline(findings), fontsize=14.5, fontweight="bold")
         told = f"{findings.model} · {setting(findings.options, findings.threads, findings.backend)}"
-        figure.text(0.055, 0.872, told, fontsize=9.5, color=_FAINT)
+        figure.text(0.055, 0.872, told, fontsize=9.5, color=FAINT)
         figure.savefig(path)
 
 
@@ -126,10 +126,10 @@ def _bars(axes: Any, findings: Findings) -> None:
     y = 0.0
     for title, remark, bars in groups:
         axes.text(0, y, title, fontweight="bold" if title[0].isupper() else "normal")
-        axes.text(1, y, remark, color=_FAINT, ha="right")
+        axes.text(1, y, remark, color=FAINT, ha="right")
         for arm, (width, label) in bars.items():
             y -= 0.75
-            axes.barh(y, width, height=0.66, color=_COLOURS.get(arm, _FAINT))
+            axes.barh(y, width, height=0.66, color=_COLOURS.get(arm, FAINT))
             axes.text(0.02, y - 0.03, label, color="white", va="center", fontsize=9, fontweight="bold")
         y -= 1.25
     axes.set(xlim=(0, 1), ylim=(y + 0.8, 0.3))

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
 from .files import write_files
+from .interrupts import deferred_interrupt
 from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
 from .progress import LogTicker, minutes, new_bars
@@ -175,7 +174,7 @@ def _train(
     """Take the remaining steps and save; false if Ctrl-C came before the end."""
     steps, first = progress.options.steps, progress.done
     bar = bars.add_task("training", total=steps, completed=progress.done, note="")
-    with _deferred_interrupt() as interrupted:
+    with deferred_interrupt() as interrupted:
         while progress.done < steps and not interrupted:
             pair = train_pair(arms, task, train, progress.done, progress.options)
             progress.pairs.append(pair)
@@ -199,22 +198,6 @@ def _pairs_left(progress: Progress) -> float:
     """
     options = progress.options
     return options.steps - progress.done + options.eval_rows / (3 * options.batch_size) + 5
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C makes non-empty, so that the current step can end; a second Ctrl-C interrupts."""
-    interrupted: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        interrupted.append(number)
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _stopped(args: argparse.Namespace, console: Console) -> int:

@@ -146,7 +146,6 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
 
     new_config = {
         "prefix": peft.PrefixTuningConfig,
-        "cartridge": peft.CartridgeConfig,
         "prompt": peft.PromptTuningConfig,
     }[options.method]
     examples = task.examples(options.length)
