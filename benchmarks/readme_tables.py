@@ -257,6 +257,23 @@ def distillation() -> str:
     return "\n".join(lines)
 
 
+def serving() -> str:
+    """Markdown: all rows of ``benchmarks.serving``."""
+    rows = _rows("serving.csv")
+    first = rows[0]
+    lines = [
+        f"| {first['model']}, float32, threads={first['threads']}, {first['cpu'].split(' @')[0]} | prefix caching "
+        "| requests at once | requests per second | times as fast as text in every prompt | same tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        rate = f"{float(r['requests per second']):.2f}"
+        same = {"True": "yes", "False": "no"}[r["same tokens as text"]] if r["document"] == "cartridge" else "-"
+        cells = [r["document"], r["prefix caching"], r["requests at once"], rate, _ratio(r["ratio to text"]), same]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _accuracy(rows: list[dict[str, str]]) -> str:
     """In percent, with the standard error of the mean of several seeds."""
     mean, error = mean_and_error([100 * float(row["accuracy"]) for row in rows])
@@ -281,7 +298,7 @@ def _ratio(value: str | float | None) -> str:
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
     "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
-    "distillation": distillation,
+    "distillation": distillation, "serving": serving,
 }  # fmt: skip
 
 

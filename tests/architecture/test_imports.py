@@ -51,6 +51,8 @@ ALLOWED = {
     "checkpoint": {
         "modules", "recurrent_state", "model_info", "files", "integrations.kv_file", "integrations.cartridge_file",
     },
+    "integrations.prefix_folder": {"integrations.kv_file"},
+    "integrations.vllm": {"integrations.prefix_folder"},
     "integrations": {
         "files", "integrations.kv_file", "integrations.cartridge_file", "modules", "checkpoint", "model_info",
     },
