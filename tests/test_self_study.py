@@ -397,7 +397,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[1] / "docs" / "cartridges.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^```{code-block} python\n(.*?)^```", text, re.M | re.S)
     assert len(blocks) == 3
     run, compared, composed = (block.replace("from peftkern import self_study\n", "") for block in blocks)
     names = {"model": new_model(), "tokenizer": new_tokenizer(), "text": TEXT, "self_study": Small()}
