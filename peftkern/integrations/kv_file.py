@@ -46,7 +46,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _ORIGIN = ("base_model_name_or_path", "revision", "task_type")
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value)", re.ASCII)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", re.ASCII)
+#: File systems allow 255 bytes, of which suffixes and the names of temporary files need some.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -97,7 +98,8 @@ def plain_name(name: str) -> str:
     """The name, if it can be that of a file in a folder. Otherwise raise ValueError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"name: expected letters, digits and any of _ . + - (not first: . + -), got {str(name)[:80]!r}"
+            "name: expected at most 200 letters, digits and any of _ . + - (not first: . + -), "
+            f"got {str(name)[:80]!r}"
         )
     return name
 
@@ -149,9 +151,9 @@ def read_kv(path: str | os.PathLike[str]) -> KVFile:
         ValueError: naming the file, the tensor or field, what was expected and what was found.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a safetensors file, got {'a folder' if path.is_dir() else 'none'}")
     try:
+        if not path.is_file():
+            raise ValueError(f"expected a safetensors file, got {'a folder' if path.is_dir() else 'none'}")
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             slices = {name: file.get_slice(name) for name in names}

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from .kv_file import KVFile, kv_path, read_kv
+from .kv_file import KVFile, kv_path, plain_name, read_kv
 
-__all__ = ["PrefixFolder", "ServedPrefix", "find_file"]
+__all__ = ["PrefixFolder", "ServedPrefix", "find_file", "plain_name"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +105,14 @@ def find_file(folder: str | os.PathLike[str], name: str) -> Path:
     """The file of a prefix.
 
     Raises:
-        ValueError: for a name that is no plain one, and if there is no such file.
+        ValueError: for a name that is no plain one, and if there is no such file that can be reached.
     """
     path = kv_path(folder, name)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ValueError(f"prefix {name!r}: expected a readable file {path.name} ({error.strerror})") from error
+    if not found:
         raise ValueError(f"prefix {name!r}: expected a file {path.name} in the server's folder, got none")
     return path
 

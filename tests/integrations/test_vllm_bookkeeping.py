@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from peftkern.integrations.kv_file import KVFile, write_kv
+from peftkern.integrations.kv_file import KVFile, read_kv, write_kv
 from peftkern.integrations.prefix_folder import PrefixFolder
 from peftkern.integrations.vllm import prefix_errors, prefix_params
 from peftkern.integrations.vllm.geometry import layers_by_index, rank_heads
@@ -208,7 +209,9 @@ def test_a_repetition_penalty_sees_the_text_only(engine):
 
 REFUSED = {
     "unknown": (_prefix("nobody"), {}, "prefix 'nobody': expected a file nobody.safetensors"),
-    "path": (_prefix("../a"), {}, "name: expected letters"),
+    "path": (_prefix("../a"), {}, "name: expected at most 200 letters"),
+    "endless": (_prefix("x" * 300), {}, "name: expected at most 200 letters"),
+    "longest": (_prefix("x" * 200), {}, "expected a file"),
     "type": ({"prefix": 3}, {}, "kv_transfer_params: expected a prefix's name or None"),
     "key": ({"prefx": "a"}, {}, "kv_transfer_params: expected {'prefix': NAME}"),
     "foreign": (_prefix("foreign"), {}, "expected keys of the model's 2 layers with a cache, got 3 layers (layer 2"),
@@ -245,6 +248,34 @@ def test_a_request_that_cannot_be_served_fails_alone_and_says_why(engine, folder
     assert _same(engine.read(table, 0, 5), _write(folder, "a", 5, 0))
     engine.scheduler.request_finished(bad, bad_table)
     assert list(engine.scheduler._scheduling.requests) == ["good"]
+
+
+def _raise(error):
+    def raising(*args, **options):
+        raise error
+
+    return raising
+
+
+def test_a_file_system_that_refuses_the_file_refuses_the_request(folder, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", _raise(PermissionError(13, "Permission denied")))
+    with pytest.raises(
+        ValueError, match=r"prefix 'a': expected a readable file a\.safetensors \(Permission denied\)"
+    ):
+        PrefixFolder(folder, 0).get("a")
+    with pytest.raises(ValueError, match=r"a\.safetensors: expected a safetensors file, .*Permission denied"):
+        read_kv(folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("part", ["check_shapes", "put_prefix_before"])
+def test_no_fault_of_the_connector_ends_the_engine(engine, monkeypatch, caplog, part):
+    scheduling = sys.modules["peftkern.integrations.vllm.scheduling"]
+    monkeypatch.setattr(scheduling, part, _raise(KeyError("a fault")))
+    bad = engine.add(Request("bad", [1, 2], _prefix("a")))
+    assert "Request bad is refused" in caplog.text
+    assert "Traceback" in caplog.text
+    (table,), failed = engine.schedule(bad)
+    assert failed == {table[0]}
 
 
 def test_a_default_prefix_and_requests_without_one(monkeypatch, folder):
@@ -303,6 +334,19 @@ def test_layers_are_told_apart_by_one_number():
     [
         ("kv_transfer_config", {"kv_load_failure_policy": "recompute"}, "kv_load_failure_policy: expected 'fail'"),
         ("kv_transfer_config", {"kv_connector_extra_config": {}}, "expected an existing 'folder'"),
+        (
+            "kv_transfer_config",
+            {"kv_connector_extra_config": {"folder": ".", "cache_bytes": "4GiB"}},
+            "cache_bytes: expected an integer of at least 0, got '4GiB'",
+        ),
+        (
+            "kv_transfer_config",
+            {"kv_connector_extra_config": {"folder": ".", "cache_bytes": -1}},
+            "cache_bytes: .*-1",
+        ),
+        ("kv_transfer_config", {"kv_connector_extra_config": {"folder": ".", "cache_bytes": True}}, "got True"),
+        ("kv_transfer_config", {"kv_connector_extra_config": {"folder": ".", "default": "../a"}}, "default: name: "),
+        ("kv_transfer_config", {"kv_connector_extra_config": {"folder": ".", "default": 3}}, "default: name: .*'3'"),
         ("parallel_config", {"pipeline_parallel_size": 2}, "pipeline_parallel_size: expected 1"),
         ("parallel_config", {"decode_context_parallel_size": 2}, "decode_context_parallel_size: expected 1"),
     ],
@@ -381,8 +425,13 @@ def test_http_clients_read_why_a_prefix_is_unknown(folder, monkeypatch):
     status, message = _answer(folder, {"prompt": "x", **prefix_params("nobody")})
     assert status == 400
     assert message == "prefix 'nobody': expected a file nobody.safetensors in the server's folder, got none"
+    status, message = _answer(folder, {"prompt": "x", **prefix_params("x" * 300)})
+    assert status == 400
+    assert message.startswith("name: expected at most 200 letters")
 
 
-@pytest.mark.parametrize("body", [b"{", [1], {"prompt": "x"}, prefix_params("a"), prefix_params(None)])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[" * 100_000, [1], {"prompt": "x"}, prefix_params("a"), prefix_params(None)]
+)
 def test_other_http_requests_pass(folder, body):
     assert _answer(folder, body) == "passed"

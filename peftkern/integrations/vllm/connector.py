@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from ..prefix_folder import PrefixFolder
+from ..prefix_folder import PrefixFolder, plain_name
 from .geometry import Shape, layers_by_index
 from .requests import try_request
 from .scheduling import Scheduling, Step
@@ -49,14 +49,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        extra = dict(self._kv_transfer_config.kv_connector_extra_config)
-        folder, default = extra.pop("folder", None), extra.pop("default", None)
-        cache_bytes = extra.pop("cache_bytes", CACHE_BYTES)
-        if extra or not isinstance(folder, str) or not Path(folder).is_dir():
-            raise ValueError(
-                "kv_connector_extra_config: expected an existing 'folder' and perhaps 'default' and 'cache_bytes', "
-                f"got {self._kv_transfer_config.kv_connector_extra_config}"
-            )
+        folder, default, cache_bytes = _settings(self._kv_transfer_config.kv_connector_extra_config)
         _check_engine(vllm_config, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             _check_version()
@@ -131,6 +124,28 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Nothing is saved."""
+
+
+def _settings(extra: Mapping[str, Any]) -> tuple[str, str | None, int]:
+    """The folder, the name of the default prefix, and ``cache_bytes``, of ``kv_connector_extra_config``."""
+    rest = dict(extra)
+    folder, default = rest.pop("folder", None), rest.pop("default", None)
+    cache_bytes = rest.pop("cache_bytes", CACHE_BYTES)
+    if rest or not isinstance(folder, str) or not Path(folder).is_dir():
+        raise ValueError(
+            "kv_connector_extra_config: expected an existing 'folder' and perhaps 'default' and 'cache_bytes', "
+            f"got {dict(extra)}"
+        )
+    if default is not None:
+        try:
+            plain_name(default)
+        except ValueError as error:
+            raise ValueError(f"kv_connector_extra_config: default: {error}") from None
+    if type(cache_bytes) is not int or cache_bytes < 0:
+        raise ValueError(
+            f"kv_connector_extra_config: cache_bytes: expected an integer of at least 0, got {cache_bytes!r}"
+        )
+    return folder, default, cache_bytes
 
 
 def _check_version() -> None:

@@ -32,7 +32,7 @@ async def prefix_errors(request: Any, call_next: Callable[[Any], Awaitable[Any]]
 def _check(raw: bytes, config: Any) -> None:
     try:
         body = json.loads(raw)
-    except ValueError:  # the endpoint's to judge
+    except (ValueError, RecursionError):  # the endpoint's to judge
         return
     params = body.get("kv_transfer_params") if isinstance(body, dict) else None
     name = name_of(params, None)

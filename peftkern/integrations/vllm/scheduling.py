@@ -77,7 +77,10 @@ class Scheduling:
         self._nonce = secrets.token_hex(16)
 
     def add(self, request: Any) -> None:
-        """Give a new request its prefix, or refuse it."""
+        """Give a new request its prefix, or refuse it.
+
+        Raises nothing: vLLM ends the engine, with all of its requests, when a connector raises.
+        """
         try:
             name = name_of(request.kv_transfer_params, self.default)
             if name is None:
@@ -85,13 +88,13 @@ class Scheduling:
             prefix = self.folder.get(name)
             check_shapes(prefix, self.shapes)
             check(request, prefix.length, self.max_model_len)
-        except ValueError as error:
-            logger.error("Request %s is refused: %s", request.request_id, error)
-            replace_by_stub(request, f"{self._nonce}:refused")
-            self.requests[request.request_id] = None
-        else:
             put_prefix_before(request, prefix.length, f"{self._nonce}:{prefix.digest}")
             self.requests[request.request_id] = prefix
+        except Exception as error:
+            is_fault = not isinstance(error, ValueError)
+            logger.error("Request %s is refused: %s", request.request_id, error, exc_info=is_fault)
+            replace_by_stub(request, f"{self._nonce}:refused")
+            self.requests[request.request_id] = None
 
     def num_loaded_tokens(self, request: Any, num_computed_tokens: int) -> int:
         """Tokens that are loaded behind the first ``num_computed_tokens``, which lie in the cache already."""
