@@ -75,20 +75,13 @@ class PrefixFolder:
         Raises:
             ValueError: for a name that is no plain one, a missing or damaged file, or a prefix that cannot be served.
         """
+        kept = self._kept.pop(name, None)
         path = find_file(self.folder, name)
-        version = _version(path)
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != version:
-            self._kept.pop(name, None)
-            prefix = ServedPrefix.of(name, read_kv(path))
-            if _version(path) != version:
-                raise ValueError(
-                    f"{path}: expected a file that stays as it is while it is read, got one that changed"
-                )
-            self._kept[name] = version, prefix
-        self._kept.move_to_end(name)
+        if kept is None or kept[0] != _version(path):
+            kept = _read(name, path)
+        self._kept[name] = kept  # behind those that were used before
         self._evict()
-        return self._kept[name][1]
+        return kept[1]
 
     def digests(self) -> set[str]:
         """Digests of the prefixes that are kept."""
@@ -119,6 +112,17 @@ def find_file(folder: str | os.PathLike[str], name: str) -> Path:
 
 #: Device, inode, size and time of the last change of a file.
 _Version = tuple[int, int, int, int]
+#: Times that a file is read which is replaced in the meantime.
+_ATTEMPTS = 3
+
+
+def _read(name: str, path: Path) -> tuple[_Version, ServedPrefix]:
+    for _ in range(_ATTEMPTS):
+        version = _version(path)
+        prefix = ServedPrefix.of(name, read_kv(path))
+        if _version(path) == version:
+            return version, prefix
+    raise ValueError(f"{path}: expected a file that stays while it is read, got {_ATTEMPTS} that were replaced")
 
 
 def _version(path: Path) -> _Version:

@@ -406,6 +406,26 @@ def test_a_folder_keeps_the_prefixes_that_were_used_last(folder):
     assert prefixes.get("b").digest == b.digest
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch, times):
+    prefix_folder = sys.modules[PrefixFolder.__module__]
+    left = list(range(times))
+
+    def read(path):
+        contents = read_kv(path)
+        if left:
+            _write(folder, "a", 6 + left.pop(0), seed=5)  # a rename
+        return contents
+
+    monkeypatch.setattr(prefix_folder, "read_kv", read)
+    prefixes = PrefixFolder(folder, 0)
+    if times < 3:
+        assert prefixes.get("a").length == 5 + times
+    else:
+        with pytest.raises(ValueError, match="expected a file that stays while it is read, got 3 that were replaced"):
+            prefixes.get("a")
+
+
 def _answer(folder, body):
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.configs(folder)[0]))
 
