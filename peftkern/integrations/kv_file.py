@@ -138,6 +138,11 @@ def kv_bytes(contents: KVFile) -> bytes:
     _check({name: (list(x.shape), names.get(x.dtype, str(x.dtype))) for name, x in tensors.items()}, metadata)
     for name, x in tensors.items():
         check_finite(name, x)
+    # safetensors refuses tensors that share memory.
+    shared = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}
+    tensors = {
+        name: x if shared[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in tensors.items()
+    }
     data: bytes = save(tensors, {**metadata, "sha256": _sha256(tensors)})
     return data
 

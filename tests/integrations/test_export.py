@@ -80,6 +80,15 @@ def test_cartridges_come_back_bit_equal(name, dtype, tmp_path):
     assert back.origin.base_model_name_or_path == "somebody/llama: 3"
 
 
+def test_keys_and_values_of_one_memory_are_written(tmp_path):
+    """As models have them whose values are their keys, and parts of one tensor."""
+    x = torch.randn(5, 2, 8)
+    pairs = [(x, x), (x, x[:3].repeat(2, 1, 1)[:5]), (x[1:4], x[:3])]
+    write_kv(tmp_path / "x.safetensors", KVFile(pairs, 5))
+    for found, pair in zip(read_kv(tmp_path / "x.safetensors").layers, pairs, strict=True):
+        assert all(torch.equal(*both) for both in zip(found, pair, strict=True))
+
+
 def test_kv_tensors_have_the_documented_layout(tmp_path):
     prefix = PrefixKV(None, 5, **GEOMETRY)
     export(prefix, tmp_path, "kv", name="doc")
