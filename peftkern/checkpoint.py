@@ -114,7 +114,7 @@ def load_prefix(
     """
     contents = _foreign_contents(Path(folder))
     if contents is not None:
-        return _placed(_prefix_of(contents), trainable, model, Path(folder))
+        return _placed(_prefix_of(contents, Path(folder)), trainable, model, Path(folder))
     folder = _holding(Path(folder))
     path = folder / WEIGHTS_NAME
     tensors, config = _read(folder)
@@ -157,7 +157,12 @@ def _foreign_contents(path: Path) -> KVFile | None:
     return readers[path.suffix](path) if path.suffix in readers and os.path.lexists(path) else None
 
 
-def _prefix_of(contents: KVFile) -> PrefixKV:
+def _prefix_of(contents: KVFile, path: Path) -> PrefixKV:
+    if contents.positions < max(contents.lengths):
+        raise ValueError(
+            f"{path}: positions: expected those of the prefix's tokens, got 0; it was exported with "
+            "shift_positions=False, so load the prefix as it was saved"
+        )
     layers = [None if pair is None else tuple(x.transpose(0, 1) for x in pair) for pair in contents.layers]
     prefix: PrefixKV = PrefixKV.from_cache(
         layers, contents.lengths, num_frozen_tokens=contents.num_frozen_tokens, positions=contents.positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def export(
     *,
     name: str | None = None,
     dtype: torch.dtype | None = None,
+    shift_positions: bool = True,
     force: bool = False,
 ) -> list[Path]:
     """Write a prefix, cartridge or prompt in the format of another program.
@@ -62,6 +64,9 @@ def export(
             modules get NAME-0, NAME-1 and so on, several folders their own names, and the table of several prompts
             ``prompts``.
         dtype: float32, bfloat16 or float16; default: the prefix's own.
+        shift_positions: False for a prefix that was trained with ``patch(shift_positions=False)``, which the prefix
+            itself does not know. The file then says that the text starts at position 0, and a reader that would put
+            it behind the prefix refuses the file. Only ``kv`` has room for it.
         force: replace files that exist.
 
     Returns:
@@ -75,6 +80,10 @@ def export(
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     kind, write = FORMATS[to]
+    if not shift_positions:
+        if write is not _kv:
+            raise ValueError(f"shift_positions: expected True for to={to!r}, got False")
+        write = partial(write, shift_positions=False)
     named = _named(prefix, name)
     singles = _singles(named)
     wrong = next((module for module in singles.values() if not isinstance(module, kind)), None)
@@ -92,8 +101,13 @@ def export(
     return list(contents)
 
 
-def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None) -> KVFile:
+def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None, shift_positions: bool = True) -> KVFile:
     """The keys and values of a single prefix, with a projection replaced by its output.
+
+    Args:
+        prefix: the prefix.
+        dtype: of the result; default: the prefix's own.
+        shift_positions: False if the prefix takes no positions.
 
     Raises:
         ValueError: for what keys and values of a decoder's layers do not express.
@@ -111,7 +125,8 @@ def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None) -> KVFile:
     with torch.no_grad():
         layers = [pair and tuple(_cast(x, dtype).transpose(0, 1) for x in pair) for pair in prefix.layer_kv()]
     frozen = min(prefix.num_frozen_tokens, max(prefix.lengths))
-    return KVFile(layers, prefix.positions, frozen, **prefix.origin._asdict())  # type: ignore[arg-type]
+    positions = prefix.positions if shift_positions else 0
+    return KVFile(layers, positions, frozen, **prefix.origin._asdict())  # type: ignore[arg-type]
 
 
 def _rows(prompt: SoftPrompt, dtype: torch.dtype | None) -> Tensor:
@@ -179,8 +194,10 @@ def _rows_of_bank(module: Module) -> Sequence[Module]:
     return prompts
 
 
-def _kv(prefixes: Mapping[str, PrefixKV], dtype: torch.dtype | None, name: str) -> Files:
-    return {f"{own}.safetensors": kv_bytes(kv_of(prefix, dtype)) for own, prefix in prefixes.items()}
+def _kv(
+    prefixes: Mapping[str, PrefixKV], dtype: torch.dtype | None, name: str, shift_positions: bool = True
+) -> Files:
+    return {f"{own}.safetensors": kv_bytes(kv_of(prefix, dtype, shift_positions)) for own, prefix in prefixes.items()}
 
 
 def _cartridges(prefixes: Mapping[str, PrefixKV], dtype: torch.dtype | None, name: str) -> Files:

@@ -7,7 +7,8 @@ of float32, bfloat16 and float16. Layers without keys have none. Metadata (strin
 ``format``                     ``peftkern.kv``
 ``version``                    ``1``
 ``num_layers``                 layers of the model, including those without keys
-``positions``                  position of the first token after the prefix; at least the largest P_i
+``positions``                  position of the first token after the prefix: at least the largest P_i, or 0 for a
+                               prefix that takes no positions
 ``num_frozen_tokens``          first tokens that training keeps; 0 if it is missing
 ``base_model_name_or_path``    the model, if it is known; also ``revision`` and ``task_type`` (PEFT's)
 ``sha256``                     of the bytes of all tensors, in the order of their names; not compared if missing
@@ -57,7 +58,7 @@ class KVFile:
 
     Attributes:
         layers: (key [P_i, Hkv, D], value [P_i, Hkv, D_v]) of each layer; None for a layer without keys.
-        positions: position of the first token after the prefix.
+        positions: position of the first token after the prefix; 0 if the prefix takes no positions.
         num_frozen_tokens: first tokens that training keeps.
         base_model_name_or_path, revision, task_type: the model and PEFT's name of its task, if they are known.
     """
@@ -139,9 +140,9 @@ def kv_bytes(contents: KVFile) -> bytes:
     for name, x in tensors.items():
         check_finite(name, x)
     # safetensors refuses tensors that share memory.
-    shared = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}
+    owners = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}
     tensors = {
-        name: x if shared[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in tensors.items()
+        name: x if owners[x.untyped_storage().data_ptr()] == name else x.clone() for name, x in tensors.items()
     }
     data: bytes = save(tensors, {**metadata, "sha256": _sha256(tensors)})
     return data
@@ -204,7 +205,8 @@ def _check(tensors: Mapping[str, tuple[list[int], str]], metadata: Mapping[str, 
         raise ValueError(f"{next(iter(tensors))}: expected one of {', '.join(DTYPES)}, got {dtype}")
     lengths = [_check_layer(layer, tensors, dtype) for layer in sorted(layers)]
     longest = max(lengths)
-    _number(metadata, "positions", longest, 10**9)
+    if metadata.get("positions") != "0":
+        _number(metadata, "positions", longest, 10**9)
     if "num_frozen_tokens" in metadata:
         _number(metadata, "num_frozen_tokens", 0, longest)
     return num_layers

@@ -45,8 +45,8 @@ class ServedPrefix:
         length = lengths.pop()
         if length < 1 or contents.positions != length:
             raise ValueError(
-                f"prefix {name!r}: expected at least one token, and text that starts at position P, got {length} "
-                f"tokens and position {contents.positions}"
+                f"prefix {name!r}: expected at least one token, and a prefix that takes as many positions as it has "
+                f"tokens, got {length} tokens and {contents.positions} positions"
             )
         return cls(name, length, contents.layers, _digest(contents))
 

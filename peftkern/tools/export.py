@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=".", metavar="DIR", help="where to write (default: the current folder)")
     parser.add_argument("--name", help="name of the result (default: that of the folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    parser.add_argument(
+        "--no-shift-positions",
+        dest="shift_positions",
+        action="store_false",
+        help="kv: the prefix was trained with patch(shift_positions=False); servers that cannot do this refuse it",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
@@ -36,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     from ..integrations.export import export
 
     dtype = options.dtype and getattr(torch, options.dtype)
-    names = {"name": options.name, "dtype": dtype, "force": options.force}
+    names = {name: getattr(options, name) for name in ("name", "shift_positions", "force")}
     try:
-        written = export(options.source, options.output, options.to, **names)
+        written = export(options.source, options.output, options.to, dtype=dtype, **names)
     except ValueError as error:
         print(f"peftkern export: error: {error}", file=sys.stderr)
         return 2

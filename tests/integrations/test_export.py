@@ -333,6 +333,24 @@ def test_what_a_format_has_no_room_for_is_refused(name, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_file_says_that_the_prefix_takes_no_positions(tmp_path):
+    """Only kv files can, and nothing reads such a file as a prefix that takes positions."""
+    prefix = PrefixKV(None, 5, **GEOMETRY)
+    save_prefix(prefix, tmp_path / "doc")
+    (path,) = export(prefix, tmp_path, "kv", shift_positions=False)
+    assert read_kv(path).positions == 0
+    with pytest.raises(ValueError, match=r"prefix\.safetensors: positions: .*shift_positions=False"):
+        load_prefix(path)
+    with pytest.raises(ValueError, match="shift_positions: expected True for to='cartridges'"):
+        export(prefix, tmp_path, "cartridges", shift_positions=False)
+    with pytest.raises(ValueError, match=r"shift_positions: expected True for to='llama\.cpp'"):
+        export(SoftPrompt(None, 2, embed_dim=4), tmp_path, "llama.cpp", shift_positions=False)
+    arguments = ["export", str(tmp_path / "doc"), "--to", "kv", "--output", str(tmp_path)]
+    for options, positions in (([], 5), (["--no-shift-positions", "--force"], 0)):
+        assert cli.main([*arguments, *options]) == 0
+        assert read_kv(tmp_path / "doc.safetensors").positions == positions
+
+
 def test_states_are_refused(tmp_path):
     from peftkern.recurrent_state import RecurrentState
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from peftkern import PrefixKV, export
 from peftkern.integrations.kv_file import KVFile, read_kv, write_kv
 from peftkern.integrations.prefix_folder import PrefixFolder
 from peftkern.integrations.vllm import prefix_errors, prefix_params
@@ -217,7 +218,8 @@ REFUSED = {
     "foreign": (_prefix("foreign"), {}, "expected keys of the model's 2 layers with a cache, got 3 layers (layer 2"),
     "dims": (_prefix("dims"), {}, "expected a layer 0 of Shape(num_kv_heads=2, head_dim=4, value_head_dim=4)"),
     "lengths": (_prefix("lengths"), {}, "expected one length for all layers, got [3, 4]"),
-    "positions": (_prefix("positions"), {}, "text that starts at position P, got 4 tokens and position 9"),
+    "positions": (_prefix("positions"), {}, "as many positions as it has tokens, got 4 tokens and 9 positions"),
+    "unshifted": (_prefix("unshifted"), {}, "as many positions as it has tokens, got 4 tokens and 0 positions"),
     "damaged": (_prefix("damaged"), {}, "expected a safetensors file"),
     "long": (_prefix("c"), {"ids": [1] * 45}, "at most 44 behind a prefix of 19 (max_model_len 64), got 45"),
     "logprobs": (_prefix("a"), {"skip_reading_prefix_cache": True}, "prompt_logprobs"),
@@ -232,6 +234,8 @@ REFUSED = {
 def test_a_request_that_cannot_be_served_fails_alone_and_says_why(engine, folder, name, caplog):
     _write(folder, "foreign", 4, layers=3)
     _write(folder, "positions", 4, positions=9)
+    prefix = PrefixKV(None, 4, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM)
+    export(prefix, folder, "kv", name="unshifted", shift_positions=False)
     key = torch.zeros(4, HEADS, 2 * DIM)
     for other, lengths in (("dims", (4, 4)), ("lengths", (4, 3))):
         pairs = [(key[:length].clone(), key[:length].clone()) for length in lengths]
