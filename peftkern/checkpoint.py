@@ -15,6 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,16 @@ def load_prefix(
         ValueError: naming the file and the problem: missing, truncated, a pickle, another format, another type of
             adapter, shapes that do not fit the config, or a prefix for another model.
     """
+    return load_with_dtype(folder, trainable, model)[0]
+
+
+def load_with_dtype(
+    folder: str | os.PathLike[str], trainable: bool, model: Any = None
+) -> tuple[PrefixKV | SoftPrompt, torch.dtype]:
+    """What :func:`load_prefix` returns, and the dtype in which it is stored."""
     contents = _foreign_contents(Path(folder))
     if contents is not None:
-        return _placed(_prefix_of(contents, Path(folder)), trainable, model, Path(folder))
+        return _placed(_prefix_of(contents, Path(folder)), trainable, model, Path(folder)), contents.dtype
     folder = _holding(Path(folder))
     path = folder / WEIGHTS_NAME
     tensors, config = _read(folder)
@@ -135,8 +143,9 @@ def load_prefix(
     prefix = _placed(prefix, trainable, model, path)
     foreign = _foreign(tensors)
     if foreign:
-        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=2)
-    return prefix
+        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=3)
+    dtypes = [x.dtype for name, x in tensors.items() if name not in foreign and x.is_floating_point()]
+    return prefix, reduce(torch.promote_types, dtypes)
 
 
 def _placed(prefix: PrefixKV | SoftPrompt, trainable: bool, model: Any, path: Path) -> PrefixKV | SoftPrompt:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_prefix
+from ..checkpoint import load_with_dtype
 from ..files import replace_files
 from ..model_info import Origin
 from ..modules import PrefixKV, SoftPrompt
@@ -63,7 +63,7 @@ def export(
         name: NAME, of letters, digits and ``_.+-``. Default: the name of the source's folder, or ``prefix``. Several
             modules get NAME-0, NAME-1 and so on, several folders their own names, and the table of several prompts
             ``prompts``.
-        dtype: float32, bfloat16 or float16; default: the prefix's own.
+        dtype: float32, bfloat16 or float16; default: the module's own, or that in which the folder or file stores it.
         shift_positions: False for a prefix that was trained with ``patch(shift_positions=False)``, which the prefix
             itself does not know. The file then says that the text starts at position 0, and a reader that would put
             it behind the prefix refuses the file. Only ``kv`` has room for it.
@@ -84,7 +84,7 @@ def export(
         if write is not _kv:
             raise ValueError(f"shift_positions: expected True for to={to!r}, got False")
         write = partial(write, shift_positions=False)
-    named = _named(prefix, name)
+    named = _named(prefix, name, dtype)
     singles = _singles(named)
     wrong = next((module for module in singles.values() if not isinstance(module, kind)), None)
     if wrong is not None:
@@ -141,8 +141,8 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype or x.dtype)
 
 
-def _named(prefix: Source | Sequence[Source], name: str | None) -> dict[str, Module]:
-    """Modules by name."""
+def _named(prefix: Source | Sequence[Source], name: str | None, dtype: torch.dtype | None) -> dict[str, Module]:
+    """Modules by name, each in its own dtype if ``dtype`` is None."""
     several = isinstance(prefix, Sequence) and not isinstance(prefix, str)
     sources: Sequence[Source] = prefix if several else [prefix]  # type: ignore[assignment, list-item]
     if not sources:
@@ -153,7 +153,9 @@ def _named(prefix: Source | Sequence[Source], name: str | None) -> dict[str, Mod
             own, module = name or "prefix", source
             own = f"{own}-{index}" if len(sources) > 1 else own
         elif isinstance(source, str | os.PathLike):
-            own, module = (len(sources) == 1 and name) or _name_of(Path(source).resolve()), load_prefix(source, False)
+            own = (len(sources) == 1 and name) or _name_of(Path(source).resolve())
+            module, stored = load_with_dtype(source, trainable=False)
+            module = module if dtype else module.to(stored)
         else:
             raise ValueError(f"prefix: expected a PrefixKV, SoftPrompt or folder, got {type(source).__name__}")
         if plain_name(own) in named:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", default=".", metavar="DIR", help="where to write (default: the current folder)")
     parser.add_argument("--name", help="name of the result (default: that of the folder)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the source")
     parser.add_argument(
         "--no-shift-positions",
         dest="shift_positions",

@@ -333,6 +333,30 @@ def test_what_a_format_has_no_room_for_is_refused(name, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_folders_and_files_keep_the_dtype_in_which_they_are_stored(dtype, tmp_path):
+    prefix = PrefixKV(None, 5, **GEOMETRY, dtype=dtype)
+    save_prefix(prefix, tmp_path / "saved")
+    export(prefix, tmp_path, "kv", name="kv")
+    export(prefix, tmp_path, "cartridges", name="cartridge")
+    save_prefix(PrefixKV(None, 5, **GEOMETRY, projection=6, dtype=dtype), tmp_path / "projection")
+    save_prefix(PrefixKV(None, 5, **GEOMETRY, num_prefixes=2, dtype=dtype), tmp_path / "bank")
+    for source in ("saved", "kv.safetensors", "cartridge", "projection", "bank"):
+        first, *_ = export(tmp_path / source, tmp_path / "served", "kv", name="x", force=True)
+        assert read_kv(first).dtype == dtype, source
+        first, *_ = export(tmp_path / source, tmp_path / "served", "kv", name="x", dtype=torch.float32, force=True)
+        assert read_kv(first).dtype == torch.float32, source
+    save_prefix(SoftPrompt(None, 4, embed_dim=8, dtype=dtype), tmp_path / "prompt")
+    for to, name in (
+        ("prompt-embeds", "prompt.safetensors"),
+        ("tensorrt-llm", "prompt.npy"),
+        ("llama.cpp", "prompt.f32"),
+    ):
+        export(tmp_path / "prompt", tmp_path, to)
+        assert (tmp_path / name).exists()
+    assert load_file(tmp_path / "prompt.safetensors")["prompt_embeds"].dtype == dtype
+
+
 def test_a_file_says_that_the_prefix_takes_no_positions(tmp_path):
     """Only kv files can, and nothing reads such a file as a prefix that takes positions."""
     prefix = PrefixKV(None, 5, **GEOMETRY)
