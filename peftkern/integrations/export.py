@@ -176,7 +176,7 @@ def _singles(named: Mapping[str, Module]) -> dict[str, Module]:
     singles: dict[str, Module] = {}
     for name, module in named.items():
         rows = _rows_of_bank(module)
-        names = [name] if rows[0] is module else [f"{name}-{i}" for i in range(len(rows))]
+        names = [name] if rows[0] is module else [plain_name(f"{name}-{i}") for i in range(len(rows))]
         if twice := set(names) & set(singles):
             raise ValueError(f"prefix: expected sources of different names, got {min(twice)!r} twice")
         singles |= zip(names, rows, strict=True)

@@ -357,6 +357,15 @@ def test_folders_and_files_keep_the_dtype_in_which_they_are_stored(dtype, tmp_pa
     assert load_file(tmp_path / "prompt.safetensors")["prompt_embeds"].dtype == dtype
 
 
+def test_the_names_of_a_banks_prefixes_are_short_enough(tmp_path):
+    """A server could not find longer ones."""
+    bank = PrefixKV(None, 5, **GEOMETRY, num_prefixes=2)
+    assert len(export(bank, tmp_path / "served", "kv", name="x" * 198)) == 2
+    with pytest.raises(ValueError, match="name: expected at most 200 letters"):
+        export(bank, tmp_path / "new", "kv", name="x" * 199)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_says_that_the_prefix_takes_no_positions(tmp_path):
     """Only kv files can, and nothing reads such a file as a prefix that takes positions."""
     prefix = PrefixKV(None, 5, **GEOMETRY)
