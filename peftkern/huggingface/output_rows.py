@@ -66,12 +66,13 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
         batch: arguments of its forward; ``labels`` and ``logits_to_keep`` are left out.
 
     Raises:
-        ValueError: for a model without an output layer, or whose logits follow from it in another way than by a bias,
+        ValueError: for a model that is not a causal language model; without an output layer, or whose logits follow from it in another way than by a bias,
             a scale and a softcap; for an output layer with an adapter, or to be trained.
     """
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
+    _check_causal(base)
     layer: Any = base.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in _TOLERANCE:
@@ -80,6 +81,18 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
     _check_parameters(layer)
     hidden, tried, logits = _run(model, layer, batch)
     return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), *_find(base, layer, tried, logits)))
+
+
+def _check_causal(base: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not those of the next tokens of its batch."""
+    is_causal = [x.is_causal for x in base.get_decoder().modules() if hasattr(x, "is_causal")]
+    kinds = {
+        "an encoder-decoder": getattr(base.config, "is_encoder_decoder", False),
+        "a model that cannot generate": not base.can_generate(),
+        "a model whose attention is not causal": bool(is_causal) and not any(is_causal),
+    }
+    if kind := next((kind for kind, is_it in kinds.items() if is_it), None):
+        raise ValueError(f"model: expected a causal language model, got {type(base).__name__}, {kind}")
 
 
 def _check_parameters(layer: nn.Module) -> None:

@@ -190,6 +190,10 @@ def test_models_with_other_logits_are_refused():
         with pytest.raises(ValueError, match="model: expected logits that are hidden states times output embeddings"):
             peftkern.label_loss(model, batch)
     with pytest.raises(ValueError, match="model: expected a causal language model with an output layer of floats"):
+        model = _model()
+        model.lm_head = torch.nn.Identity()
+        peftkern.label_loss(model, batch)
+    with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
         peftkern.label_loss(_model().model, batch)
 
 
@@ -213,6 +217,32 @@ def test_a_change_between_two_calls_is_seen():
             peftkern.label_loss(adapted.requires_grad_(not frozen), batch)
     merged = adapted.merge_and_unload().requires_grad_(False)
     torch.testing.assert_close(peftkern.label_loss(merged, batch), merged(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+_WIDTHS = {"hidden_size": 32, "d_model": 32, "num_hidden_layers": 1, "vocab_size": VOCAB, "num_attention_heads": 2}
+OTHERS = {
+    "a T5": (hf.T5ForConditionalGeneration, hf.T5Config(d_kv=16, d_ff=32, num_layers=1, num_heads=2, **_WIDTHS)),
+    "a Bart": (hf.BartForConditionalGeneration, hf.BartConfig(encoder_layers=1, decoder_layers=1, **_WIDTHS)),
+    "a masked language model": (hf.BertForMaskedLM, hf.BertConfig(**_WIDTHS)),
+    "one that sees later tokens": (hf.BertLMHeadModel, hf.BertConfig(**_WIDTHS)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_are_not_causal_are_refused(name):
+    kind, config = OTHERS[name]
+    model, batch = kind(config).eval().requires_grad_(False), _batch()
+    for call in (lambda: peftkern.label_loss(model, batch), lambda: peftkern.capture_top_k(model, batch, 4)):
+        with pytest.raises(ValueError, match=f"model: expected a causal language model, got {kind.__name__}, a"):
+            call()
+
+
+def test_a_bert_that_decodes_is_a_causal_language_model():
+    model, batch = (
+        hf.BertLMHeadModel(hf.BertConfig(is_decoder=True, **_WIDTHS)).eval().requires_grad_(False),
+        _batch(),
+    )
+    torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padding", [0.0, float("nan")])
