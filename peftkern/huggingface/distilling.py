@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..distillation import Objective, Reduction, cross_entropy, distillation_loss, top_k_log_probs
 from .call_arguments import tokens_of
 from .layout import IGNORED
-from .output_rows import read_rows
+from .output_rows import causal_model, read_rows
 from .prompt_patch import PromptPatch
 from .wiring import PATCH
 
@@ -51,7 +54,7 @@ def capture_top_k(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
-    hidden, head = read_rows(model, batch)
+    hidden, head, _ = read_rows(model, batch)
     chosen = _chosen(hidden, _rows(batch, rows))
     return TopK(*top_k_log_probs(chosen, head.lm_head, k, temperature=temperature, **head.options()))
 
@@ -83,7 +86,7 @@ def distil(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
-    hidden, head = read_rows(model, batch)
+    hidden, head, _ = read_rows(model, batch)
     chosen = _chosen(hidden, _rows(batch, rows))
     return distillation_loss(
         chosen, head.lm_head, teacher_ids, teacher_log_probs, temperature=temperature, objective=objective,
@@ -96,9 +99,10 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
 
     Args:
         model: a causal language model, patched or not, whose output layer is frozen.
-        batch: arguments of its forward, with ``labels`` [B, S]; -100 is ignored.
+        batch: arguments of its forward, with ``labels`` [B, S]; -100 is ignored. ``num_items_in_batch`` divides the
+            sum instead of the number of labels.
         reduction: as for :func:`peftkern.distillation_loss`; ``"none"`` gives the loss of each label, in the order of
-            the batch.
+            the batch. ``"sum"`` and ``"none"`` are not divided.
 
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
@@ -106,7 +110,13 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(f"batch: expected labels [B, S], got {type(labels).__name__}")
-    hidden, head = read_rows(model, batch)
+    for name in ("shift_labels", "ignore_index"):
+        if batch.get(name) is not None:
+            raise ValueError(f"batch: expected labels, which are shifted here and -100 where ignored, got {name}")
+    _check_loss(causal_model(model))
+    hidden, head, others = read_rows(model, batch)
+    if others:
+        raise ValueError(f"model: expected the loss of labels alone, got {', '.join(others)} too: switch them off")
     num_before = hidden.shape[1] - labels.shape[1]
     targets = nn.functional.pad(labels[:, 1:], (num_before, 1), value=IGNORED)
     if num_before:  # the last row of a prompt predicts the first token
@@ -115,7 +125,19 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
         raise ValueError("labels: expected -100 for first tokens, whose prompt is not shown, got others")
     rows = targets != IGNORED
     chosen, targets = hidden[rows.to(hidden.device)], targets[rows]
-    return cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())
+    num_items = batch.get("num_items_in_batch") if reduction == "mean" else None
+    reduction = "sum" if num_items is not None else reduction
+    loss = cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())
+    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
+
+
+def _check_loss(base: PreTrainedModel) -> None:
+    """Refuse a model whose forward computes another loss than that of labels shifted by one."""
+    names = inspect.unwrap(type(base).forward).__code__.co_names
+    loss = base.loss_function if "loss_function" in names else "a loss of its own"
+    if loss is not LOSS_MAPPING["ForCausalLM"]:
+        got = getattr(loss, "__name__", loss)
+        raise ValueError(f"model: expected one that computes ForCausalLMLoss, got {type(base).__name__} with {got}")
 
 
 def _rows(batch: Mapping[str, Any], rows: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..distillation import logits_of
 
-__all__ = ["Head", "OutputRows", "read_rows"]
+__all__ = ["Head", "OutputRows", "causal_model", "read_rows"]
 
 #: Arguments with which a forward would compute a loss, or fewer rows.
 _LEFT_OUT = ("labels", "logits_to_keep", "num_items_in_batch")
@@ -52,10 +52,25 @@ class OutputRows(NamedTuple):
     Attributes:
         hidden: [B, P + S, E]; P > 0 if the model shows the rows of a prompt before the sequences.
         head: the output layer.
+        other_losses: names of losses that the model returns though no labels were passed (of routers of experts).
     """
 
     hidden: Tensor
     head: Head
+    other_losses: tuple[str, ...] = ()
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model that is ``model``, or in it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
+    _check_causal(base)
+    return base
 
 
 def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
@@ -66,21 +81,21 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
         batch: arguments of its forward; ``labels`` and ``logits_to_keep`` are left out.
 
     Raises:
-        ValueError: for a model that is not a causal language model; without an output layer, or whose logits follow from it in another way than by a bias,
-            a scale and a softcap; for an output layer with an adapter, or to be trained.
+        ValueError: for a model that is not a causal language model, has no output layer, or whose logits follow from
+            it in another way than by a bias, a scale and a softcap; for an output layer with an adapter, or to be
+            trained.
     """
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None:
-        raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
-    _check_causal(base)
+    base = causal_model(model)
     layer: Any = base.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in _TOLERANCE:
         got = type(base).__name__ + (f" with {weight.dtype}" if isinstance(weight, Tensor) else "")
         raise ValueError(f"model: expected a causal language model with an output layer of floats, got {got}")
     _check_parameters(layer)
-    hidden, tried, logits = _run(model, layer, batch)
-    return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), *_find(base, layer, tried, logits)))
+    hidden, tried, output = _run(model, layer, batch)
+    form = _find(base, layer, tried, output["logits"].detach())
+    others = tuple(name for name, x in output.items() if "loss" in name and x is not None)
+    return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), *form), others)
 
 
 def _check_causal(base: PreTrainedModel) -> None:
@@ -104,7 +119,7 @@ def _check_parameters(layer: nn.Module) -> None:
         raise ValueError(f"model: expected a frozen output layer, got {trained} to be trained")
 
 
-def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any]:
     """Run a model with an output layer that computes the logits of few rows.
 
     Args:
@@ -113,7 +128,7 @@ def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[
 
     Returns:
         The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, and the model's
-        logits [B, n, V] of them.
+        output with logits [B, n, V] of them.
     """
     inputs: list[tuple[Tensor, Tensor]] = []
 
@@ -131,7 +146,7 @@ def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[
     if len(inputs) != 1 or inputs[0][0].dim() != 3:
         got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0][0].shape)}"
         raise ValueError(f"model: expected an output layer that is called once, with [B, S, E], got {got}")
-    return *inputs[0], output.logits.detach()
+    return *inputs[0], output
 
 
 def _tried(hidden: Tensor, layer: Any) -> Tensor:

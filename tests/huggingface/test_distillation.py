@@ -189,9 +189,8 @@ def test_models_with_other_logits_are_refused():
         head.register_forward_hook(lambda m, args, out, change=change: change(out))
         with pytest.raises(ValueError, match="model: expected logits that are hidden states times output embeddings"):
             peftkern.label_loss(model, batch)
+    model.lm_head = torch.nn.Identity()
     with pytest.raises(ValueError, match="model: expected a causal language model with an output layer of floats"):
-        model = _model()
-        model.lm_head = torch.nn.Identity()
         peftkern.label_loss(model, batch)
     with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
         peftkern.label_loss(_model().model, batch)
@@ -243,6 +242,31 @@ def test_a_bert_that_decodes_is_a_causal_language_model():
         _batch(),
     )
     torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7)])
+def test_the_number_of_items_in_a_batch_divides_the_loss_of_labels(num_items):
+    model, batch = _model(), {**_batch(), "num_items_in_batch": num_items}
+    torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_not_that_of_labels_alone_is_refused():
+    mixtral = hf.MixtralConfig(num_local_experts=2, head_dim=16, output_router_logits=True, **_SIZES)
+    model, batch = hf.MixtralForCausalLM(mixtral).eval().requires_grad_(False), _batch()
+    with pytest.raises(ValueError, match="model: expected the loss of labels alone, got aux_loss too"):
+        peftkern.label_loss(model, batch)
+    plain = {**batch, "output_router_logits": False}
+    torch.testing.assert_close(peftkern.label_loss(model, plain), model(**plain).loss, rtol=1e-4, atol=1e-4)
+    decoder = hf.BartForCausalLM(hf.BartConfig(decoder_layers=1, **_WIDTHS)).requires_grad_(False)  # labels unshifted
+    with pytest.raises(ValueError, match="model: expected one that computes ForCausalLMLoss, got BartForCausalLM"):
+        peftkern.label_loss(decoder, batch)
+    model = _model()
+    for name, value in (("shift_labels", batch["labels"]), ("ignore_index", 5)):
+        with pytest.raises(ValueError, match=f"batch: expected labels.*got {name}"):
+            peftkern.label_loss(model, {**batch, name: value})
+    model.loss_function = F.cross_entropy
+    with pytest.raises(ValueError, match="ForCausalLMLoss, got LlamaForCausalLM with cross_entropy"):
+        peftkern.label_loss(model, batch)
 
 
 @pytest.mark.parametrize("padding", [0.0, float("nan")])
