@@ -291,7 +291,14 @@ def test_products_in_half_precision(dtype, native):
     torch.testing.assert_close(_gradient(loss, hidden).double(), _gradient(want, exact), rtol=5e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 9.0)])
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [
+        (torch.float32, None),
+        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 9.0, marks=pytest.mark.slow),
+    ],
+)
 def test_memory(dtype, softcap, monkeypatch):
     """The peak beyond the inputs is at most 5 % of the logits' bytes, with the gradient."""
     monkeypatch.setattr(output_layer, "_MIN_BYTES", 1 << 16)

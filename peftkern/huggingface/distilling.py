@@ -45,7 +45,7 @@ def capture_top_k(
         batch: arguments of its forward.
         k: 1 <= K <= V.
         rows: bool [B, S], the tokens whose successors are asked for. Default: those before a label, if the batch has
-            ``labels``, or else those of ``attention_mask``, or else all.
+            ``labels``, or else those of ``attention_mask`` [B, at least S], whose last S columns count, or else all.
         temperature: by which the logits are divided.
 
     Returns:
@@ -54,8 +54,9 @@ def capture_top_k(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
+    rows = _rows(batch, rows)
     hidden, head, _ = read_rows(model, batch)
-    chosen = _chosen(hidden, _rows(batch, rows))
+    chosen = _chosen(hidden, rows)
     return TopK(*top_k_log_probs(chosen, head.lm_head, k, temperature=temperature, **head.options()))
 
 
@@ -86,8 +87,9 @@ def distil(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
+    rows = _rows(batch, rows)
     hidden, head, _ = read_rows(model, batch)
-    chosen = _chosen(hidden, _rows(batch, rows))
+    chosen = _chosen(hidden, rows)
     return distillation_loss(
         chosen, head.lm_head, teacher_ids, teacher_log_probs, temperature=temperature, objective=objective,
         weights=weights, reduction=reduction, **head.options(),
@@ -151,9 +153,12 @@ def _rows(batch: Mapping[str, Any], rows: Tensor | None) -> Tensor:
     if isinstance(labels := batch.get("labels"), Tensor):
         return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == shape:
-        return mask != 0
-    return torch.ones(shape, dtype=torch.bool)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == shape[0] and mask.shape[1] >= shape[1]:
+        return mask[:, mask.shape[1] - shape[1] :] != 0  # the columns before are those of a prefix or cache
+    got = str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(f"rows: expected rows, or an attention_mask [{shape[0]}, at least {shape[1]}], got one of {got}")
 
 
 def _chosen(hidden: Tensor, rows: Tensor) -> Tensor:

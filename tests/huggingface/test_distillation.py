@@ -159,6 +159,34 @@ def test_rows_are_those_asked_for():
     assert peftkern.capture_top_k(model, {"input_ids": batch["input_ids"]}, 4).ids.shape == (27, 4)
 
 
+def test_padding_is_left_out_if_the_mask_covers_a_prefix_or_cache():
+    model, batch = _model(), _batch(labels=False)
+    kept = batch["attention_mask"] != 0
+    student = peftkern.patch(model, peftkern.PrefixKV(model, 4))
+    want = peftkern.capture_top_k(student, batch, 4)
+    longer = {**batch, "attention_mask": F.pad(batch["attention_mask"], (4, 0), value=1)}
+    torch.testing.assert_close(peftkern.capture_top_k(student, longer, 4), want)
+    peftkern.unpatch(student)
+    cache = model(input_ids=batch["input_ids"][:, :3]).past_key_values
+    rest = {**longer, "input_ids": batch["input_ids"][:, 3:], "past_key_values": cache}
+    rest["attention_mask"] = batch["attention_mask"]
+    logits = model(**batch).logits.log_softmax(-1)[:, 3:][kept[:, 3:]]
+    torch.testing.assert_close(peftkern.capture_top_k(model, rest, 4).log_probs, logits.topk(4).values)
+
+
+def test_rows_are_asked_for_if_the_mask_does_not_tell_them():
+    model, batch = _model(), _batch(labels=False)
+    mask = batch["attention_mask"]
+    causal = (mask[:, None, None, :] * torch.ones(9, 9, dtype=torch.int64).tril()).bool()
+    for other, got in ((mask[:, 1:], "[3, 8]"), (causal, "[3, 1, 9, 9]"), ({"full_attention": causal}, "dict")):
+        changed = {**batch, "attention_mask": other}
+        with pytest.raises(ValueError, match=re.escape(f"attention_mask [3, at least 9], got one of {got}")):
+            peftkern.capture_top_k(model, changed, 4)
+    changed = {**batch, "attention_mask": causal}
+    same = peftkern.capture_top_k(model, changed, 4, rows=mask != 0)
+    torch.testing.assert_close(same.log_probs, peftkern.capture_top_k(model, batch, 4).log_probs)
+
+
 def test_the_output_layer_runs_on_few_rows():
     model, batch = _model().train(), _batch()
     calls, shapes = [], []
