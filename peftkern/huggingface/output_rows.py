@@ -160,9 +160,15 @@ def _tried(hidden: Tensor, layer: Any) -> Tensor:
     rows = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
     if not rows.numel():
         return rows
-    raw = logits_of(rows.flatten(0, -2), layer.weight, bias=getattr(layer, "bias", None))
-    largest = max(float(raw.abs().max()), 1e-3)
-    return torch.cat([rows, *(rows * (large / largest) for large in _LARGE)], 1)
+    known = rows[rows.isfinite().all(2)]
+    if not len(known):
+        return torch.cat([rows] * (len(_LARGE) + 1), 1)
+    raw = logits_of(known, layer.weight, bias=getattr(layer, "bias", None))
+    largest, most = (
+        max(float(raw.abs().max()), 1e-3),
+        torch.finfo(rows.dtype).max / (2 * float(known.abs().max()) + 1),
+    )
+    return torch.cat([rows, *(rows * min(large / largest, most) for large in _LARGE)], 1)
 
 
 def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> tuple[float, float | None]:
@@ -179,7 +185,7 @@ def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> tu
     numbers = _numbers(base.config.get_text_config())
     if raw.shape == logits.shape and raw.numel():
         by_run = (len(rows), len(_LARGE) + 1, -1)
-        known = rows.isfinite().all(2).view(by_run).all(1)
+        known = rows.isfinite().all(2).view(by_run)[:, 0]
         if not known.any():
             return 1.0, None  # of hidden states that are all NaN or infinite, no form gives a number
         raw, want = (x.view(*by_run, x.shape[2]).transpose(1, 2)[known] for x in (raw, logits.float()))

@@ -224,6 +224,14 @@ def test_models_with_other_logits_are_refused():
         peftkern.label_loss(_model().model, batch)
 
 
+def test_large_hidden_states_in_half_precision():
+    """The larger rows of the trial must not overflow."""
+    model, batch = _model("softcap", torch.float16), _batch()
+    model.model.norm.register_forward_hook(lambda m, args, out: 1000 * out)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / 100, requires_grad=False)
+    assert _form(model, batch) == (1.0, 30.0)
+
+
 def test_a_change_between_two_calls_is_seen():
     """Of the config, by a hook, and by an adapter, which starts at zero."""
     batch, model = _batch(), _model("softcap")
@@ -301,10 +309,11 @@ def test_a_loss_that_is_not_that_of_labels_alone_is_refused():
 def test_padded_rows_may_hold_anything(padding):
     """The output layer is tried on rows that say something; a batch of NaN has a loss of NaN, as the model's own."""
     model, batch = _model("softcap"), _batch()
-    batch["labels"][:, 6:] = -100
+    batch["labels"][:, 6:] = batch["labels"][1] = -100
 
     def pad(module, args, output, first=5):
         output.last_hidden_state[:, first:] = padding
+        output.last_hidden_state[1] = padding
 
     want = model(**batch).loss
     handle = model.model.register_forward_hook(pad)
