@@ -68,7 +68,8 @@ def distillation_loss(
         weights: bool or float [N], at least 0: factors of the rows' losses. Rows of weight 0 are skipped.
         reduction: ``"mean"`` (sum of the losses over the sum of the weights; 0 if that is 0), ``"sum"``, or
             ``"none"`` for the losses [N].
-        bias: [V], of the output layer; frozen.
+        bias: [V], of the output layer; frozen. -inf excludes a token, which then adds nothing to the loss if its
+            ``teacher_log_probs`` are -inf too; if they are not, the loss is infinite.
         scale: of the logits (Cohere, Granite).
         softcap: c in the formula above (Gemma 2), or None to disable it.
 
@@ -251,18 +252,26 @@ def _losses(
     ids, log_p = teacher.ids[block].long(), teacher.log_probs[block].to(layer.sum_dtype)
     soft = layer.softmax(hidden, ids, sizes, needs_mean=needs_grad)
     p, log_q, log_q_rest = log_p.exp(), soft.chosen - soft.lse[:, None], soft.others_lse - soft.lse
-    losses, mass, p_rest = -(p * log_q).sum(1), p.sum(1), torch.zeros_like(soft.lse)
+    losses, mass, p_rest = -_product(p, log_q).sum(1), p.sum(1), torch.zeros_like(soft.lse)
     if teacher.objective == "kl_with_tail":
         if ids.shape[1] < len(layer.weight):
             p_rest = (1 - mass).clamp_(min=0)
+            # Where no other token is possible, what the teacher's sum lacks by rounding is no probability of others.
+            rounding = 2 * torch.finfo(teacher.log_probs.dtype).eps * (1 + math.log(ids.shape[1]))
+            p_rest[(p_rest <= rounding) & (log_q_rest == -math.inf)] = 0
         losses += torch.xlogy(p, p).sum(1) + torch.xlogy(p_rest, p_rest)
-        losses -= torch.where(p_rest > 0, p_rest * log_q_rest, 0)
+        losses -= _product(p_rest, log_q_rest)
         mass += p_rest
     if soft.others_mean is None:
         return losses, None
     grad = soft.others_mean.mul_((mass * log_q_rest.exp() - p_rest)[:, None])
     layer.add_gradient(grad, mass[:, None] * log_q.exp() - p, soft.chosen, ids, sizes)
     return losses, grad
+
+
+def _product(p: Tensor, log_q: Tensor) -> Tensor:
+    """p log q, which is 0 where p is 0, even for a q of 0."""
+    return torch.where(p > 0, p * log_q, 0)
 
 
 def _layer(

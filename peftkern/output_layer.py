@@ -167,7 +167,7 @@ class OutputLayer:
             if values.shape[1] > k:
                 values, places = values.topk(k, dim=1)
                 ids = ids.gather(1, places)
-            largest = logits.amax(1)
+            largest = logits.amax(1).clamp_(min=torch.finfo(logits.dtype).min)  # all may be -inf
             lse = torch.logaddexp(lse, logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest))
         values, places = values.sort(dim=1, descending=True, stable=True)
         return values.sub_(lse[:, None]), ids.gather(1, places)

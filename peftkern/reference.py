@@ -321,7 +321,7 @@ def distillation_loss(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_q = (logits / temperature).log_softmax(-1)
     ids, p = teacher_ids.long(), teacher_log_probs.exp()
-    losses = -(p * log_q.gather(1, ids)).sum(1)
+    losses = -torch.where(p > 0, p * log_q.gather(1, ids), 0).sum(1)
     if objective == "cross_entropy":
         return losses
     losses = losses + torch.xlogy(p, p).sum(1)

@@ -190,6 +190,39 @@ def test_log_probs_of_minus_infinity_are_probabilities_of_zero():
             torch.testing.assert_close(got, distillation_loss(hidden, lm_head, ids[:, :4], log_probs[:, :4]))
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("k", [200, 331])
+def test_excluded_tokens_add_nothing(k, objective):
+    """64 tokens have a bias of -inf, a whole block of them: as without them. K may contain all others, and them."""
+    hidden, lm_head, *_ = _inputs(9, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    kept = torch.cat([torch.arange(64), torch.arange(128, 331)])
+    bias = torch.full((331,), -torch.inf).index_fill(0, kept, 0)
+    ids, log_probs = top_k_log_probs(torch.randn(hidden.shape, generator=generator), lm_head, k, bias=bias)
+    assert not log_probs.isnan().any()
+    assert (log_probs.exp().sum(1) < 1).any() or k == 200
+    results = []
+    for weight, more in ((lm_head, {"bias": bias}), (lm_head[kept], {})):
+        x = hidden.clone().requires_grad_()
+        if not more:  # excluded ids come last
+            places = torch.full((331,), -1).index_copy(0, kept, torch.arange(len(kept)))
+            ids, log_probs = places[ids[:, :267]], log_probs[:, :267]
+        losses = distillation_loss(x, weight, ids, log_probs, objective=objective, reduction="none", **more)
+        results.append((losses.detach(), _gradient(losses.sum(), x)))
+    assert results[0][0].isfinite().all()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_a_student_that_excludes_what_its_teacher_expects_has_an_infinite_loss():
+    hidden, lm_head, ids, log_probs = _inputs()
+    bias = torch.zeros(331).index_fill(0, ids[0], -torch.inf)
+    losses = distillation_loss(hidden[:1], lm_head, ids[:1], log_probs[:1], bias=bias)
+    assert losses == torch.inf
+    outside = torch.full((331,), -torch.inf).index_fill(0, ids[0], 0)
+    options = {"bias": outside, "objective": "kl_with_tail"}
+    assert distillation_loss(hidden[:1], lm_head, ids[:1], log_probs[:1], **options) == torch.inf
+
+
 def test_buffers_that_start_with_nan_change_nothing():
     hidden, lm_head, ids, log_probs = _inputs(dtype=torch.float32)
 
@@ -258,7 +291,14 @@ def test_products_in_half_precision(dtype, native):
     torch.testing.assert_close(_gradient(loss, hidden).double(), _gradient(want, exact), rtol=5e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 9.0)])
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [
+        (torch.float32, None),
+        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 9.0, marks=pytest.mark.slow),
+    ],
+)
 def test_memory(dtype, softcap, monkeypatch):
     """The peak beyond the inputs is at most 5 % of the logits' bytes, with the gradient."""
     monkeypatch.setattr(output_layer, "_MIN_BYTES", 1 << 16)

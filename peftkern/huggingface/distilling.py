@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..distillation import Objective, Reduction, cross_entropy, distillation_loss, top_k_log_probs
 from .call_arguments import tokens_of
 from .layout import IGNORED
-from .output_rows import read_rows
+from .output_rows import causal_model, read_rows
 from .prompt_patch import PromptPatch
 from .wiring import PATCH
 
@@ -42,7 +45,7 @@ def capture_top_k(
         batch: arguments of its forward.
         k: 1 <= K <= V.
         rows: bool [B, S], the tokens whose successors are asked for. Default: those before a label, if the batch has
-            ``labels``, or else those of ``attention_mask``, or else all.
+            ``labels``, or else those of ``attention_mask`` [B, at least S], whose last S columns count, or else all.
         temperature: by which the logits are divided.
 
     Returns:
@@ -51,8 +54,9 @@ def capture_top_k(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
-    hidden, head = read_rows(model, batch)
-    chosen = _chosen(hidden, _rows(batch, rows))
+    rows = _rows(batch, rows)
+    hidden, head, _ = read_rows(model, batch)
+    chosen = _chosen(hidden, rows)
     return TopK(*top_k_log_probs(chosen, head.lm_head, k, temperature=temperature, **head.options()))
 
 
@@ -83,8 +87,9 @@ def distil(
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
     """
-    hidden, head = read_rows(model, batch)
-    chosen = _chosen(hidden, _rows(batch, rows))
+    rows = _rows(batch, rows)
+    hidden, head, _ = read_rows(model, batch)
+    chosen = _chosen(hidden, rows)
     return distillation_loss(
         chosen, head.lm_head, teacher_ids, teacher_log_probs, temperature=temperature, objective=objective,
         weights=weights, reduction=reduction, **head.options(),
@@ -96,9 +101,10 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
 
     Args:
         model: a causal language model, patched or not, whose output layer is frozen.
-        batch: arguments of its forward, with ``labels`` [B, S]; -100 is ignored.
+        batch: arguments of its forward, with ``labels`` [B, S]; -100 is ignored. ``num_items_in_batch`` divides the
+            sum instead of the number of labels.
         reduction: as for :func:`peftkern.distillation_loss`; ``"none"`` gives the loss of each label, in the order of
-            the batch.
+            the batch. ``"sum"`` and ``"none"`` are not divided.
 
     Raises:
         ValueError: naming the argument, what was expected and what was passed.
@@ -106,7 +112,13 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         raise ValueError(f"batch: expected labels [B, S], got {type(labels).__name__}")
-    hidden, head = read_rows(model, batch)
+    for name in ("shift_labels", "ignore_index"):
+        if batch.get(name) is not None:
+            raise ValueError(f"batch: expected labels, which are shifted here and -100 where ignored, got {name}")
+    _check_loss(causal_model(model))
+    hidden, head, others = read_rows(model, batch)
+    if others:
+        raise ValueError(f"model: expected the loss of labels alone, got {', '.join(others)} too: switch them off")
     num_before = hidden.shape[1] - labels.shape[1]
     targets = nn.functional.pad(labels[:, 1:], (num_before, 1), value=IGNORED)
     if num_before:  # the last row of a prompt predicts the first token
@@ -115,7 +127,19 @@ def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reducti
         raise ValueError("labels: expected -100 for first tokens, whose prompt is not shown, got others")
     rows = targets != IGNORED
     chosen, targets = hidden[rows.to(hidden.device)], targets[rows]
-    return cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())
+    num_items = batch.get("num_items_in_batch") if reduction == "mean" else None
+    reduction = "sum" if num_items is not None else reduction
+    loss = cross_entropy(chosen, head.lm_head, targets.to(hidden.device), reduction=reduction, **head.options())
+    return loss if num_items is None else loss / torch.as_tensor(num_items, device=loss.device)
+
+
+def _check_loss(base: PreTrainedModel) -> None:
+    """Refuse a model whose forward computes another loss than that of labels shifted by one."""
+    names = inspect.unwrap(type(base).forward).__code__.co_names
+    loss = base.loss_function if "loss_function" in names else "a loss of its own"
+    if loss is not LOSS_MAPPING["ForCausalLM"]:
+        got = getattr(loss, "__name__", loss)
+        raise ValueError(f"model: expected one that computes ForCausalLMLoss, got {type(base).__name__} with {got}")
 
 
 def _rows(batch: Mapping[str, Any], rows: Tensor | None) -> Tensor:
@@ -129,9 +153,12 @@ def _rows(batch: Mapping[str, Any], rows: Tensor | None) -> Tensor:
     if isinstance(labels := batch.get("labels"), Tensor):
         return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == shape:
-        return mask != 0
-    return torch.ones(shape, dtype=torch.bool)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == shape[0] and mask.shape[1] >= shape[1]:
+        return mask[:, mask.shape[1] - shape[1] :] != 0  # the columns before are those of a prefix or cache
+    got = str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(f"rows: expected rows, or an attention_mask [{shape[0]}, at least {shape[1]}], got one of {got}")
 
 
 def _chosen(hidden: Tensor, rows: Tensor) -> Tensor:

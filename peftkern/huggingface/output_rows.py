@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the hidden states that the output layer of a model receives, so that a loss needs no logits [B, S, V].
 
-The model's own forward runs. A hook on its output layer keeps the input and passes on no rows, so the layer costs
-nothing and everything after it sees logits [B, 0, V]. In the first call of a model it passes on a few rows, from
-whose logits the scale and the softcap are found.
+The model's own forward runs. A hook on its output layer keeps the input and passes on a few rows, so the layer costs
+little and everything after it sees logits [B, n, V]. From these the scale and the softcap are found, in every call:
+a hook, an adapter or a config may have changed since the last one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..distillation import logits_of
 
-__all__ = ["Head", "OutputRows", "read_rows"]
+__all__ = ["Head", "OutputRows", "causal_model", "read_rows"]
 
 #: Arguments with which a forward would compute a loss, or fewer rows.
 _LEFT_OUT = ("labels", "logits_to_keep", "num_items_in_batch")
@@ -53,22 +52,25 @@ class OutputRows(NamedTuple):
     Attributes:
         hidden: [B, P + S, E]; P > 0 if the model shows the rows of a prompt before the sequences.
         head: the output layer.
+        other_losses: names of losses that the model returns though no labels were passed (of routers of experts).
     """
 
     hidden: Tensor
     head: Head
+    other_losses: tuple[str, ...] = ()
 
 
-class _Found(NamedTuple):
-    """What the first call has shown of an output layer. Its weight and bias are read anew in each call."""
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The causal language model that is ``model``, or in it.
 
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype
-
-
-#: By output layer.
-_found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
+    Raises:
+        ValueError: if there is none.
+    """
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
+    _check_causal(base)
+    return base
 
 
 def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
@@ -79,48 +81,59 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
         batch: arguments of its forward; ``labels`` and ``logits_to_keep`` are left out.
 
     Raises:
-        ValueError: for a model without an output layer, or whose logits follow from it in another way than by a bias,
-            a scale and a softcap.
+        ValueError: for a model that is not a causal language model, has no output layer, or whose logits follow from
+            it in another way than by a bias, a scale and a softcap; for an output layer with an adapter, or to be
+            trained.
     """
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None:
-        raise ValueError(f"model: expected a transformers PreTrainedModel, or one inside, got {type(model).__name__}")
+    base = causal_model(model)
     layer: Any = base.get_output_embeddings()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in _TOLERANCE:
         got = type(base).__name__ + (f" with {weight.dtype}" if isinstance(weight, Tensor) else "")
         raise ValueError(f"model: expected a causal language model with an output layer of floats, got {got}")
-    found = _found.get(layer)
-    if found is None or found.dtype != weight.dtype:
-        hidden, tried, logits = _run(model, layer, batch, shown=_TRIED)
-        found = _found[layer] = _find(base, layer, tried.detach(), logits.detach())
-    else:
-        hidden, *_ = _run(model, layer, batch, shown=0)
-    return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), found.scale, found.softcap))
+    _check_parameters(layer)
+    hidden, tried, output = _run(model, layer, batch)
+    form = _find(base, layer, tried, output["logits"].detach())
+    others = tuple(name for name, x in output.items() if "loss" in name and x is not None)
+    return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), *form), others)
 
 
-def _run(
-    model: nn.Module, layer: nn.Module, batch: Mapping[str, Any], *, shown: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_causal(base: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not those of the next tokens of its batch."""
+    is_causal = [x.is_causal for x in base.get_decoder().modules() if hasattr(x, "is_causal")]
+    kinds = {
+        "an encoder-decoder": getattr(base.config, "is_encoder_decoder", False),
+        "a model that cannot generate": not base.can_generate(),
+        "a model whose attention is not causal": bool(is_causal) and not any(is_causal),
+    }
+    if kind := next((kind for kind, is_it in kinds.items() if is_it), None):
+        raise ValueError(f"model: expected a causal language model, got {type(base).__name__}, {kind}")
+
+
+def _check_parameters(layer: nn.Module) -> None:
+    """Refuse an adapter, whose effect may be less than a rounding, and parameters that would get no gradient."""
+    named = dict(layer.named_parameters())
+    if others := [name for name in named if name not in ("weight", "bias")]:
+        raise ValueError(f"model: expected an output layer with a weight and a bias, got {others}: merge adapters")
+    if torch.is_grad_enabled() and (trained := [name for name, x in named.items() if x.requires_grad]):
+        raise ValueError(f"model: expected a frozen output layer, got {trained} to be trained")
+
+
+def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any]:
     """Run a model with an output layer that computes the logits of few rows.
 
     Args:
         model, batch: as for :func:`read_rows`.
         layer: the output layer.
-        shown: rows per sample that it is tried on.
 
     Returns:
         The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, and the model's
-        logits [B, n, V] of them.
+        output with logits [B, n, V] of them.
     """
     inputs: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        rows = args[0][..., max(args[0].shape[-2] - shown, 0) if shown else args[0].shape[-2] :, :]
-        if shown and rows.numel():
-            raw = logits_of(rows.flatten(0, -2), module.weight, bias=getattr(module, "bias", None))
-            largest = max(float(raw.abs().max()), 1e-3)
-            rows = torch.cat([rows, *(rows * (large / largest) for large in _LARGE)], -2)
+        rows = _tried(args[0].detach(), module) if args[0].dim() == 3 else args[0]
         inputs.append((args[0], rows))
         return (rows, *args[1:])
 
@@ -133,11 +146,33 @@ def _run(
     if len(inputs) != 1 or inputs[0][0].dim() != 3:
         got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0][0].shape)}"
         raise ValueError(f"model: expected an output layer that is called once, with [B, S, E], got {got}")
-    return *inputs[0], output.logits
+    return *inputs[0], output
 
 
-def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> _Found:
-    """Find the scale and the softcap for which ``logits`` [B, n, V] follow from ``rows`` [B, n, E] and the weight.
+def _tried(hidden: Tensor, layer: Any) -> Tensor:
+    """The rows [B, n, E] on which an output layer is tried, of its input [B, P + S, E].
+
+    They are the last of each sample, but padded positions may hold zeros or NaN, which say nothing.
+    """
+    size = hidden.abs().amax(-1)
+    order = torch.arange(1, size.shape[1] + 1, device=size.device) * ((size > 0) & size.isfinite())
+    places = order.topk(min(_TRIED, size.shape[1]), dim=1).indices
+    rows = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
+    if not rows.numel():
+        return rows
+    known = rows[rows.isfinite().all(2)]
+    if not len(known):
+        return torch.cat([rows] * (len(_LARGE) + 1), 1)
+    raw = logits_of(known, layer.weight, bias=getattr(layer, "bias", None))
+    largest, most = (
+        max(float(raw.abs().max()), 1e-3),
+        torch.finfo(rows.dtype).max / (2 * float(known.abs().max()) + 1),
+    )
+    return torch.cat([rows, *(rows * min(large / largest, most) for large in _LARGE)], 1)
+
+
+def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """The scale and the softcap for which ``logits`` [B, n, V] follow from ``rows`` [B, n, E] and the weight.
 
     Raises:
         ValueError: if none do.
@@ -146,16 +181,19 @@ def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> _F
     dtype = weight.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    rows, want = rows.flatten(0, 1), logits.flatten(0, 1).float()
-    raw = logits_of(rows, weight, bias=getattr(layer, "bias", None)).float()
+    raw = logits_of(rows.flatten(0, 1), weight, bias=getattr(layer, "bias", None)).float().view(*rows.shape[:2], -1)
     numbers = _numbers(base.config.get_text_config())
-    if raw.shape == want.shape and raw.numel():
-        shape = (rows.shape[0] // logits.shape[1], len(_LARGE) + 1, -1, raw.shape[-1])
-        runs = list(zip(raw.view(shape).unbind(1), want.view(shape).unbind(1), strict=True))
+    if raw.shape == logits.shape and raw.numel():
+        by_run = (len(rows), len(_LARGE) + 1, -1)
+        known = rows.isfinite().all(2).view(by_run)[:, 0]
+        if not known.any():
+            return 1.0, None  # of hidden states that are all NaN or infinite, no form gives a number
+        raw, want = (x.view(*by_run, x.shape[2]).transpose(1, 2)[known] for x in (raw, logits.float()))
+        runs = list(zip(raw.unbind(1), want.unbind(1), strict=True))
         for softcap in (None, *(x for x in numbers if x > 0)):
             scale = _scale(*runs[0], softcap, numbers, _SCALE_TOLERANCE[dtype])
             if scale is not None and all(_agree(*run, scale, softcap, _TOLERANCE[dtype]) for run in runs):
-                return _Found(scale, softcap, weight.dtype)
+                return scale, softcap
     raise ValueError(
         "model: expected logits that are hidden states times output embeddings, with a bias, a scale and a softcap "
         f"from the config, got others from {type(base).__name__}"

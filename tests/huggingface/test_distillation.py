@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import transformers as hf
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 
 import peftkern
@@ -56,6 +56,11 @@ def _batch(labels=True):
     return {**batch, "labels": targets} if labels else batch
 
 
+def _form(model, batch):
+    head = output_rows.read_rows(model, batch).head
+    return head.scale, head.softcap
+
+
 def _rows(batch):
     return F.pad(batch["labels"][:, 1:] != -100, (0, 1))
 
@@ -72,8 +77,7 @@ def test_the_head_is_found_and_the_numbers_are_the_models(kind, dtype):
     torch.testing.assert_close(got, log_probs.gather(1, ids), **tolerance)
     if dtype == torch.float32:
         assert torch.equal(ids, log_probs.topk(5).indices)
-    found = output_rows._found[model.get_output_embeddings()]
-    assert found[:2] == KINDS[kind][2]
+    assert _form(model, batch) == KINDS[kind][2]
 
 
 def _students():
@@ -155,14 +159,42 @@ def test_rows_are_those_asked_for():
     assert peftkern.capture_top_k(model, {"input_ids": batch["input_ids"]}, 4).ids.shape == (27, 4)
 
 
-def test_the_first_call_tries_the_output_layer_and_later_ones_run_it_on_no_row():
+def test_padding_is_left_out_if_the_mask_covers_a_prefix_or_cache():
+    model, batch = _model(), _batch(labels=False)
+    kept = batch["attention_mask"] != 0
+    student = peftkern.patch(model, peftkern.PrefixKV(model, 4))
+    want = peftkern.capture_top_k(student, batch, 4)
+    longer = {**batch, "attention_mask": F.pad(batch["attention_mask"], (4, 0), value=1)}
+    torch.testing.assert_close(peftkern.capture_top_k(student, longer, 4), want)
+    peftkern.unpatch(student)
+    cache = model(input_ids=batch["input_ids"][:, :3]).past_key_values
+    rest = {**longer, "input_ids": batch["input_ids"][:, 3:], "past_key_values": cache}
+    rest["attention_mask"] = batch["attention_mask"]
+    logits = model(**batch).logits.log_softmax(-1)[:, 3:][kept[:, 3:]]
+    torch.testing.assert_close(peftkern.capture_top_k(model, rest, 4).log_probs, logits.topk(4).values)
+
+
+def test_rows_are_asked_for_if_the_mask_does_not_tell_them():
+    model, batch = _model(), _batch(labels=False)
+    mask = batch["attention_mask"]
+    causal = (mask[:, None, None, :] * torch.ones(9, 9, dtype=torch.int64).tril()).bool()
+    for other, got in ((mask[:, 1:], "[3, 8]"), (causal, "[3, 1, 9, 9]"), ({"full_attention": causal}, "dict")):
+        changed = {**batch, "attention_mask": other}
+        with pytest.raises(ValueError, match=re.escape(f"attention_mask [3, at least 9], got one of {got}")):
+            peftkern.capture_top_k(model, changed, 4)
+    changed = {**batch, "attention_mask": causal}
+    same = peftkern.capture_top_k(model, changed, 4, rows=mask != 0)
+    torch.testing.assert_close(same.log_probs, peftkern.capture_top_k(model, batch, 4).log_probs)
+
+
+def test_the_output_layer_runs_on_few_rows():
     model, batch = _model().train(), _batch()
     calls, shapes = [], []
     model.model.register_forward_hook(lambda *_: calls.append(1))
     model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
     losses = [peftkern.label_loss(model, batch) for _ in range(3)]
     assert len(calls) == 3
-    assert shapes == [(3, 6, VOCAB), (3, 0, VOCAB), (3, 0, VOCAB)]
+    assert shapes == [(3, 6, VOCAB)] * 3
     assert losses[0] == losses[1] == losses[2]
     assert not model.get_output_embeddings()._forward_pre_hooks
 
@@ -174,7 +206,7 @@ def test_autocast(kind):
         torch.testing.assert_close(
             peftkern.label_loss(model, batch), model(**batch).loss.float(), rtol=2e-2, atol=2e-2
         )
-    assert output_rows._found[model.get_output_embeddings()][:2] == KINDS[kind][2]
+        assert _form(model, batch) == KINDS[kind][2]
 
 
 def test_models_with_other_logits_are_refused():
@@ -185,9 +217,112 @@ def test_models_with_other_logits_are_refused():
         head.register_forward_hook(lambda m, args, out, change=change: change(out))
         with pytest.raises(ValueError, match="model: expected logits that are hidden states times output embeddings"):
             peftkern.label_loss(model, batch)
-        assert head not in output_rows._found
+    model.lm_head = torch.nn.Identity()
     with pytest.raises(ValueError, match="model: expected a causal language model with an output layer of floats"):
+        peftkern.label_loss(model, batch)
+    with pytest.raises(ValueError, match="model: expected a causal language model, got LlamaModel"):
         peftkern.label_loss(_model().model, batch)
+
+
+def test_large_hidden_states_in_half_precision():
+    """The larger rows of the trial must not overflow."""
+    model, batch = _model("softcap", torch.float16), _batch()
+    model.model.norm.register_forward_hook(lambda m, args, out: 1000 * out)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / 100, requires_grad=False)
+    assert _form(model, batch) == (1.0, 30.0)
+
+
+def test_a_change_between_two_calls_is_seen():
+    """Of the config, by a hook, and by an adapter, which starts at zero."""
+    batch, model = _batch(), _model("softcap")
+    peftkern.label_loss(model, batch)
+    model.config.final_logit_softcapping = 11.0
+    torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+    model = _model()
+    peftkern.label_loss(model, batch)
+    handle = model.lm_head.register_forward_hook(lambda m, args, out: 1.01 * out)
+    with pytest.raises(ValueError, match="model: expected logits that are hidden states times output embeddings"):
+        peftkern.label_loss(model, batch)
+    handle.remove()
+
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"]))
+    for frozen in (False, True):
+        with pytest.raises(ValueError, match=r"model: expected an output layer with a weight and a bias.*lora_A"):
+            peftkern.label_loss(adapted.requires_grad_(not frozen), batch)
+    merged = adapted.merge_and_unload().requires_grad_(False)
+    torch.testing.assert_close(peftkern.label_loss(merged, batch), merged(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+_WIDTHS = {"hidden_size": 32, "d_model": 32, "num_hidden_layers": 1, "vocab_size": VOCAB, "num_attention_heads": 2}
+OTHERS = {
+    "a T5": (hf.T5ForConditionalGeneration, hf.T5Config(d_kv=16, d_ff=32, num_layers=1, num_heads=2, **_WIDTHS)),
+    "a Bart": (hf.BartForConditionalGeneration, hf.BartConfig(encoder_layers=1, decoder_layers=1, **_WIDTHS)),
+    "a masked language model": (hf.BertForMaskedLM, hf.BertConfig(**_WIDTHS)),
+    "one that sees later tokens": (hf.BertLMHeadModel, hf.BertConfig(**_WIDTHS)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_are_not_causal_are_refused(name):
+    kind, config = OTHERS[name]
+    model, batch = kind(config).eval().requires_grad_(False), _batch()
+    for call in (lambda: peftkern.label_loss(model, batch), lambda: peftkern.capture_top_k(model, batch, 4)):
+        with pytest.raises(ValueError, match=f"model: expected a causal language model, got {kind.__name__}, a"):
+            call()
+
+
+def test_a_bert_that_decodes_is_a_causal_language_model():
+    model, batch = (
+        hf.BertLMHeadModel(hf.BertConfig(is_decoder=True, **_WIDTHS)).eval().requires_grad_(False),
+        _batch(),
+    )
+    torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7)])
+def test_the_number_of_items_in_a_batch_divides_the_loss_of_labels(num_items):
+    model, batch = _model(), {**_batch(), "num_items_in_batch": num_items}
+    torch.testing.assert_close(peftkern.label_loss(model, batch), model(**batch).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_not_that_of_labels_alone_is_refused():
+    mixtral = hf.MixtralConfig(num_local_experts=2, head_dim=16, output_router_logits=True, **_SIZES)
+    model, batch = hf.MixtralForCausalLM(mixtral).eval().requires_grad_(False), _batch()
+    with pytest.raises(ValueError, match="model: expected the loss of labels alone, got aux_loss too"):
+        peftkern.label_loss(model, batch)
+    plain = {**batch, "output_router_logits": False}
+    torch.testing.assert_close(peftkern.label_loss(model, plain), model(**plain).loss, rtol=1e-4, atol=1e-4)
+    decoder = hf.BartForCausalLM(hf.BartConfig(decoder_layers=1, **_WIDTHS)).requires_grad_(False)  # labels unshifted
+    with pytest.raises(ValueError, match="model: expected one that computes ForCausalLMLoss, got BartForCausalLM"):
+        peftkern.label_loss(decoder, batch)
+    model = _model()
+    for name, value in (("shift_labels", batch["labels"]), ("ignore_index", 5)):
+        with pytest.raises(ValueError, match=f"batch: expected labels.*got {name}"):
+            peftkern.label_loss(model, {**batch, name: value})
+    model.loss_function = F.cross_entropy
+    with pytest.raises(ValueError, match="ForCausalLMLoss, got LlamaForCausalLM with cross_entropy"):
+        peftkern.label_loss(model, batch)
+
+
+@pytest.mark.parametrize("padding", [0.0, float("nan")])
+def test_padded_rows_may_hold_anything(padding):
+    """The output layer is tried on rows that say something; a batch of NaN has a loss of NaN, as the model's own."""
+    model, batch = _model("softcap"), _batch()
+    batch["labels"][:, 6:] = batch["labels"][1] = -100
+
+    def pad(module, args, output, first=5):
+        output.last_hidden_state[:, first:] = padding
+        output.last_hidden_state[1] = padding
+
+    want = model(**batch).loss
+    handle = model.model.register_forward_hook(pad)
+    assert _form(model, batch) == (1.0, 30.0)
+    torch.testing.assert_close(peftkern.label_loss(model, batch), want, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    if padding != 0:
+        model.model.register_forward_hook(lambda *args: pad(*args, first=0))
+        assert peftkern.label_loss(model, batch).isnan()
 
 
 def test_bad_arguments_are_named():
@@ -201,7 +336,8 @@ def test_bad_arguments_are_named():
         peftkern.capture_top_k(model, batch, VOCAB + 1)
     with pytest.raises(ValueError, match="batch: expected labels"):
         peftkern.label_loss(model, _batch(labels=False))
-    with pytest.raises(ValueError, match="lm_head: expected a frozen tensor"):
+    message = "model: expected a frozen output layer, got ['weight'] to be trained"
+    with pytest.raises(ValueError, match=re.escape(message)):
         peftkern.distil(model.requires_grad_(), batch, *top_k)
     with pytest.raises(ValueError, match="model: expected a transformers PreTrainedModel"):
         peftkern.capture_top_k(torch.nn.Linear(2, 2), batch, 4)
