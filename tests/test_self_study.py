@@ -17,6 +17,7 @@ import torch
 
 import peftkern
 from peftkern import PrefixKV, self_study
+from peftkern.huggingface.fingerprint import fingerprint
 from peftkern.self_study import (
     HELD_OUT_PROMPTS,
     Chat,
@@ -30,6 +31,7 @@ from peftkern.self_study import (
     synthesise,
     train,
 )
+from peftkern.self_study.identity import digest_of
 
 TEXT = "the import statement finds a module and binds a name to it in the local scope unless it fails " * 3
 WORDS = ["[UNK]", "[END]", "<|", "|>", "user", "system", "assistant", *dict.fromkeys(TEXT.split())]
@@ -41,11 +43,11 @@ TEMPLATE = (
 OPTIONS = Synthesis(passage_tokens=4, question_tokens=3, answer_tokens=6, batch_size=4, answer_temperature=1.0)
 
 
-def new_tokenizer(template=TEMPLATE):
+def new_tokenizer(template=TEMPLATE, words=WORDS):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]", unk_token="[UNK]")
@@ -168,6 +170,66 @@ def test_a_damaged_or_another_file_is_refused(lab, tmp_path):
         lab.synthesise(path, count=4)
 
 
+def other_weights(model):
+    """The model with one weight changed a little."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    return other
+
+
+def renamed():
+    """A tokenizer of as many words, one of which is another, and occurs nowhere."""
+    words = list(WORDS)
+    words[words.index('"')] = "other"
+    return new_tokenizer(words=words)
+
+
+@pytest.mark.parametrize("name", ["model", "generation", "document", "tokenizer", "tokenizer (template)"])
+def test_conversations_made_by_something_else_are_refused(lab, name, tmp_path):
+    path = tmp_path / "train.jsonl"
+    lab.synthesise(path, count=4)
+    given = {"model": lab.model, "tokenizer": lab.tokenizer, "document": lab.document}
+    if name == "model":
+        given["model"] = other_weights(lab.model)
+    elif name == "generation":
+        given["model"] = copy.deepcopy(lab.model)
+        given["model"].generation_config.repetition_penalty = 1.5
+    elif name == "document":
+        given["document"] = lab.fresh()
+    else:
+        others = {"tokenizer": renamed(), "tokenizer (template)": new_tokenizer(TEMPLATE.replace("<| assistant", ""))}
+        given["tokenizer"] = others[name]
+    with pytest.raises(ValueError, match=rf"path: expected a file made with the same {name.split()[0]}, got"):
+        synthesise(text=TEXT, path=path, count=4, options=OPTIONS, **given)
+
+
+def test_a_model_is_itself_wherever_it_is_from(lab, tmp_path):
+    """Patched or not, loaded from another folder, and with another prefix."""
+    want = fingerprint(lab.model)
+    assert fingerprint(new_model()) == want
+    new_model().save_pretrained(tmp_path)
+    assert fingerprint(type(lab.model).from_pretrained(tmp_path)) == want
+    assert fingerprint(other_weights(lab.model)) != want
+    assert fingerprint(new_model().bfloat16()) != want
+    assert fingerprint(new_model(rope_parameters={"rope_type": "default", "rope_theta": 1e3})) != want
+
+
+def test_a_digest_tells_prefixes_apart():
+    """Of the same bytes in another shape, dtype, place or position."""
+    kv = [(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))] * 2
+    prefixes = [
+        PrefixKV.from_cache(kv),
+        PrefixKV.from_cache(kv, num_frozen_tokens=1),
+        PrefixKV.from_cache([(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8))] * 2),
+        PrefixKV.from_cache([(torch.zeros(2, 8, 8).half(), torch.zeros(2, 8, 8).half())] * 2),
+    ]
+    moved = PrefixKV.from_cache(kv)
+    moved.positions += 3
+    assert len({digest_of(prefix) for prefix in (*prefixes, moved)}) == 5
+    assert digest_of(PrefixKV.from_cache(kv)) == digest_of(prefixes[0])
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("batch_size", 0), ("answer_tokens", 0), ("answer_temperature", -1.0), ("prompts", ()),
@@ -207,6 +269,8 @@ def test_targets_are_read_again_or_refused(lab, conversations, targets, tmp_path
         capture(lab.model, lab.document, conversations, 5, path)
     with pytest.raises(ValueError, match="same conversations, got"):
         capture(lab.model, lab.document, conversations[:3], 8, path)
+    with pytest.raises(ValueError, match="same model, got"):
+        capture(other_weights(lab.model), lab.document, conversations, 8, path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="path: expected targets in"):
         capture(lab.model, lab.document, conversations, 8, path)

@@ -22,7 +22,8 @@ from ..huggingface.switch import switched
 from ..modules import PrefixKV
 from .batches import packed_batch
 from .files import replace
-from .targets import Targets, digest_of
+from .identity import digest_of
+from .targets import Targets
 
 __all__ = ["Study", "Training", "train"]
 
