@@ -380,7 +380,18 @@ def test_checkpoints_of_another_run_are_refused(lab, targets, tmp_path):
     trained(lab, targets, path)
     with pytest.raises(ValueError, match=r"path: expected a checkpoint of the same run, got .* with other options"):
         train(lab.model, lab.fresh(), Study(targets), path, Training(steps=3))
-    with pytest.raises(ValueError, match="with other start"):
+    turned = [replace(c, prompt_ids=c.prompt_ids[::-1], answer_ids=c.answer_ids[::-1]) for c in targets.conversations]
+    changed = [
+        replace(targets, ids=targets.ids.flip(0)),
+        replace(targets, log_probs=targets.log_probs.flip(0)),
+        replace(targets, conversations=turned),
+    ]
+    for other in changed:
+        with pytest.raises(ValueError, match="with other studies; remove"):
+            trained(lab, other, path)
+    with pytest.raises(ValueError, match="with other model; remove"):
+        train(other_weights(lab.model), lab.fresh(), Study(targets), path, TRAINING)
+    with pytest.raises(ValueError, match="with other start; remove"):
         train(lab.model, PrefixKV(lab.model, 4, num_frozen_tokens=1), Study(targets), path, TRAINING)
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="path: expected a checkpoint in"):

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..distillation import Objective
 from ..huggingface.distilling import distil
+from ..huggingface.fingerprint import fingerprint
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
 from .batches import packed_batch
 from .files import replace
-from .identity import digest_of
+from .identity import digest_of, digest_of_conversations, digest_of_tensors
 from .targets import Targets
 
 __all__ = ["Study", "Training", "train"]
@@ -132,8 +133,10 @@ def train(
     options = options or Training()
     studies = [studies] if isinstance(studies, Study) else list(studies)
     _check(cartridge, studies)
-    made_with = {"options": asdict(options), "studies": [_describe(study) for study in studies]}
-    state = _State(Path(path), cartridge, {**made_with, "start": digest_of(cartridge)}, options)
+    made_with = {
+        "options": asdict(options), "studies": [_describe(study) for study in studies], "model": fingerprint(model),
+    }  # fmt: skip
+    state = _State(Path(path), cartridge, made_with, options)
     with switched(model, cartridge), _packing(model):
         while (done := len(state.losses)) < options.steps:
             study = studies[done % len(studies)]
@@ -159,7 +162,8 @@ class _State:
     """Everything that a step changes, and its file."""
 
     def __init__(self, path: Path, cartridge: PrefixKV, made_with: dict[str, Any], options: Training) -> None:
-        self.path, self.made_with, self.options = path, made_with, options
+        self.path, self.cartridge, self.made_with, self.options = path, cartridge, made_with, options
+        self.start = digest_of(cartridge)
         self.losses: list[float] = []
         self.parameters = {name: p for name, p in cartridge.named_parameters() if p.requires_grad and p.numel()}
         self.optimizer = torch.optim.Adam(self.parameters.values())
@@ -180,7 +184,7 @@ class _State:
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             tensors |= {f"{name}/{slot}": x for slot, x in self.optimizer.state[p].items()}
-        metadata = {"format": FORMAT_VERSION, "losses": self.losses, **self.made_with}
+        metadata = {"format": FORMAT_VERSION, "losses": self.losses, "start": self.start, **self.made_with}
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
         replace(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
 
@@ -194,7 +198,7 @@ class _State:
             raise ValueError(
                 f"path: expected a checkpoint in {self.path}, got {error}; remove it to start again"
             ) from error
-        expected = json.loads(json.dumps({"format": FORMAT_VERSION, **self.made_with}))
+        expected = json.loads(json.dumps({"format": FORMAT_VERSION, "start": self.start, **self.made_with}))
         losses = found.pop("losses", [])
         if found != expected:
             names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
@@ -224,8 +228,12 @@ def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
 
 def _describe(study: Study) -> dict[str, Any]:
     """What identifies the data of a study."""
-    sums = [float(study.targets.log_probs.double().sum()), int(study.targets.ids.long().sum())]
-    return {"prefix_ids": study.prefix_ids, "conversations": len(study.targets), "sums": sums}
+    targets = study.targets
+    return {
+        "prefix_ids": study.prefix_ids,
+        "conversations": digest_of_conversations(targets.conversations),
+        "targets": digest_of_tensors({"ids": targets.ids, "log_probs": targets.log_probs}),
+    }
 
 
 @contextmanager
