@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,28 @@ def test_an_interrupt_in_a_step_costs_the_steps_since_the_last_checkpoint(lab, t
     assert steps == [5, 6, 7]
     assert again == losses
     assert torch.equal(resumed, values)
+
+
+def test_the_same_call_continues_with_the_same_cartridge(lab, targets, tmp_path):
+    """In one process, where the first call has changed the cartridge."""
+    losses, values = trained(lab, targets, tmp_path / "whole")
+    cartridge, path = lab.fresh(), tmp_path / "checkpoint"
+
+    def interrupt(end, done, loss):
+        if done == end:
+            raise KeyboardInterrupt
+
+    for end in (1, 3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            train(lab.model, cartridge, Study(targets), path, TRAINING, progress=partial(interrupt, end))
+    for _ in range(2):
+        assert train(lab.model, cartridge, Study(targets), path, TRAINING) == losses
+        assert torch.equal(cartridge.flat_values(), values)
+    assert trained(lab, targets, path)[0] == losses, "the start is accepted too"
+    with torch.no_grad():
+        cartridge.trainable[0].add_(1)
+    with pytest.raises(ValueError, match="with other start; remove"):
+        train(lab.model, cartridge, Study(targets), path, TRAINING)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

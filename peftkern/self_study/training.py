@@ -112,7 +112,8 @@ def train(
         train(model, bank, [Study(of_a, (0,)), Study(of_b, (1,)), Study(of_both, (0, 1))], path)
 
     The parameters, the optimizer's state and the losses are saved in one file, which a rename replaces. After an
-    interruption at any point the same call continues from it, and gives bitwise equal results.
+    interruption at any point the same call continues from it, and gives bitwise equal results. That is so in another
+    process, which makes the cartridge anew, and in the same one: an exception sets the cartridge back to the file.
 
     Args:
         model: patched with a :class:`peftkern.PrefixKV` for the same layers, a bank if the cartridge is one. Its own
@@ -137,7 +138,7 @@ def train(
         "options": asdict(options), "studies": [_describe(study) for study in studies], "model": fingerprint(model),
     }  # fmt: skip
     state = _State(Path(path), cartridge, made_with, options)
-    with switched(model, cartridge), _packing(model):
+    with switched(model, cartridge), _packing(model), state.kept():
         while (done := len(state.losses)) < options.steps:
             study = studies[done % len(studies)]
             numbers = options.numbers(done // len(studies), len(study.targets))
@@ -169,6 +170,17 @@ class _State:
         self.optimizer = torch.optim.Adam(self.parameters.values())
         if path.exists():
             self._load()
+        else:
+            self.save()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Set the cartridge back to the file if the block raises an exception."""
+        try:
+            yield
+        except BaseException:
+            self._load()
+            raise
 
     def step(self, rate: float, loss: Tensor) -> None:
         """One update."""
@@ -184,7 +196,10 @@ class _State:
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             tensors |= {f"{name}/{slot}": x for slot, x in self.optimizer.state[p].items()}
-        metadata = {"format": FORMAT_VERSION, "losses": self.losses, "start": self.start, **self.made_with}
+        metadata = {
+            "format": FORMAT_VERSION, "losses": self.losses, "start": self.start, "now": digest_of(self.cartridge),
+            **self.made_with,
+        }  # fmt: skip
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
         replace(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
 
@@ -198,14 +213,17 @@ class _State:
             raise ValueError(
                 f"path: expected a checkpoint in {self.path}, got {error}; remove it to start again"
             ) from error
-        expected = json.loads(json.dumps({"format": FORMAT_VERSION, "start": self.start, **self.made_with}))
-        losses = found.pop("losses", [])
-        if found != expected:
-            names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        losses, start, now = (found.pop(name, None) for name in ("losses", "start", "now"))
+        expected = json.loads(json.dumps({"format": FORMAT_VERSION, **self.made_with}))
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        if self.start not in (start, now):
+            names.append("start")
+        if names:
             raise ValueError(
                 f"path: expected a checkpoint of the same run, got {self.path} with other {', '.join(names)}; remove "
                 "it, or choose another path"
             )
+        self.start = start
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
             slots = {key.rpartition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{name}/")}
