@@ -21,7 +21,7 @@ from ..huggingface.distilling import distil
 from ..huggingface.fingerprint import fingerprint
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
-from .batches import packed_batch
+from .batches import check_batches, packed_batch
 from .files import replace
 from .identity import digest_of, digest_of_conversations, digest_of_tensors
 from .targets import Targets
@@ -29,6 +29,8 @@ from .targets import Targets
 __all__ = ["Study", "Training", "train"]
 
 FORMAT_VERSION = 1
+#: The logarithm of a probability of 1 may be this large.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def train(
     """
     options = options or Training()
     studies = [studies] if isinstance(studies, Study) else list(studies)
-    _check(cartridge, studies)
+    _check(model, cartridge, studies)
     made_with = {
         "options": asdict(options), "studies": [_describe(study) for study in studies], "model": fingerprint(model),
     }  # fmt: skip
@@ -231,7 +233,7 @@ class _State:
         self.losses = losses
 
 
-def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
+def _check(model: Any, cartridge: PrefixKV, studies: Sequence[Study]) -> None:
     """Raise ValueError for studies that do not fit the cartridge."""
     if not studies:
         raise ValueError("studies: expected at least one, got none")
@@ -240,8 +242,30 @@ def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
         if (ids is None) != (count is None):
             expected = "None, because the cartridge is no bank" if count is None else f"numbers below {count}"
             raise ValueError(f"studies[{index}].prefix_ids: expected {expected}, got {ids}")
+        if ids is not None and count is not None and not (ids and all(-1 <= number < count for number in ids)):
+            raise ValueError(f"studies[{index}].prefix_ids: expected numbers below {count}, got {ids}")
+        _check_targets(model, study.targets, f"studies[{index}].targets")
     if not any(p.requires_grad and p.numel() for p in cartridge.parameters()):
         raise ValueError("cartridge: expected one with parameters that require gradients, got none")
+
+
+def _check_targets(model: Any, targets: Targets, name: str) -> None:
+    """Raise ValueError for targets that are not those of their conversations."""
+    check_batches(model, targets.conversations, name=f"{name}.conversations")
+    ids, log_probs = targets.ids, targets.log_probs
+    tokens = sum(len(conversation.answer_ids) for conversation in targets.conversations)
+    for field, x in (("ids", ids), ("log_probs", log_probs)):
+        if x.dim() != 2 or x.shape[0] != tokens or not x.shape[1] or x.shape != ids.shape:
+            raise ValueError(
+                f"{name}.{field}: expected [{tokens}, K], one row per token of the answers, got {list(x.shape)}"
+            )
+    if not bool((log_probs < _ROUNDING).all()):
+        raise ValueError(f"{name}.log_probs: expected no number above 0, got {float(log_probs.max())}")
+    count = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(
+            f"{name}.ids: expected tokens from 0 to {count - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
 
 
 def _describe(study: Study) -> dict[str, Any]:
