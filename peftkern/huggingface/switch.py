@@ -29,7 +29,8 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
         student = model(**batch).logits
 
     Nothing is copied or tried again. Sequences begin after the tokens of the prefix that is read. A cache that was
-    filled in the block contains the block's prefix, and is continued only there.
+    filled in the block contains the block's prefix, and is continued only there. A model that is unpatched in the
+    block stays so.
 
     Args:
         model: patched with a :class:`peftkern.PrefixKV`.
@@ -50,4 +51,5 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
     try:
         yield model
     finally:
-        source.switch(change, previous)
+        if model.__dict__.get(PATCH) is change:
+            source.switch(change, previous)
