@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import peftkern
-from peftkern import PrefixKV, self_study
+from peftkern import PrefixKV, distillation_loss, self_study
 from peftkern.huggingface.fingerprint import fingerprint
 from peftkern.self_study import (
     HELD_OUT_PROMPTS,
@@ -25,6 +25,7 @@ from peftkern.self_study import (
     Comparison,
     Study,
     Synthesis,
+    Targets,
     Training,
     capture,
     compare,
@@ -33,6 +34,8 @@ from peftkern.self_study import (
     train,
 )
 from peftkern.self_study.identity import digest_of
+from tests.huggingface.models import FAMILIES, base_model
+from tests.huggingface.uncommon import UNCOMMON
 
 TEXT = "the import statement finds a module and binds a name to it in the local scope unless it fails " * 3
 WORDS = ["[UNK]", "[END]", "<|", "|>", "user", "system", "assistant", *dict.fromkeys(TEXT.split())]
@@ -304,6 +307,32 @@ def test_training_approaches_the_teacher_on_questions_held_out(lab, targets, tmp
     assert kl["trained"] < 0.9 * min(kl["start"], kl["none"])
     assert found["whole"].agreement == [1.0] * 10
     assert torch.equal(cartridge.frozen[0], lab.fresh().frozen[0]), "the first token is frozen"
+
+
+@pytest.mark.parametrize("name", ["opt", "llama4", "lfm2", "jamba"])
+def test_models_that_cannot_pack_train_on_padded_batches(name, targets, tmp_path):
+    """The loss of a batch is that of its conversations one by one, whether it is packed (OPT) or padded."""
+    llama4 = FAMILIES["llama4 (chunks)"]
+    llama4 = replace(llama4, arguments={**llama4.arguments, "attention_chunk_size": 64})
+    family = {"opt": FAMILIES["opt"], "llama4": llama4}.get(name) or UNCOMMON[name]
+    torch.manual_seed(0)
+    model = base_model(family).eval().requires_grad_(False)
+    cartridge = PrefixKV.from_text(model, new_tokenizer(), TEXT, 4)
+    peftkern.patch(model, cartridge, freeze=True)
+    rows = [targets.rows([number]) for number in range(4)]
+    few = Targets(targets.conversations[:4], *(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    want, tokens = 0.0, 0
+    for conversation, (ids, log_probs) in zip(few.conversations, rows, strict=True):
+        text = torch.tensor([[*conversation.prompt_ids, *conversation.answer_ids[:-1]]])
+        with torch.no_grad():
+            logits = model(text, use_cache=False).logits[0, -len(ids) :]
+        want += float(distillation_loss(logits, torch.eye(logits.shape[1]), ids, log_probs, objective="kl_with_tail",
+                                        reduction="sum"))  # fmt: skip
+        tokens += len(ids)
+    losses = train(model, cartridge, Study(few), tmp_path / "checkpoint", Training(steps=3, batch_size=4, lr=0.05))
+    assert losses[0] == pytest.approx(want / tokens, rel=1e-4)
+    assert losses[2] < losses[0]
+    assert not any(module.training for name, module in model.named_modules() if "peftkern" not in name)
 
 
 def test_a_resumed_run_is_bitwise_equal(lab, targets, tmp_path):

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..distillation import Objective
 from ..huggingface.distilling import distil
 from ..huggingface.fingerprint import fingerprint
-from ..huggingface.switch import switched
+from ..huggingface.switch import packing, switched
 from ..modules import PrefixKV
-from .batches import check_batches, packed_batch
+from .batches import check_batches, packed_batch, padded_batch
 from .files import replace
 from .identity import digest_of, digest_of_conversations, digest_of_tensors
 from .targets import Targets
@@ -107,8 +107,8 @@ def train(
     """Train a cartridge by distillation: its predictions at the tokens of the answers approach the teacher's.
 
     The loss is :func:`peftkern.distillation_loss` over the teacher's most likely tokens. Batches are packed, so that
-    no padding is computed. With several studies, steps take turns. Cartridges of a bank that are trained alone and
-    together do not spoil each other::
+    no padding is computed, unless the model cannot run packed rows. With several studies, steps take turns.
+    Cartridges of a bank that are trained alone and together do not spoil each other::
 
         bank = PrefixKV.stack([a, b])
         train(model, bank, [Study(of_a, (0,)), Study(of_b, (1,)), Study(of_both, (0, 1))], path)
@@ -140,11 +140,17 @@ def train(
         "options": asdict(options), "studies": [_describe(study) for study in studies], "model": fingerprint(model),
     }  # fmt: skip
     state = _State(Path(path), cartridge, made_with, options)
-    with switched(model, cartridge), _packing(model), state.kept():
+    example = packed_batch(studies[0].targets.conversations[:1], model.device)
+    with switched(model, cartridge), packing(model, example.inputs) as packs, state.kept():
+        batch_of = packed_batch if packs else padded_batch
         while (done := len(state.losses)) < options.steps:
             study = studies[done % len(studies)]
             numbers = options.numbers(done // len(studies), len(study.targets))
-            state.step(options.rate(done), _loss(model, study, numbers, options.objective))
+            batch = batch_of([study.targets.conversations[number] for number in numbers], model.device)
+            ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
+            inputs = batch.reading(study.prefix_ids)
+            loss = distil(model, inputs, ids, log_probs, rows=batch.rows, objective=options.objective)
+            state.step(options.rate(done), loss)
             if progress is not None:
                 progress(done + 1, state.losses[-1])
             if (ends := stop()) or (done + 1) % options.save_every == 0 or done + 1 == options.steps:
@@ -152,13 +158,6 @@ def train(
             if ends:
                 break
     return state.losses
-
-
-def _loss(model: Any, study: Study, numbers: Sequence[int], objective: Objective) -> Tensor:
-    """The mean loss per token of some conversations."""
-    batch = packed_batch([study.targets.conversations[number] for number in numbers], model.device)
-    ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
-    return distil(model, batch.reading(study.prefix_ids), ids, log_probs, rows=batch.rows, objective=objective)
 
 
 class _State:
@@ -276,15 +275,3 @@ def _describe(study: Study) -> dict[str, Any]:
         "conversations": digest_of_conversations(targets.conversations),
         "targets": digest_of_tensors({"ids": targets.ids, "log_probs": targets.log_probs}),
     }
-
-
-@contextmanager
-def _packing(model: Any) -> Iterator[None]:
-    """Have the backbone run training steps, which are packed, while dropout inside stays as it is."""
-    backbone = model.base_model
-    before = backbone.training
-    backbone.training = True
-    try:
-        yield
-    finally:
-        backbone.training = before
