@@ -10,19 +10,22 @@ import re
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import peftkern
-from peftkern import PrefixKV, self_study
+from peftkern import PrefixKV, distillation_loss, self_study
+from peftkern.huggingface.fingerprint import fingerprint
 from peftkern.self_study import (
     HELD_OUT_PROMPTS,
     Chat,
     Comparison,
     Study,
     Synthesis,
+    Targets,
     Training,
     capture,
     compare,
@@ -30,6 +33,9 @@ from peftkern.self_study import (
     synthesise,
     train,
 )
+from peftkern.self_study.identity import digest_of
+from tests.huggingface.models import FAMILIES, base_model
+from tests.huggingface.uncommon import UNCOMMON
 
 TEXT = "the import statement finds a module and binds a name to it in the local scope unless it fails " * 3
 WORDS = ["[UNK]", "[END]", "<|", "|>", "user", "system", "assistant", *dict.fromkeys(TEXT.split())]
@@ -41,11 +47,11 @@ TEMPLATE = (
 OPTIONS = Synthesis(passage_tokens=4, question_tokens=3, answer_tokens=6, batch_size=4, answer_temperature=1.0)
 
 
-def new_tokenizer(template=TEMPLATE):
+def new_tokenizer(template=TEMPLATE, words=WORDS):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]", unk_token="[UNK]")
@@ -168,6 +174,66 @@ def test_a_damaged_or_another_file_is_refused(lab, tmp_path):
         lab.synthesise(path, count=4)
 
 
+def other_weights(model):
+    """The model with one weight changed a little."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    return other
+
+
+def renamed():
+    """A tokenizer of as many words, one of which is another, and occurs nowhere."""
+    words = list(WORDS)
+    words[words.index('"')] = "other"
+    return new_tokenizer(words=words)
+
+
+@pytest.mark.parametrize("name", ["model", "generation", "document", "tokenizer", "tokenizer (template)"])
+def test_conversations_made_by_something_else_are_refused(lab, name, tmp_path):
+    path = tmp_path / "train.jsonl"
+    lab.synthesise(path, count=4)
+    given = {"model": lab.model, "tokenizer": lab.tokenizer, "document": lab.document}
+    if name == "model":
+        given["model"] = other_weights(lab.model)
+    elif name == "generation":
+        given["model"] = copy.deepcopy(lab.model)
+        given["model"].generation_config.repetition_penalty = 1.5
+    elif name == "document":
+        given["document"] = lab.fresh()
+    else:
+        others = {"tokenizer": renamed(), "tokenizer (template)": new_tokenizer(TEMPLATE.replace("<| assistant", ""))}
+        given["tokenizer"] = others[name]
+    with pytest.raises(ValueError, match=rf"path: expected a file made with the same {name.split()[0]}, got"):
+        synthesise(text=TEXT, path=path, count=4, options=OPTIONS, **given)
+
+
+def test_a_model_is_itself_wherever_it_is_from(lab, tmp_path):
+    """Patched or not, loaded from another folder, and with another prefix."""
+    want = fingerprint(lab.model)
+    assert fingerprint(new_model()) == want
+    new_model().save_pretrained(tmp_path)
+    assert fingerprint(type(lab.model).from_pretrained(tmp_path)) == want
+    assert fingerprint(other_weights(lab.model)) != want
+    assert fingerprint(new_model().bfloat16()) != want
+    assert fingerprint(new_model(rope_parameters={"rope_type": "default", "rope_theta": 1e3})) != want
+
+
+def test_a_digest_tells_prefixes_apart():
+    """Of the same bytes in another shape, dtype, place or position."""
+    kv = [(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))] * 2
+    prefixes = [
+        PrefixKV.from_cache(kv),
+        PrefixKV.from_cache(kv, num_frozen_tokens=1),
+        PrefixKV.from_cache([(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8))] * 2),
+        PrefixKV.from_cache([(torch.zeros(2, 8, 8).half(), torch.zeros(2, 8, 8).half())] * 2),
+    ]
+    moved = PrefixKV.from_cache(kv)
+    moved.positions += 3
+    assert len({digest_of(prefix) for prefix in (*prefixes, moved)}) == 5
+    assert digest_of(PrefixKV.from_cache(kv)) == digest_of(prefixes[0])
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("batch_size", 0), ("answer_tokens", 0), ("answer_temperature", -1.0), ("prompts", ()),
@@ -207,6 +273,8 @@ def test_targets_are_read_again_or_refused(lab, conversations, targets, tmp_path
         capture(lab.model, lab.document, conversations, 5, path)
     with pytest.raises(ValueError, match="same conversations, got"):
         capture(lab.model, lab.document, conversations[:3], 8, path)
+    with pytest.raises(ValueError, match="same model, got"):
+        capture(other_weights(lab.model), lab.document, conversations, 8, path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="path: expected targets in"):
         capture(lab.model, lab.document, conversations, 8, path)
@@ -241,6 +309,32 @@ def test_training_approaches_the_teacher_on_questions_held_out(lab, targets, tmp
     assert torch.equal(cartridge.frozen[0], lab.fresh().frozen[0]), "the first token is frozen"
 
 
+@pytest.mark.parametrize("name", ["opt", "llama4", "lfm2", "jamba"])
+def test_models_that_cannot_pack_train_on_padded_batches(name, targets, tmp_path):
+    """The loss of a batch is that of its conversations one by one, whether it is packed (OPT) or padded."""
+    llama4 = FAMILIES["llama4 (chunks)"]
+    llama4 = replace(llama4, arguments={**llama4.arguments, "attention_chunk_size": 64})
+    family = {"opt": FAMILIES["opt"], "llama4": llama4}.get(name) or UNCOMMON[name]
+    torch.manual_seed(0)
+    model = base_model(family).eval().requires_grad_(False)
+    cartridge = PrefixKV.from_text(model, new_tokenizer(), TEXT, 4)
+    peftkern.patch(model, cartridge, freeze=True)
+    rows = [targets.rows([number]) for number in range(4)]
+    few = Targets(targets.conversations[:4], *(torch.cat(parts) for parts in zip(*rows, strict=True)))
+    want, tokens = 0.0, 0
+    for conversation, (ids, log_probs) in zip(few.conversations, rows, strict=True):
+        text = torch.tensor([[*conversation.prompt_ids, *conversation.answer_ids[:-1]]])
+        with torch.no_grad():
+            logits = model(text, use_cache=False).logits[0, -len(ids) :]
+        want += float(distillation_loss(logits, torch.eye(logits.shape[1]), ids, log_probs, objective="kl_with_tail",
+                                        reduction="sum"))  # fmt: skip
+        tokens += len(ids)
+    losses = train(model, cartridge, Study(few), tmp_path / "checkpoint", Training(steps=3, batch_size=4, lr=0.05))
+    assert losses[0] == pytest.approx(want / tokens, rel=1e-4)
+    assert losses[2] < losses[0]
+    assert not any(module.training for name, module in model.named_modules() if "peftkern" not in name)
+
+
 def test_a_resumed_run_is_bitwise_equal(lab, targets, tmp_path):
     losses, values = trained(lab, targets, tmp_path / "whole")
     for ends in (1, 2, 5):
@@ -269,6 +363,28 @@ def test_an_interrupt_in_a_step_costs_the_steps_since_the_last_checkpoint(lab, t
     assert steps == [5, 6, 7]
     assert again == losses
     assert torch.equal(resumed, values)
+
+
+def test_the_same_call_continues_with_the_same_cartridge(lab, targets, tmp_path):
+    """In one process, where the first call has changed the cartridge."""
+    losses, values = trained(lab, targets, tmp_path / "whole")
+    cartridge, path = lab.fresh(), tmp_path / "checkpoint"
+
+    def interrupt(end, done, loss):
+        if done == end:
+            raise KeyboardInterrupt
+
+    for end in (1, 3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            train(lab.model, cartridge, Study(targets), path, TRAINING, progress=partial(interrupt, end))
+    for _ in range(2):
+        assert train(lab.model, cartridge, Study(targets), path, TRAINING) == losses
+        assert torch.equal(cartridge.flat_values(), values)
+    assert trained(lab, targets, path)[0] == losses, "the start is accepted too"
+    with torch.no_grad():
+        cartridge.trainable[0].add_(1)
+    with pytest.raises(ValueError, match="with other start; remove"):
+        train(lab.model, cartridge, Study(targets), path, TRAINING)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -316,7 +432,18 @@ def test_checkpoints_of_another_run_are_refused(lab, targets, tmp_path):
     trained(lab, targets, path)
     with pytest.raises(ValueError, match=r"path: expected a checkpoint of the same run, got .* with other options"):
         train(lab.model, lab.fresh(), Study(targets), path, Training(steps=3))
-    with pytest.raises(ValueError, match="with other start"):
+    turned = [replace(c, prompt_ids=c.prompt_ids[::-1], answer_ids=c.answer_ids[::-1]) for c in targets.conversations]
+    changed = [
+        replace(targets, ids=targets.ids.flip(0)),
+        replace(targets, log_probs=targets.log_probs.flip(0)),
+        replace(targets, conversations=turned),
+    ]
+    for other in changed:
+        with pytest.raises(ValueError, match="with other studies; remove"):
+            trained(lab, other, path)
+    with pytest.raises(ValueError, match="with other model; remove"):
+        train(other_weights(lab.model), lab.fresh(), Study(targets), path, TRAINING)
+    with pytest.raises(ValueError, match="with other start; remove"):
         train(lab.model, PrefixKV(lab.model, 4, num_frozen_tokens=1), Study(targets), path, TRAINING)
     path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="path: expected a checkpoint in"):
@@ -339,8 +466,50 @@ def test_studies_and_cartridges_are_checked(lab, targets, tmp_path):
         train(lab.model, lab.fresh(), Study(targets, (0,)), path)
     with pytest.raises(ValueError, match=r"studies\[0\].prefix_ids: expected numbers below 1"):
         train(lab.model, PrefixKV.stack([lab.fresh()]), Study(targets), path)
+    with pytest.raises(ValueError, match=r"studies\[1\].prefix_ids: expected numbers below 1, got \(1,\)"):
+        train(lab.model, PrefixKV.stack([lab.fresh()]), [Study(targets, (0,)), Study(targets, (1,))], path)
     with pytest.raises(ValueError, match="cartridge: expected one with parameters that require gradients"):
         train(lab.model, lab.document, Study(targets), path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"answer_ids": []}, r"\[2\].answer_ids: expected at least one token, got none"),
+        ({"prompt_ids": []}, r"\[2\].prompt_ids: expected at least one token, got none"),
+        ({"prompt_ids": [3, 64]}, r"\[2\].prompt_ids: expected tokens from 0 to 63, got 3 to 64"),
+        ({"answer_ids": [-1]}, r"\[2\].answer_ids: expected tokens from 0 to 63, got -1 to -1"),
+    ],
+)
+def test_conversations_are_checked(lab, conversations, targets, changes, words, tmp_path):
+    wrong = [*conversations[:2], replace(conversations[2], **changes)]
+    with pytest.raises(ValueError, match=f"^conversations{words}"):
+        capture(lab.model, lab.document, wrong, 8)
+    with pytest.raises(ValueError, match=f"^conversations{words}"):
+        compare(lab.model, lab.document, {"start": lab.fresh()}, wrong)
+    with pytest.raises(ValueError, match=rf"^studies\[0\].targets.conversations{words}"):
+        trained(lab, replace(targets, conversations=wrong), tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batch_sizes_are_checked(lab, conversations, size):
+    for call in (lambda: capture(lab.model, lab.document, conversations, batch_size=size),
+                 lambda: compare(lab.model, lab.document, {}, conversations, batch_size=size)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^batch_size: expected at least 1, got {size}"):
+            call()
+
+
+def test_targets_are_checked(lab, targets, tmp_path):
+    wrong = {
+        r"ids: expected \[\d+, K\], one row per token": {"ids": targets.ids[:-1]},
+        r"log_probs: expected \[\d+, K\], one row": {"log_probs": targets.log_probs[:, :3]},
+        "ids: expected tokens from 0 to 63, got": {"ids": targets.ids + 64},
+        "log_probs: expected no number above 0, got nan": {"log_probs": targets.log_probs * float("nan")},
+    }
+    for words, changes in wrong.items():
+        with pytest.raises(ValueError, match=rf"^studies\[0\].targets.{words}"):
+            trained(lab, replace(targets, **changes), tmp_path / "checkpoint")
 
 
 def test_every_epoch_sees_each_conversation_once():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
 from .wiring import PATCH
 
-__all__ = ["switched"]
+__all__ = ["packing", "switched"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +29,8 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
         student = model(**batch).logits
 
     Nothing is copied or tried again. Sequences begin after the tokens of the prefix that is read. A cache that was
-    filled in the block contains the block's prefix, and is continued only there.
+    filled in the block contains the block's prefix, and is continued only there. A model that is unpatched in the
+    block stays so.
 
     Args:
         model: patched with a :class:`peftkern.PrefixKV`.
@@ -50,4 +51,29 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
     try:
         yield model
     finally:
-        source.switch(change, previous)
+        present: Any = model.__dict__.get(PATCH)
+        if present is change:
+            source.switch(change, previous)
+
+
+@contextlib.contextmanager
+def packing(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[bool]:
+    """Within the block, forwards with gradients are training steps, which are packed, while dropout stays as it is.
+
+    Args:
+        model: patched with a :class:`peftkern.PrefixKV`.
+        batch: arguments of a forward, several sequences per row.
+
+    Yields:
+        Whether the model can run such batches. If it cannot, nothing is changed.
+    """
+    patch: Any = model.__dict__[PATCH]
+    if patch.packer.why_unpackable(batch) is not None:
+        yield False
+        return
+    before = patch.backbone.training
+    patch.backbone.training = True
+    try:
+        yield True
+    finally:
+        patch.backbone.training = before

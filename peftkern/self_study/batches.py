@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of conversations."""
+"""Batches of conversations, and the checks of what they are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .conversations import Conversation
 
-__all__ = ["Batch", "packed_batch", "padded_batch"]
+__all__ = ["Batch", "check_batches", "packed_batch", "padded_batch"]
 
 
 class Batch(NamedTuple):
@@ -31,6 +31,33 @@ class Batch(NamedTuple):
             return self.inputs
         ids = torch.tensor(prefix_ids, device=self.rows.device)
         return {**self.inputs, "prefix_ids": ids.expand(len(self.rows), -1)}
+
+
+def check_batches(
+    model: Any, conversations: Sequence[Conversation], batch_size: int = 1, name: str = "conversations"
+) -> None:
+    """Raise ValueError for conversations that no model, or not this one, can read and predict.
+
+    Args:
+        model: whose tokens they are.
+        conversations: from the caller.
+        batch_size: from the caller.
+        name: of the argument ``conversations``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if not conversations:
+        raise ValueError(f"{name}: expected at least one, got none")
+    count = model.get_input_embeddings().weight.shape[0]
+    for index, conversation in enumerate(conversations):
+        for field in ("prompt_ids", "answer_ids"):
+            ids = getattr(conversation, field)
+            if not ids:
+                raise ValueError(f"{name}[{index}].{field}: expected at least one token, got none")
+            if not 0 <= min(ids) <= max(ids) < count:
+                raise ValueError(
+                    f"{name}[{index}].{field}: expected tokens from 0 to {count - 1}, got {min(ids)} to {max(ids)}"
+                )
 
 
 def padded_batch(conversations: Sequence[Conversation], device: torch.device) -> Batch:

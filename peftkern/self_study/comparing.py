@@ -16,7 +16,7 @@ from ..huggingface.output_rows import OutputRows, read_rows
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
-from .batches import padded_batch
+from .batches import check_batches, padded_batch
 from .conversations import Conversation
 
 __all__ = ["Comparison", "compare"]
@@ -65,9 +65,11 @@ def compare(
 
     Returns:
         For each student, its divergence on each conversation.
+
+    Raises:
+        ValueError: for conversations without tokens, or with others than the model's.
     """
-    if not conversations:
-        raise ValueError("conversations: expected at least one, got none")
+    check_batches(model, conversations, batch_size)
     batches = [conversations[start : start + batch_size] for start in range(0, len(conversations), batch_size)]
     found = {name: Comparison([], []) for name in students}
     total, done = len(batches) * (1 + len(students)), 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..huggingface.fingerprint import fingerprint
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
 from .chat import Chat
 from .conversations import Conversation, ConversationFile
+from .identity import digest_of, digest_of_text
 from .prompts import SEED_PROMPTS, SeedPrompt
 
 __all__ = ["Synthesis", "synthesise"]
@@ -83,16 +84,19 @@ def synthesise(
         progress: called with the number of conversations made, and ``count``.
 
     Raises:
-        ValueError: for a file that was made with other options, or is damaged.
+        ValueError: for a file that was made with other options, or with another model, tokenizer or document, or is
+            damaged.
     """
     options = options or Synthesis()
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    prompts = [list(prompt) for prompt in options.prompts]
-    made_with = {"count": count, "text": digest, **asdict(options), "prompts": prompts}
-    file = ConversationFile(path, made_with, options.batch_size)
     writer = _Writer(model, tokenizer, text, options)
+    prompts = [list(prompt) for prompt in options.prompts]
+    made_with = {
+        "count": count, **asdict(options), "prompts": prompts, "text": digest_of_text(text),
+        "document": digest_of(document), **writer.identity(),
+    }  # fmt: skip
+    file = ConversationFile(path, made_with, options.batch_size)
     with switched(model, document), quiet(model):
         while (done := len(file.conversations)) < count:
             if progress is not None:
@@ -113,6 +117,16 @@ class _Writer:
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the model, of how it generates, and of the tokenizer."""
+        turns = [self.chat.turn(prompt.instruction) for prompt in self.options.prompts]
+        vocabulary: dict[str, int] = getattr(self.tokenizer, "get_vocab", dict)()
+        return {
+            "model": fingerprint(self.model),
+            "generation": digest_of_text([self.model.generation_config.to_dict(), self.ends]),
+            "tokenizer": digest_of_text([vocabulary, self.ids, self._text(self.ids), turns]),
+        }
 
     def write(self, numbers: range) -> list[Conversation]:
         """The conversations of these numbers, which are one batch."""

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..huggingface.distilling import capture_top_k
+from ..huggingface.fingerprint import fingerprint
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
-from .batches import padded_batch
+from .batches import check_batches, padded_batch
 from .conversations import Conversation
 from .files import replace
+from .identity import digest_of, digest_of_conversations
 
-__all__ = ["Targets", "capture", "digest_of"]
+__all__ = ["Targets", "capture"]
 
 FORMAT_VERSION = 1
 
@@ -73,17 +74,20 @@ def capture(
         document: what the teacher reads, the prefix of the whole document.
         conversations: their answers need not be the teacher's own.
         k: tokens that are kept. The share of the others is not learned.
-        path: of a safetensors file, which is read if it was made from the same document and conversations, and
-            written in one piece otherwise.
+        path: of a safetensors file, which is read if it was made by the same model from the same document and
+            conversations, and written in one piece otherwise.
         batch_size: conversations in a forward.
         progress: called with the number of conversations done, and of all.
 
     Raises:
-        ValueError: for a file made from something else, or a model whose logits do not follow from its output layer.
+        ValueError: for a file made from something else, conversations without tokens, or a model whose logits do not
+            follow from its output layer.
     """
-    if not conversations:
-        raise ValueError("conversations: expected at least one, got none")
-    made_with = {"k": k, "document": digest_of(document), "conversations": _digest(conversations)}
+    check_batches(model, conversations, batch_size)
+    made_with = {
+        "k": k, "conversations": digest_of_conversations(conversations), "document": digest_of(document),
+        "model": fingerprint(model),
+    }  # fmt: skip
     if path is not None and Path(path).exists():
         return Targets(conversations, *_load(Path(path), made_with))
     ids: list[Tensor] = []
@@ -109,18 +113,6 @@ def capture(
         metadata = {"peftkern_targets": json.dumps({"format": FORMAT_VERSION, **made_with}, sort_keys=True)}
         replace(Path(path), save({"ids": top[0], "log_probs": top[1]}, metadata))
     return Targets(conversations, *top)
-
-
-def digest_of(prefix: PrefixKV) -> str:
-    """SHA-256 of the values of a prefix."""
-    found = hashlib.sha256()
-    for value in prefix.state_dict().values():
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _digest(conversations: Sequence[Conversation]) -> str:
-    return hashlib.sha256(json.dumps([asdict(c) for c in conversations], sort_keys=True).encode()).hexdigest()
 
 
 def _load(path: Path, made_with: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -18,15 +18,19 @@ from torch import Tensor
 
 from ..distillation import Objective
 from ..huggingface.distilling import distil
-from ..huggingface.switch import switched
+from ..huggingface.fingerprint import fingerprint
+from ..huggingface.switch import packing, switched
 from ..modules import PrefixKV
-from .batches import packed_batch
+from .batches import check_batches, packed_batch, padded_batch
 from .files import replace
-from .targets import Targets, digest_of
+from .identity import digest_of, digest_of_conversations, digest_of_tensors
+from .targets import Targets
 
 __all__ = ["Study", "Training", "train"]
 
 FORMAT_VERSION = 1
+#: The logarithm of a probability of 1 may be this large.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,15 @@ def train(
     """Train a cartridge by distillation: its predictions at the tokens of the answers approach the teacher's.
 
     The loss is :func:`peftkern.distillation_loss` over the teacher's most likely tokens. Batches are packed, so that
-    no padding is computed. With several studies, steps take turns. Cartridges of a bank that are trained alone and
-    together do not spoil each other::
+    no padding is computed, unless the model cannot run packed rows. With several studies, steps take turns.
+    Cartridges of a bank that are trained alone and together do not spoil each other::
 
         bank = PrefixKV.stack([a, b])
         train(model, bank, [Study(of_a, (0,)), Study(of_b, (1,)), Study(of_both, (0, 1))], path)
 
     The parameters, the optimizer's state and the losses are saved in one file, which a rename replaces. After an
-    interruption at any point the same call continues from it, and gives bitwise equal results.
+    interruption at any point the same call continues from it, and gives bitwise equal results. That is so in another
+    process, which makes the cartridge anew, and in the same one: an exception sets the cartridge back to the file.
 
     Args:
         model: patched with a :class:`peftkern.PrefixKV` for the same layers, a bank if the cartridge is one. Its own
@@ -130,14 +135,22 @@ def train(
     """
     options = options or Training()
     studies = [studies] if isinstance(studies, Study) else list(studies)
-    _check(cartridge, studies)
-    made_with = {"options": asdict(options), "studies": [_describe(study) for study in studies]}
-    state = _State(Path(path), cartridge, {**made_with, "start": digest_of(cartridge)}, options)
-    with switched(model, cartridge), _packing(model):
+    _check(model, cartridge, studies)
+    made_with = {
+        "options": asdict(options), "studies": [_describe(study) for study in studies], "model": fingerprint(model),
+    }  # fmt: skip
+    state = _State(Path(path), cartridge, made_with, options)
+    example = packed_batch(studies[0].targets.conversations[:1], model.device)
+    with switched(model, cartridge), packing(model, example.inputs) as packs, state.kept():
+        batch_of = packed_batch if packs else padded_batch
         while (done := len(state.losses)) < options.steps:
             study = studies[done % len(studies)]
             numbers = options.numbers(done // len(studies), len(study.targets))
-            state.step(options.rate(done), _loss(model, study, numbers, options.objective))
+            batch = batch_of([study.targets.conversations[number] for number in numbers], model.device)
+            ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
+            inputs = batch.reading(study.prefix_ids)
+            loss = distil(model, inputs, ids, log_probs, rows=batch.rows, objective=options.objective)
+            state.step(options.rate(done), loss)
             if progress is not None:
                 progress(done + 1, state.losses[-1])
             if (ends := stop()) or (done + 1) % options.save_every == 0 or done + 1 == options.steps:
@@ -147,23 +160,28 @@ def train(
     return state.losses
 
 
-def _loss(model: Any, study: Study, numbers: Sequence[int], objective: Objective) -> Tensor:
-    """The mean loss per token of some conversations."""
-    batch = packed_batch([study.targets.conversations[number] for number in numbers], model.device)
-    ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
-    return distil(model, batch.reading(study.prefix_ids), ids, log_probs, rows=batch.rows, objective=objective)
-
-
 class _State:
     """Everything that a step changes, and its file."""
 
     def __init__(self, path: Path, cartridge: PrefixKV, made_with: dict[str, Any], options: Training) -> None:
-        self.path, self.made_with, self.options = path, made_with, options
+        self.path, self.cartridge, self.made_with, self.options = path, cartridge, made_with, options
+        self.start = digest_of(cartridge)
         self.losses: list[float] = []
         self.parameters = {name: p for name, p in cartridge.named_parameters() if p.requires_grad and p.numel()}
         self.optimizer = torch.optim.Adam(self.parameters.values())
         if path.exists():
             self._load()
+        else:
+            self.save()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Set the cartridge back to the file if the block raises an exception."""
+        try:
+            yield
+        except BaseException:
+            self._load()
+            raise
 
     def step(self, rate: float, loss: Tensor) -> None:
         """One update."""
@@ -179,7 +197,10 @@ class _State:
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             tensors |= {f"{name}/{slot}": x for slot, x in self.optimizer.state[p].items()}
-        metadata = {"format": FORMAT_VERSION, "losses": self.losses, **self.made_with}
+        metadata = {
+            "format": FORMAT_VERSION, "losses": self.losses, "start": self.start, "now": digest_of(self.cartridge),
+            **self.made_with,
+        }  # fmt: skip
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
         replace(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
 
@@ -193,14 +214,17 @@ class _State:
             raise ValueError(
                 f"path: expected a checkpoint in {self.path}, got {error}; remove it to start again"
             ) from error
+        losses, start, now = (found.pop(name, None) for name in ("losses", "start", "now"))
         expected = json.loads(json.dumps({"format": FORMAT_VERSION, **self.made_with}))
-        losses = found.pop("losses", [])
-        if found != expected:
-            names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        if self.start not in (start, now):
+            names.append("start")
+        if names:
             raise ValueError(
                 f"path: expected a checkpoint of the same run, got {self.path} with other {', '.join(names)}; remove "
                 "it, or choose another path"
             )
+        self.start = start
         for name, p in self.parameters.items():
             p.copy_(tensors[name])
             slots = {key.rpartition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{name}/")}
@@ -208,7 +232,7 @@ class _State:
         self.losses = losses
 
 
-def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
+def _check(model: Any, cartridge: PrefixKV, studies: Sequence[Study]) -> None:
     """Raise ValueError for studies that do not fit the cartridge."""
     if not studies:
         raise ValueError("studies: expected at least one, got none")
@@ -217,23 +241,37 @@ def _check(cartridge: PrefixKV, studies: Sequence[Study]) -> None:
         if (ids is None) != (count is None):
             expected = "None, because the cartridge is no bank" if count is None else f"numbers below {count}"
             raise ValueError(f"studies[{index}].prefix_ids: expected {expected}, got {ids}")
+        if ids is not None and count is not None and not (ids and all(-1 <= number < count for number in ids)):
+            raise ValueError(f"studies[{index}].prefix_ids: expected numbers below {count}, got {ids}")
+        _check_targets(model, study.targets, f"studies[{index}].targets")
     if not any(p.requires_grad and p.numel() for p in cartridge.parameters()):
         raise ValueError("cartridge: expected one with parameters that require gradients, got none")
 
 
+def _check_targets(model: Any, targets: Targets, name: str) -> None:
+    """Raise ValueError for targets that are not those of their conversations."""
+    check_batches(model, targets.conversations, name=f"{name}.conversations")
+    ids, log_probs = targets.ids, targets.log_probs
+    tokens = sum(len(conversation.answer_ids) for conversation in targets.conversations)
+    for field, x in (("ids", ids), ("log_probs", log_probs)):
+        if x.dim() != 2 or x.shape[0] != tokens or not x.shape[1] or x.shape != ids.shape:
+            raise ValueError(
+                f"{name}.{field}: expected [{tokens}, K], one row per token of the answers, got {list(x.shape)}"
+            )
+    if not bool((log_probs < _ROUNDING).all()):
+        raise ValueError(f"{name}.log_probs: expected no number above 0, got {float(log_probs.max())}")
+    count = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(
+            f"{name}.ids: expected tokens from 0 to {count - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
 def _describe(study: Study) -> dict[str, Any]:
     """What identifies the data of a study."""
-    sums = [float(study.targets.log_probs.double().sum()), int(study.targets.ids.long().sum())]
-    return {"prefix_ids": study.prefix_ids, "conversations": len(study.targets), "sums": sums}
-
-
-@contextmanager
-def _packing(model: Any) -> Iterator[None]:
-    """Have the backbone run training steps, which are packed, while dropout inside stays as it is."""
-    backbone = model.base_model
-    before = backbone.training
-    backbone.training = True
-    try:
-        yield
-    finally:
-        backbone.training = before
+    targets = study.targets
+    return {
+        "prefix_ids": study.prefix_ids,
+        "conversations": digest_of_conversations(targets.conversations),
+        "targets": digest_of_tensors({"ids": targets.ids, "log_probs": targets.log_probs}),
+    }

@@ -63,6 +63,25 @@ def test_an_error_in_the_block_restores_the_prefix():
     assert not hasattr(model, "peftkern_prefix")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_patch_that_is_removed_in_the_block_stays_removed(again):
+    """As in a cell that runs again, or a callback that ends training."""
+    model = base()
+    first, second, third = (PrefixKV(model, length, std=0.5) for length in (3, 4, 5))
+    stock = logits(model)
+    peftkern.patch(model, first)
+    with switched(model, second), switched(model, first):
+        peftkern.unpatch(model)
+        if again:
+            peftkern.patch(model, third)
+    if again:
+        assert model.peftkern_prefix is third
+        peftkern.unpatch(model)
+    assert not hasattr(model, "peftkern_prefix")
+    assert not any("peftkern" in name for name in model.state_dict())
+    assert torch.equal(logits(model), stock)
+
+
 def test_a_bank_with_the_document_and_the_cartridge():
     """Teacher and student are two rows of one ragged bank, in one batch."""
     model = base()
