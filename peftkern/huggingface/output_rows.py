@@ -164,10 +164,8 @@ def _tried(hidden: Tensor, layer: Any) -> Tensor:
     if not len(known):
         return torch.cat([rows] * (len(_LARGE) + 1), 1)
     raw = logits_of(known, layer.weight, bias=getattr(layer, "bias", None))
-    largest, most = (
-        max(float(raw.abs().max()), 1e-3),
-        torch.finfo(rows.dtype).max / (2 * float(known.abs().max()) + 1),
-    )
+    largest = max(float(raw.abs().max()), 1e-3)
+    most = torch.finfo(rows.dtype).max / (2 * float(known.abs().max()) + 1)  # beyond it, they would overflow
     return torch.cat([rows, *(rows * min(large / largest, most) for large in _LARGE)], 1)
 
 
