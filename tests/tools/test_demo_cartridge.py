@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 
-from peftkern import load_prefix, self_study
+from peftkern import PrefixKV, load_prefix, self_study
 from peftkern.self_study import Comparison
 from peftkern.tools.cli import main
 from peftkern.tools.demo.cartridge.documents import read_documents
@@ -90,12 +90,33 @@ def test_resume_after_ctrl_c_gives_the_results_of_an_uninterrupted_run(command, 
         patched.setattr(self_study.Training, "rate", interrupted)
         assert main([*command, "--out", str(out)]) == 130
     assert f"peftkern demo --method cartridge --resume --out {out}" in capsys.readouterr().out
+    from_text = PrefixKV.from_text.__func__
+
+    def rounded(*arguments, **options):
+        """As on another machine."""
+        prefix = from_text(PrefixKV, *arguments, **options)
+        with torch.no_grad():
+            for parameter in prefix.parameters():
+                parameter.mul_(1 + 1e-6)
+        return prefix
+
+    monkeypatch.setattr(PrefixKV, "from_text", rounded)
     assert main(["demo", "--method", "cartridge", "--resume", "--out", str(out)]) == 0
     results = [json.loads((folder / "result.json").read_text()) for folder in (whole, out)]
     assert results[0]["losses"] == results[1]["losses"]
     assert results[0]["rows"] == results[1]["rows"]
     a, b = (load_prefix(folder / "cartridge").flat_values() for folder in (whole, out))
     assert torch.equal(a, b)
+
+
+def test_a_file_that_cannot_be_continued_is_named_without_a_traceback(command, tmp_path, capsys):
+    assert main([*command, "--runs", "1"]) == 0
+    path = tmp_path / "out" / "first-questions.jsonl"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    assert main(["demo", "--method", "cartridge", "--resume", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "path: expected a file made with the same seed, got" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

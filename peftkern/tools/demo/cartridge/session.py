@@ -77,11 +77,14 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker, stop: Ca
     console.print(f"[bold]{title}[/] · {documents[0].title}")
     with new_bars(console) as bars:
         ticker.bars, lab.bars = bars, _shown(bars)
-        lesson = study(lab, documents[0], *prefixes[0])
         bank: PrefixKV | None = None
         composed: dict[str, Comparison] = {}
-        if both is not None:
-            bank, composed = compose(lab, lesson, documents[1], *prefixes[1], both)
+        try:
+            lesson = study(lab, documents[0], *prefixes[0])
+            if both is not None:
+                bank, composed = compose(lab, lesson, documents[1], *prefixes[1], both)
+        except ValueError as error:  # for example a damaged file in --out, or a model without an output layer
+            raise DemoError(str(error)) from error
     versions = {"peftkern": __version__} | {name: version(name) for name in ("torch", "transformers")}
     rows, more = _rows(lesson), _composed_rows(composed, starts)
     found = Findings(

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .... import self_study
+from ....checkpoint import WEIGHTS_NAME, load_prefix, save_prefix
+from ....huggingface.fingerprint import fingerprint
 from ....modules import PrefixKV
 from ....self_study import (
     HELD_OUT_PROMPTS,
@@ -88,21 +92,35 @@ class Lesson:
 def read(lab: Lab, document: Document) -> tuple[PrefixKV, PrefixKV]:
     """The prefix of a document, and the start of its cartridge. The model must not be patched.
 
+    Both are saved, so that a run continues with the same values on other machines, which round differently.
+
     Raises:
         DemoError: for a document that is too short or too long.
     """
-    text = Chat(lab.tokenizer).document(document.text)
+    text, options = Chat(lab.tokenizer).document(document.text), lab.options
+    made_from = json.dumps([text, options.length, fingerprint(lab.model)])
+    folder = lab.out / "documents" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
     try:
-        prefix = PrefixKV.from_text(lab.model, lab.tokenizer, text).requires_grad_(False)
+        prefix = _saved(folder / "whole", lambda: PrefixKV.from_text(lab.model, lab.tokenizer, text))
         tokens = max(prefix.lengths)
-        length = lab.options.length or max(2, tokens // SHARE)
+        length = options.length or max(2, tokens // SHARE)
         if length >= tokens:
             raise DemoError(f"--length: expected less than the {tokens} tokens of the document, got {length}")
         # The first token is an attention sink, which Cartridges freezes.
-        start = PrefixKV.from_text(lab.model, lab.tokenizer, text, length, num_frozen_tokens=1)
+        start = _saved(
+            folder / "start",
+            lambda: PrefixKV.from_text(lab.model, lab.tokenizer, text, length, num_frozen_tokens=1),
+        )
     except ValueError as error:
         raise DemoError(f"{document.title}: {error}") from error
-    return prefix, start
+    return prefix.requires_grad_(False), start
+
+
+def _saved(folder: Path, make: Callable[[], PrefixKV]) -> PrefixKV:
+    """The prefix in a folder, which is made and saved if there is none."""
+    if not (folder / WEIGHTS_NAME).exists():
+        save_prefix(make(), folder)
+    return cast(PrefixKV, load_prefix(folder))
 
 
 def ask(lab: Lab, document: Document, prefix: PrefixKV, name: str, *, held_out: bool = False) -> list[Conversation]:
