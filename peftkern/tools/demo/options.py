@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,24 @@ def resolve(args: argparse.Namespace, made_with: dict[str, Any] | None = None) -
     given = {f.name: getattr(args, f.name) for f in fields(Options) if getattr(args, f.name) is not None}
     if made_with is None:
         return Options(**{**(QUICK if args.quick else {}), **given})
+    check_same(given, made_with, f"the checkpoint in {args.out}")
+    return Options(**made_with)
+
+
+def check_same(given: Mapping[str, Any], made_with: Mapping[str, Any], saved: str) -> None:
+    """Raise DemoError for an option that differs from that of a saved run.
+
+    Args:
+        given: the options on the command line.
+        made_with: all options of the saved run.
+        saved: what was made with them, for the message.
+    """
     for name, value in given.items():
         if value != made_with[name]:
             raise DemoError(
-                f"{flag(name)} {value}: the checkpoint in {args.out} was made with {made_with[name]}. Leave the "
-                "option out to continue, or choose another --out to start again."
+                f"{flag(name)} {value}: {saved} was made with {made_with[name]}. Leave the option out to continue, "
+                "or choose another --out to start again."
             )
-    return Options(**made_with)
 
 
 def as_dict(options: Options) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
 from .files import write_files
+from .frame import check_threads, make_folder, quiet_libraries, run_framed
 from .interrupts import deferred_interrupt
 from .measuring import Measured, measure
 from .options import DemoError, Options, resolve
@@ -38,14 +38,7 @@ def run_session(args: argparse.Namespace) -> int:
     Raises:
         DemoError: for errors that the user can correct.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between transformers and peft
-        try:
-            with LogTicker(console) as ticker:
-                return _run(args, console, ticker)
-        except KeyboardInterrupt:
-            return _stopped(args, console)
+    return run_framed(args, _run, _stopped)
 
 
 def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
@@ -58,7 +51,7 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
         console.print(f"[dim]--dtype {args.dtype}: {reason}[/]")
     options = resolve(args, state and state["options"])
     torch.manual_seed(options.seed)
-    _quiet_libraries()
+    quiet_libraries()
 
     ticker.stage = "reading the reviews"
     with console.status(ticker.stage):
@@ -87,7 +80,7 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
         if finished:
             _measure_accuracy("final", models, task, held_out, progress, bars)
     if not finished:
-        return _stopped(args, console)
+        raise KeyboardInterrupt
 
     ticker.stage = "measuring memory and rounding in a process of their own"
     with console.status(ticker.stage):
@@ -125,8 +118,7 @@ def _open_out(args: argparse.Namespace) -> Path | None:
     Raises:
         DemoError: if there is no checkpoint to resume, or a fresh run would destroy an unfinished one.
     """
-    if args.threads is not None and args.threads < 1:
-        raise DemoError(f"--threads: expected at least 1, got {args.threads}")
+    check_threads(args.threads)
     found = checkpoint.latest(args.out)
     if args.resume:
         if found is None:
@@ -140,12 +132,7 @@ def _open_out(args: argparse.Namespace) -> Path | None:
                 f"--out {args.out} holds an unfinished run ({done} of {steps} steps). Continue with --resume, remove "
                 f"{found}, or choose another --out."
             )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".writable").touch()
-        (args.out / ".writable").unlink()
-    except OSError as error:
-        raise DemoError(f"--out {args.out}: cannot be written ({error.strerror})") from error
+    make_folder(args.out)
     return None
 
 
@@ -200,7 +187,7 @@ def _pairs_left(progress: Progress) -> float:
     return options.steps - progress.done + options.eval_rows / (3 * options.batch_size) + 5
 
 
-def _stopped(args: argparse.Namespace, console: Console) -> int:
+def _stopped(args: argparse.Namespace, console: Console) -> None:
     saved = checkpoint.latest(args.out)
     if saved is None:
         console.print("Stopped before training; nothing was saved.")
@@ -208,7 +195,6 @@ def _stopped(args: argparse.Namespace, console: Console) -> int:
         console.print(f"Stopped. Saved: {saved}. PeftModel.from_pretrained loads its folders {' and '.join(ARMS)}.")
         cache = f" --cache {args.cache}" if args.cache else ""
         console.print(f"Continue with: [bold]peftkern demo --resume --out {args.out}{cache}[/]")
-    return 130
 
 
 def _measure(source: ModelSource, options: Options, batch: Batch, threads: int) -> tuple[dict[str, Measured], str]:
@@ -239,10 +225,3 @@ def _note(pair: Pair) -> str:
     losses = "  ".join(f"{pair.loss[arm]:.3f}" for arm in ARMS)
     seconds = "  ".join(duration(pair.seconds[arm]) for arm in ARMS)
     return f"loss {losses} · {seconds}"
-
-
-def _quiet_libraries() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..options import DemoError, flag
+from ..options import DemoError, check_same, flag
 
 __all__ = ["QUICK", "Options", "add_arguments", "refuse", "resolve", "saved", "write"]
 
@@ -88,12 +88,7 @@ def resolve(args: argparse.Namespace, made_with: dict[str, Any] | None = None) -
         raise DemoError(f"--dtype: expected fp32 with --method cartridge, got {args.dtype}")
     given = {f.name: value for f in fields(Options) if (value := getattr(args, f.name, None)) is not None}
     if made_with is not None:
-        for name, value in given.items():
-            if value != made_with[name]:
-                raise DemoError(
-                    f"{flag(name)} {value}: the run in {args.out} was made with {made_with[name]}. Leave the option "
-                    "out to continue, or choose another --out to start again."
-                )
+        check_same(given, made_with, f"the run in {args.out}")
         return Options(**made_with)
     defaults = QUICK if args.quick else {}
     if "data" in given and "compose" not in given:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +21,7 @@ from ....huggingface.patch import patch
 from ....modules import PrefixKV
 from ....self_study import Comparison
 from ..assets import cache_folder, find_model
+from ..frame import check_threads, make_folder, quiet_libraries, run_framed
 from ..interrupts import deferred_interrupt
 from ..options import DemoError
 from ..progress import LogTicker, new_bars
@@ -43,22 +44,19 @@ def run_session(args: argparse.Namespace) -> int:
     Raises:
         DemoError: for errors that the user can correct.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            with LogTicker(console) as ticker, deferred_interrupt() as interrupted:
-                return _run(args, console, ticker, lambda: bool(interrupted))
-        except KeyboardInterrupt:
-            cache = f" --cache {args.cache}" if args.cache else ""
-            console.print(
-                "Stopped; what is done is saved. Continue with: [bold]peftkern demo --method cartridge --resume "
-                f"--out {args.out}{cache}[/]"
-            )
-            return 130
+    with deferred_interrupt() as interrupted:
+        return run_framed(args, partial(_run, stop=lambda: bool(interrupted)), _stopped)
 
 
-def _run(args: argparse.Namespace, console: Console, ticker: LogTicker, stop: Callable[[], bool]) -> int:
+def _stopped(args: argparse.Namespace, console: Console) -> None:
+    cache = f" --cache {args.cache}" if args.cache else ""
+    console.print(
+        "Stopped; what is done is saved. Continue with: [bold]peftkern demo --method cartridge --resume "
+        f"--out {args.out}{cache}[/]"
+    )
+
+
+def _run(args: argparse.Namespace, console: Console, ticker: LogTicker, *, stop: Callable[[], bool]) -> int:
     options = _open_out(args)
     threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,8 +98,7 @@ def _open_out(args: argparse.Namespace) -> Options:
     Raises:
         DemoError: if there is no run to resume, or a fresh one would destroy an unfinished one.
     """
-    if args.threads is not None and args.threads < 1:
-        raise DemoError(f"--threads: expected at least 1, got {args.threads}")
+    check_threads(args.threads)
     made_with = run_options.saved(args.out)
     if args.resume:
         if made_with is None:
@@ -113,21 +110,16 @@ def _open_out(args: argparse.Namespace) -> Options:
             "--out."
         )
     options = run_options.resolve(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        run_options.write(args.out, options)
-    except OSError as error:
-        raise DemoError(f"--out {args.out}: cannot be written ({error.strerror})") from error
+    make_folder(args.out)
+    run_options.write(args.out, options)
     return options
 
 
 def _load(args: argparse.Namespace, options: Options) -> tuple[str, Any, Any]:
     """(title, frozen model in fp32, tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     source = find_model(options.model, cache_folder(args.cache))
     try:
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
