@@ -7,29 +7,20 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .layer_shapes import LayerShape
+from .prefix_fields import PrefixFields
 
 __all__ = ["Bank"]
 
 
-class Bank(nn.Module):
+class Bank(PrefixFields):
     """The part of a prefix that combines prefixes to a bank, and takes them out again.
 
     Attributes:
         num_prefixes: A; None for a single prefix.
         prefix_lens: [A] int32, the number of tokens of each prefix, the others of which nothing reads.
     """
-
-    shapes: tuple[LayerShape | None, ...]
-    lengths: tuple[int, ...]
-    num_prefixes: int | None
-    num_frozen_tokens: int
-    prefix_lens: Tensor | None
-    trainable: nn.ParameterList
-    frozen: nn.ParameterList
 
     @classmethod
     def stack(cls, prefixes: Sequence[Self]) -> Self:
@@ -103,9 +94,6 @@ class Bank(nn.Module):
         for own, other in zip(prefix.trainable, self.trainable, strict=True):
             own.copy_(other[index, : own.shape[0]])
         return prefix
-
-    def _like(self, length: Sequence[int], **options: Any) -> Any:
-        raise NotImplementedError
 
     def _check_index(self, index: int) -> None:
         if self.num_prefixes is None:

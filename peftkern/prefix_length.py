@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, layers_of, text_config, text_tokens
+from .prefix_fields import PrefixFields
 from .prefix_layout import checked, with_layers_that_share
 from .prefix_parts import DECODER, check_parts, text_layers
 
@@ -21,7 +22,7 @@ __all__ = ["LearnedLength", "token_layers"]
 _OPEN = 2.0
 
 
-class LearnedLength(nn.Module):
+class LearnedLength(PrefixFields):
     """The part of a prefix that weighs, removes and adds tokens.
 
     Each token p of a layer has a gate g_p = sigmoid(a_p) with a learned logit a_p. Attention adds log g_p to the
@@ -41,25 +42,6 @@ class LearnedLength(nn.Module):
         gate_logits: [sum of the layers' tokens that are not frozen], a_p of layer 0, of layer 1 and so on; None
             without gates. A frozen token's gate is 1.
     """
-
-    parts: dict[str, range]
-    shapes: tuple[LayerShape | None, ...]
-    lengths: tuple[int, ...]
-    num_prefixes: int | None
-    num_frozen_tokens: int
-    peft_seq2seq_layout: bool
-    learn_length: bool
-    positions: int
-    trainable: nn.ParameterList
-    gate_logits: nn.Parameter | None
-
-    def layer_kv(self) -> list[KeyValue | None]:
-        """(prefix_k, prefix_v) of each layer."""
-        raise NotImplementedError
-
-    def _like(self, length: Sequence[int], **options: Any) -> Any:
-        """A prefix with the same geometry and other lengths."""
-        raise NotImplementedError
 
     def _add_gates(self, **like: Any) -> None:
         """Create the gates, open."""

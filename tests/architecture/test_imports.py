@@ -33,9 +33,10 @@ ALLOWED = {
     "layer_shapes": {"model_info"},
     "prefix_layout": {"layer_shapes", "model_info"},
     "prefix_parts": {"eager_attention", "layer_shapes", "model_info"},
-    "prefix_length": {"prefix_layout", "prefix_parts", "layer_shapes", "model_info"},
+    "prefix_fields": {"layer_shapes", "model_info"},
+    "prefix_length": {"prefix_fields", "prefix_layout", "prefix_parts", "layer_shapes", "model_info"},
     "recurrent_state": {"model_info"},
-    "prefix_bank": {"layer_shapes"},
+    "prefix_bank": {"prefix_fields"},
     "prefix_options": {"prefix_layout", "prefix_parts"},
     "prefix_starts": {"prefix_length", "prefix_parts", "recurrent_state", "layer_shapes", "model_info"},
     "prefix_kv": {
