@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import pytest
 
+import peftkern
+from peftkern.tools.cli import main
 from peftkern.tools.demo.assets import cache_folder, find_model
 
 from . import vllm_expected, vllm_http
+from .page_commands import page_commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_weights]
 
@@ -46,6 +50,15 @@ def cases(tmp_path_factory):
     """The model, a folder with prefixes, and 32 requests with the tokens of the patched transformers model."""
     model, folder = find_model(None, cache_folder()).path, tmp_path_factory.mktemp("vllm")
     return model, folder, vllm_expected.build(model, folder)
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """A free one. The server's processes find this checkout."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _run(python, cases, experiment):
@@ -77,13 +90,10 @@ def test_preemption_chunks_changed_files_and_refusals(python, cases):
     assert found["unfinished"] == 0
 
 
-def test_the_http_server(python, cases, tmp_path, monkeypatch):
+def test_the_http_server(python, cases, tmp_path, port):
     model, folder, requests = cases
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with vllm_http.server(python, model, folder / "prefixes", tmp_path / "log", port) as address:
+    command = vllm_http.server_command(python, model, folder / "prefixes")
+    with vllm_http.running(command, tmp_path / "log", port) as address:
         found = vllm_http.try_everything(address, requests, folder)
     status, answer = found.pop("unknown")
     assert status == 400
@@ -92,3 +102,33 @@ def test_the_http_server(python, cases, tmp_path, monkeypatch):
     )
     assert found.pop("foreign") == 500
     assert found == dict.fromkeys(found, True)
+
+
+def test_from_a_document_to_a_served_cartridge(python, tmp_path, monkeypatch, port):
+    """The commands of the page, with few questions and steps, and greedy tokens."""
+    model, commands = find_model(None, cache_folder()).path, page_commands()
+    monkeypatch.chdir(tmp_path)
+    Path("DOCUMENT.txt").write_text(vllm_expected.TEXT * 8)
+    few = "--questions 4 --eval-rows 2 --steps 2 --answer 8 --runs 1 --length 21"
+    study, serve = commands["peftkern demo"], commands["vllm serve"]
+    for command in (f"{study} {few}", commands["peftkern export"]):
+        assert main(shlex.split(command.replace("FOLDER", str(model)))[1:]) == 0
+    server = serve.replace("vllm serve FOLDER", f"{python} -m vllm.entrypoints.openai.api_server --model FOLDER")
+    with vllm_http.running(shlex.split(server.replace("FOLDER", str(model))), tmp_path / "log", port):
+        ask = commands["curl http://localhost:8000/v1/completions"].replace("localhost:8000", f"127.0.0.1:{port}")
+        ask = ask.replace("FOLDER", str(model)).replace('"max_tokens"', '"temperature": 0, "max_tokens"')
+        answer = json.loads(subprocess.run(["bash", "-c", ask], capture_output=True, check=True).stdout)
+    assert answer["choices"][0]["text"] == _greedy_answer(model, json.loads(shlex.split(ask)[-1])["prompt"])
+
+
+def _greedy_answer(model_folder, prompt):
+    """What the patched transformers model answers with the page's cartridge."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    with peftkern.patched(model, peftkern.load_prefix("study/cartridge")):
+        out = model.generate(**inputs, max_new_tokens=vllm_expected.TOKENS, do_sample=False)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

