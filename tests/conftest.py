@@ -18,7 +18,9 @@ hypothesis.settings.load_profile("ci")
 
 
 #: Folders from the fastest to the slowest; a failure in a fast test is seen early.
-ORDER = ("architecture", "", "native", "tools", "testing", "backends", "docs", "examples", "huggingface")
+ORDER = (
+    "architecture", "", "native", "tools", "testing", "backends", "docs", "examples", "self_study", "huggingface",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ from peftkern.tools.cli import main
 from peftkern.tools.demo.cartridge.documents import read_documents
 from peftkern.tools.demo.cartridge.options import Options
 from peftkern.tools.demo.cartridge.report import Findings, Row, headline
-from tests.test_self_study import TEXT, new_model, new_tokenizer
+from tests.self_study.lab import TEXT, new_model, new_tokenizer
 
 
 @pytest.fixture(scope="module")
