@@ -9,11 +9,17 @@ import torch
 
 from benchmarks import readme_tables
 from peftkern.tools.demo import training
-from tests.tools.test_demo import tiny
+from tests.tools.tiny_demo import write_assets
 
 from .test_scripts import STAMP, script
 
-__all__ = ["script", "tiny"]  # fixtures
+__all__ = ["script"]  # a fixture
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with ``model`` and ``reviews.csv``."""
+    return write_assets(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
