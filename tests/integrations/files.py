@@ -18,6 +18,24 @@ from torch import nn
 from peftkern import PrefixKV
 
 GEOMETRY = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 8}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIFORM = {
+    "prefix": lambda dtype: PrefixKV(None, 5, **GEOMETRY, dtype=dtype),
+    "cartridge": lambda dtype: PrefixKV(None, 5, **GEOMETRY, num_frozen_tokens=2, dtype=dtype),
+    "all frozen": lambda dtype: PrefixKV(None, 5, **GEOMETRY, num_frozen_tokens=5, dtype=dtype),
+    "one token": lambda dtype: PrefixKV(None, 1, **GEOMETRY, dtype=dtype),
+}
+UNEQUAL = {
+    "ragged": lambda dtype: PrefixKV(None, [3, 0, 5], **GEOMETRY, num_frozen_tokens=2, dtype=dtype),
+    "narrow values": lambda dtype: PrefixKV(None, 5, **GEOMETRY, value_head_dim=4, dtype=dtype),
+    "unequal layers": lambda dtype: PrefixKV(
+        None, 4, num_layers=3, num_kv_heads=[2, 1, 4], head_dim=[8, 16, 4], dtype=dtype
+    ),
+    "layers without keys": lambda dtype: PrefixKV(
+        None, [0, 4, 0], num_layers=3, num_kv_heads=[0, 2, 0], head_dim=8, dtype=dtype
+    ),
+    "other positions": lambda dtype: PrefixKV(None, 5, **GEOMETRY, positions=9, dtype=dtype),
+}
 
 
 def lists(tokens=4, frozen=1, num_layers=2, dtype=torch.float32, kind="frozen", wrap=list):
