@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import signal
-import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from peftkern import PrefixKV
-from peftkern.self_study import Study, Training, capture, train
+from peftkern.self_study import Study, Training, train
 
-from .lab import TRAINING, Lab, other_weights, trained
+from .lab import TRAINING, other_weights, trained
+from .runs import FILES, end_at, run
 
 
 def test_a_resumed_run_is_bitwise_equal(lab, targets, tmp_path):
@@ -80,37 +77,14 @@ def test_the_same_call_continues_with_the_same_cartridge(lab, targets, tmp_path)
 )
 def test_killed_at_any_time_a_run_resumes_bitwise_equal(mark, tmp_path):
     """A process is killed (SIGKILL) during the synthesis or during training; another one continues."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:  # a fork has imported everything already
-        torch.set_num_threads(1)
-        run(tmp_path / "killed", lambda line: os.write(writer, line.encode() + b"\n") and time.sleep(0.05))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as told:
-        assert mark in map(str.strip, told), "the run tells where it is"
-        os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
+    assert end_at(mark, tmp_path / "killed", signal.SIGKILL) == -signal.SIGKILL
     lines = []
     run(tmp_path / "killed", lines.append)
     assert "made 0" not in lines
     assert ("step 1" in lines) == (mark != "step 3" and mark != "step 6")
     run(tmp_path / "whole", lambda line: None)
-    for name in ("result.json", "train.jsonl", "checkpoint.safetensors", "targets.safetensors"):
+    for name in FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-def run(folder: Path, tell) -> None:
-    """A whole run in ``folder``, which tells what it does."""
-    lab = Lab()
-    made = lab.synthesise(folder / "train.jsonl", progress=lambda done, count: tell(f"made {done}"))
-    targets = capture(lab.model, lab.document, made, 8, folder / "targets.safetensors")
-    cartridge = copy.deepcopy(lab.cartridge)
-    path = folder / "checkpoint.safetensors"
-    losses = train(
-        lab.model, cartridge, Study(targets), path, TRAINING, progress=lambda done, loss: tell(f"step {done}")
-    )
-    (folder / "result.json").write_text(json.dumps([losses, cartridge.flat_values().tolist()]))
 
 
 def test_checkpoints_of_another_run_are_refused(lab, targets, tmp_path):

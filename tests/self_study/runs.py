@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs of self-study, and processes that end in the middle of one."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from peftkern.self_study import Study, capture, train
+
+from .lab import TRAINING, Lab
+
+#: What a run writes.
+FILES = ("result.json", "train.jsonl", "checkpoint.safetensors", "targets.safetensors")
+
+
+def run(folder: Path, tell) -> None:
+    """A whole run in ``folder``, which tells what it does."""
+    lab = Lab()
+    made = lab.synthesise(folder / "train.jsonl", progress=lambda done, count: tell(f"made {done}"))
+    targets = capture(lab.model, lab.document, made, 8, folder / "targets.safetensors")
+    cartridge = copy.deepcopy(lab.cartridge)
+    path = folder / "checkpoint.safetensors"
+    losses = train(
+        lab.model, cartridge, Study(targets), path, TRAINING, progress=lambda done, loss: tell(f"step {done}")
+    )
+    (folder / "result.json").write_text(json.dumps([losses, cartridge.flat_values().tolist()]))
+
+
+def end_at(mark: str, folder: Path, number: int, handler=signal.SIG_DFL) -> int:
+    """Send a signal to a process with a run in ``folder`` that has come to ``mark``. Returns its exit code.
+
+    The marks are what :func:`run` tells, and ``save N``: the data of the N-th save is flushed to the disk. A file
+    that is replaced is not renamed then; conversations are in their file, but the run does not know it.
+
+    Args:
+        handler: of the process for SIGTERM.
+    """
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:  # a fork has imported everything already
+        status = 1
+        try:
+            signal.signal(signal.SIGTERM, handler)
+            _run_until(mark, folder, writer)
+        except SystemExit as exit:
+            status = int(exit.code)
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert told.readline() == f"{mark}\n", "the run comes to its mark"
+        os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _run_until(mark: str, folder: Path, writer: int) -> None:
+    """Run until the mark, write it to a pipe, and wait there."""
+    torch.set_num_threads(1)
+    fsync, saves = os.fsync, itertools.count(1)
+
+    def tell(line: str) -> None:
+        if line == mark:
+            os.write(writer, f"{line}\n".encode())
+            time.sleep(60)
+
+    def flush(file: int) -> None:
+        fsync(file)
+        tell(f"save {next(saves)}")
+
+    os.fsync = flush
+    run(folder, tell)
