@@ -46,7 +46,7 @@ def test_every_feature_in_fp32(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_every_feature_in_half_precision(name, dtype):
     """With the fp32 prefix that PEFT keeps beside half-precision activations."""
-    shape = dataclasses.replace(SHAPE, S=17)
+    shape = dataclasses.replace(SHAPE, Hq=2, Hkv=1, S=17)
     _check(*_feature(name, shape), dtype, torch.float32)
 
 

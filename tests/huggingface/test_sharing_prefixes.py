@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 import peftkern
 from peftkern import PrefixKV, SoftPrompt
+from tests.cover import product
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, PREFIX, patch_of
 from tests.huggingface.shared_rows import ROWS, A, B, C, D, F, differ, inputs_of, left_inputs, share_everything, train
@@ -68,13 +69,10 @@ EXTRA = {"a bank of SoftPrompts": {"prompt_ids": PROMPT_IDS}, "MULTITASK_PROMPT_
 PEFT = ["PREFIX_TUNING", *models.PROMPTS]
 
 
-@pytest.mark.parametrize("labelled", [False, True], ids=["all logits", "labelled"])
-@pytest.mark.parametrize("side", INPUTS)
-@pytest.mark.parametrize("kind", BUILDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_training_step_equals_the_one_without_sharing(name, kind, side, labelled):
+@pytest.mark.parametrize(("name", "kind", "side", "logits"), product(NAMES, BUILDS, INPUTS, ("all", "labelled")))
+def test_a_training_step_equals_the_one_without_sharing(name, kind, side, logits):
     inputs = INPUTS[side] | EXTRA.get(kind, {})
-    options = {"logits": "labelled"} if labelled else {}
+    options = {"logits": "labelled"} if logits == "labelled" else {}
     with models.fp64_throughout():
         want, want_gradients = train(BUILDS[kind](FAMILIES[name], **options), inputs)
         model = BUILDS[kind](FAMILIES[name], share="prefixes", **options)

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import peftkern
+from tests.cover import product
 from tests.huggingface import models
 from tests.huggingface.kinds import (
     KINDS,
@@ -92,18 +93,17 @@ def assert_same_run(got, want, tolerance=TOLERANCE):
     assert parameter <= tolerance, f"the trained parameters differ by {parameter:.1e}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"gradient_accumulation_steps": 2, "max_steps": 3, "per_device_train_batch_size": 2},
-        {"optim": "adamw_torch", "learning_rate": 1e-2},
-        {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3},
-    ],
-    ids=["fp32", "accumulation", "adamw", "evaluation"],
-)
-def test_trainer(kind, settings, tmp_path):
+SETTINGS = {
+    "fp32": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 3, "per_device_train_batch_size": 2},
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-2},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), product(SETTINGS, KINDS, strength=1))
+def test_trainer(kind, name, tmp_path):
+    settings = SETTINGS[name]
     want = train(stock_model(kind, LLAMA), tmp_path, **settings)
     got = train(patched_model(kind, LLAMA), tmp_path, **settings)
     if settings.get("optim") == "adamw_torch":
@@ -120,9 +120,12 @@ def test_trainer_with_gradient_checkpointing(kind, tmp_path):
     assert_same_run(train(patched_model(kind, LLAMA), tmp_path, gradient_checkpointing=True), want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    product(("eager", "aot_eager"), KINDS, among=lambda backend, kind: backend == "eager" and not is_native(kind)),
+)
 def test_trainer_with_torch_compile(kind, backend, tmp_path):
+    """Compiling native modules is tested in test_training.py too, without Trainer."""
     torch._dynamo.reset()
     want = train(stock_model(kind, LLAMA), tmp_path)
     got = train(patched_model(kind, LLAMA), tmp_path, torch_compile=True, torch_compile_backend=backend)
@@ -248,8 +251,7 @@ def train_seq2seq(model, folder):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize(("name", "kind"), product(SEQ2SEQ, KINDS, strength=1))
 def test_seq2seq_trainer(name, kind, tmp_path):
     want = train_seq2seq(stock_model(kind, FAMILIES[name]), tmp_path)
     got = train_seq2seq(patched_model(kind, FAMILIES[name]), tmp_path)

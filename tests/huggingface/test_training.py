@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import peftkern
 from peftkern import PrefixKV
+from tests.cover import product
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, IDS, PREFIX, PROJECTION, RIGHT, VOCAB
 
@@ -38,10 +39,9 @@ def enable_checkpointing(model, reentrant):
 @pytest.mark.parametrize(
     ("name", "reentrant"),
     [
-        (name, reentrant)
-        for name in FAMILIES
-        for reentrant in (False, True)
-        if (name, reentrant) != SHARED_AND_REENTRANT
+        case
+        for case in product(FAMILIES, (False, True), strength=1, among=lambda *case: case != SHARED_AND_REENTRANT)
+        if case.values != SHARED_AND_REENTRANT
     ],
 )
 def test_activation_checkpointing_gives_the_gradients_of_peft_without(name, reentrant):
