@@ -11,6 +11,7 @@ from peftkern.backends.triton import launch
 from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
 
+from ..cover import product
 from .guard import guard
 
 pytestmark = pytest.mark.interpreter
@@ -39,8 +40,11 @@ def test_every_feature(name):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "ragged_bank", "key_mask"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    product(["plain", "ragged_bank", "key_mask"], [torch.bfloat16, torch.float16], strength=1),
+    ids=str,
+)
 def test_half_precision(name, dtype):
     """With the fp32 prefix that PEFT keeps beside half-precision activations."""
     _check(*feature(name, SHAPE), dtype, torch.float32)
@@ -65,8 +69,9 @@ def test_random_combinations(seed):
     _check(shape, options, (torch.float32, torch.float16, torch.bfloat16)[seed % 3])
 
 
-@pytest.mark.parametrize("window", [1, 33, 64, 90, 200])
-@pytest.mark.parametrize("prefix_in_window", [True, False])
+@pytest.mark.parametrize(
+    ("prefix_in_window", "window"), product([True, False], [1, 33, 64, 90, 200], strength=1), ids=str
+)
 def test_windows_that_leave_splits_empty(window, prefix_in_window):
     """Splits before the window see no key and must have no weight."""
     _check(SHAPE, {"window": window, "prefix_in_window": prefix_in_window})
