@@ -209,36 +209,47 @@ def _reduced(
 
 
 class _DistillationLoss(torch.autograd.Function):
-    """The losses [N] of the rows. Saves their gradients by ``hidden`` and nothing else."""
+    """The losses [N] of the rows. Saves their gradients by ``hidden`` and nothing else.
+
+    A row's gradient is saved as a power of two [N] times numbers up to 1 [N, E], because fp16 would round the small
+    gradients of a good student to 0 before backward multiplies them by the scale of the loss.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, layer: OutputLayer, teacher: _Teacher, rows: Tensor | None, needs_grad: bool
     ) -> Tensor:
         losses = hidden.new_zeros(len(hidden), dtype=layer.sum_dtype)
-        grad = torch.zeros_like(hidden) if needs_grad else None
+        grad, scales = (torch.zeros_like(hidden), losses.new_zeros(len(hidden))) if needs_grad else (None, None)
         count = len(hidden) if rows is None else len(rows)
         sizes = BlockSizes.of(count, layer.weight, hidden.itemsize, per_row=8 * teacher.ids.shape[1])
         with _without_autocast(hidden):
             for first in range(0, count, sizes.rows):
                 block = slice(first, first + sizes.rows) if rows is None else rows[first : first + sizes.rows]
                 losses[block], grad_block = _losses(hidden[block], layer, teacher, block, sizes, needs_grad)
-                if grad is not None:
-                    grad[block] = grad_block.to(grad.dtype)
+                if grad is not None and scales is not None:
+                    scale = _powers_of_two(grad_block)
+                    grad[block] = grad_block.div_(scale[:, None]).to(grad.dtype)
+                    scales[block] = scale
         if grad is not None:
-            ctx.save_for_backward(grad)
+            ctx.save_for_backward(grad, scales)
             ctx.block = sizes.rows
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
+        grad, scales = ctx.saved_tensors
         scaled = torch.empty_like(grad)
         for first in range(0, len(grad), ctx.block):
             rows = slice(first, first + ctx.block)
-            scaled[rows] = grad[rows] * grad_losses[rows, None]  # in fp32
+            scaled[rows] = grad[rows] * (scales[rows] * grad_losses[rows])[:, None]  # in fp32
         return scaled, None, None, None, None
+
+
+def _powers_of_two(rows: Tensor) -> Tensor:
+    """The smallest power of two [R] that is larger than all magnitudes of a row [R, E]; 1 for a row of zeros."""
+    return torch.ldexp(rows.new_ones(len(rows)), rows.abs().amax(1).frexp().exponent)
 
 
 def _losses(
