@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,8 @@ _GLOBALS = {
     _PARAMETER_LIST, "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict",
     "__builtin__ set", "torch FloatStorage", "torch BFloat16Storage", "torch HalfStorage",
 }  # fmt: skip
+#: Tuples in tuples: a tensor is rebuilt from a tuple with its shape and its strides.
+_MAX_DEPTH = 3
 #: Bytes of a pickle, of which a tensor takes some 150.
 _MAX_PICKLE = 4 << 20
 
@@ -170,29 +172,71 @@ def _offset(raw: BinaryIO, entry: zipfile.ZipInfo) -> int:
 def _check_pickle(data: bytes) -> None:
     """Raise ValueError for a pickle that refers to anything but tensors, before it is read.
 
-    Tuples that are used a second time are refused, because a dict takes exponential time to hash nested ones.
-    ``torch.save`` writes none.
+    Tuples that are nested deeply, or used a second time, are refused: to hash the former overflows the stack, and to
+    hash tuples of the latter takes exponential time. ``torch.save`` writes neither.
     """
-    tuples, previous = set(), ""
+    depths = _TupleDepths()
     for operation, argument in _operations(data):
-        if operation == "PROTO" and argument != 2:
+        name = operation.name
+        if name == "PROTO" and argument != 2:
             raise ValueError(f"data.pkl: expected pickle protocol 2, got {argument}")
-        if operation == "GLOBAL" and argument not in _GLOBALS:
+        if name == "GLOBAL" and argument not in _GLOBALS:
             raise ValueError(
                 f"data.pkl: expected nothing but tensors of float32, bfloat16 or float16, got {argument!r:.80}"
             )
-        if "PUT" in operation and previous.startswith("TUPLE"):
-            tuples.add(argument)
-        if "GET" in operation and argument in tuples:
+        depths.follow(operation, argument)
+
+
+class _TupleDepths:
+    """How deeply tuples are nested in the values on the stack of a pickle, while its operations are followed.
+
+    A value is the depth of a tuple: 1 for one without tuples in it. It is 0 for everything else, and None for a mark.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[int | None] = []
+        self.memo: dict[int, int] = {}
+
+    def follow(self, operation: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Change the stack as an operation does.
+
+        Raises:
+            ValueError: for a tuple that is nested too deeply or used a second time; for an operation without values.
+        """
+        name = operation.name
+        if "PUT" in name and self.stack:
+            self.memo[argument] = self.stack[-1] or 0
+            return
+        if (name == "DUP" and self.stack and self.stack[-1]) or ("GET" in name and self.memo.get(argument)):
             raise ValueError("data.pkl: expected nothing but tensors, got a tuple that is used twice")
-        previous = operation
+        taken = self._take(operation.stack_before)
+        made = [0] * len(operation.stack_after)
+        if "TUPLE" in name:
+            made = [1 + max(taken, default=0)]
+            if made[0] > _MAX_DEPTH:
+                raise ValueError(f"data.pkl: expected tuples at most {_MAX_DEPTH} deep, got deeper ones")
+        self.stack += [None] if name == "MARK" else made
+
+    def _take(self, before: Sequence[pickletools.StackObject]) -> list[int]:
+        """Take what an operation takes from the stack."""
+        count = len(before)
+        if pickletools.markobject in before:
+            if None not in self.stack:
+                raise ValueError("data.pkl: expected a mark before an operation that ends at one, got none")
+            last = len(self.stack) - 1 - self.stack[::-1].index(None)
+            count = len(self.stack) - last + before.index(pickletools.markobject)
+        if count > len(self.stack):
+            raise ValueError("data.pkl: expected values for each operation, got too few")
+        taken = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return [value or 0 for value in taken]
 
 
-def _operations(data: bytes) -> Iterator[tuple[str, Any]]:
-    """The names and arguments of a pickle's operations, none of which is carried out."""
+def _operations(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """A pickle's operations with their arguments, none of which is carried out."""
     try:
         for operation, argument, _ in pickletools.genops(data):
-            yield operation.name, argument
+            yield operation, argument
     except ValueError as error:
         raise ValueError(f"data.pkl: expected a pickle, got something else ({error!s:.200})") from error
 

@@ -113,6 +113,17 @@ def _tuples(path):
     archive(path, data + b"Ns.")
 
 
+def _tuples_renamed(path):
+    """As above, with two names for each tuple."""
+    data = b"\x80\x02}K\x01K\x01\x86q\x00q\x01"
+    archive(path, data + b"h\x01h\x01\x86q\x00q\x01" * 60 + b"Ns.")
+
+
+def _deep_tuples(path):
+    """A key whose hash would overflow the stack."""
+    archive(path, b"\x80\x02})" + b"\x85" * 2_000_000 + b"Ns.")
+
+
 def _beside(write):
     """A fine cartridge whose config ``write`` writes."""
 
@@ -191,6 +202,13 @@ CARTRIDGES = {
     "no pickle": (lambda path: archive(path, b"\x80\x02hello"), "data.pkl"),
     "an unfinished pickle": (lambda path: archive(path, _one(0)[:-9]), "cartridge.pt: "),
     "nested tuples": (_tuples, "a tuple that is used twice"),
+    "nested tuples with two names": (_tuples_renamed, "a tuple that is used twice"),
+    "deep tuples": (_deep_tuples, "expected tuples at most 3 deep, got deeper ones"),
+    "duplicated tuples": (
+        lambda path: archive(path, b"\x80\x02}K\x01K\x01\x86" + b"2\x86" * 60 + b"Ns."), "a tuple that is used twice"
+    ),
+    "no mark": (lambda path: archive(path, b"\x80\x02}t."), "expected a mark"),
+    "a tuple of nothing": (lambda path: archive(path, b"\x80\x02\x86."), "expected values for each operation, got"),
     "a list": (lambda path: torch.save([K], path), "expected a dict of lists, got a list"),
     "a tensor": (lambda path: torch.save(K[0], path), "expected a dict of lists, got a Tensor"),
     "a number for a list": (_saved(trainable_keys=3), "trainable_keys: expected a list of tensors, got a int"),
