@@ -43,7 +43,7 @@ class Bank(PrefixFields):
             raise ValueError("prefixes: expected at least one, got none")
         lens = [_length(prefix, f"prefixes[{index}]") for index, prefix in enumerate(prefixes)]
         first = prefixes[lens.index(max(lens))]
-        like = first.trainable[0]
+        like = next(first.parameters(), torch.empty(0))  # none, if all layers have their own and no tokens
         bank: Self = first._like(
             first.lengths, num_prefixes=len(prefixes), positions=None, dtype=like.dtype, device=like.device
         )
@@ -73,10 +73,11 @@ class Bank(PrefixFields):
             )
         if length > max(self.lengths):
             raise ValueError(f"prefix: expected at most the bank's {max(self.lengths)} tokens, got {length}")
-        for own, other in zip(self.frozen, prefix.frozen, strict=True):
-            own[index].copy_(other)
-        for own, other in zip(self.trainable, prefix.trainable, strict=True):
-            own[index].copy_(pad(other, (0, 0, 0, own.shape[1] - other.shape[0])))
+        if length:  # without tokens, there may be no parameters
+            for own, other in zip(self.frozen, prefix.frozen, strict=True):
+                own[index].copy_(other)
+            for own, other in zip(self.trainable, prefix.trainable, strict=True):
+                own[index].copy_(pad(other, (0, 0, 0, own.shape[1] - other.shape[0])))
         assert self.prefix_lens is not None
         self.prefix_lens[index] = length
 
@@ -86,13 +87,14 @@ class Bank(PrefixFields):
         self._check_index(index)
         assert self.prefix_lens is not None
         length = int(self.prefix_lens[index])
-        like = self.trainable[0]
+        like = next(self.parameters(), torch.empty(0))
         lengths = [length if n else 0 for n in self.lengths]
         prefix: Self = self._like(lengths, num_prefixes=None, positions=None, dtype=like.dtype, device=like.device)
-        for own, other in zip(prefix.frozen, self.frozen, strict=True):
-            own.copy_(other[index])
-        for own, other in zip(prefix.trainable, self.trainable, strict=True):
-            own.copy_(other[index, : own.shape[0]])
+        if length:
+            for own, other in zip(prefix.frozen, self.frozen, strict=True):
+                own.copy_(other[index])
+            for own, other in zip(prefix.trainable, self.trainable, strict=True):
+                own.copy_(other[index, : own.shape[0]])
         return prefix
 
     def _check_index(self, index: int) -> None:

@@ -235,3 +235,18 @@ def test_a_bank_needs_peftkerns_attention():
     peftkern.patch(model, PrefixKV.stack(prefixes(model)))
     with pytest.raises(ValueError, match="because samples have different prefixes, got output_attentions"):
         model(input_ids=IDS, prefix_ids=torch.tensor([0, 1, 2]), output_attentions=True)
+
+
+@pytest.mark.parametrize("widths", [{}, {"value_head_dim": 8}], ids=["one parameter", "a parameter per layer"])
+def test_prefixes_without_tokens(widths):
+    geometry = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16, **widths}
+    parts = [PrefixKV(None, length, **geometry) for length in (5, 0)]
+    bank = PrefixKV.stack(parts)
+    assert bank.prefix_lens.tolist() == [5, 0]
+    bank.replace(0, parts[1])
+    bank.replace(1, parts[0])
+    assert bank.prefix_lens.tolist() == [0, 5]
+    assert bank.select(0).lengths == (0, 0)
+    for found, made in zip(bank.select(1).layer_kv(), parts[0].layer_kv(), strict=True):
+        assert all(map(torch.equal, found, made))
+    assert PrefixKV.stack([parts[1], parts[1]]).prefix_lens.tolist() == [0, 0]
