@@ -430,14 +430,15 @@ def test_the_examples_in_docstrings_run():
 
 
 def test_small_gradients_survive_fp16_under_a_loss_scale():
-    """A student that is nearly its teacher has gradients below fp16's range, until the scale of the loss is applied."""
+    """The gradients of a student that is nearly its teacher are below fp16's range without the scale of the loss."""
     hidden, lm_head, *_ = _inputs(64, 1000, 128, dtype=torch.float16)
     lm_head = lm_head * 0.05
     log_probs, ids = (hidden.double() @ lm_head.double().t() * 0.999 / 4).log_softmax(-1).topk(20)
 
     def gradient(loss, x):
-        scaled = loss(x, lm_head.to(x.dtype), ids, log_probs, temperature=4.0, objective="kl_with_tail").mean() * 65536 * 16
-        return _gradient(scaled, x).double()
+        options = {"temperature": 4.0, "objective": "kl_with_tail"}
+        losses = loss(x, lm_head.to(x.dtype), ids, log_probs, **options)
+        return _gradient(losses.mean() * 65536 * 16, x).double()
 
     want = gradient(reference.distillation_loss, hidden.double().requires_grad_())
     got = gradient(distillation_loss, hidden.clone().requires_grad_())

@@ -92,8 +92,8 @@ def read_rows(model: nn.Module, batch: Mapping[str, Any]) -> OutputRows:
         got = type(base).__name__ + (f" with {weight.dtype}" if isinstance(weight, Tensor) else "")
         raise ValueError(f"model: expected a causal language model with an output layer of floats, got {got}")
     _check_parameters(layer)
-    hidden, tried, output = _run(model, layer, batch)
-    form = _find(base, layer, tried, output["logits"].detach())
+    hidden, tried, dtype, output = _run(model, layer, batch)
+    form = _find(base, layer, tried, output["logits"].detach(), dtype)
     others = tuple(name for name, x in output.items() if "loss" in name and x is not None)
     return OutputRows(hidden, Head(weight, getattr(layer, "bias", None), *form), others)
 
@@ -119,7 +119,7 @@ def _check_parameters(layer: nn.Module) -> None:
         raise ValueError(f"model: expected a frozen output layer, got {trained} to be trained")
 
 
-def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any]:
+def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, torch.dtype, Any]:
     """Run a model with an output layer that computes the logits of few rows.
 
     Args:
@@ -127,10 +127,12 @@ def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[
         layer: the output layer.
 
     Returns:
-        The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, and the model's
-        output with logits [B, n, V] of them.
+        The input of the output layer [B, P + S, E], the rows [B, n, E] that it has run on instead, the dtype in which
+        it has multiplied them (of an autocast within the model, for example), and the model's output with logits
+        [B, n, V] of them.
     """
     inputs: list[tuple[Tensor, Tensor]] = []
+    dtypes: list[torch.dtype] = []
 
     def keep(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows = _tried(args[0].detach(), module) if args[0].dim() == 3 else args[0]
@@ -138,15 +140,19 @@ def _run(model: nn.Module, layer: nn.Module, batch: Mapping[str, Any]) -> tuple[
         return (rows, *args[1:])
 
     batch = {name: x for name, x in batch.items() if name not in _LEFT_OUT}
-    handle = layer.register_forward_pre_hook(keep)
+    handles = (
+        layer.register_forward_pre_hook(keep),
+        layer.register_forward_hook(lambda module, args, logits: dtypes.append(logits.dtype)),
+    )
     try:
         output = model(**{"use_cache": False, **batch, "return_dict": True})
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if len(inputs) != 1 or inputs[0][0].dim() != 3:
         got = f"{len(inputs)} calls" if len(inputs) != 1 else f"input {list(inputs[0][0].shape)}"
         raise ValueError(f"model: expected an output layer that is called once, with [B, S, E], got {got}")
-    return *inputs[0], output
+    return *inputs[0], dtypes[0], output
 
 
 def _tried(hidden: Tensor, layer: Any) -> Tensor:
@@ -169,16 +175,19 @@ def _tried(hidden: Tensor, layer: Any) -> Tensor:
     return torch.cat([rows, *(rows * min(large / largest, most) for large in _LARGE)], 1)
 
 
-def _find(base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor) -> tuple[float, float | None]:
+def _find(
+    base: PreTrainedModel, layer: Any, rows: Tensor, logits: Tensor, dtype: torch.dtype
+) -> tuple[float, float | None]:
     """The scale and the softcap for which ``logits`` [B, n, V] follow from ``rows`` [B, n, E] and the weight.
 
     Raises:
-        ValueError: if none do.
+        ValueError: if none do, within the rounding of ``dtype`` and of the weight's.
     """
-    weight, device = layer.weight, rows.device.type
-    dtype = weight.dtype
+    weight = layer.weight
+    dtypes, device = [weight.dtype, dtype], rows.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        dtypes.append(torch.get_autocast_dtype(device))
+    dtype = max(dtypes, key=lambda x: _TOLERANCE.get(x, 0.0))
     raw = logits_of(rows.flatten(0, 1), weight, bias=getattr(layer, "bias", None)).float().view(*rows.shape[:2], -1)
     numbers = _numbers(base.config.get_text_config())
     if raw.shape == logits.shape and raw.numel():

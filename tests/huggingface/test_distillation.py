@@ -209,6 +209,26 @@ def test_autocast(kind):
         assert _form(model, batch) == KINDS[kind][2]
 
 
+@pytest.mark.parametrize("kind", ["llama", "softcap", "factor"])
+def test_a_model_that_accelerate_prepared(kind):
+    """Its autocast is within the forward, and its logits are converted to fp32 behind it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    plain, batch = _model(kind), _batch()
+    want = plain(**batch).loss
+    ids, log_probs = peftkern.capture_top_k(plain, _batch(labels=False), 5, rows=_rows(batch))
+    try:
+        model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(plain)
+        assert _form(model, batch) == KINDS[kind][2]
+        torch.testing.assert_close(peftkern.label_loss(model, batch), want, rtol=2e-2, atol=2e-2)
+        found = peftkern.capture_top_k(model, _batch(labels=False), 5, rows=_rows(batch))
+        torch.testing.assert_close(found[1], log_probs, rtol=2e-2, atol=5e-2)
+        peftkern.distil(model, _batch(labels=False), ids, log_probs, rows=_rows(batch))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_models_with_other_logits_are_refused():
     batch = _batch()
     for change in (lambda x: x + 0.1 * x.square(), lambda x: x * 1.37, lambda x: x[..., :-1], lambda x: 9 * x.sin()):
