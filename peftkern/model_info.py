@@ -14,9 +14,9 @@ from torch import Tensor
 from .eager_attention import record_keys
 
 __all__ = [
-    "CACHE_NAMES", "KeyValue", "Origin", "cache_argument", "cache_name", "embed", "embed_dim_of", "encoder_inputs",
-    "full_cache", "given_cache", "in_eval_mode", "layers_of", "rename_cache", "takes_cache", "text_cache",
-    "text_config", "text_tokens",
+    "CACHE_NAMES", "PATCH", "KeyValue", "Origin", "cache_argument", "cache_name", "check_not_patched", "embed",
+    "embed_dim_of", "encoder_inputs", "full_cache", "given_cache", "in_eval_mode", "layers_of", "rename_cache",
+    "takes_cache", "text_cache", "text_config", "text_tokens",
 ]  # fmt: skip
 
 KeyValue = tuple[Tensor, Tensor]
@@ -24,6 +24,9 @@ KeyValue = tuple[Tensor, Tensor]
 #: Names of a model's cache, as argument and as output. Which of them a model uses depends on the version of
 #: transformers.
 CACHE_NAMES = ("past_key_values", "cache")
+
+#: Attribute of a patched model: its ``peftkern.huggingface.wiring.Patch``.
+PATCH = "_peftkern_patch"
 
 #: The most queries of a call when a model reads a long text.
 CHUNK = 512
@@ -94,9 +97,15 @@ def embed(model: Any, ids: Sequence[int] | Tensor) -> Tensor:
     return rows.reshape(*tokens.shape, -1)
 
 
-def text_tokens(tokenizer: Any, text: str, length: int | None = None) -> list[int]:
-    """The text's token ids, repeated or truncated to the length, if there is one."""
-    ids = list(tokenizer(text)["input_ids"])
+def check_not_patched(model: Any) -> None:
+    """Raise ValueError for a model that is patched, or in which one is."""
+    if any(PATCH in module.__dict__ for module in model.modules()):
+        raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
+
+
+def text_tokens(tokenizer: Any, text: str | Sequence[int], length: int | None = None) -> list[int]:
+    """The text's token ids, or the ids themselves, repeated or truncated to the length, if there is one."""
+    ids = list(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
     length = len(ids) if length is None else length
     if not ids or length < 1:
         raise ValueError(f"text, length: expected at least one token, got {text!r} ({len(ids)} tokens) and {length}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
 from .layer_shapes import LayerShape, lengths_of
-from .model_info import KeyValue, layers_of, text_config, text_tokens
+from .model_info import KeyValue, check_not_patched, layers_of, text_config, text_tokens
 from .prefix_fields import PrefixFields
 from .prefix_layout import checked, with_layers_that_share
 from .prefix_parts import DECODER, check_parts, text_layers
@@ -229,8 +229,9 @@ def token_layers(
     """(key, value) [Hkv, count, D] of each layer, of the token ids that ``tokens(count)`` returns.
 
     Raises:
-        ValueError: naming ``argument`` if the model has fewer positions.
+        ValueError: naming ``argument`` if the model has fewer positions; for a patched model.
     """
+    check_not_patched(model)
     positions = getattr(text_config(model), "max_position_embeddings", None)
     if positions is not None and count > positions:
         raise ValueError(f"{argument}: expected at most the model's {positions} positions, got {count}")

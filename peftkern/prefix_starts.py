@@ -23,7 +23,12 @@ class Starts(nn.Module):
 
     @classmethod
     def from_text(
-        cls, model: Any, tokenizer: Any, text: str, length: int | Sequence[int] | None = None, **options: Any
+        cls,
+        model: Any,
+        tokenizer: Any,
+        text: str | Sequence[int],
+        length: int | Sequence[int] | None = None,
+        **options: Any,
     ) -> Any:
         """A prefix initialised with the keys and values of real text, as Li & Liang 2021 recommend.
 
@@ -34,12 +39,12 @@ class Starts(nn.Module):
         Args:
             model: a Hugging Face model. It runs in eval mode and without gradients, and is not changed.
             tokenizer: called on the text.
-            text: for example an instruction, or a document.
+            text: for example an instruction, or a document; or the ids of its tokens, which need no tokenizer.
             length: as for :class:`PrefixKV`; None keeps all tokens of the text.
             options: as for :class:`PrefixKV`.
 
         Raises:
-            ValueError: for a text without tokens, or more tokens than the model has positions.
+            ValueError: for a text without tokens, more tokens than the model has positions, or a patched model.
         """
         if length is None:
             length = len(text_tokens(tokenizer, text))

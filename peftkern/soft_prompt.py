@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,13 +89,15 @@ class SoftPrompt(nn.Module):
                 )
 
     @classmethod
-    def from_text(cls, model: Any, tokenizer: Any, text: str, length: int, **options: Any) -> SoftPrompt:
+    def from_text(
+        cls, model: Any, tokenizer: Any, text: str | Sequence[int], length: int, **options: Any
+    ) -> SoftPrompt:
         """A prompt initialised with the embeddings of a text's tokens, repeated or truncated to ``length``.
 
         Args:
             model: a Hugging Face model.
             tokenizer: called on the text; special tokens that it adds are kept.
-            text: for example an instruction.
+            text: for example an instruction; or the ids of its tokens, which need no tokenizer.
             length: as for :class:`SoftPrompt`.
             options: as for :class:`SoftPrompt`.
         """

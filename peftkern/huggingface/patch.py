@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends.registry import get_backend
+from ..model_info import check_not_patched
 from .around_text import reads_more
 from .cache import PrefixOptions
 from .call_options import CallOptions, LogitsError
@@ -256,8 +257,7 @@ def _reads_more(model: nn.Module) -> bool:
 
 def _check_options(model: nn.Module, logits: str, share: str | None, backend: str) -> None:
     """Raise ValueError for a patched model, or for names that are unknown."""
-    if any(PATCH in module.__dict__ for module in model.modules()):
-        raise ValueError("model: expected a model that is not patched, got a patched one; call unpatch(model) first")
+    check_not_patched(model)
     if logits not in ("all", "labelled"):
         raise ValueError(f"logits: expected 'all' or 'labelled', got {logits!r}")
     if share not in (None, "prefixes"):

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["PATCH", "Patch", "Source", "Wiring"]
+from ..model_info import PATCH
 
-#: Attribute of a patched model: its :class:`Patch`.
-PATCH = "_peftkern_patch"
+__all__ = ["PATCH", "Patch", "Source", "Wiring"]
 
 
 class Wiring:

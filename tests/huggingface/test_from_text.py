@@ -123,3 +123,28 @@ def test_random_tokens_take_the_options_of_a_prefix():
         PrefixKV.from_vocabulary(model, 0)
     with pytest.raises(ValueError, match="length: expected at most the model's"):
         PrefixKV.from_vocabulary(model, 100_000)
+
+
+def test_the_ids_of_a_text_need_no_tokenizer():
+    model = tiny.tiny_model("llama").eval()
+    want = PrefixKV.from_text(model, tokenizer, "text", 9)
+    assert torch.equal(PrefixKV.from_text(model, None, TEXT, 9).flat_values(), want.flat_values())
+    assert PrefixKV.from_text(model, None, TEXT).lengths == (LENGTH, LENGTH)
+    prompt = peftkern.SoftPrompt.from_text(model, None, TEXT, 9)
+    want = peftkern.SoftPrompt.from_text(model, tokenizer, "text", 9)
+    assert torch.equal(prompt.weight, want.weight)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda model: PrefixKV.from_text(model, tokenizer, "text"), lambda model: PrefixKV.from_vocabulary(model, 3)],
+)
+def test_a_patched_model_is_refused(make):
+    model = tiny.tiny_model("llama").eval()
+    peftkern.patch(model, PrefixKV(model, 3))
+    with pytest.raises(
+        ValueError, match=r"model: expected a model that is not patched.* call unpatch\(model\) first"
+    ):
+        make(model)
+    peftkern.unpatch(model)
+    make(model)
