@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..model_info import text_config
+from ..modules import PrefixKV
 from .conversations import Conversation
 
-__all__ = ["Batch", "check_batches", "packed_batch", "padded_batch"]
+__all__ = ["Batch", "check_batches", "check_positions", "longest_of", "packed_batch", "padded_batch"]
 
 
 class Batch(NamedTuple):
@@ -58,6 +60,34 @@ def check_batches(
                 raise ValueError(
                     f"{name}[{index}].{field}: expected tokens from 0 to {count - 1}, got {min(ids)} to {max(ids)}"
                 )
+
+
+def check_positions(
+    model: Any, prefix: PrefixKV, longest: int, name: str, prefix_ids: Sequence[int] | None = None
+) -> None:
+    """Raise ValueError for texts that end beyond the positions for which the model was made.
+
+    Args:
+        model: with the number of its positions in its config, or without.
+        prefix: what each text follows.
+        longest: tokens of the longest text.
+        name: of the argument to blame.
+        prefix_ids: the prefixes of a bank that are read at once.
+    """
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    taken = prefix.positions
+    if prefix_ids is not None and prefix.prefix_lens is not None:
+        taken = sum(int(prefix.prefix_lens[number]) for number in prefix_ids if number >= 0)
+    if most is not None and taken + longest > most:
+        raise ValueError(
+            f"{name}: expected a prefix and a text of at most the model's {most} positions together, got {taken} and "
+            f"{longest}"
+        )
+
+
+def longest_of(conversations: Sequence[Conversation]) -> int:
+    """Tokens of the longest conversation that a model reads."""
+    return max(len(_read_tokens(conversation)) for conversation in conversations)
 
 
 def padded_batch(conversations: Sequence[Conversation], device: torch.device) -> Batch:

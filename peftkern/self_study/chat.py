@@ -11,7 +11,7 @@ __all__ = ["Chat"]
 class Chat:
     """Writes a document as a system message, and a question as the user's turn behind it.
 
-    The text of both together is what the tokenizer's chat template writes, so that a model reads the turn in the same
+    The tokens of both together are those of the tokenizer's chat template, so that a model reads the turn in the same
     way behind the document and behind a cartridge. Without a template, or with one that writes the two parts
     differently, the document is plain text, and a turn is ``Question: ...  Answer:``.
 
@@ -23,15 +23,14 @@ class Chat:
         self.tokenizer = tokenizer
         self.has_template = self._writes_parts()
 
-    def document(self, text: str) -> str:
-        """The text for :meth:`peftkern.PrefixKV.from_text`."""
-        if not self.has_template:
-            return f"{text.strip()}\n\n"
-        written = self._apply([{"role": "system", "content": text}])
-        first = getattr(self.tokenizer, "bos_token", None) or ""
-        # The tokenizer adds the first token again.
-        adds = first and list(self.tokenizer("a")["input_ids"])[:1] == [self.tokenizer.bos_token_id]
-        return written.removeprefix(first) if adds else written
+    def document(self, text: str) -> list[int]:
+        """The tokens of a document, for :meth:`peftkern.PrefixKV.from_text`."""
+        if self.has_template:
+            return self._tokens(self._apply([{"role": "system", "content": text}]))
+        ids = list(self.tokenizer(f"{text.strip()}\n\n")["input_ids"])
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        # Some tokenizers end a text, but a question follows here.
+        return ids[:-1] if ids and ids[-1] == end else ids
 
     def turn(self, question: str) -> list[int]:
         """The tokens of a question behind the document, up to the answer."""

@@ -16,7 +16,7 @@ from ..huggingface.output_rows import OutputRows, read_rows
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
-from .batches import check_batches, padded_batch
+from .batches import check_batches, check_positions, longest_of, padded_batch
 from .conversations import Conversation
 
 __all__ = ["Comparison", "compare"]
@@ -67,9 +67,11 @@ def compare(
         For each student, its divergence on each conversation.
 
     Raises:
-        ValueError: for conversations without tokens, or with others than the model's.
+        ValueError: for conversations without tokens, with others than the model's, or beyond its positions.
     """
     check_batches(model, conversations, batch_size)
+    for name, (prefix, ids) in {"document": (document, None), **_pairs(students)}.items():
+        check_positions(model, prefix, longest_of(conversations), name, ids)
     batches = [conversations[start : start + batch_size] for start in range(0, len(conversations), batch_size)]
     found = {name: Comparison([], []) for name in students}
     total, done = len(batches) * (1 + len(students)), 0
@@ -88,12 +90,18 @@ def compare(
         for chosen in batches:
             teacher = states(document, None, chosen)
             lengths = [len(conversation.answer_ids) for conversation in chosen]
-            for name, student in students.items():
-                prefix, ids = student if isinstance(student, tuple) else (student, None)
+            for name, (prefix, ids) in _pairs(students).items():
                 kl, same = _divergence(teacher, states(prefix, ids, chosen))
                 found[name].kl.extend(float(x.mean()) for x in kl.split(lengths))
                 found[name].agreement.extend(float(x.mean()) for x in same.split(lengths))
     return found
+
+
+def _pairs(
+    students: Mapping[str, PrefixKV | tuple[PrefixKV, tuple[int, ...]]],
+) -> dict[str, tuple[PrefixKV, tuple[int, ...] | None]]:
+    """Each student's prefix or bank, and the numbers of those that are read."""
+    return {name: x if isinstance(x, tuple) else (x, None) for name, x in students.items()}
 
 
 def _divergence(teacher: OutputRows, student: OutputRows) -> tuple[Tensor, Tensor]:

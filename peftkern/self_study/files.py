@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,7 +17,7 @@ def replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        with scratch.open("wb") as file:
+        with _named(path), scratch.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -26,7 +28,18 @@ def replace(path: Path, data: bytes) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Append to a file and flush it to disk."""
-    with path.open("ab") as file:
+    with _named(path), path.open("ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error of the operating system the name of the file; a write or a flush knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -15,6 +15,7 @@ from ..huggingface.fingerprint import fingerprint
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
+from .batches import check_positions
 from .chat import Chat
 from .conversations import Conversation, ConversationFile
 from .identity import digest_of, digest_of_text
@@ -76,7 +77,8 @@ def synthesise(
     Args:
         model: patched with a :class:`peftkern.PrefixKV` of any length for the same layers.
         tokenizer: of the model.
-        document: the prefix of the whole document, ``PrefixKV.from_text(model, tokenizer, chat.document(text))``.
+        document: the prefix of the whole document, ``PrefixKV.from_text(model, tokenizer, chat.document(text))`` with
+            ``chat = Chat(tokenizer)``.
         text: the document, from which passages are taken.
         path: of the file of JSON lines.
         count: how many conversations.
@@ -85,12 +87,12 @@ def synthesise(
 
     Raises:
         ValueError: for a file that was made with other options, or with another model, tokenizer or document, or is
-            damaged.
+            damaged; for a document behind which a question and its answer exceed the model's positions.
     """
     options = options or Synthesis()
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
-    writer = _Writer(model, tokenizer, text, options)
+    writer = _Writer(model, tokenizer, document, text, options)
     prompts = [list(prompt) for prompt in options.prompts]
     made_with = {
         "count": count, **asdict(options), "prompts": prompts, "text": digest_of_text(text),
@@ -110,8 +112,8 @@ def synthesise(
 class _Writer:
     """Generates conversations with a model that reads the document."""
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, options: Synthesis) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, model: Any, tokenizer: Any, document: PrefixKV, text: str, options: Synthesis) -> None:
+        self.model, self.tokenizer, self.document, self.options = model, tokenizer, document, options
         self.chat = Chat(tokenizer)
         self.ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         ends = getattr(model.generation_config, "eos_token_id", None)
@@ -153,6 +155,7 @@ class _Writer:
     def _generate(self, prompts: Sequence[Sequence[int]], most: int, temperature: float) -> list[list[int]]:
         """The tokens that follow each prompt, with the first one that ends an answer."""
         longest = max(map(len, prompts))
+        check_positions(self.model, self.document, longest + most, "document")
         pad = self.ends[0] if self.ends else 0
         ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

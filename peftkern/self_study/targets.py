@@ -20,7 +20,7 @@ from ..huggingface.fingerprint import fingerprint
 from ..huggingface.probing import quiet
 from ..huggingface.switch import switched
 from ..modules import PrefixKV
-from .batches import check_batches, padded_batch
+from .batches import check_batches, check_positions, longest_of, padded_batch
 from .conversations import Conversation
 from .files import replace
 from .identity import digest_of, digest_of_conversations
@@ -80,10 +80,11 @@ def capture(
         progress: called with the number of conversations done, and of all.
 
     Raises:
-        ValueError: for a file made from something else, conversations without tokens, or a model whose logits do not
-            follow from its output layer.
+        ValueError: for a file made from something else, conversations without tokens or beyond the model's positions,
+            or a model whose logits do not follow from its output layer.
     """
     check_batches(model, conversations, batch_size)
+    check_positions(model, document, longest_of(conversations), "document")
     made_with = {
         "k": k, "conversations": digest_of_conversations(conversations), "document": digest_of(document),
         "model": fingerprint(model),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from ..huggingface.distilling import distil
 from ..huggingface.fingerprint import fingerprint
 from ..huggingface.switch import packing, switched
 from ..modules import PrefixKV
-from .batches import check_batches, packed_batch, padded_batch
+from .batches import check_batches, check_positions, longest_of, packed_batch, padded_batch
 from .files import replace
 from .identity import digest_of, digest_of_conversations, digest_of_tensors
 from .targets import Targets
@@ -78,6 +78,8 @@ class Training:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective: expected one of {get_args(Objective)}, got {self.objective!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -131,7 +133,8 @@ def train(
         The loss of each step, in nats per token.
 
     Raises:
-        ValueError: for a checkpoint of another run, or a model whose logits do not follow from its output layer.
+        ValueError: for a checkpoint of another run, conversations beyond the model's positions, or a model whose
+            logits do not follow from its output layer.
     """
     options = options or Training()
     studies = [studies] if isinstance(studies, Study) else list(studies)
@@ -149,8 +152,9 @@ def train(
             batch = batch_of([study.targets.conversations[number] for number in numbers], model.device)
             ids, log_probs = (x.to(model.device) for x in study.targets.rows(numbers))
             inputs = batch.reading(study.prefix_ids)
-            loss = distil(model, inputs, ids, log_probs, rows=batch.rows, objective=options.objective)
-            state.step(options.rate(done), loss)
+            with _seeded(options.seed * 1_000_003 + done, model.device):
+                loss = distil(model, inputs, ids, log_probs, rows=batch.rows, objective=options.objective)
+                state.step(options.rate(done), loss)
             if progress is not None:
                 progress(done + 1, state.losses[-1])
             if (ends := stop()) or (done + 1) % options.save_every == 0 or done + 1 == options.steps:
@@ -158,6 +162,14 @@ def train(
             if ends:
                 break
     return state.losses
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a step, of dropout for example, which do not depend on those before it."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 class _State:
@@ -239,13 +251,24 @@ def _check(model: Any, cartridge: PrefixKV, studies: Sequence[Study]) -> None:
     for index, study in enumerate(studies):
         ids, count = study.prefix_ids, cartridge.num_prefixes
         if (ids is None) != (count is None):
-            expected = "None, because the cartridge is no bank" if count is None else f"numbers below {count}"
+            expected = "None, because the cartridge is no bank" if count is None else "the numbers of its cartridges"
             raise ValueError(f"studies[{index}].prefix_ids: expected {expected}, got {ids}")
-        if ids is not None and count is not None and not (ids and all(-1 <= number < count for number in ids)):
-            raise ValueError(f"studies[{index}].prefix_ids: expected numbers below {count}, got {ids}")
+        if ids is not None and count is not None and not _selects(ids, count):
+            raise ValueError(
+                f"studies[{index}].prefix_ids: expected ints from 0 to {count - 1}, and -1 for none beside them, got "
+                f"{ids}"
+            )
         _check_targets(model, study.targets, f"studies[{index}].targets")
+        conversations = study.targets.conversations
+        check_positions(model, cartridge, longest_of(conversations), f"studies[{index}].targets", ids)
     if not any(p.requires_grad and p.numel() for p in cartridge.parameters()):
         raise ValueError("cartridge: expected one with parameters that require gradients, got none")
+
+
+def _selects(ids: Sequence[int], count: int) -> bool:
+    """Whether these are numbers of ``count`` cartridges, -1 for none, and of at least one."""
+    ints = all(isinstance(number, int) and not isinstance(number, bool) for number in ids)
+    return ints and all(-1 <= number < count for number in ids) and any(number >= 0 for number in ids)
 
 
 def _check_targets(model: Any, targets: Targets, name: str) -> None:

@@ -62,7 +62,7 @@ ALLOWED = {
         "model_info", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
-    "self_study": {"modules", "distillation", "huggingface"},
+    "self_study": {"modules", "model_info", "distillation", "huggingface"},
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {

@@ -39,7 +39,7 @@ def new_model(**options):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3, eos_token_id=1,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.3, eos_token_id=1,
         bos_token_id=None, **options,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval().requires_grad_(False)

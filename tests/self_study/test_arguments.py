@@ -9,8 +9,9 @@ import pytest
 
 from peftkern import PrefixKV
 from peftkern.self_study import Study, Synthesis, Training, capture, compare, train
+from peftkern.self_study.batches import longest_of
 
-from .lab import trained
+from .lab import Lab, trained
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,8 @@ def test_options_of_the_synthesis_are_checked(option, value):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("steps", 0), ("batch_size", 0), ("save_every", 0), ("lr", 0.0), ("clip", float("inf"))]
+    ("option", "value"),
+    [("steps", 0), ("batch_size", 0), ("save_every", 0), ("lr", 0.0), ("clip", float("inf")), ("objective", "kl")],
 )
 def test_options_of_the_training_are_checked(option, value):
     with pytest.raises(ValueError, match=f"{option}: expected"):
@@ -37,12 +39,48 @@ def test_studies_and_cartridges_are_checked(lab, targets, tmp_path):
         train(lab.model, lab.fresh(), [], path)
     with pytest.raises(ValueError, match=r"studies\[0\].prefix_ids: expected None, because"):
         train(lab.model, lab.fresh(), Study(targets, (0,)), path)
-    with pytest.raises(ValueError, match=r"studies\[0\].prefix_ids: expected numbers below 1"):
+    with pytest.raises(
+        ValueError, match=r"studies\[0\].prefix_ids: expected the numbers of its cartridges, got None"
+    ):
         train(lab.model, PrefixKV.stack([lab.fresh()]), Study(targets), path)
-    with pytest.raises(ValueError, match=r"studies\[1\].prefix_ids: expected numbers below 1, got \(1,\)"):
+    with pytest.raises(ValueError, match=r"studies\[1\].prefix_ids: expected ints from 0 to 0, and .*, got \(1,\)"):
         train(lab.model, PrefixKV.stack([lab.fresh()]), [Study(targets, (0,)), Study(targets, (1,))], path)
     with pytest.raises(ValueError, match="cartridge: expected one with parameters that require gradients"):
         train(lab.model, lab.document, Study(targets), path)
+
+
+@pytest.mark.parametrize("ids", [(), (-1,), (-1, -1), (2,), (-2, 0), (True,), (0.5,)])
+def test_cartridges_that_no_sample_reads_are_refused(ids, lab, targets, tmp_path):
+    bank = PrefixKV.stack([lab.fresh(), lab.fresh()])
+    with pytest.raises(ValueError, match=r"studies\[0\].prefix_ids: expected ints from 0 to 1, and -1"):
+        train(lab.model, bank, Study(targets, ids), tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_texts_beyond_the_models_positions_are_refused(tmp_path):
+    """Rotary embeddings would give some number for every position."""
+    lab = Lab()
+    conversations = lab.synthesise(tmp_path / "questions", 4)
+    targets = capture(lab.model, lab.document, conversations, 8)
+    taken, longest = lab.document.positions, longest_of(conversations)
+
+    def limit(positions):
+        lab.model.config.max_position_embeddings = positions
+
+    limit(taken + longest)
+    capture(lab.model, lab.document, conversations, 8)
+    limit(taken + longest - 1)
+    message = f"expected a prefix and a text of at most the model's {taken + longest - 1} positions together, got"
+    with pytest.raises(ValueError, match=f"document: {message} {taken} and {longest}"):
+        capture(lab.model, lab.document, conversations, 8)
+    with pytest.raises(ValueError, match=f"whole: {message} {taken}"):
+        compare(lab.model, lab.fresh(), {"whole": lab.document}, conversations)
+    with pytest.raises(ValueError, match=f"document: {message} {taken}"):
+        lab.synthesise(tmp_path / "others", 4)
+    limit(8 + longest - 1)
+    bank = PrefixKV.stack([lab.fresh(), lab.fresh()])
+    with pytest.raises(ValueError, match=rf"studies\[1\].targets: expected .* got 8 and {longest}"):
+        train(lab.model, bank, [Study(targets, (0, -1)), Study(targets, (0, 1))], tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(

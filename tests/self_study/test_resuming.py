@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from peftkern import PrefixKV
-from peftkern.self_study import Study, Training, train
+from peftkern.self_study import Study, Training, capture, train
 
-from .lab import TRAINING, other_weights, trained
+from .lab import TRAINING, Lab, other_weights, trained
 from .runs import FILES, end_at, run
 
 
@@ -28,6 +28,29 @@ def test_a_resumed_run_is_bitwise_equal(lab, targets, tmp_path):
         assert again == losses
         assert torch.equal(resumed, values)
     assert trained(lab, targets, tmp_path / "whole")[0] == losses, "a finished run is read"
+
+
+def test_dropout_is_that_of_the_step(tmp_path):
+    """Other random numbers drawn before, or in a process before it, change nothing."""
+    lab = Lab()
+    targets = capture(lab.model, lab.document, lab.synthesise(tmp_path / "questions", 4), 8)
+    for module in lab.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    losses = trained(lab, targets, tmp_path / "eval")[0]
+    lab.model.train()
+    whole = trained(lab, targets, tmp_path / "whole")
+    assert whole[0] != losses, "there is dropout"
+    steps = []
+    trained(
+        lab, targets, tmp_path / "stopped", progress=lambda *step: steps.append(step), stop=lambda: len(steps) == 3
+    )
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    resumed = trained(lab, targets, tmp_path / "stopped")
+    assert resumed[0] == whole[0]
+    assert torch.equal(resumed[1], whole[1])
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers stay"
 
 
 def test_an_interrupt_in_a_step_costs_the_steps_since_the_last_checkpoint(lab, targets, tmp_path):

@@ -141,6 +141,7 @@ def test_a_full_disk_leaves_the_earlier_file(name, number, place, earlier, whole
         with pytest.raises(OSError, match="No space left on device") as error:
             run(tmp_path, tell)
     assert error.value.errno == errno.ENOSPC
+    assert str(path) in str(error.value), "the error names the file"
     if name == "train.jsonl" and earlier:
         assert path.read_bytes().startswith(found[earlier]), "whole batches stay in front of what is torn"
     else:

@@ -13,7 +13,7 @@ from .lab import TEXT, new_model, other_weights
 
 def test_targets_are_the_predictions_of_the_model_that_reads_the_text(lab, conversations, targets):
     """The reference runs the document's tokens in front of every conversation."""
-    plain, ids = new_model(), lab.tokenizer(Chat(lab.tokenizer).document(TEXT))["input_ids"]
+    plain, ids = new_model(), Chat(lab.tokenizer).document(TEXT)
     row = 0
     for conversation in conversations:
         text = torch.tensor([[*ids, *conversation.prompt_ids, *conversation.answer_ids]])
