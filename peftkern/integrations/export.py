@@ -79,6 +79,8 @@ def export(
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if name is not None:
+        plain_name(name)
     kind, write = FORMATS[to]
     if not shift_positions:
         if write is not _kv:
@@ -90,8 +92,9 @@ def export(
     if wrong is not None:
         raise ValueError(f"prefix: expected a {kind.__name__} for to={to!r}, got a {type(wrong).__name__}")
     folder = Path(folder)
-    together = name or (next(iter(named)) if len(named) == 1 else "prompts")
-    contents = {folder / path: data for path, data in write(singles, dtype, together).items()}
+    if name is None:
+        name = next(iter(named)) if len(named) == 1 else "prompts"
+    contents = {folder / path: data for path, data in write(singles, dtype, name).items()}
     present = [path for path in contents if path.is_dir() or (os.path.lexists(path) and not force)]
     if present:
         raise ValueError(f"{present[0]}: expected no file of this name, or force=True, got one")
@@ -150,10 +153,10 @@ def _named(prefix: Source | Sequence[Source], name: str | None, dtype: torch.dty
     named: dict[str, Module] = {}
     for index, source in enumerate(sources):
         if isinstance(source, PrefixKV | SoftPrompt):
-            own, module = name or "prefix", source
+            own, module = "prefix" if name is None else name, source
             own = f"{own}-{index}" if len(sources) > 1 else own
         elif isinstance(source, str | os.PathLike):
-            own = (len(sources) == 1 and name) or _name_of(Path(source).resolve())
+            own = _name_of(Path(source).resolve()) if name is None or len(sources) > 1 else name
             module, stored = load_with_dtype(source, trainable=False)
             module = module if dtype else module.to(stored)
         else:

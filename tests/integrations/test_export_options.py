@@ -129,11 +129,25 @@ def test_states_are_refused(tmp_path):
     "name", ["", ".", "..", "../a", "a/b", ".hidden", "-x", "a\0b", "a\nb", "é", "C:\\a", "x" * 201, None, 3]
 )
 def test_names_that_leave_the_folder_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match="name: expected at most 200 letters, digits"):
+    refused = pytest.raises(ValueError, match="name: expected at most 200 letters, digits")
+    with refused:
         kv_path(tmp_path, name)
-    if name:
-        with pytest.raises(ValueError, match="name: expected at most 200 letters, digits"):
-            export(PrefixKV(None, 2, **GEOMETRY), tmp_path, "kv", name=name)
+    if name is None:  # the default of an export
+        return
+    prompts = [SoftPrompt(None, 2, embed_dim=4) for _ in range(2)]
+    for index, prompt in enumerate(prompts):
+        save_prefix(prompt, tmp_path / f"prompt-{index}")
+    folders = [tmp_path / "prompt-0", tmp_path / "prompt-1"]
+    for source, to in (
+        (PrefixKV(None, 2, **GEOMETRY), "kv"),
+        (PrefixKV(None, 2, **GEOMETRY, num_prefixes=2), "cartridges"),
+        (prompts, "llama.cpp"),
+        (folders[0], "prompt-embeds"),
+        (folders, "tensorrt-llm"),
+    ):
+        with refused:
+            export(source, tmp_path / "out" / "deep", to, name=name)
+    assert sorted(tmp_path.iterdir()) == folders
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
