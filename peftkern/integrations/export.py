@@ -61,8 +61,8 @@ def export(
         folder: created if it does not exist.
         to: the format.
         name: NAME, of letters, digits and ``_.+-``. Default: the name of the source's folder, or ``prefix``. Several
-            modules get NAME-0, NAME-1 and so on, several folders their own names, and the table of several prompts
-            ``prompts``.
+            modules get NAME-0, NAME-1 and so on, and the table of several prompts ``prompts``. Several folders keep
+            their own names, so that only their table can be given one.
         dtype: float32, bfloat16 or float16; default: the module's own, or that in which the folder or file stores it.
         shift_positions: False for a prefix that was trained with ``patch(shift_positions=False)``, which the prefix
             itself does not know. The file then says that the text starts at position 0, and a reader that would put
@@ -79,14 +79,17 @@ def export(
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    kind, write = FORMATS[to]
+    sources = _sources(prefix)
     if name is not None:
         plain_name(name)
-    kind, write = FORMATS[to]
+        if len(sources) > 1 and write is not _prompt_table and not any(isinstance(x, Module) for x in sources):
+            raise ValueError(f"name: expected None for several folders, which keep their own names, got {name!r}")
     if not shift_positions:
         if write is not _kv:
             raise ValueError(f"shift_positions: expected True for to={to!r}, got False")
         write = partial(write, shift_positions=False)
-    named = _named(prefix, name, dtype)
+    named = _named(sources, name, dtype)
     singles = _singles(named)
     wrong = next((module for module in singles.values() if not isinstance(module, kind)), None)
     if wrong is not None:
@@ -144,12 +147,16 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype or x.dtype)
 
 
-def _named(prefix: Source | Sequence[Source], name: str | None, dtype: torch.dtype | None) -> dict[str, Module]:
-    """Modules by name, each in its own dtype if ``dtype`` is None."""
+def _sources(prefix: Source | Sequence[Source]) -> Sequence[Source]:
     several = isinstance(prefix, Sequence) and not isinstance(prefix, str)
     sources: Sequence[Source] = prefix if several else [prefix]  # type: ignore[assignment, list-item]
     if not sources:
         raise ValueError("prefix: expected at least one, got none")
+    return sources
+
+
+def _named(sources: Sequence[Source], name: str | None, dtype: torch.dtype | None) -> dict[str, Module]:
+    """Modules by name, each in its own dtype if ``dtype`` is None."""
     named: dict[str, Module] = {}
     for index, source in enumerate(sources):
         if isinstance(source, PrefixKV | SoftPrompt):

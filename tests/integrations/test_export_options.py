@@ -175,6 +175,26 @@ def test_the_command_line_exports(tmp_path, capsys):
     assert status.value.code == 2
 
 
+def test_a_name_that_would_not_be_used_is_refused(tmp_path, capsys):
+    """Several folders keep their own names. Their table has one, and so have modules beside folders."""
+    for index in range(2):
+        save_prefix(SoftPrompt(None, 2, embed_dim=4), tmp_path / f"prompt-{index}")
+    folders, out = [str(tmp_path / f"prompt-{index}") for index in range(2)], tmp_path / "out"
+    for to in ("prompt-embeds", "llama.cpp"):
+        with pytest.raises(ValueError, match=r"name: expected None for several folders, .* got 'mine'"):
+            export(folders, out, to, name="mine")
+    arguments = ["export", *folders, "--output", str(out), "--to"]
+    assert cli.main([*arguments, "llama.cpp", "--name", "mine"]) == 2
+    assert "name: expected None for several folders" in capsys.readouterr().err
+    assert cli.main(["export", folders[0], "--output", str(out), "--to", "llama.cpp", "--name", ""]) == 2
+    assert "name: expected at most 200 letters" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main([*arguments, "tensorrt-llm", "--name", "mine"]) == 0
+    assert export(folders[:1], out, "llama.cpp", name="one")[0].name == "one.f32"
+    written = export([folders[0], SoftPrompt(None, 2, embed_dim=4)], out, "llama.cpp", name="mine")
+    assert [path.name for path in written if path.suffix == ".f32"] == ["prompt-0.f32", "mine-1.f32"]
+
+
 def test_the_command_line_knows_the_formats():
     from peftkern.integrations.export import FORMATS
 
