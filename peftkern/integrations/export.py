@@ -73,7 +73,8 @@ def export(
         The files.
 
     Raises:
-        ValueError: for a prefix for which the format has no room, naming what; for NaN; for files that exist.
+        ValueError: for a prefix for which the format has no room, naming what; for NaN; for files that exist; for
+            a file where a folder is needed.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
@@ -97,14 +98,13 @@ def export(
     folder = Path(folder)
     if name is None:
         name = next(iter(named)) if len(named) == 1 else "prompts"
-    contents = {folder / path: data for path, data in write(singles, dtype, name).items()}
-    present = [path for path in contents if path.is_dir() or (os.path.lexists(path) and not force)]
-    if present:
-        raise ValueError(f"{present[0]}: expected no file of this name, or force=True, got one")
-    for parent in dict.fromkeys(path.parent for path in contents):
-        parent.mkdir(parents=True, exist_ok=True)
-        replace_files(parent, {path.name: data for path, data in contents.items() if path.parent == parent})
-    return list(contents)
+    contents = write(singles, dtype, name)
+    paths = [folder / path for path in contents]
+    _check_paths(paths, force)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files(folder, contents)
+    return paths
 
 
 def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None, shift_positions: bool = True) -> KVFile:
@@ -133,6 +133,16 @@ def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None, shift_positions: b
     frozen = min(prefix.num_frozen_tokens, max(prefix.lengths))
     positions = prefix.positions if shift_positions else 0
     return KVFile(layers, positions, frozen, **prefix.origin._asdict())  # type: ignore[arg-type]
+
+
+def _check_paths(paths: Sequence[Path], force: bool) -> None:
+    """Raise ValueError if a file cannot get its name: a parent is no folder, or something has the name."""
+    for path in paths:
+        for parent in path.parents:
+            if os.path.lexists(parent) and not parent.is_dir():
+                raise ValueError(f"folder: expected a folder, or nothing yet, at {parent}, got something else")
+        if path.is_dir() or (os.path.lexists(path) and not force):
+            raise ValueError(f"{path}: expected no file of this name, or force=True, got one")
 
 
 def _rows(prompt: SoftPrompt, dtype: torch.dtype | None) -> Tensor:

@@ -169,7 +169,10 @@ def test_the_command_line_exports(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "nothing"), "--to", "kv"]) == 2
     assert "expected a safetensors file, got none" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert cli.main([*arguments[:-1], str(tmp_path / "file" / "below")]) == 1
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main([*arguments[:-1], str(output)]) == 2
+        assert f"folder: expected a folder, or nothing yet, at {tmp_path / 'file'}, got" in capsys.readouterr().err
+    assert cli.main([*arguments[:-1], str(tmp_path / ("x" * 300))]) == 1, "longer than file systems allow"
     with pytest.raises(SystemExit) as status:
         cli.main(["export", "x", "--to", "nonsense"])
     assert status.value.code == 2
