@@ -99,8 +99,8 @@ def test_no_fault_of_the_connector_ends_the_engine(engine, monkeypatch, caplog, 
     assert failed == {table[0]}
 
 
-def _answer(folder, body):
-    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.configs(folder)[0]))
+def _answer(folder, body, **changes):
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.configs(folder, **changes)[0]))
 
     async def raw():
         return body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -111,16 +111,31 @@ def _answer(folder, body):
     return asyncio.run(prefix_errors(SimpleNamespace(method="POST", app=app, body=raw), call_next))
 
 
-def test_http_clients_read_why_a_prefix_is_unknown(folder, monkeypatch):
-    starlette = SimpleNamespace(JSONResponse=lambda content, status: (status, content["error"]["message"]))
-    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=starlette))
-    monkeypatch.setitem(sys.modules, "starlette.responses", starlette)
+@pytest.fixture
+def starlette(monkeypatch):
+    """Answers are (status, message)."""
+    responses = SimpleNamespace(JSONResponse=lambda content, status: (status, content["error"]["message"]))
+    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
+    monkeypatch.setitem(sys.modules, "starlette.responses", responses)
+
+
+def test_http_clients_read_why_a_prefix_is_unknown(folder, starlette):
     status, message = _answer(folder, {"prompt": "x", **prefix_params("nobody")})
     assert status == 400
     assert message == "prefix 'nobody': expected a file nobody.safetensors in the server's folder, got none"
     status, message = _answer(folder, {"prompt": "x", **prefix_params("x" * 300)})
     assert status == 400
     assert message.startswith("name: expected at most 200 letters")
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(kv_connector_extra_config={})])
+def test_http_clients_read_that_a_server_has_no_prefixes(config, folder, starlette):
+    """One without a connector, or with another."""
+    status, message = _answer(folder, {"prompt": "x", **prefix_params("a")}, kv_transfer_config=config)
+    assert status == 400
+    assert message == "kv_transfer_params: expected none, because this server has no prefixes, got 'a'"
+    for body in ({"prompt": "x"}, {"prompt": "x", **prefix_params(None)}):
+        assert _answer(folder, body, kv_transfer_config=config) == "passed"
 
 
 @pytest.mark.parametrize(
