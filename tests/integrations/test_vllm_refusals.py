@@ -71,6 +71,42 @@ def test_a_request_that_cannot_be_served_fails_alone_and_says_why(engine, folder
     assert list(engine.scheduler._scheduling.requests) == ["good"]
 
 
+HALF, SINGLE, BYTES = torch.float16, torch.float32, torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "stored", "number", "fits"),
+    [
+        (HALF, HALF, SINGLE, 65504, True),
+        (HALF, HALF, SINGLE, -65536, False),
+        (HALF, HALF, torch.bfloat16, 65536, False),
+        (SINGLE, HALF, SINGLE, 1e5, False),
+        (HALF, BYTES, SINGLE, 1e5, False),
+        (SINGLE, BYTES, SINGLE, 1e5, True),  # vLLM quantises with a scale
+        (SINGLE, torch.float8_e4m3fn, SINGLE, 1e5, True),
+        (torch.bfloat16, torch.bfloat16, SINGLE, torch.finfo(SINGLE).max, False),
+    ],
+)
+def test_numbers_that_would_become_infinite_are_refused(
+    folder, monkeypatch, caplog, model, cache, stored, number, fits
+):
+    vllm.install(monkeypatch)
+    from peftkern.integrations.vllm.connector import PrefixConnector
+
+    pairs = [tuple(torch.zeros(4, HEADS, DIM, dtype=stored) for _ in range(2)) for _ in range(LAYERS)]
+    pairs[-1][1][2, 0, 1] = number
+    write_kv(folder / "large.safetensors", KVFile(pairs, 4))
+    config, cache_config = vllm.configs(folder)
+    config.model_config.dtype = model
+    cache_config.kv_cache_groups[0].kv_cache_spec.dtype = cache
+    connector = PrefixConnector(config, vllm.Role.SCHEDULER, cache_config)
+    requests = [Request(name, [1, 2], params_of(name)) for name in ("large", "a")]
+    for request in requests:
+        connector.on_new_request(request)
+    assert [len(request.prompt_token_ids) for request in requests] == [6 if fits else 2, 7]
+    assert ("Request large is refused: prefix 'large': expected numbers up to " in caplog.text) != fits
+
+
 def _raise(error):
     def raising(*args, **options):
         raise error
