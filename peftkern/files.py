@@ -18,9 +18,10 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
     Args:
         folder: exists already.
-        contents: names in the folder, and the bytes of each.
+        contents: names in the folder or paths below it, whose parents exist already, and the bytes of each.
     """
-    temporary = {name: folder / f".{name}.{uuid4().hex}.tmp" for name in contents}
+    paths = {name: folder / name for name in contents}
+    temporary = {name: path.with_name(f".{path.name}.{uuid4().hex}.tmp") for name, path in paths.items()}
     try:
         for name, data in contents.items():
             with temporary[name].open("xb") as file:
@@ -28,12 +29,13 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for name, path in temporary.items():
-            os.replace(path, folder / name)
+            os.replace(path, paths[name])
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    for parent in dict.fromkeys(path.parent for path in paths.values()):
+        directory = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

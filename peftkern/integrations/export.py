@@ -61,8 +61,8 @@ def export(
         folder: created if it does not exist.
         to: the format.
         name: NAME, of letters, digits and ``_.+-``. Default: the name of the source's folder, or ``prefix``. Several
-            modules get NAME-0, NAME-1 and so on, several folders their own names, and the table of several prompts
-            ``prompts``.
+            modules get NAME-0, NAME-1 and so on, and the table of several prompts ``prompts``. Several folders keep
+            their own names, so that only their table can be given one.
         dtype: float32, bfloat16 or float16; default: the module's own, or that in which the folder or file stores it.
         shift_positions: False for a prefix that was trained with ``patch(shift_positions=False)``, which the prefix
             itself does not know. The file then says that the text starts at position 0, and a reader that would put
@@ -73,32 +73,38 @@ def export(
         The files.
 
     Raises:
-        ValueError: for a prefix for which the format has no room, naming what; for NaN; for files that exist.
+        ValueError: for a prefix for which the format has no room, naming what; for NaN; for files that exist; for
+            a file where a folder is needed.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     kind, write = FORMATS[to]
+    sources = _sources(prefix)
+    if name is not None:
+        plain_name(name)
+        if len(sources) > 1 and write is not _prompt_table and not any(isinstance(x, Module) for x in sources):
+            raise ValueError(f"name: expected None for several folders, which keep their own names, got {name!r}")
     if not shift_positions:
         if write is not _kv:
             raise ValueError(f"shift_positions: expected True for to={to!r}, got False")
         write = partial(write, shift_positions=False)
-    named = _named(prefix, name, dtype)
+    named = _named(sources, name, dtype)
     singles = _singles(named)
     wrong = next((module for module in singles.values() if not isinstance(module, kind)), None)
     if wrong is not None:
         raise ValueError(f"prefix: expected a {kind.__name__} for to={to!r}, got a {type(wrong).__name__}")
     folder = Path(folder)
-    together = name or (next(iter(named)) if len(named) == 1 else "prompts")
-    contents = {folder / path: data for path, data in write(singles, dtype, together).items()}
-    present = [path for path in contents if path.is_dir() or (os.path.lexists(path) and not force)]
-    if present:
-        raise ValueError(f"{present[0]}: expected no file of this name, or force=True, got one")
-    for parent in dict.fromkeys(path.parent for path in contents):
-        parent.mkdir(parents=True, exist_ok=True)
-        replace_files(parent, {path.name: data for path, data in contents.items() if path.parent == parent})
-    return list(contents)
+    if name is None:
+        name = next(iter(named)) if len(named) == 1 else "prompts"
+    contents = write(singles, dtype, name)
+    paths = [folder / path for path in contents]
+    _check_paths(paths, force)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files(folder, contents)
+    return paths
 
 
 def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None, shift_positions: bool = True) -> KVFile:
@@ -129,6 +135,16 @@ def kv_of(prefix: PrefixKV, dtype: torch.dtype | None = None, shift_positions: b
     return KVFile(layers, positions, frozen, **prefix.origin._asdict())  # type: ignore[arg-type]
 
 
+def _check_paths(paths: Sequence[Path], force: bool) -> None:
+    """Raise ValueError if a file cannot get its name: a parent is no folder, or something has the name."""
+    for path in paths:
+        for parent in path.parents:
+            if os.path.lexists(parent) and not parent.is_dir():
+                raise ValueError(f"folder: expected a folder, or nothing yet, at {parent}, got something else")
+        if path.is_dir() or (os.path.lexists(path) and not force):
+            raise ValueError(f"{path}: expected no file of this name, or force=True, got one")
+
+
 def _rows(prompt: SoftPrompt, dtype: torch.dtype | None) -> Tensor:
     rows = _cast(prompt.weight.detach(), dtype).cpu().contiguous()
     check_finite("prompt", rows)
@@ -141,19 +157,23 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype or x.dtype)
 
 
-def _named(prefix: Source | Sequence[Source], name: str | None, dtype: torch.dtype | None) -> dict[str, Module]:
-    """Modules by name, each in its own dtype if ``dtype`` is None."""
+def _sources(prefix: Source | Sequence[Source]) -> Sequence[Source]:
     several = isinstance(prefix, Sequence) and not isinstance(prefix, str)
     sources: Sequence[Source] = prefix if several else [prefix]  # type: ignore[assignment, list-item]
     if not sources:
         raise ValueError("prefix: expected at least one, got none")
+    return sources
+
+
+def _named(sources: Sequence[Source], name: str | None, dtype: torch.dtype | None) -> dict[str, Module]:
+    """Modules by name, each in its own dtype if ``dtype`` is None."""
     named: dict[str, Module] = {}
     for index, source in enumerate(sources):
         if isinstance(source, PrefixKV | SoftPrompt):
-            own, module = name or "prefix", source
+            own, module = "prefix" if name is None else name, source
             own = f"{own}-{index}" if len(sources) > 1 else own
         elif isinstance(source, str | os.PathLike):
-            own = (len(sources) == 1 and name) or _name_of(Path(source).resolve())
+            own = _name_of(Path(source).resolve()) if name is None or len(sources) > 1 else name
             module, stored = load_with_dtype(source, trainable=False)
             module = module if dtype else module.to(stored)
         else:

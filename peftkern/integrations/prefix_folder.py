@@ -28,12 +28,14 @@ class ServedPrefix:
         name: of the file, without its extension.
         length: P, tokens of every layer with keys. Text starts at position P.
         layers: (key [P, Hkv, D], value [P, Hkv, D_v]) of each layer on the CPU; None for a layer without keys.
+        largest: the largest absolute value in them.
         digest: of the contents. Prefixes of one digest are equal.
     """
 
     name: str
     length: int
     layers: Sequence[tuple[Tensor, Tensor] | None]
+    largest: float
     digest: str = field(repr=False)
 
     @classmethod
@@ -48,7 +50,8 @@ class ServedPrefix:
                 f"prefix {name!r}: expected at least one token, and a prefix that takes as many positions as it has "
                 f"tokens, got {length} tokens and {contents.positions} positions"
             )
-        return cls(name, length, contents.layers, _digest(contents))
+        bounds = [bound.item() for pair in contents.layers for x in pair or () for bound in x.aminmax()]
+        return cls(name, length, contents.layers, max(map(abs, bounds)), _digest(contents))
 
     @property
     def num_bytes(self) -> int:

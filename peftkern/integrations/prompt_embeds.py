@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..model_info import Origin, embed
 from ..modules import SoftPrompt
+from .kv_file import check_finite
 
 __all__ = ["encode", "prompt_embeds", "prompt_embeds_bytes"]
 
@@ -50,7 +51,9 @@ def prompt_embeds(prompt: SoftPrompt | Tensor, input_ids: Sequence[int] | Tensor
     text = _embedded(embedding, ids.long())
     if weight.dim() != 2 or weight.shape[1] != text.shape[1]:
         raise ValueError(f"prompt: expected [tokens, {text.shape[1]}], as the embeddings, got {list(weight.shape)}")
-    return torch.cat([weight.detach().to(text), text])
+    rows = weight.detach().to(text)
+    check_finite(f"prompt in {text.dtype}", rows)
+    return torch.cat([rows, text])
 
 
 @torch.no_grad()

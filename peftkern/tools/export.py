@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kv, cartridges: keys and values of a prefix or cartridge; the others: the rows of a prompt",
     )
     parser.add_argument("--output", default=".", metavar="DIR", help="where to write (default: the current folder)")
-    parser.add_argument("--name", help="name of the result (default: that of the folder)")
+    parser.add_argument("--name", help="name of the result, for one folder or a table (default: that of the folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the source")
     parser.add_argument(
         "--no-shift-positions",

@@ -129,11 +129,25 @@ def test_states_are_refused(tmp_path):
     "name", ["", ".", "..", "../a", "a/b", ".hidden", "-x", "a\0b", "a\nb", "é", "C:\\a", "x" * 201, None, 3]
 )
 def test_names_that_leave_the_folder_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match="name: expected at most 200 letters, digits"):
+    refused = pytest.raises(ValueError, match="name: expected at most 200 letters, digits")
+    with refused:
         kv_path(tmp_path, name)
-    if name:
-        with pytest.raises(ValueError, match="name: expected at most 200 letters, digits"):
-            export(PrefixKV(None, 2, **GEOMETRY), tmp_path, "kv", name=name)
+    if name is None:  # the default of an export
+        return
+    prompts = [SoftPrompt(None, 2, embed_dim=4) for _ in range(2)]
+    for index, prompt in enumerate(prompts):
+        save_prefix(prompt, tmp_path / f"prompt-{index}")
+    folders = [tmp_path / "prompt-0", tmp_path / "prompt-1"]
+    for source, to in (
+        (PrefixKV(None, 2, **GEOMETRY), "kv"),
+        (PrefixKV(None, 2, **GEOMETRY, num_prefixes=2), "cartridges"),
+        (prompts, "llama.cpp"),
+        (folders[0], "prompt-embeds"),
+        (folders, "tensorrt-llm"),
+    ):
+        with refused:
+            export(source, tmp_path / "out" / "deep", to, name=name)
+    assert sorted(tmp_path.iterdir()) == folders
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
@@ -155,10 +169,33 @@ def test_the_command_line_exports(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "nothing"), "--to", "kv"]) == 2
     assert "expected a safetensors file, got none" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert cli.main([*arguments[:-1], str(tmp_path / "file" / "below")]) == 1
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert cli.main([*arguments[:-1], str(output)]) == 2
+        assert f"folder: expected a folder, or nothing yet, at {tmp_path / 'file'}, got" in capsys.readouterr().err
+    assert cli.main([*arguments[:-1], str(tmp_path / ("x" * 300))]) == 1, "longer than file systems allow"
     with pytest.raises(SystemExit) as status:
         cli.main(["export", "x", "--to", "nonsense"])
     assert status.value.code == 2
+
+
+def test_a_name_that_would_not_be_used_is_refused(tmp_path, capsys):
+    """Several folders keep their own names. Their table has one, and so have modules beside folders."""
+    for index in range(2):
+        save_prefix(SoftPrompt(None, 2, embed_dim=4), tmp_path / f"prompt-{index}")
+    folders, out = [str(tmp_path / f"prompt-{index}") for index in range(2)], tmp_path / "out"
+    for to in ("prompt-embeds", "llama.cpp"):
+        with pytest.raises(ValueError, match=r"name: expected None for several folders, .* got 'mine'"):
+            export(folders, out, to, name="mine")
+    arguments = ["export", *folders, "--output", str(out), "--to"]
+    assert cli.main([*arguments, "llama.cpp", "--name", "mine"]) == 2
+    assert "name: expected None for several folders" in capsys.readouterr().err
+    assert cli.main(["export", folders[0], "--output", str(out), "--to", "llama.cpp", "--name", ""]) == 2
+    assert "name: expected at most 200 letters" in capsys.readouterr().err
+    assert not out.exists()
+    assert cli.main([*arguments, "tensorrt-llm", "--name", "mine"]) == 0
+    assert export(folders[:1], out, "llama.cpp", name="one")[0].name == "one.f32"
+    written = export([folders[0], SoftPrompt(None, 2, embed_dim=4)], out, "llama.cpp", name="mine")
+    assert [path.name for path in written if path.suffix == ".f32"] == ["prompt-0.f32", "mine-1.f32"]
 
 
 def test_the_command_line_knows_the_formats():

@@ -68,6 +68,10 @@ def test_prompt_embeddings_as_text():
         ((torch.randn(3, 2, 8), [1], torch.randn(9, 8)), r"prompt: expected \[tokens, 8\]"),
         ((torch.randn(2, 8), [[1]], torch.randn(9, 8)), r"input_ids: expected integers \[tokens\]"),
         ((torch.randn(2, 8), [1.0], torch.randn(9, 8)), r"input_ids: expected integers \[tokens\]"),
+        (
+            (torch.full((2, 8), 1e5), [1], torch.randn(9, 8).half()),
+            r"prompt in torch\.float16: expected finite numbers",
+        ),
         ((torch.randn(2, 8), [1], "model"), "embedding: expected a model, its embedding layer or a weight"),
     ],
 )

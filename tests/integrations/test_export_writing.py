@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -19,6 +20,41 @@ def test_nothing_is_written_unless_everything_can_be(tmp_path):
     with pytest.raises(ValueError, match="layer 1"):
         export([fine, wrong], tmp_path / "new", "cartridges")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a file"])
+def test_nothing_is_written_where_a_folder_cannot_be(kind, tmp_path):
+    """The bank's second cartridge needs a folder of this name."""
+    (tmp_path / "precious").write_text("old")
+    if kind == "file":
+        (tmp_path / "doc-1").touch()
+    else:
+        (tmp_path / "doc-1").symlink_to(tmp_path / ("nothing" if kind == "link to nothing" else "precious"))
+    before = sorted(tmp_path.rglob("*"))
+    bank = PrefixKV(None, 2, **GEOMETRY, num_prefixes=2)
+    message = f"folder: expected a folder, or nothing yet, at {tmp_path / 'doc-1'}, got something else"
+    for options in ({}, {"force": True}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            export(bank, tmp_path, "cartridges", name="doc", **options)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            export(bank, tmp_path / "doc-1" / "deep" / "er", "kv", **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    """Not even the first of several cartridges, which lie in folders of their own."""
+    left = [None] * 3  # four files would be written
+
+    def fsync(descriptor, real=os.fsync):
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        export(PrefixKV(None, 2, **GEOMETRY, num_prefixes=2), tmp_path, "cartridges", name="doc")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_existing_files_stay_without_force(tmp_path):

@@ -71,6 +71,42 @@ def test_a_request_that_cannot_be_served_fails_alone_and_says_why(engine, folder
     assert list(engine.scheduler._scheduling.requests) == ["good"]
 
 
+HALF, SINGLE, BYTES = torch.float16, torch.float32, torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "stored", "number", "fits"),
+    [
+        (HALF, HALF, SINGLE, 65504, True),
+        (HALF, HALF, SINGLE, -65536, False),
+        (HALF, HALF, torch.bfloat16, 65536, False),
+        (SINGLE, HALF, SINGLE, 1e5, False),
+        (HALF, BYTES, SINGLE, 1e5, False),
+        (SINGLE, BYTES, SINGLE, 1e5, True),  # vLLM quantises with a scale
+        (SINGLE, torch.float8_e4m3fn, SINGLE, 1e5, True),
+        (torch.bfloat16, torch.bfloat16, SINGLE, torch.finfo(SINGLE).max, False),
+    ],
+)
+def test_numbers_that_would_become_infinite_are_refused(
+    folder, monkeypatch, caplog, model, cache, stored, number, fits
+):
+    vllm.install(monkeypatch)
+    from peftkern.integrations.vllm.connector import PrefixConnector
+
+    pairs = [tuple(torch.zeros(4, HEADS, DIM, dtype=stored) for _ in range(2)) for _ in range(LAYERS)]
+    pairs[-1][1][2, 0, 1] = number
+    write_kv(folder / "large.safetensors", KVFile(pairs, 4))
+    config, cache_config = vllm.configs(folder)
+    config.model_config.dtype = model
+    cache_config.kv_cache_groups[0].kv_cache_spec.dtype = cache
+    connector = PrefixConnector(config, vllm.Role.SCHEDULER, cache_config)
+    requests = [Request(name, [1, 2], params_of(name)) for name in ("large", "a")]
+    for request in requests:
+        connector.on_new_request(request)
+    assert [len(request.prompt_token_ids) for request in requests] == [6 if fits else 2, 7]
+    assert ("Request large is refused: prefix 'large': expected numbers up to " in caplog.text) != fits
+
+
 def _raise(error):
     def raising(*args, **options):
         raise error
@@ -99,8 +135,8 @@ def test_no_fault_of_the_connector_ends_the_engine(engine, monkeypatch, caplog, 
     assert failed == {table[0]}
 
 
-def _answer(folder, body):
-    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.configs(folder)[0]))
+def _answer(folder, body, **changes):
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.configs(folder, **changes)[0]))
 
     async def raw():
         return body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -111,16 +147,31 @@ def _answer(folder, body):
     return asyncio.run(prefix_errors(SimpleNamespace(method="POST", app=app, body=raw), call_next))
 
 
-def test_http_clients_read_why_a_prefix_is_unknown(folder, monkeypatch):
-    starlette = SimpleNamespace(JSONResponse=lambda content, status: (status, content["error"]["message"]))
-    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=starlette))
-    monkeypatch.setitem(sys.modules, "starlette.responses", starlette)
+@pytest.fixture
+def starlette(monkeypatch):
+    """Answers are (status, message)."""
+    responses = SimpleNamespace(JSONResponse=lambda content, status: (status, content["error"]["message"]))
+    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
+    monkeypatch.setitem(sys.modules, "starlette.responses", responses)
+
+
+def test_http_clients_read_why_a_prefix_is_unknown(folder, starlette):
     status, message = _answer(folder, {"prompt": "x", **prefix_params("nobody")})
     assert status == 400
     assert message == "prefix 'nobody': expected a file nobody.safetensors in the server's folder, got none"
     status, message = _answer(folder, {"prompt": "x", **prefix_params("x" * 300)})
     assert status == 400
     assert message.startswith("name: expected at most 200 letters")
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(kv_connector_extra_config={})])
+def test_http_clients_read_that_a_server_has_no_prefixes(config, folder, starlette):
+    """One without a connector, or with another."""
+    status, message = _answer(folder, {"prompt": "x", **prefix_params("a")}, kv_transfer_config=config)
+    assert status == 400
+    assert message == "kv_transfer_params: expected none, because this server has no prefixes, got 'a'"
+    for body in ({"prompt": "x"}, {"prompt": "x", **prefix_params(None)}):
+        assert _answer(folder, body, kv_transfer_config=config) == "passed"
 
 
 @pytest.mark.parametrize(

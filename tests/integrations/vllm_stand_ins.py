@@ -41,7 +41,7 @@ class Base:
 
 
 class FullAttentionSpec:
-    block_size = BLOCK
+    block_size, dtype = BLOCK, torch.float32
 
     def __init__(self, num_kv_heads: int = HEADS, head_size: int = DIM) -> None:
         self.num_kv_heads, self.head_size, self.head_size_v = num_kv_heads, head_size, head_size

@@ -35,7 +35,6 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     run, compared, composed = (block.replace("from peftkern import self_study\n", "") for block in blocks)
     names = {"model": new_model(), "tokenizer": new_tokenizer(), "text": TEXT, "self_study": Small()}
     exec(run + compared, names)
-    peftkern.unpatch(names["model"])
     names |= {f"cartridge_{x}": names["cartridge"] for x in "ab"}
     names |= {f"targets_{x}": names["targets"] for x in ("a", "b", "of_both")}
     exec(composed, names)

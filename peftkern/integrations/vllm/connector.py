@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -58,6 +59,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 PrefixFolder(folder, cache_bytes),
                 default,
                 _shapes(vllm_config, group),
+                _dtypes(vllm_config, group),
                 group.kv_cache_spec.block_size,
                 vllm_config.model_config.max_model_len,
             )
@@ -179,8 +181,7 @@ def _shapes(vllm_config: Any, group: Any) -> dict[int, Shape]:
     """The shapes, over all ranks, of the model's layers with a cache."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    spec = group.kv_cache_spec
-    specs = getattr(spec, "kv_cache_specs", None) or dict.fromkeys(group.layer_names, spec)
+    specs = _specs(group)
     ranks = vllm_config.parallel_config.tensor_parallel_size
     total = vllm_config.model_config.get_total_num_kv_heads()
     shapes = {}
@@ -190,3 +191,16 @@ def _shapes(vllm_config: Any, group: Any) -> dict[int, Shape]:
             raise ValueError(f"model: expected layers of ordinary attention, got {type(own).__name__} in {name}")
         shapes[index] = Shape(own.num_kv_heads if ranks == 1 else total, own.head_size, own.head_size_v)
     return shapes
+
+
+def _dtypes(vllm_config: Any, group: Any) -> list[torch.dtype]:
+    """The dtypes of the model's keys and values, and of caches that store them without a scale."""
+    cached = dict.fromkeys(spec.dtype for spec in _specs(group).values())
+    plain = [dtype for dtype in cached if dtype.is_floating_point and dtype.itemsize > 1]
+    return [vllm_config.model_config.dtype, *plain]
+
+
+def _specs(group: Any) -> Mapping[str, Any]:
+    """What the cache of each layer looks like."""
+    spec = group.kv_cache_spec
+    return getattr(spec, "kv_cache_specs", None) or dict.fromkeys(group.layer_names, spec)

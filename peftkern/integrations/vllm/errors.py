@@ -14,7 +14,7 @@ __all__ = ["prefix_errors"]
 
 
 async def prefix_errors(request: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Answer a request with an unknown prefix with status 400 and the reason.
+    """Answer a request with an unknown prefix, or with one for a server without any, with status 400 and the reason.
 
     ``vllm serve --middleware peftkern.integrations.vllm.prefix_errors``. Without it such a request fails in the
     engine, and vLLM answers with status 500 and no reason.
@@ -36,5 +36,11 @@ def _check(raw: bytes, config: Any) -> None:
         return
     params = body.get("kv_transfer_params") if isinstance(body, dict) else None
     name = name_of(params, None)
-    if name is not None:
-        find_file(config.kv_connector_extra_config["folder"], name)
+    if name is None:
+        return
+    folder = config.kv_connector_extra_config.get("folder") if config is not None else None
+    if folder is None:
+        raise ValueError(
+            f"kv_transfer_params: expected none, because this server has no prefixes, got {name[:200]!r}"
+        )
+    find_file(folder, name)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers and heads of a model have keys, and which of them are a tensor-parallel rank's."""
+"""Which layers, heads and dtypes a model's keys have, and which heads are a tensor-parallel rank's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..prefix_folder import ServedPrefix
 
-__all__ = ["Shape", "check_shapes", "layer_index", "layers_by_index", "rank_heads"]
+__all__ = ["Shape", "check_numbers", "check_shapes", "layer_index", "layers_by_index", "rank_heads"]
 
 
 class Shape(NamedTuple):
@@ -62,6 +63,17 @@ def check_shapes(prefix: ServedPrefix, shapes: Mapping[int, Shape]) -> None:
         found = Shape(key.shape[1], key.shape[2], value.shape[2])
         if found != shape:
             raise ValueError(f"prefix {prefix.name!r}: expected a layer {index} of {shape}, got {found}")
+
+
+def check_numbers(prefix: ServedPrefix, dtypes: Iterable[torch.dtype]) -> None:
+    """Raise ValueError if a number of a prefix is too large for one of the dtypes, which would make it infinite."""
+    for dtype in dtypes:
+        most = torch.finfo(dtype).max
+        if prefix.largest > most:
+            raise ValueError(
+                f"prefix {prefix.name!r}: expected numbers up to {most:g}, because the model's keys and values are "
+                f"{dtype}, got {prefix.largest:g}"
+            )
 
 
 def _first_difference(found: set[int], expected: set[int]) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..prefix_folder import PrefixFolder, ServedPrefix
-from .geometry import Shape, check_shapes
+from .geometry import Shape, check_numbers, check_shapes
 from .requests import check, name_of, put_prefix_before, replace_by_stub
 
 __all__ = ["Load", "Scheduling", "Step"]
@@ -55,6 +56,7 @@ class Scheduling:
         folder: the prefixes.
         default: name of the prefix of requests that name none.
         shapes: the model's layers with keys.
+        dtypes: in which the model computes and stores keys and values, without those of quantised caches.
         block_size: tokens of a block of the paged cache.
         max_model_len: tokens that a request may have.
     """
@@ -64,10 +66,11 @@ class Scheduling:
         folder: PrefixFolder,
         default: str | None,
         shapes: Mapping[int, Shape],
+        dtypes: Sequence[torch.dtype],
         block_size: int,
         max_model_len: int,
     ) -> None:
-        self.folder, self.default, self.shapes = folder, default, shapes
+        self.folder, self.default, self.shapes, self.dtypes = folder, default, shapes, dtypes
         self.block_size, self.max_model_len = block_size, max_model_len
         #: The prefix of each unfinished request; None for a refused one.
         self.requests: dict[str, ServedPrefix | None] = {}
@@ -87,6 +90,7 @@ class Scheduling:
                 return
             prefix = self.folder.get(name)
             check_shapes(prefix, self.shapes)
+            check_numbers(prefix, self.dtypes)
             check(request, prefix.length, self.max_model_len)
             put_prefix_before(request, prefix.length, f"{self._nonce}:{prefix.digest}")
             self.requests[request.request_id] = prefix
