@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import re
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -274,6 +276,36 @@ def serving() -> str:
     return "\n".join(lines)
 
 
+def cartridge() -> str:
+    """Markdown: the result of ``peftkern demo --method cartridge``."""
+    found = json.loads((RESULTS / "cartridge.json").read_text())
+    lines = []
+    for title, rows in (("of one document", found["rows"]), ("of both documents", found["composed"])):
+        if rows:
+            lines += [
+                f"| beside a teacher {title} | tokens | keys and values, kB | KL, nats | same most likely token |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [_divergence(row) for row in rows] + [""]
+    closed, runs = found["gap_closed"], found["rows"][2]["kl_of_runs"]
+    each = ", ".join(f"{value:.3f}" for value in runs)
+    lines.append(
+        f"Training closes {closed['mean']:.0%} [{closed['low']:.0%}, {closed['high']:.0%}] of the gap between the "
+        f"truncated text and the whole document. The KL after each run: {each}."
+    )
+    return "\n".join(lines)
+
+
+def _divergence(row: dict[str, Any]) -> str:
+    kl, agreement = row["kl"], row["agreement"]
+    cells = (
+        row["name"], f"{row['tokens']:,}", f"{row['bytes'] / 1000:,.0f}",
+        f"{kl['mean']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]",
+        f"{agreement['mean']:.1%} [{agreement['low']:.1%}, {agreement['high']:.1%}]",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def _accuracy(rows: list[dict[str, str]]) -> str:
     """In percent, with the standard error of the mean of several seeds."""
     mean, error = mean_and_error([100 * float(row["accuracy"]) for row in rows])
@@ -298,7 +330,7 @@ def _ratio(value: str | float | None) -> str:
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
     "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
-    "distillation": distillation, "serving": serving,
+    "distillation": distillation, "serving": serving, "cartridge": cartridge,
 }  # fmt: skip
 
 
