@@ -6,9 +6,12 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import signal
+import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -19,6 +22,10 @@ from .lab import TRAINING, Lab
 
 #: What a run writes.
 FILES = ("result.json", "train.jsonl", "checkpoint.safetensors", "targets.safetensors")
+
+#: Makes processes from one that has imported everything and holds little memory, unlike the process of the tests.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
 
 
 def run(folder: Path, tell) -> None:
@@ -43,31 +50,30 @@ def end_at(mark: str, folder: Path, number: int, handler=signal.SIG_DFL) -> int:
     Args:
         handler: of the process for SIGTERM.
     """
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:  # a fork has imported everything already
-        status = 1
-        try:
-            signal.signal(signal.SIGTERM, handler)
-            _run_until(mark, folder, writer)
-        except SystemExit as exit:
-            status = int(exit.code)
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as told:
-        assert told.readline() == f"{mark}\n", "the run comes to its mark"
-        os.kill(child, number)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    told, teller = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_run_until, args=(mark, folder, teller, handler))
+    process.start()
+    teller.close()
+    assert told.recv() == mark, "the run comes to its mark"
+    os.kill(process.pid, number)
+    process.join()
+    return process.exitcode
 
 
-def _run_until(mark: str, folder: Path, writer: int) -> None:
-    """Run until the mark, write it to a pipe, and wait there."""
+def leave(number: int, frame: object) -> None:
+    """A handler that ends the process in order, after blocks that clean up."""
+    sys.exit(143)
+
+
+def _run_until(mark: str, folder: Path, teller: Connection, handler) -> None:
+    """Run until the mark, tell it, and wait there."""
+    signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(1)
     fsync, saves = os.fsync, itertools.count(1)
 
     def tell(line: str) -> None:
         if line == mark:
-            os.write(writer, f"{line}\n".encode())
+            teller.send(line)
             time.sleep(60)
 
     def flush(file: int) -> None:

@@ -8,12 +8,11 @@ import io
 import itertools
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from .runs import FILES, end_at, run
+from .runs import FILES, end_at, leave, run
 
 #: The line that a resumed run tells first for each place where another one ended: what is saved is not made again.
 #: Saves 1 to 4 are of the conversations, save 5 of the targets, and saves from 6 of training, every second step.
@@ -31,7 +30,7 @@ STEPS = {"step 3": "step 3", "save 8": "step 3"}
 SIGNALS = {
     "SIGKILL": (signal.SIGKILL, signal.SIG_DFL, -signal.SIGKILL),
     "SIGTERM": (signal.SIGTERM, signal.SIG_DFL, -signal.SIGTERM),
-    "SIGTERM that raises SystemExit": (signal.SIGTERM, lambda *_: sys.exit(143), 143),
+    "SIGTERM that raises SystemExit": (signal.SIGTERM, leave, 143),
 }
 #: The others take more than ten seconds together.
 COMMON = {
