@@ -119,7 +119,7 @@ def prefix_attention(
     Args:
         out: [B, Hq, S, D_v] in q's dtype, with stride 1 along D_v.
         lse: [B, Hq, S], fp32, contiguous.
-        isa: a key of :data:`ISAS`.
+        isa: a key of :data:`ISAS`. One that is not ``"auto"`` wins over that of ``constants``.
         constants: those of :func:`.fill.attention_constants` for such a call, if known.
         rows: ``prefix_rows`` of ``peftkern_attention``, int64 [C, P, 2], contiguous. ``prefix_ids`` and
             ``prefix_lens`` of ``args`` then speak of its C prefixes.
@@ -127,8 +127,10 @@ def prefix_attention(
     Raises:
         NativeError: with the library's reason.
     """
+    if constants is None or isa != "auto":
+        constants = fill.attention_constants(args, out.stride(), isa, rows)
     tensors, _copies = fill.attention_tensors(args, out, lse, rows=rows)
-    _call("prefix_attention", tensors + (constants or fill.attention_constants(args, out.stride(), isa, rows)))
+    _call("prefix_attention", tensors + constants)
 
 
 def prefix_attention_backward(
@@ -146,7 +148,7 @@ def prefix_attention_backward(
 
     Args:
         out: the forward's result, as is ``lse``.
-        isa: a key of :data:`ISAS`.
+        isa: a key of :data:`ISAS`. One that is not ``"auto"`` wins over that of ``constants``.
         constants: those of :func:`.fill.backward_constants` for such a call, if known.
         rows: as in :func:`prefix_attention`; dprefix_k is [C, Hkv, P, D] and dprefix_v [C, Hkv, P, D_v] then.
 
@@ -154,7 +156,9 @@ def prefix_attention_backward(
         NativeError: with the library's reason.
     """
     lse = lse.contiguous()
-    forward, layout = constants or fill.backward_constants(dout, dlse, out, args, gradients, isa, rows)
+    if constants is None or isa != "auto":
+        constants = fill.backward_constants(dout, dlse, out, args, gradients, isa, rows)
+    forward, layout = constants
     tensors, _copies = fill.attention_tensors(args, out, lse, rows=rows)
     dq, dk, dv, dprefix_k, dprefix_v, dsinks, dbias, dprefix_bias, dgate = gradients
     gradient_tensors = abi.GRADIENT_TENSORS.pack(

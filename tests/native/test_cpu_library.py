@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftkern import native, reference
-from peftkern.arguments import AttentionArgs, allocate_outputs
+from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
 from peftkern.testing.cases import Shape, tensors
 
 # kat_vectors of Random123, philox 4x32 10: counter, key, answer
@@ -55,6 +55,26 @@ def test_instruction_sets_are_named_in_order():
     assert [native.cpu.ISAS[name] for name in available] == sorted(native.cpu.ISAS[name] for name in available)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert native.cpu.default_isa(dtype) in available
+
+
+def test_an_instruction_set_wins_over_the_constants_of_a_call(monkeypatch):
+    """Plans prepare the constants of a call with "auto": a test of one instruction set would run another."""
+    args = _args()
+    out, lse = allocate_outputs(args)
+    gradients = allocate_gradients(args, [True] * 5 + [False] * 4)
+    packed = []
+    monkeypatch.setattr(native.cpu, "_call", lambda name, struct: packed.append(struct))
+    auto = native.fill.attention_constants(args, out.stride())
+    backward_auto = native.fill.backward_constants(out, None, out, args, gradients)
+    for isa, constants, backward_constants in (
+        ("portable", auto, backward_auto), ("portable", None, None), ("auto", auto, backward_auto),
+    ):  # fmt: skip
+        native.cpu.prefix_attention(args, out, lse, isa, constants)
+        native.cpu.prefix_attention_backward(out, None, out, lse, args, gradients, isa, backward_constants)
+    portable, without, plain = packed[::2]
+    assert portable == without
+    assert portable != plain, "isa='portable' was ignored: the call runs with the instruction set of its constants"
+    assert packed[1] == packed[3] != packed[5]
 
 
 @pytest.mark.parametrize("isa", native.cpu.available_isas())
