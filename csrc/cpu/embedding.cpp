@@ -7,7 +7,7 @@
 #define PEFTKERN_ISA plain
 #define PEFTKERN_LANES 4
 #include "plan.h"
-#include "vec.h"
+#include "dtypes.h"
 
 using namespace peftkern;
 using namespace peftkern::plain;

@@ -19,22 +19,21 @@ struct VectorOf<uint32_t> {
   typedef vu type;
 };
 
-PEFTKERN_INLINE vf multiply_add(float a, vf b, vf c) { return c + a * b; }
-#if PEFTKERN_HAS_PAIRS
-PEFTKERN_INLINE vf multiply_add(uint32_t a, vu b, vf c) {
-  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
-}
-#endif
+// Rows that are `stride` elements apart.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+};
 
 // Registers: rows x vectors of accumulators, one vector row of B, one broadcast. At least eight accumulators hide the
 // latency of a multiply-add. Counts of rows are even, so that rows can be paired while they are in registers.
-#if PEFTKERN_LANES == 16
-constexpr int kMaxVectors = 4;
-constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
-#else
-constexpr int kMaxVectors = 2;
-constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 8; }
-#endif
+constexpr bool kManyRegisters = kLanes == 16;        // 32 instead of 16
+constexpr int kMaxVectors = kManyRegisters ? 4 : 2;  // of columns that are computed together
+constexpr int rows_for(int vectors) {
+  if (kManyRegisters) return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
+  return vectors == 2 ? 6 : 8;
+}
 
 struct Range {
   int64_t begin, end;
@@ -64,23 +63,24 @@ struct Store {
   }
 };
 
-// Rows i, i + 1, ... and columns j, j + 1, ... of C; a(i, k) = kTransA ? A[k lda + i] : A[i lda + k].
+// Rows i, i + 1, ... and columns j, j + 1, ... of C; a(i, k) = kTransA ? A[k][i] : A[i][k].
 template <typename T, int kRows, int kVectors, bool kTransA, typename Finish>
-PEFTKERN_INLINE void micro_kernel(Range sum, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t i, int64_t j,
+PEFTKERN_INLINE void micro_kernel(Range sum, const Matrix<T>& A, const Matrix<T>& B, int64_t i, int64_t j,
                                   const Finish& finish) {
   vf c[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; row++)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) c[row][v] = zero();
-  A += kTransA ? i : i * lda;
+  const int64_t lda = A.stride, ldb = B.stride;
+  const T* a_rows = A.data + (kTransA ? i : i * lda);
   for (int64_t k = sum.begin; k < sum.end; k++) {
     typename VectorOf<T>::type b[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) b[v] = load_as<typename VectorOf<T>::type>(B + k * ldb + j + v * kLanes);
+    for (int v = 0; v < kVectors; v++) b[v] = load_as<typename VectorOf<T>::type>(B.data + k * ldb + j + v * kLanes);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; row++) {
-      const T a = kTransA ? A[k * lda + row] : A[row * lda + k];
+      const T a = kTransA ? a_rows[k * lda + row] : a_rows[row * lda + k];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) c[row][v] = multiply_add(a, b[v], c[row][v]);
     }
@@ -90,42 +90,36 @@ PEFTKERN_INLINE void micro_kernel(Range sum, const T* A, int64_t lda, const T* B
 
 // All rows of a few vectors' columns.
 template <typename T, int kVectors, bool kTransA, typename Sums, typename Finish>
-static void gemm_columns(int64_t M, const Sums& sums, const T* A, int64_t lda, const T* B, int64_t ldb, int64_t j,
+static void gemm_columns(int64_t M, const Sums& sums, const Matrix<T>& A, const Matrix<T>& B, int64_t j,
                          const Finish& finish) {
   constexpr int kRows = rows_for(kVectors);
   int64_t i = 0;
-  for (; i + kRows <= M; i += kRows)
-    micro_kernel<T, kRows, kVectors, kTransA>(sums(i, kRows), A, lda, B, ldb, i, j, finish);
+  for (; i + kRows <= M; i += kRows) micro_kernel<T, kRows, kVectors, kTransA>(sums(i, kRows), A, B, i, j, finish);
   if (kRows > 8 && M - i >= 8) {
-    micro_kernel<T, 8, kVectors, kTransA>(sums(i, 8), A, lda, B, ldb, i, j, finish);
+    micro_kernel<T, 8, kVectors, kTransA>(sums(i, 8), A, B, i, j, finish);
     i += 8;
   }
   if (M - i >= 4) {
-    micro_kernel<T, 4, kVectors, kTransA>(sums(i, 4), A, lda, B, ldb, i, j, finish);
+    micro_kernel<T, 4, kVectors, kTransA>(sums(i, 4), A, B, i, j, finish);
     i += 4;
   }
   if (M - i >= 2) {
-    micro_kernel<T, 2, kVectors, kTransA>(sums(i, 2), A, lda, B, ldb, i, j, finish);
+    micro_kernel<T, 2, kVectors, kTransA>(sums(i, 2), A, B, i, j, finish);
     i += 2;
   }
-  if (M > i) micro_kernel<T, 1, kVectors, kTransA>(sums(i, 1), A, lda, B, ldb, i, j, finish);
+  if (M > i) micro_kernel<T, 1, kVectors, kTransA>(sums(i, 1), A, B, i, j, finish);
 }
 
 // C [M, N] = A [M, K] B [K, N], N a multiple of kLanes. `sums(i, rows)` is the range of k that rows i, i + 1, ... sum;
 // `finish(i, j, c)` receives the block of C at row i and column j.
 template <bool kTransA, typename T, typename Sums, typename Finish>
-static void gemm(int64_t M, int64_t N, const Sums& sums, const T* A, int64_t lda, const T* B, int64_t ldb,
-                 const Finish& finish) {
-  int64_t j = 0;
-  for (; j + kMaxVectors * kLanes <= N; j += kMaxVectors * kLanes)
-    gemm_columns<T, kMaxVectors, kTransA>(M, sums, A, lda, B, ldb, j, finish);
-  switch ((N - j) / kLanes) {
-#if PEFTKERN_LANES == 16
-    case 3: return gemm_columns<T, 3, kTransA>(M, sums, A, lda, B, ldb, j, finish);
-    case 2: return gemm_columns<T, 2, kTransA>(M, sums, A, lda, B, ldb, j, finish);
-#endif
-    case 1: return gemm_columns<T, 1, kTransA>(M, sums, A, lda, B, ldb, j, finish);
-  }
+static void gemm(int64_t M, int64_t N, const Sums& sums, const Matrix<T>& A, const Matrix<T>& B, const Finish& finish) {
+  for (int64_t j = 0; j < N; j += kMaxVectors * kLanes) switch (min(kMaxVectors, (N - j) / kLanes)) {
+      case kMaxVectors: gemm_columns<T, kMaxVectors, kTransA>(M, sums, A, B, j, finish); break;
+      case kManyRegisters ? 3: -1 : gemm_columns<T, kManyRegisters ? 3 : 1, kTransA>(M, sums, A, B, j, finish); break;
+      case kManyRegisters ? 2: -2 : gemm_columns<T, kManyRegisters ? 2 : 1, kTransA>(M, sums, A, B, j, finish); break;
+      case 1: gemm_columns<T, 1, kTransA>(M, sums, A, B, j, finish); break;
+    }
 }
 
 }  // namespace PEFTKERN_ISA

@@ -14,9 +14,8 @@
 
 namespace peftkern {
 
-constexpr int kBlockM = 64;            // query rows of a block: positions x heads that share a kv head
-constexpr int kBlockN = 96;            // keys of a tile
-constexpr int64_t kDiagonalKeys = 12;  // keys that are processed together on the causal diagonal
+constexpr int kBlockM = 64;  // query rows of a block: positions x heads that share a kv head
+constexpr int kBlockN = 96;  // keys of a tile
 constexpr int64_t kMaxHeadDim = 256;
 
 // One sample, or one packed sequence. Queries are rows [start, start + q_len) of sample `batch`; so are the keys.
@@ -42,7 +41,7 @@ struct Group {
 
 struct Plan {
   int64_t group_size, heads_per_block, positions_per_block;  // block rows = positions x heads
-  bool decode;                                               // few rows against many keys: see attention_decode.h
+  bool decode;                                               // few rows against many keys: see forward/decode.h
   int32_t num_sequences, num_units, num_groups, num_partials;
   int64_t max_kv_len, max_prefix_len;
   const Sequence* sequences;
@@ -54,16 +53,6 @@ struct Plan {
 void* acquire_scratch(size_t bytes);
 
 int64_t read_index(const void* data, int64_t dtype, int64_t i);
-
-#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16) F(amx_bf16)
-
-#define PEFTKERN_DECLARE(isa)                                                        \
-  namespace isa {                                                                    \
-  int attention_forward(const peftkern_attention& args, const Plan& plan);           \
-  int attention_backward(const peftkern_attention_backward& args, const Plan& plan); \
-  }
-PEFTKERN_FOR_EACH_ISA(PEFTKERN_DECLARE)
-#undef PEFTKERN_DECLARE
 
 }  // namespace peftkern
 #endif  // PEFTKERN_CPU_PLAN_H_

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of floats, with one width per instruction set. Arithmetic uses the compilers' vector extensions; intrinsics
-// are used where compilers miss the instruction. Each instruction set has one source file that defines PEFTKERN_ISA
-// (the namespace) and PEFTKERN_LANES and includes this file.
+// are used where compilers miss the instruction, and only in this file. Each instruction set has one source file in
+// isa/, which defines PEFTKERN_ISA (the namespace) and PEFTKERN_LANES.
 #ifndef PEFTKERN_CPU_VEC_H_
 #define PEFTKERN_CPU_VEC_H_
 
@@ -10,20 +10,11 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 
 #include "../peftkern.h"
-
-#if defined(__AVX512BF16__)
-#define PEFTKERN_HAS_PAIRS 1  // an instruction that multiplies pairs of bf16
-#else
-#define PEFTKERN_HAS_PAIRS 0
-#endif
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
-#define PEFTKERN_HAS_AMX 1  // products of pairs on tiles: see amx.h
-#else
-#define PEFTKERN_HAS_AMX 0
-#endif
 
 #define PEFTKERN_INLINE_MEMBER inline __attribute__((always_inline))
 #define PEFTKERN_INLINE static PEFTKERN_INLINE_MEMBER
@@ -156,73 +147,118 @@ PEFTKERN_INLINE vf exp2(vf x) {
 #endif
 }
 
-// ln x for normal x > 0, relative error 1e-7 (the polynomial is Cephes' logf); -inf for 0, NaN stays NaN.
-PEFTKERN_INLINE vf log(vf x) {
-  const vu offset = (vu)x - 0x3f3504f3u;  // of the mantissa's range [sqrt 1/2, sqrt 2); unsigned: any bits may come
-  const vf exponent = __builtin_convertvector((vi)offset >> 23, vf);
-  const vf f = (vf)((offset & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-  vf p = f * 7.0376836292e-2f + -1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f + -1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f + -1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f + -2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const vf square = f * f;
-  const vf y = exponent * 0.693147180f + (f + (p * f * square - square * 0.5f));
-  return select(x == 0.0f, set1(-kInf), select((x < kInf), y, x));
-}
-
-struct Tanh {
-  vf value, slope;
-};
-
-// tanh x and its derivative, relative errors of 2e-7 and 5e-7 while they are normal numbers; NaN stays NaN. With e =
-// e^y, y = -2|x|, they are (1 - e) / (1 + e) = 1 - 2 e / (1 + e) and e (1 + |tanh x|)^2: nothing cancels, near 0 or
-// where tanh rounds to 1. y = n ln 2 + r as in exp2; e^r - 1 = r + r^2 q(r) with a minimax polynomial q.
-PEFTKERN_INLINE Tanh tanh(vf x) {
-  const float kMagic = 12582912.0f + 127.0f;
-  const vi sign = bits(x) & seti(INT32_MIN);
-  const vf y = max(set1(-87.0f), (vf)(bits(x) | seti(INT32_MIN)) * 2.0f);
-  const vf shifted = y * (float)kLog2e + kMagic;
-  const vf r = y - (shifted - kMagic) * (float)kLn2;
-  vf q = r * 1.388251022e-03f + 8.366580331e-03f;
-  q = q * r + 4.166720178e-02f;
-  q = q * r + 1.666654318e-01f;
-  q = q * r + 4.999999814e-01f;
-  const vf p = r * r * q + r;
-  const vf power = (vf)(bits(shifted) << 23);
-  const vf m = p * power + (power - 1.0f), e = p * power + power;
-  const vi small = y > -1.0f;
-  const vf ratio = select(small, m, e) / (m + 2.0f);
-  const vf magnitude = select(small, -ratio, 1.0f - 2.0f * ratio);
-  const vf twice = 1.0f + magnitude;
-  return {(vf)(bits(magnitude) ^ sign), e * (twice * twice)};
-}
+// Not std::min and std::max: a linker may keep the copy of a template that was compiled for another instruction set.
+PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTKERN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 PEFTKERN_INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 PEFTKERN_INLINE vh to_bf16(vf x) {
-#if PEFTKERN_HAS_PAIRS
+#if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
-#endif
+#else
   vu u = (vu)x;
   vu rounded = (u + (((u >> 16) & 1) + 0x7fff)) >> 16;
   vi is_nan = x != x;
   return __builtin_convertvector((vu)(is_nan ? (vi)((u >> 16) | 0x40) : (vi)rounded), vh);
+#endif
 }
 
-#if PEFTKERN_HAS_PAIRS
-// Both vectors rounded to bf16, the first in the low half.
-PEFTKERN_INLINE vu bf16_both(vf first, vf second) { return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+// The first `count` words at p, zeros behind them.
+PEFTKERN_INLINE vf load_first(const float* p, int64_t count) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps(count >= kLanes ? 0xffff : (1u << count) - 1, p);
+#else
+  vf x = vf{};
+  __builtin_memcpy(&x, p, 4 * (size_t)(count < kLanes ? count : kLanes));
+  return x;
+#endif
+}
+
+PEFTKERN_INLINE vh load_first(const uint16_t* p, int64_t count) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512BW__)
+  return (vh)_mm256_maskz_loadu_epi16(count >= kLanes ? 0xffff : (1u << count) - 1, p);
+#else
+  vh x = vh{};
+  __builtin_memcpy(&x, p, 2 * (size_t)(count < kLanes ? count : kLanes));
+  return x;
+#endif
+}
+
+// A pair is a word of two bf16 numbers, the first in the low half.
+
+// c + a.first b.first + a.second b.second
+PEFTKERN_INLINE vf multiply_add(uint32_t a, vu b, vf c) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (vf)vbfdotq_f32((float32x4_t)c, (bfloat16x8_t)vdupq_n_u32(a), (bfloat16x8_t)b);
+#else
+  const vf first = (vf)(vu{} + (a << 16)), second = (vf)(vu{} + (a & 0xffff0000u));
+  c += first * (vf)(b << 16);
+  return c + second * (vf)(b & 0xffff0000u);
+#endif
+}
+PEFTKERN_INLINE vf multiply_add(float a, vf b, vf c) { return c + a * b; }
+
+// Both vectors rounded to bf16, one behind the other: words of neighbouring lanes.
+PEFTKERN_INLINE vu bf16_both(vf first, vf second) {
+#if defined(__AVX512BF16__)
+  return (vu)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  const vh halves[2] = {to_bf16(first), to_bf16(second)};
+  return load_as<vu>(halves);
+#endif
+}
+
+// The same without rounding: the upper halves of the floats.
+PEFTKERN_INLINE vu upper_both(vf first, vf second) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512BW__)
+  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return (vu)_mm512_permutex2var_epi16((__m512i)first, upper, (__m512i)second);
+#else
+  const vh halves[2] = {__builtin_convertvector((vu)first >> 16, vh), __builtin_convertvector((vu)second >> 16, vh)};
+  return load_as<vu>(halves);
+#endif
+}
 
 // Words of (low, high), both rounded to bf16.
 PEFTKERN_INLINE vu bf16_pairs(vf low, vf high) {
+#if defined(__AVX512BF16__)
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (vu)_mm512_permutexvar_epi16(order, (__m512i)bf16_both(low, high));
-}
+#else
+  return __builtin_convertvector(to_bf16(low), vu) | __builtin_convertvector(to_bf16(high), vu) << 16;
 #endif
+}
+
+// out[d] = (first[d], second[d]) for bf16 rows, padded with zeros to whole vectors. A null `second` stands for zeros.
+PEFTKERN_INLINE void interleave_rows(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* out) {
+#if PEFTKERN_LANES == 16 && defined(__AVX512BW__)
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i sixteen = _mm512_set1_epi16(16);
+  for (int64_t d = 0; d < n; d += 2 * kLanes) {
+    const __mmask32 valid = n - d >= 32 ? ~0u : (1u << (n - d)) - 1;
+    const __m512i a = _mm512_maskz_loadu_epi16(valid, first + d);
+    const __m512i b = second ? _mm512_maskz_loadu_epi16(valid, second + d) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(a, order, b));
+    if (n - d > kLanes)
+      _mm512_storeu_si512(out + d + kLanes, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, sixteen), b));
+  }
+#else
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const size_t bytes = 2 * (size_t)(n - d < kLanes ? n - d : kLanes);
+    vh a = vh{}, b = vh{};
+    __builtin_memcpy(&a, first + d, bytes);
+    if (second) __builtin_memcpy(&b, second + d, bytes);
+    const vu pairs = __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu) << 16;
+    __builtin_memcpy(out + d, &pairs, sizeof pairs);
+  }
+#endif
+}
 
 PEFTKERN_INLINE float half_to_float(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7fff) << 13;
@@ -272,91 +308,6 @@ PEFTKERN_INLINE vh to_half(vf x) {
   for (int i = 0; i < kLanes; i++) y[i] = float_to_half(x[i]);
   return y;
 #endif
-}
-
-// Not std::min and std::max: a linker may keep the copy of a template that was compiled for another instruction set.
-PEFTKERN_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-PEFTKERN_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-PEFTKERN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-PEFTKERN_INLINE const char* offset(const void* data, int64_t dtype, int64_t elements) {
-  return static_cast<const char*>(data) + elements * (dtype == PEFTKERN_FLOAT32 ? 4 : 2);
-}
-
-PEFTKERN_INLINE float load_scalar(const void* data, int64_t dtype, int64_t i) {
-  if (dtype == PEFTKERN_FLOAT32) return static_cast<const float*>(data)[i];
-  uint16_t x = static_cast<const uint16_t*>(data)[i];
-  if (dtype == PEFTKERN_FLOAT16) return half_to_float(x);
-  uint32_t u = (uint32_t)x << 16;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
-// `lanes` values of any dtype (the rest of the vector is 0).
-template <int64_t kDtype>
-PEFTKERN_INLINE vf load_lanes(const void* data, int64_t lanes) {
-  if (kDtype == PEFTKERN_FLOAT32) {
-    if (lanes >= kLanes) return load(static_cast<const float*>(data));
-    vf x = zero();
-    __builtin_memcpy(&x, data, 4 * lanes);
-    return x;
-  }
-  vh x = vh{};
-  if (lanes >= kLanes)
-    __builtin_memcpy(&x, data, sizeof x);
-  else
-    __builtin_memcpy(&x, data, 2 * lanes);
-  return kDtype == PEFTKERN_FLOAT16 ? from_half(x) : from_bf16(x);
-}
-
-template <int64_t kDtype>
-PEFTKERN_INLINE void store_lanes(void* data, vf x, int64_t lanes) {
-  if (kDtype == PEFTKERN_FLOAT32) {
-    __builtin_memcpy(data, &x, 4 * min(lanes, kLanes));
-    return;
-  }
-  vh y = kDtype == PEFTKERN_FLOAT16 ? to_half(x) : to_bf16(x);
-  __builtin_memcpy(data, &y, 2 * min(lanes, kLanes));
-}
-
-template <int64_t kDtype>
-static void widen_row_as(const void* src, int64_t n, float* dst) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(dst + i, load_lanes<kDtype>(offset(src, kDtype, i), kLanes));
-  if (i < n) store(dst + i, load_lanes<kDtype>(offset(src, kDtype, i), n - i));
-}
-
-// Writes n values as floats, padded with zeros to whole vectors.
-PEFTKERN_INLINE void widen_row(const void* src, int64_t dtype, int64_t n, float* dst) {
-  if (dtype == PEFTKERN_FLOAT32) return widen_row_as<PEFTKERN_FLOAT32>(src, n, dst);
-  if (dtype == PEFTKERN_FLOAT16) return widen_row_as<PEFTKERN_FLOAT16>(src, n, dst);
-  widen_row_as<PEFTKERN_BFLOAT16>(src, n, dst);
-}
-
-template <int64_t kDtype>
-static void narrow_row_as(const float* src, float factor, int64_t n, void* dst) {
-  int64_t i = 0;
-  char* out = static_cast<char*>(dst);
-  const int64_t size = kDtype == PEFTKERN_FLOAT32 ? 4 : 2;
-  for (; i + kLanes <= n; i += kLanes) store_lanes<kDtype>(out + i * size, load(src + i) * factor, kLanes);
-  if (i < n) store_lanes<kDtype>(out + i * size, load(src + i) * factor, n - i);
-}
-
-// Writes factor * src, rounded to dtype. src is padded to whole vectors.
-PEFTKERN_INLINE void narrow_row(const float* src, float factor, int64_t n, int64_t dtype, void* dst) {
-  if (dtype == PEFTKERN_FLOAT32) return narrow_row_as<PEFTKERN_FLOAT32>(src, factor, n, dst);
-  if (dtype == PEFTKERN_FLOAT16) return narrow_row_as<PEFTKERN_FLOAT16>(src, factor, n, dst);
-  narrow_row_as<PEFTKERN_BFLOAT16>(src, factor, n, dst);
-}
-
-// Rounds floats to dtype, in place.
-PEFTKERN_INLINE void round_row(float* row, int64_t n, int64_t dtype) {
-  if (dtype == PEFTKERN_FLOAT32) return;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    vf x = load(row + i);
-    store(row + i, dtype == PEFTKERN_FLOAT16 ? from_half(to_half(x)) : from_bf16(to_bf16(x)));
-  }
 }
 
 }  // namespace PEFTKERN_ISA
