@@ -42,7 +42,7 @@ enum peftkern_dtype {
   PEFTKERN_INT64 = 4,
 };
 
-// Instruction sets, plainest first. AUTO selects the fastest one for the dtype on this processor.
+// Instruction sets, plainest first within an architecture. AUTO selects the fastest one for the dtype on this processor.
 enum peftkern_isa {
   PEFTKERN_ISA_AUTO = 0,
   PEFTKERN_ISA_PORTABLE = 1,
@@ -50,6 +50,8 @@ enum peftkern_isa {
   PEFTKERN_ISA_AVX512 = 3,
   PEFTKERN_ISA_AVX512_BF16 = 4,
   PEFTKERN_ISA_AMX_BF16 = 5,
+  PEFTKERN_ISA_SVE256 = 6,  // SVE with vectors of 256 bits; NEON is what PORTABLE means on AArch64
+  PEFTKERN_ISA_NEON_BF16 = 7,
 };
 
 // Attention over [prefix | sequence]. peftkern/reference.py defines the result.

@@ -66,7 +66,7 @@ bool valid_indices(const peftkern_attention& a) {
 
 int choose_isa(int64_t requested, int64_t dtype) {
   if (requested == PEFTKERN_ISA_AUTO) return default_isa(int(dtype));
-  return requested <= PEFTKERN_ISA_AMX_BF16 && has_isa(int(requested)) ? int(requested) : -1;
+  return requested <= PEFTKERN_ISA_NEON_BF16 && has_isa(int(requested)) ? int(requested) : -1;
 }
 
 // Checks a call and runs `body(kernels, planner)`.
@@ -120,8 +120,9 @@ const char* peftkern_error_string(int status) {
 int peftkern_isa_available(int isa) { return has_isa(isa); }
 
 const char* peftkern_isa_name(int isa) {
-  static const char* const names[] = {"auto", "portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
-  return isa >= 0 && isa <= PEFTKERN_ISA_AMX_BF16 ? names[isa] : nullptr;
+  static const char* const names[] = {"auto",        "portable", "avx2",   "avx512",
+                                      "avx512_bf16", "amx_bf16", "sve256", "neon_bf16"};
+  return isa >= 0 && isa <= PEFTKERN_ISA_NEON_BF16 ? names[isa] : nullptr;
 }
 
 int peftkern_isa_default(int dtype) { return default_isa(dtype); }

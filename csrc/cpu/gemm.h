@@ -28,11 +28,18 @@ struct Matrix {
 
 // Registers: rows x vectors of accumulators, one vector row of B, one broadcast. At least eight accumulators hide the
 // latency of a multiply-add. Counts of rows are even, so that rows can be paired while they are in registers.
-constexpr bool kManyRegisters = kLanes == 16;        // 32 instead of 16
-constexpr int kMaxVectors = kManyRegisters ? 4 : 2;  // of columns that are computed together
+constexpr bool kManyRegisters = kRegisters >= 32;
+constexpr int kMaxVectors = kManyRegisters ? 4 : 3;  // of columns that are computed together
 constexpr int rows_for(int vectors) {
   if (kManyRegisters) return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
-  return vectors == 2 ? 6 : 8;
+  return vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
+}
+
+// How many vectors of columns are computed next if `left` are left. One vector alone would load an element of A for
+// each multiply-add, so none is left for the end.
+constexpr int64_t next_vectors(int64_t left) {
+  if (left <= kMaxVectors) return left;
+  return !kManyRegisters ? 2 : left <= 6 ? 3 : 4;
 }
 
 struct Range {
@@ -99,7 +106,7 @@ static void gemm_columns(int64_t M, const Sums& sums, const Matrix<T>& A, const 
     micro_kernel<T, 8, kVectors, kTransA>(sums(i, 8), A, B, i, j, finish);
     i += 8;
   }
-  if (M - i >= 4) {
+  if (kRows > 4 && M - i >= 4) {
     micro_kernel<T, 4, kVectors, kTransA>(sums(i, 4), A, B, i, j, finish);
     i += 4;
   }
@@ -114,12 +121,16 @@ static void gemm_columns(int64_t M, const Sums& sums, const Matrix<T>& A, const 
 // `finish(i, j, c)` receives the block of C at row i and column j.
 template <bool kTransA, typename T, typename Sums, typename Finish>
 static void gemm(int64_t M, int64_t N, const Sums& sums, const Matrix<T>& A, const Matrix<T>& B, const Finish& finish) {
-  for (int64_t j = 0; j < N; j += kMaxVectors * kLanes) switch (min(kMaxVectors, (N - j) / kLanes)) {
-      case kMaxVectors: gemm_columns<T, kMaxVectors, kTransA>(M, sums, A, B, j, finish); break;
-      case kManyRegisters ? 3: -1 : gemm_columns<T, kManyRegisters ? 3 : 1, kTransA>(M, sums, A, B, j, finish); break;
-      case kManyRegisters ? 2: -2 : gemm_columns<T, kManyRegisters ? 2 : 1, kTransA>(M, sums, A, B, j, finish); break;
-      case 1: gemm_columns<T, 1, kTransA>(M, sums, A, B, j, finish); break;
+  for (int64_t j = 0; j < N;) {
+    const int64_t vectors = next_vectors((N - j) / kLanes);
+    switch (vectors) {
+      case 4: gemm_columns<T, kMaxVectors, kTransA>(M, sums, A, B, j, finish); break;
+      case 3: gemm_columns<T, 3, kTransA>(M, sums, A, B, j, finish); break;
+      case 2: gemm_columns<T, 2, kTransA>(M, sums, A, B, j, finish); break;
+      default: gemm_columns<T, 1, kTransA>(M, sums, A, B, j, finish);
     }
+    j += vectors * kLanes;
+  }
 }
 
 }  // namespace PEFTKERN_ISA

@@ -16,7 +16,7 @@ bool has_isa(int isa);        // a peftkern_isa
 int default_isa(int dtype);   // the fastest one for a dtype
 Kernels kernels_of(int isa);  // of one that has_isa() confirms
 
-#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16) F(amx_bf16)
+#define PEFTKERN_FOR_EACH_ISA(F) F(portable) F(avx2) F(avx512) F(avx512_bf16) F(amx_bf16) F(sve256) F(neon_bf16)
 
 #define PEFTKERN_DECLARE(isa)                                                        \
   namespace isa {                                                                    \

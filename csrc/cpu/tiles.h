@@ -48,11 +48,11 @@ struct Tiles {
     const int64_t at = keep ? begin : 0;
     if (!keep || !ready[begin / kBlockN]) {
       if (keep) ready[begin / kBlockN] = 1;
-      if (!(keep && where.by_key)) prefetch(p, tokens.end);
+      if (!(keep && where.all())) prefetch(p, tokens.end);
       L::pack_tile(p, source, tokens, where, memory, at);
     }
     Tile<Word> tile{};
-    if (!where.by_key) tile = L::packed_tile(p, memory, at);
+    if (!where.all()) tile = L::packed_tile(p, memory, at);
     if (where.k) tile.k = in_place(source.token(begin).k, source.k_stride, p.k_dim);
     if (where.v) tile.v = in_place(source.token(begin).v, source.v_stride, p.v_dim);
     if (where.by_key) tile.by_key = p.backward ? tile.k : tile.v;
@@ -88,7 +88,7 @@ struct Tiles {
 template <typename L>
 static bool all_in_place(const Problem<L>& p) {
   const peftkern_attention& a = *p.args;
-  return L::in_place(p, Source{&a, 0, {a.k, a.v, a.dtype}, a.k_stride[2], a.v_stride[2], -1}, true).by_key;
+  return L::in_place(p, Source{&a, 0, {a.k, a.v, a.dtype}, a.k_stride[2], a.v_stride[2], -1}, true).all();
 }
 
 // The prefixes of a call, packed: [bank, num_kv_heads, packed_len] tokens.

@@ -64,6 +64,8 @@ static Source prefix_source(const Call& p, int64_t prefix, int64_t kv_head) {
 // Which rows of a tile are read where the caller keeps them.
 struct InPlace {
   bool k, v, by_key;
+
+  bool all() const { return k && v && by_key; }
 };
 
 // Memory of `length` packed keys and values: rows of words, a pair of numbers in each if words hold pairs. Then they

@@ -23,6 +23,11 @@ namespace peftkern {
 namespace PEFTKERN_ISA {
 
 constexpr int kLanes = PEFTKERN_LANES;
+#if PEFTKERN_LANES == 16 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 constexpr float kInf = __builtin_inff();
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 

@@ -33,7 +33,9 @@ CPU_VERSION = 3
 CUDA_VERSION = 6
 
 #: Instruction sets by name, as ``peftkern_isa`` numbers them.
-ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx_bf16": 5}
+ISAS = {
+    "auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx_bf16": 5, "sve256": 6, "neon_bf16": 7,
+}  # fmt: skip
 
 #: Dtypes as ``peftkern_dtype`` numbers them.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3, torch.int64: 4}

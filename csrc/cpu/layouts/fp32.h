@@ -83,24 +83,25 @@ struct Fp32 {
 
   static bool serves(const peftkern_attention&) { return true; }
 
-  // Rows far apart share too few cache sets, so rows that are read repeatedly (`keep`) are packed. Sums over keys read
-  // whole vectors.
+  // Rows far apart share too few cache sets, so those that are read repeatedly (`keep`) are packed. Of the rows that
+  // sums over keys multiply, whole vectors are read; of the others, single numbers.
   static InPlace in_place(const Call& p, const Source& source, bool keep) {
-    const bool spread = keep && (source.k_stride != p.k_dim.size || source.v_stride != p.v_dim.size);
-    const bool whole = p.k_dim.padded == p.k_dim.size && p.v_dim.padded == p.v_dim.size;
-    const bool all = source.first.dtype == PEFTKERN_FLOAT32 && p.args->dtype == PEFTKERN_FLOAT32 && whole && !spread &&
-                     source.listed < 0;
-    return {all, all, all};
+    const bool floats = source.first.dtype == PEFTKERN_FLOAT32 && p.args->dtype == PEFTKERN_FLOAT32;
+    const bool even = floats && source.listed < 0;
+    const bool k = even && !(keep && source.k_stride != p.k_dim.size);
+    const bool v = even && !(keep && source.v_stride != p.v_dim.size);
+    const HeadDim dim = p.by_key_dim();
+    const bool by_key = (p.backward ? k : v) && dim.padded == dim.size;
+    return {p.backward ? by_key : k, p.backward ? v : by_key, by_key};
   }
 
   // Widens tokens first, first + 1, ..., rounded to q's dtype.
   static void pack_tile(const Call& p, const Source& source, RowRange tokens, InPlace where, TileMemory<Word> to,
                         int64_t at) {
-    if (where.by_key) return;
-    for (int64_t j = tokens.begin; j < tokens.end; j++, at++) {
+    for (int64_t j = tokens.begin; j < tokens.end && !(where.k && where.v); j++, at++) {
       const Token token = source.token(j);
-      widen_token(p, token.k, token.dtype, p.k_dim, to.k + at * p.k_dim.padded);
-      widen_token(p, token.v, token.dtype, p.v_dim, to.v + at * p.v_dim.padded);
+      if (!where.k) widen_token(p, token.k, token.dtype, p.k_dim, to.k + at * p.k_dim.padded);
+      if (!where.v) widen_token(p, token.v, token.dtype, p.v_dim, to.v + at * p.v_dim.padded);
     }
   }
 
