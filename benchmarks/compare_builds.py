@@ -23,7 +23,6 @@ import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,11 +35,11 @@ from peftkern.tools.bench.measuring import stamp
 from peftkern.tools.bench.providers import DTYPES, Calls, Problem, prepare
 from peftkern.tools.bench.shapes import SHAPES, Shape
 
+from .alternation import alternate, interval, interval_text
 from .common import Row, progress, show, write
 from .native_calls import FUNCTIONS, Library, Packed, pack
 
 SLOWER = 0.97
-LEAST_SECONDS = 1e-3  # of one measurement, which repeats short calls
 
 #: What the ten training shapes leave out: short rows, a head dim that is no power of two, cached keys.
 OTHERS = (
@@ -50,38 +49,6 @@ OTHERS = (
     Shape(4, 32, 8, 16, 128, 256, cached=1008, model="decode, 16 at once"),
 )
 LISTS = {"training": SHAPES["training"], "others": OTHERS, "decode": SHAPES["decode"], "quick": SHAPES["quick"]}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the median by order statistics; fewer than six values have none but 0 to infinity."""
-    ordered, n = sorted(values), len(values)
-    tail, rank = 0.0, 0  # tail: the probability that at most `rank` of the values lie below the true median
-    while tail + math.comb(n, rank) / 2**n <= 0.025:
-        tail += math.comb(n, rank) / 2**n
-        rank += 1
-    return (ordered[rank - 1], ordered[n - rank]) if rank else (0.0, math.inf)
-
-
-def alternate(calls: dict[str, Callable[[], object]], seconds: float, at_least: int) -> dict[str, list[float]]:
-    """Seconds per call and round; each round starts with another call. Short calls are repeated within a round."""
-
-    def clocked(call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-
-    for call in calls.values():
-        call()
-    fastest = min(clocked(call, 1) for call in calls.values())
-    repeats = max(1, math.ceil(LEAST_SECONDS / max(fastest, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names, end = list(calls), time.perf_counter() + seconds
-    while len(times[names[0]]) < at_least or time.perf_counter() < end:
-        for name in names:
-            times[name].append(clocked(calls[name], repeats))
-        names = names[1:] + names[:1]
-    return times
 
 
 def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
@@ -153,7 +120,7 @@ def show_rows(rows: list[Row], with_peft: bool) -> None:
         sizes = f"{r['model']}: B={r['B']} {r['Hq']}/{r['Hkv']} S={r['S']}{cached} P={r['P']}"
         cells = [sizes, str(r["D"]), r["dtype"], r["direction"], str(r["threads"]), r["isa"]]
         cells += [f"{r[f'{name}_ms']:.3f}" for name in ("baseline", "candidate")]
-        cells += [f"{r['ratio']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", "SLOWER" if r["slower"] else ""]
+        cells += [f"{r['ratio']:.3f}", interval_text(r["low"], r["high"]), "SLOWER" if r["slower"] else ""]
         cells.append("equal" if r["equal"] else f"differs by {r['differs']:.1e}")
         return cells + ([f"{r['over_peft']:.2f}"] if "over_peft" in r else ["-"] if with_peft else [])
 

@@ -3,7 +3,7 @@
 
 Rows of `peftkern bench` give times per provider, over a swept size or per problem, and peak memory. scaling_*.csv
 gives times with their fitted lines. training_step.csv gives the speed-ups over PEFT and over the model without a
-prefix.
+prefix. roofline.csv gives the roofline of each instruction set with the kernels below it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,34 @@ def figures_of(path: Path) -> dict[str, Any]:
         return {"": draw_scaling(pd.read_csv(path))}
     if {"over_peft", "over_no_prefix", "S"} <= columns:
         return {"": draw_steps(pd.read_csv(path))}
+    if {"peak_gflop_s", "read_gb_s", "intensity"} <= columns:
+        return {"": draw_roofline(pd.read_csv(path))}
     return {}
+
+
+def draw_roofline(rows: pd.DataFrame) -> Any:
+    """Operations per second over operations per byte, a panel per number of threads and a colour per roof."""
+    threads = list(rows["threads"].unique())
+    figure, panels = plt.subplots(1, len(threads), figsize=(5.2 * len(threads), 4.4), squeeze=False, sharey=True,
+                                  layout="constrained")  # fmt: skip
+    markers = {"forward": "o", "backward": "s"}
+    roofs = list(rows.groupby(["isa", "dtype"], sort=False).groups)
+    for panel, number in zip(panels[0], threads, strict=True):
+        for colour, (isa, dtype) in zip(plt.colormaps["tab10"].colors, roofs, strict=False):
+            part = rows[(rows["threads"] == number) & (rows["isa"] == isa) & (rows["dtype"] == dtype)]
+            peak, read = part["peak_gflop_s"].median(), part["read_gb_s"].median()
+            x = np.geomspace(0.25, 2 * rows["intensity"].max(), 200)
+            panel.plot(x, np.minimum(peak, read * x), color=colour, linewidth=1, label=f"{isa}, {dtype}")
+            for direction, group in part.groupby("direction", sort=False):
+                panel.plot(group["intensity"], group["gflop_s"], markers[direction], color=colour, markersize=4)
+        panel.set(title=f"threads={number}", xscale="log", yscale="log", xlabel="operations per byte")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("GFLOP/s (circles: forward, squares: backward)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
+    r = rows.iloc[0]
+    figure.supxlabel(f"{r.cpu}, torch {r.torch}, peftkern {r.git}", x=0.99, ha="right", fontsize=6)
+    return figure
 
 
 def draw_steps(rows: pd.DataFrame) -> Any:

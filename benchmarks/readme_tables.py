@@ -31,6 +31,8 @@ from .review_training import by_arm, mean_and_error
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+#: Stands for a table whose results are missing.
+NOT_RECORDED = "No results are recorded."
 
 ROWS = {
     "fp16, bf16": [(torch.float16, {}), (torch.bfloat16, {})],
@@ -259,6 +261,32 @@ def distillation() -> str:
     return "\n".join(lines)
 
 
+def roofline() -> str:
+    """Markdown: peaks, bandwidths and the kernels' shares of the peak, from ``benchmarks.roofline``."""
+    if not (RESULTS / "roofline.csv").exists():
+        return NOT_RECORDED
+    rows, tables = _rows("roofline.csv"), []
+    for cpu in dict.fromkeys(row["cpu"] for row in rows):
+        here = [row for row in rows if row["cpu"] == cpu]
+        shapes = list(dict.fromkeys((row["D"], row["S"]) for row in here))
+        names = (f"{processor(cpu)}: forward / backward, % of the peak", "threads", "peak, GFLOP/s", "read, GB/s",
+                 "copy, GB/s", *(f"D={D} S={S}" for D, S in shapes))  # fmt: skip
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        calls: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in here:
+            calls.setdefault((row["isa"], row["dtype"], row["instruction"], row["threads"]), []).append(row)
+        for (isa, dtype, instruction, threads), found in calls.items():
+            rates = (f"{statistics.median(float(r[name]) for r in found):.0f}"
+                     for name in ("peak_gflop_s", "read_gb_s", "copy_gb_s"))  # fmt: skip
+            shares = {(r["D"], r["S"], r["direction"]): f"{float(r['share']):.0%}".rstrip("%") for r in found}
+            pairs = (
+                " / ".join(shares.get((*shape, way), "-") for way in ("forward", "backward")) for shape in shapes
+            )
+            lines.append(f"| {' | '.join((f'{isa}, {dtype}, {instruction}', threads, *rates, *pairs))} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def serving() -> str:
     """Markdown: all rows of ``benchmarks.serving``."""
     rows = _rows("serving.csv")
@@ -330,7 +358,7 @@ def _ratio(value: str | float | None) -> str:
 TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
     "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
-    "distillation": distillation, "serving": serving, "cartridge": cartridge,
+    "distillation": distillation, "serving": serving, "cartridge": cartridge, "roofline": roofline,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import peftkern
-from benchmarks import compare_builds, native_calls
+from benchmarks import alternation, compare_builds, native_calls
 from peftkern import native
 from peftkern.tools.bench.providers import Problem
 from peftkern.tools.bench.shapes import Shape
@@ -90,19 +90,19 @@ def test_a_slower_candidate_is_said_so(builds, monkeypatch, capsys):
 
     monkeypatch.setattr(native_calls.Library, "run", slow)
     monkeypatch.setattr(compare_builds, "LISTS", {"quick": [Shape(1, 2, 2, 5, 8, 3)], "training": [], "others": []})
-    monkeypatch.setattr(compare_builds, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(alternation, "LEAST_SECONDS", 0.0)
     with pytest.raises(SystemExit, match="1"):
         compare_builds.main([*builds, "--shapes", "quick", "--dtypes", "fp32", "--at-least", "6"])
     assert capsys.readouterr().out.count("SLOWER") == 2
 
 
 def test_interval_of_the_median():
-    assert compare_builds.interval([3, 1, 2]) == (0, math.inf)
-    assert compare_builds.interval([6, 1, 5, 2, 4, 3]) == (
+    assert alternation.interval([3, 1, 2]) == (0, math.inf)
+    assert alternation.interval([6, 1, 5, 2, 4, 3]) == (
         1,
         6,
     )  # 1 - 2 / 2**6 = 97% between the least and the greatest
-    assert compare_builds.interval(range(1, 10)) == (2, 8)  # 1 - 2 * (1 + 9) / 2**9 = 96%
+    assert alternation.interval(range(1, 10)) == (2, 8)  # 1 - 2 * (1 + 9) / 2**9 = 96%
 
 
 def test_equal_means_the_same_bits():
