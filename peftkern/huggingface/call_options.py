@@ -27,3 +27,8 @@ class CallOptions:
     logits: str = "all"
     strict: bool = False
     share: bool = False
+
+    @property
+    def logits_note(self) -> str:
+        """What ``peftkern.explain`` says of the logits; empty if all are computed."""
+        return "; only logits that predict a label are computed" if self.logits == "labelled" else ""

@@ -71,7 +71,7 @@ class GatedPatch(SharePatch):
         """One line: how batches run, and why they do not run faster."""
         because = "; ".join(self.packer.reasons)
         how = f"with their padding: {because}" if because else "without their padding"
-        shared = f"; {self.sharer.explain()}" if self.calls.share else ""
+        shared = (f"; {self.sharer.explain()}" if self.calls.share else "") + self.calls.logits_note
         kind = type(self.base).__name__
         return f"{kind}: the adapter is computed together with attention; training batches run {how}{shared}"
 

@@ -108,7 +108,7 @@ class PrefixPatch(ModelPatch):
         if self.part_layers is not None:
             counts = {"decoder": self.num_layers, **{part: len(self.part_layers.samples[part]) for part in PARTS[:2]}}
             layers = " and ".join(f"{counts[part]} {part}" for part in PARTS if part in self.source.parts)
-        shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
+        shared = ("" if self.sharer is None else f"; {self.sharer.explain()}") + self.calls.logits_note
         prefix = f"a prefix in {layers} layers, read in place"
         return f"{type(self.base).__name__}: {prefix}; training batches run {how}{shared}"
 

@@ -46,7 +46,7 @@ class PromptPatch(ModelPatch):
 
     def explain(self) -> str:
         """One line: how batches run."""
-        shared = "" if self.sharer is None else f"; {self.sharer.explain()}"
+        shared = ("" if self.sharer is None else f"; {self.sharer.explain()}") + self.calls.logits_note
         how = f"the prompt runs once per batch, before the sequences without their padding{shared}"
         return f"{type(self.base).__name__}: {how}"
 

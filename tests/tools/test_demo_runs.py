@@ -8,14 +8,16 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import time
 
 import pytest
 
+import peftkern
 from peftkern.tools.bench.measuring import Timing
 from peftkern.tools.cli import main
-from peftkern.tools.demo import assets, progress, training
-from peftkern.tools.demo.options import DTYPES
+from peftkern.tools.demo import assets, progress, reviews, training
+from peftkern.tools.demo.options import DTYPES, Options
 from peftkern.tools.demo.training import ARMS
 
 from .tiny_demo import losses
@@ -38,8 +40,9 @@ def test_a_run_reports_both_models_and_leaves_every_file(command, tmp_path, caps
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint-6", "demo.png", "result.json", "steps.csv"]
     printed = capsys.readouterr().out
-    for words in ("zero-shot", "prefix untrained", "after training", "Step time, median", "saved for backward"):
-        assert words in printed
+    said = ("zero-shot", "prefix untrained", "after training", "Step time, median", "saved for backward")
+    for words in (*said, "without their padding", "only logits that predict a label"):
+        assert words in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
@@ -104,3 +107,50 @@ def test_smollm2_learns_alike_with_and_without_peftkern(dtype, apart, tmp_path):
         curve = [step["loss"][arm] for step in result["steps"]]
         assert sum(curve[-4:]) < 0.8 * sum(curve[:4]), f"{arm} does not learn: {curve}"
         assert result["measured"][arm]["saved"] > 0
+
+
+def _arms(tiny, method):
+    options = Options(method=method, dtype="fp32", length=5, batch_size=4, seq=24, eval_rows=8)
+    base, task = training.load_base(assets.ModelSource(str(tiny / "model"), "tiny"), options)
+    train, _ = reviews.split(assets.read_reviews(str(tiny / "reviews.csv")), 8)
+    return training.build_arms(base, task, options), task.batch(reviews.training_rows(train, 0, 4, 0))
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_only_tokens_run_and_only_labelled_rows_get_logits(tiny, method):
+    arms, batch = _arms(tiny, method)
+    tokens, rows, logits, losses, gradients = int(batch.attention_mask.sum()), {}, {}, {}, {}
+    assert tokens < batch.input_ids.numel(), "the batch must have padding"
+    for name, arm in arms.items():
+        layer = arm.model.get_base_model().model.layers[0].mlp
+        hook = layer.register_forward_hook(
+            lambda _, args, out, name=name: rows.update({name: args[0][..., 0].numel()})
+        )
+        out = arm.model(**batch._asdict())
+        hook.remove()
+        out.loss.backward()
+        logits[name], losses[name] = out.logits.shape[:-1].numel(), out.loss.item()
+        gradients[name] = next(iter(arm.prefix.values())).grad
+    extra = {"prefix": 0, "prompt": 5}[method]
+    assert rows["stock"] == batch.input_ids.numel() + 4 * extra
+    assert rows["peftkern"] == tokens + extra
+    assert logits == {"stock": rows["stock"], "peftkern": 4}
+    assert losses["peftkern"] == pytest.approx(losses["stock"], rel=1e-6)
+    assert (gradients["peftkern"] - gradients["stock"]).norm() < 1e-4 * gradients["stock"].norm()
+
+
+def test_a_model_without_labelled_logits_is_patched_all_the_same(tiny, monkeypatch):
+    tried = []
+
+    def refuses(model, **options):
+        tried.append(options)
+        if options:
+            raise ValueError("logits: expected 'all', got 'labelled'")
+        return patch(model)
+
+    patch = peftkern.patch
+    monkeypatch.setattr(sys.modules["peftkern.huggingface.patch"], "patch", refuses)  # the package has a function
+    arms, batch = _arms(tiny, "prefix")
+    assert tried == [{"logits": "labelled"}, {}]
+    losses = [arm.model(**batch._asdict()).loss.item() for arm in arms.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

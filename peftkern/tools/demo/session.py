@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 
 from ... import __version__
+from ...huggingface.patch import explain
 from . import checkpoint
 from .assets import ModelSource, Review, cache_folder, find_model, read_reviews
 from .checkpoint import Progress
@@ -69,6 +70,7 @@ def _run(args: argparse.Namespace, console: Console, ticker: LogTicker) -> int:
     backend = _backend(base, options, batch)
     console.print(f"[bold]{source.title}[/], stock PEFT and PEFT + peftkern")
     console.print(f"[dim]{setting(options, threads, backend)}[/]")
+    console.print(f"[dim]peftkern: {explain(arms['peftkern'].model)}[/]")
     _warn_if_busy(console)
 
     with new_bars(console) as bars:

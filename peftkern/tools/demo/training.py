@@ -141,7 +141,6 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
     """
     import peft
 
-    from ...huggingface.patch import patch
     from ...model_info import given_cache
 
     new_config = {
@@ -162,10 +161,27 @@ def build_arms(base: Any, task: Task, options: Options) -> dict[str, Arm]:
                 weight.data.copy_(base.get_input_embeddings()(examples[0]))
             else:
                 peft.initialize_kv_prefix_from_past_key_values(models[arm], past_key_values=cache)
-        patch(models["peftkern"])
+        patch_fastest(models["peftkern"])
     except (ValueError, TypeError, NotImplementedError) as error:
         raise DemoError(f"{options.method} tuning of this model: {error}") from error
     return {arm: Arm(model) for arm, model in models.items()}
+
+
+def patch_fastest(model: Any) -> None:
+    """Patch a PEFT model whose logits nobody reads in training: packed, and the output layer on labelled rows only.
+
+    A review has one label, so that this leaves one row per review to the output layer. Models that do not support it
+    compute all logits.
+
+    Raises:
+        ValueError: if peftkern refuses the model.
+    """
+    from ...huggingface.patch import patch
+
+    try:
+        patch(model, logits="labelled")
+    except ValueError:
+        patch(model)
 
 
 def sharing_copy(model: Any) -> Any:
