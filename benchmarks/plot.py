@@ -3,7 +3,8 @@
 
 Rows of `peftkern bench` give times per provider, over a swept size or per problem, and peak memory. scaling_*.csv
 gives times with their fitted lines. training_step.csv gives the speed-ups over PEFT and over the model without a
-prefix. roofline.csv gives the roofline of each instruction set with the kernels below it.
+prefix. roofline.csv gives the roofline of each instruction set with the kernels below it, and step_parts.csv a
+stacked bar per training step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def figures_of(path: Path) -> dict[str, Any]:
         return {"": draw_steps(pd.read_csv(path))}
     if {"peak_gflop_s", "read_gb_s", "intensity"} <= columns:
         return {"": draw_roofline(pd.read_csv(path))}
+    if {"arm", "part", "seconds", "step_s"} <= columns:
+        return {"": draw_parts(pd.read_csv(path))}
     return {}
 
 
@@ -59,6 +62,27 @@ def draw_roofline(rows: pd.DataFrame) -> Any:
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=7)
     r = rows.iloc[0]
     figure.supxlabel(f"{r.cpu}, torch {r.torch}, peftkern {r.git}", x=0.99, ha="right", fontsize=6)
+    return figure
+
+
+def draw_parts(rows: pd.DataFrame) -> Any:
+    """A stacked bar of the parts of each training step."""
+    rows = rows.assign(
+        step=rows["arm"] + rows[["dtype", "threads"]].apply(lambda r: "\n{}, threads={}".format(*r), axis=1)
+    )
+    parts, steps = list(rows["part"].unique()), list(rows["step"].unique())
+    table = rows.pivot(index="step", columns="part", values="seconds").loc[steps[::-1], parts]
+    figure, axis = plt.subplots(figsize=(8.5, 1.4 + 0.55 * len(steps)), layout="constrained")
+    table.plot.barh(ax=axis, stacked=True, width=0.7, legend=False)
+    for group, part in zip(axis.containers, parts, strict=True):
+        shares = table[part] / table.sum(axis=1)
+        axis.bar_label(group, [f"{x:.0%}" if x >= 0.04 else "" for x in shares], label_type="center", fontsize=7)
+    axis.set(xlabel="seconds", ylabel="")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    r = rows.iloc[0]
+    about = f"B={r.B} S={r.S} P={r.P}; {r.cpu}, torch {r.torch}, peftkern {r.git}"
+    figure.supxlabel(about, x=0.99, ha="right", fontsize=6)
     return figure
 
 

@@ -287,6 +287,28 @@ def roofline() -> str:
     return "\n\n".join(tables)
 
 
+def step_parts() -> str:
+    """Markdown: the parts of a training step, from ``benchmarks.step_parts``."""
+    if not (RESULTS / "step_parts.csv").exists():
+        return NOT_RECORDED
+    rows = _rows("step_parts.csv")
+    first, parts = rows[0], list(dict.fromkeys(row["part"] for row in rows))
+    where = f"B={first['B']} S={first['S']} P={first['P']}, {processor(first['cpu'])}: seconds"
+    lines = [
+        f"| {where} | {' | '.join((*parts, 'step', 'times as fast as PEFT'))} |",
+        "|---" * (len(parts) + 3) + "|",
+    ]
+    arms: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        arms.setdefault((row["dtype"], row["threads"], row["arm"]), {})[row["part"]] = row
+    for (dtype, threads, arm), found in arms.items():
+        cells = [f"{float(found[part]['seconds']):.2f} ({float(found[part]['share']):.0%})" for part in parts]
+        whole, stock = (float(arms[dtype, threads, name][parts[0]]["step_s"]) for name in (arm, "PEFT"))
+        cells += [f"{whole:.2f}", "-" if arm == "PEFT" else _ratio(stock / whole)]
+        lines.append(f"| {' | '.join((f'{arm}, {dtype}, threads={threads}', *cells))} |")
+    return "\n".join(lines)
+
+
 def serving() -> str:
     """Markdown: all rows of ``benchmarks.serving``."""
     rows = _rows("serving.csv")
@@ -359,6 +381,7 @@ TABLES = {
     "support table": support, "numbers": numbers, "alternatives": alternatives, "end to end": end_to_end,
     "sharing": sharing, "versions": versions.sentence, "hybrids": hybrids, "starts": starts,
     "distillation": distillation, "serving": serving, "cartridge": cartridge, "roofline": roofline,
+    "step parts": step_parts,
 }  # fmt: skip
 
 

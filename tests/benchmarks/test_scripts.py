@@ -97,7 +97,7 @@ def test_every_result_can_be_plotted_and_no_plot_is_in_git(script):
         for figure in figures.values():
             plot.plt.close(figure)
     recorded = {path.stem for path in (BENCHMARKS / "results").rglob("*.csv")}
-    assert drawn == {"attention", "scaling_cpu", "training_step", "roofline"} & recorded
+    assert drawn == {"attention", "scaling_cpu", "training_step", "roofline", "step_parts"} & recorded
     assert {"attention", "scaling_cpu", "training_step"} <= drawn
     tracked = subprocess.run(["git", "ls-files", "*.svg", "*.png"], cwd=BENCHMARKS, capture_output=True, text=True)
     assert tracked.stdout == ""
