@@ -43,10 +43,10 @@ from .alternation import alternate
 from .common import Row, add_options, output_of, progress, show, write
 from .end_to_end.models import make_batch, prefix_of, smollm2_config
 
-LINEAR, ATTENTION, HEAD, OPTIMISER, REST = (
-    "linear layers", "attention", "output layer and loss", "optimiser", "norms, rotary, rest"
+LINEAR, ATTENTION, HEAD, OPTIMIZER, REST = (
+    "linear layers", "attention", "output layer and loss", "optimizer", "norms, rotary, rest"
 )  # fmt: skip
-PARTS = (LINEAR, ATTENTION, HEAD, REST, OPTIMISER)
+PARTS = (LINEAR, ATTENTION, HEAD, REST, OPTIMIZER)
 #: Arguments of peftkern.patch by arm, None for stock PEFT.
 ARMS: dict[str, dict[str, Any] | None] = {
     "PEFT": None, "patch, with padding": {"packing": False}, "patch": {},
@@ -153,7 +153,7 @@ class Clocks:
 
 
 class Arm:
-    """A model with its optimiser, on one batch."""
+    """A model with its optimizer, on one batch."""
 
     def __init__(self, base: Any, name: str, prefix: int, batch: dict[str, Tensor]) -> None:
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix)
@@ -165,7 +165,7 @@ class Arm:
         self.model.train()
         self.batch = batch
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=0.0)  # the prefix stays, so that all steps are alike
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)  # the prefix stays, so that all steps are alike
 
     def loss(self) -> Tensor:
         """The loss of the batch."""
@@ -177,8 +177,8 @@ class Arm:
         self._update()
 
     def _update(self) -> None:
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def timed_step(self) -> dict[tuple[str, str], float]:
         """A step with clocks: seconds by (part, phase), with what no clock covers in the rest."""
@@ -197,7 +197,7 @@ class Arm:
             key = REST, phase
             covered = sum(x for (_, name), x in found.items() if name == phase)
             found[key] = found.get(key, 0.0) + whole - covered
-        found[OPTIMISER, "update"] = end - middle
+        found[OPTIMIZER, "update"] = end - middle
         return found
 
 
@@ -253,7 +253,7 @@ def rows_of(
     options: argparse.Namespace,
 ) -> list[Row]:
     """A row per part of one arm; ``seconds`` are medians over the steps."""
-    steps = steps[2:]  # those before the rounds warmed up
+    steps = steps[-len(times[arm]) :]  # those before the rounds warmed up
     whole = statistics.median(times[arm])
     overhead = statistics.median(b / a for a, b in zip(times[arm], times[f"{arm}, timed"], strict=True)) - 1
     totals = {part: [sum(x for (name, _), x in step.items() if name == part) for step in steps] for part in PARTS}
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     add_options(parser, seconds=60.0, threads=[torch.get_num_threads()])
     parser.set_defaults(dtypes=["fp32"])
     parser.add_argument("--model", help="folder of a Llama; default SmolLM2-135M's shape, random weights")
-    parser.add_argument("--batch", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--batch", type=int, default=4, help="default %(default)s")
     parser.add_argument("--seq", type=int, default=256, help="longest row; default %(default)s")
     parser.add_argument("--prefix", type=int, default=32, help="default %(default)s")
     parser.add_argument("--labels", choices=["last", "all"], default="last", help="default %(default)s: one per row")
