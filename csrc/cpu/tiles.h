@@ -16,9 +16,9 @@ struct Tiles {
   TileMemory<Word> memory;
   uint8_t* ready;  // of each tile: whether it is packed
   Source source;
-  int64_t length;  // tokens of the source
-  const Sequence* sequence;
-  bool keep;  // every tile has memory of its own; else all share one
+  int64_t length;            // tokens of the source
+  const Sequence* sequence;  // null: a prefix, which other tasks read as well
+  bool keep;                 // every tile has memory of its own; else all share one
   InPlace where;
 
   // `tokens` that are packed at a time, and `all` of the longest source.
@@ -48,7 +48,7 @@ struct Tiles {
     const int64_t at = keep ? begin : 0;
     if (!keep || !ready[begin / kBlockN]) {
       if (keep) ready[begin / kBlockN] = 1;
-      if (!(keep && where.all())) prefetch(p, tokens.end);
+      if (sequence && !(keep && where.all())) prefetch(p, tokens.end);
       L::pack_tile(p, source, tokens, where, memory, at);
     }
     Tile<Word> tile{};
@@ -72,15 +72,20 @@ struct Tiles {
     return {static_cast<const Word*>(row), L::kPaired ? stride / 2 : stride, dim};
   }
 
-  // Prefetches the tile from `begin` on. Its rows are far apart, so hardware prefetchers miss them.
+  // Prefetches the tile from `begin` on. Its rows may be far apart, so that hardware prefetchers miss them.
   void prefetch(const Problem<L>& p, int64_t begin) const {
-    if (source.listed >= 0) return;
-    const int64_t dtype = source.first.dtype, line = dtype == PEFTKERN_FLOAT32 ? 16 : 32;
-    for (int64_t t = begin; t < min(length, begin + kBlockN); t++) {
-      const Token token = source.token(t);
-      for (int64_t d = 0; d < p.k_dim.size; d += line) __builtin_prefetch(offset(token.k, dtype, d));
-      for (int64_t d = 0; d < p.v_dim.size; d += line) __builtin_prefetch(offset(token.v, dtype, d));
-    }
+    const int64_t count = min(length, begin + kBlockN) - begin;
+    if (count <= 0) return;
+    const Token first = source.token(begin);
+    prefetch_rows(first.k, source.k_stride, count, p.k_dim.size);
+    prefetch_rows(first.v, source.v_stride, count, p.v_dim.size);
+  }
+
+  void prefetch_rows(const void* rows, int64_t stride, int64_t count, int64_t n) const {
+    const int64_t size = source.first.dtype == PEFTKERN_FLOAT32 ? 4 : 2;
+    const char* row = static_cast<const char*>(rows);
+    for (int64_t t = 0; t < count; t++, row += stride * size)
+      for (int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(row + byte);
   }
 };
 

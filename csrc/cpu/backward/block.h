@@ -17,6 +17,14 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
+// The weight of a sink relative to `base`, which is lse in units of ln 2. Beyond 2^26, lse is rounded to multiples of
+// 8: one that is the sink up to rounding means that the sink has all the weight.
+static double sink_weight(float sink, float lse, float base) {
+  constexpr float kHuge = 1 << 26, kRounding = 5e-7f;
+  if (sink == kInf || (sink > kHuge && lse - sink < kRounding * sink)) return 1.0;
+  return std::exp2((double)sink * kLog2e - base);
+}
+
 // Sets the sums and statistics of the block's rows that the walks start from.
 template <typename L>
 static void start_rows(const BackwardTask<L>& t) {
@@ -35,7 +43,7 @@ static void start_rows(const BackwardTask<L>& t) {
     s.dlse[kSequence][r] = dlse;
     s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
     s.rowsum[kSequence][r] = s.rowsum[kPrefix][r] = s.prefix_total[r] = 0.0f;
-    s.total[r] = a.sinks ? (float)std::exp2((double)a.sinks[head] * kLog2e - s.lse[r]) : 0.0f;
+    s.total[r] = a.sinks ? (float)sink_weight(a.sinks[head], lse, s.lse[r]) : 0.0f;
     s.part_scale[kSequence][r] = 1.0f;
     s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
   }
@@ -65,9 +73,11 @@ static void finish_rowsums(const BackwardTask<L>& t) {
     const int64_t head = block.head[r] % t.p.plan->group_size;
     if (t.sums.dgate)
       t.sums.dgate[head] += (1.0 - (double)s.part_scale[kPrefix][r] * s.part_scale[kPrefix][r]) * prefix_rowsum;
-    if (t.sums.dsinks && s.lse[r] != kInf)
-      t.sums.dsinks[head] += std::exp2((double)a.sinks[block.head[r]] * kLog2e - s.lse[r]) /
-                             (exact ? s.total[r] : 1.0f) * (double)(s.dlse[kSequence][r] - rowsum);
+    if (!t.sums.dsinks || s.lse[r] == kInf) continue;
+    const float sink = a.sinks[block.head[r]];
+    const float lse = a.lse[(block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]];
+    t.sums.dsinks[head] +=
+        sink_weight(sink, lse, s.lse[r]) / (exact ? s.total[r] : 1.0f) * (double)(s.dlse[kSequence][r] - rowsum);
   }
 }
 

@@ -78,7 +78,7 @@ struct Decoder {
       const float other = partial.m[partial.index(p, s.block, 0, chunk)];
       m = other > m || other != other ? other : m;
     }
-    float sum = sink == -kInf ? 0.0f : std::exp2(sink - m);
+    float sum = sink == -kInf ? 0.0f : sink == kInf ? 1.0f : std::exp2(sink - m);
     memset(s.out, 0, sizeof(float) * dim);
     for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
       if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;

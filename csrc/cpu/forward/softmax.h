@@ -76,7 +76,7 @@ static bool raise_m(const Problem<L>& p, ForwardScratch<L>& s, RowRange rows, fl
       continue;
     }
     const vf new_m = max(m, tile_m), base = select(new_m == -kInf, zero(), new_m);
-    const vf alpha = exp2(m - base);
+    const vf alpha = select(m == kInf, set1(1.0f), exp2(m - base));  // an infinite sink
     store(s.alpha + r, alpha);
     store(s.sum + r, load(s.sum + r) * alpha);
     store(s.m + r, new_m);

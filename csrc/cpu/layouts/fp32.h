@@ -98,10 +98,34 @@ struct Fp32 {
   // Widens tokens first, first + 1, ..., rounded to q's dtype.
   static void pack_tile(const Call& p, const Source& source, RowRange tokens, InPlace where, TileMemory<Word> to,
                         int64_t at) {
-    for (int64_t j = tokens.begin; j < tokens.end && !(where.k && where.v); j++, at++) {
+    if (source.listed < 0 && source.first.dtype == p.args->dtype) {
+      const TileMemory<Word> begin{to.k + at * p.k_dim.padded, to.v + at * p.v_dim.padded, to.length};
+      switch (p.args->dtype) {
+        case PEFTKERN_FLOAT16: return widen_tokens<PEFTKERN_FLOAT16>(p, source, tokens, where, begin);
+        case PEFTKERN_BFLOAT16: return widen_tokens<PEFTKERN_BFLOAT16>(p, source, tokens, where, begin);
+        default: return widen_tokens<PEFTKERN_FLOAT32>(p, source, tokens, where, begin);
+      }
+    }
+    for (int64_t j = tokens.begin; j < tokens.end; j++, at++) {
       const Token token = source.token(j);
       if (!where.k) widen_token(p, token.k, token.dtype, p.k_dim, to.k + at * p.k_dim.padded);
       if (!where.v) widen_token(p, token.v, token.dtype, p.v_dim, to.v + at * p.v_dim.padded);
+    }
+  }
+
+  // The same for evenly spaced tokens of q's dtype.
+  template <int64_t kDtype>
+  static void widen_tokens(const Call& p, const Source& source, RowRange tokens, InPlace where, TileMemory<Word> to) {
+    constexpr int64_t kSize = kDtype == PEFTKERN_FLOAT32 ? 4 : 2;
+    const Token first = source.token(tokens.begin);
+    const char *k = static_cast<const char*>(first.k), *v = static_cast<const char*>(first.v);
+    for (int64_t j = tokens.begin; j < tokens.end; j++) {
+      if (!where.k) widen_row_as<kDtype>(k, p.k_dim.size, to.k);
+      if (!where.v) widen_row_as<kDtype>(v, p.v_dim.size, to.v);
+      k += source.k_stride * kSize;
+      v += source.v_stride * kSize;
+      to.k += p.k_dim.padded;
+      to.v += p.v_dim.padded;
     }
   }
 
