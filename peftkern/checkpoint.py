@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .checkpoint_config import PrefixConfig, PromptConfig, TensorShape, check_shape, geometry_of, read_origin
+from .checkpoint_files import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    METADATA,
+    WEIGHTS_NAME,
+    Checkpoint,
+    foreign,
+    open_checkpoint,
+)
 from .files import replace_files
 from .integrations.cartridge_file import WEIGHTS_NAME as CARTRIDGE_NAME
 from .integrations.cartridge_file import read_cartridge
@@ -31,12 +41,12 @@ from .integrations.kv_file import KVFile, read_kv
 from .model_info import Origin
 from .modules import PrefixKV, SoftPrompt
 from .recurrent_state import RecurrentState
+from .strict_json import shown
 
 __all__ = ["load_prefix", "save_prefix"]
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
+#: The tensor of keys and values, or embeddings, that PEFT reads, and what the names of our own tensors begin with.
+FLAT, OWN = "prompt_embeddings", "peftkern."
 
 #: Subfolders in which a patched model with other adapters saves its prefix or prompt, and names of these submodules.
 PREFIX_NAME, PROMPT_NAME = "peftkern_prefix", "peftkern_prompt"
@@ -81,7 +91,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     folder.mkdir(parents=True, exist_ok=True)
     _check_nothing_lost(folder / WEIGHTS_NAME)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {"format": "pt", "peftkern": json.dumps(full, sort_keys=True)}
+    metadata = {"format": "pt", METADATA: json.dumps(full, sort_keys=True)}
     weights, text = save(tensors, metadata), json.dumps(public, indent=2, sort_keys=True)
     replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
 
@@ -123,29 +133,29 @@ def load_with_dtype(
     contents = _foreign_contents(Path(folder))
     if contents is not None:
         return _placed(_prefix_of(contents, Path(folder)), trainable, model, Path(folder)), contents.dtype
-    folder = _holding(Path(folder))
-    path = folder / WEIGHTS_NAME
-    tensors, config = _read(folder)
-    peft_type = config.get("peft_type")
-    if peft_type not in _PREFIX_TYPES + _PROMPT_TYPES:
-        known = ", ".join(_PREFIX_TYPES + _PROMPT_TYPES)
-        raise ValueError(f"{folder / CONFIG_NAME}: expected peft_type to be one of {known}, got {peft_type!r}")
+    with open_checkpoint(_holding(Path(folder))) as file:
+        peft_type = file.config.values.get("peft_type")
+        if peft_type not in _PREFIX_TYPES + _PROMPT_TYPES:
+            known = ", ".join(_PREFIX_TYPES + _PROMPT_TYPES)
+            raise ValueError(f"{file.source}: expected peft_type to be one of {known}, got {shown(peft_type)}")
+        build = _build_prefix if peft_type in _PREFIX_TYPES else _build_prompt
+        prefix, dtype = build(file, model)
+        with _naming(file.source):
+            prefix.origin = read_origin(file.config)
+        path, others = file.weights, foreign(file.shapes)
+    prefix = _placed(prefix, trainable, model, path)
+    if others:
+        warnings.warn(f"{path}: expected a prefix alone; not loaded: {others}", stacklevel=3)
+    return prefix, dtype
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Complete the message of a ValueError with the path of a file."""
     try:
-        if peft_type in _PREFIX_TYPES:
-            prefix: PrefixKV | SoftPrompt = _build_prefix(config, tensors, model)
-        else:
-            prefix = _build_prompt(config, tensors)
-        prefix.origin = Origin(*(config.get(name) or default for name, default in Origin._field_defaults.items()))
-    except KeyError as error:
-        raise ValueError(f"{path}: expected {error} in the weights or their config, got neither") from error
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    prefix = _placed(prefix, trainable, model, path)
-    foreign = _foreign(tensors)
-    if foreign:
-        warnings.warn(f"{path}: expected a prefix alone; not loaded: {foreign}", stacklevel=3)
-    dtypes = [x.dtype for name, x in tensors.items() if name not in foreign and x.is_floating_point()]
-    return prefix, reduce(torch.promote_types, dtypes)
 
 
 def _placed(prefix: PrefixKV | SoftPrompt, trainable: bool, model: Any, path: Path) -> PrefixKV | SoftPrompt:
@@ -224,39 +234,56 @@ def _describe_prompt(prompt: SoftPrompt) -> tuple[dict[str, Any], dict[str, Any]
     return config, {"num_prompts": prompt.weight.shape[0] if bank else None}, {"prompt_embeddings": prompt.weight}
 
 
-def _build_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Any) -> PrefixKV:
-    """Compares shapes with a module on the meta device, so that nothing is allocated unless they fit."""
-    names = ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens")
-    num_layers, num_kv_heads, token_dim, length = (_size(config, name) for name in names)
-    if token_dim % num_kv_heads:
-        raise ValueError(f"token_dim: expected a multiple of {num_kv_heads} heads, got {token_dim}")
-    num_frozen = config.get("num_frozen_tokens") or 0
-    state = {name.removeprefix("peftkern."): x for name, x in tensors.items() if name.startswith("peftkern.")}
-    if not state:
-        flat = tensors["prompt_embeddings"]
-        _check_shape("prompt_embeddings", flat, [length, num_layers * 2 * token_dim])
-        state = {"trainable.0": flat[num_frozen:]} | ({"frozen.0": flat[:num_frozen]} if num_frozen else {})
-    geometry: dict[str, Any] = {
-        "num_layers": num_layers,
-        "num_kv_heads": num_kv_heads,
-        "head_dim": token_dim // num_kv_heads,
-    }
-    if "head_dim" in config:
-        names = ("num_kv_heads", "head_dim", "value_head_dim", "parts")
-        geometry |= {name: config[name] for name in names if name in config}
-    elif model is not None:
-        geometry = _geometry_in(model, geometry)
+def _build_prefix(file: Checkpoint, model: Any) -> tuple[PrefixKV, torch.dtype]:
+    """The prefix of a checkpoint, whose config and header are compared before anything is built."""
+    with _naming(file.source):
+        geometry = geometry_of(file.config)
+        if "head_dim" not in file.config.values and model is not None:
+            geometry = _geometry_in(model, geometry)
+        config = PrefixConfig.read(file.config, geometry)
+    state, dtype = _state(file, config)
     prefix = PrefixKV(
-        None, config.get("lengths", length), **geometry, num_prefixes=config.get("num_prefixes"),
-        num_frozen_tokens=num_frozen, projection=config.get("projection"), init="zero", device="meta",
-        peft_seq2seq_layout=config.get("num_transformer_submodules") == 2,
-        learn_length=config.get("learn_length", False), positions=config.get("positions"),
-        state=RecurrentState(config["state"], device="meta") if "state" in config else False,
+        None, list(config.lengths), **config.geometry, num_prefixes=config.num_prefixes,
+        num_frozen_tokens=config.num_frozen_tokens, projection=config.projection, init="zero", device="meta",
+        peft_seq2seq_layout=config.peft_seq2seq_layout, learn_length=config.learn_length, positions=config.positions,
+        state=False if config.state is None else RecurrentState(config.state, device="meta"),
     )  # fmt: skip
-    for name, x in prefix.state_dict().items():
-        _check_shape(f"peftkern.{name}", state[name], list(x.shape), floats=x.is_floating_point())
-    prefix.load_state_dict({name: _master(x) for name, x in state.items()}, assign=True)
-    return prefix
+    prefix.load_state_dict(state, assign=True)
+    return prefix, dtype
+
+
+def _state(file: Checkpoint, config: PrefixConfig) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The entries of a prefix's ``state_dict``, whose floats have one dtype, and the dtype of those in the file."""
+    stored = {name.removeprefix(OWN): found for name, found in file.shapes.items() if name.startswith(OWN)}
+    expected, flat, num_frozen = config.tensors(), config.flat_shape, config.num_frozen_tokens
+    if flat is not None and (not stored or FLAT in file.shapes):
+        _check_flat(file, flat)
+    if not stored and expected.keys() <= {"trainable.0", "frozen.0"} and flat is not None:
+        x = file.tensors([FLAT])[FLAT]
+        pieces = {"trainable.0": x[num_frozen:]} | ({"frozen.0": x[:num_frozen]} if num_frozen else {})
+        return {name: _master(x, x.dtype) for name, x in pieces.items()}, x.dtype
+    missing, more = ([name for name in a if name not in b] for a, b in ((expected, stored), (stored, expected)))
+    if missing or more:
+        got = "none" if missing else f"also {OWN}{more[0]:.80}"
+        wanted = [OWN + name for name in (missing[:1] or expected)]
+        raise ValueError(f"expected {shown(wanted)} in the weights, got {got}")
+    for name, shape in expected.items():
+        check_shape(OWN + name, stored[name], shape)
+    tensors = file.tensors(OWN + name for name in expected)
+    lens = tensors.get(f"{OWN}prefix_lens")
+    if lens is not None and not bool(((lens >= 0) & (lens <= max(config.lengths))).all()):
+        raise ValueError(
+            f"{OWN}prefix_lens: expected from 0 to {max(config.lengths)} tokens, got {shown(lens.tolist())}"
+        )
+    dtypes = [x.dtype for x in tensors.values() if x.is_floating_point()]
+    dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+    return {name.removeprefix(OWN): _master(x, dtype) for name, x in tensors.items()}, dtype
+
+
+def _check_flat(file: Checkpoint, shape: list[int]) -> None:
+    if FLAT not in file.shapes:
+        raise ValueError(f"expected {FLAT!r} in the weights, got {shown(sorted(file.shapes))}")
+    check_shape(FLAT, file.shapes[FLAT], TensorShape(shape))
 
 
 def _geometry_in(model: Any, geometry: dict[str, Any]) -> dict[str, Any]:
@@ -266,35 +293,25 @@ def _geometry_in(model: Any, geometry: dict[str, Any]) -> dict[str, Any]:
     return wanted.geometry if wanted.shares_parameter and largest == geometry else geometry
 
 
-def _build_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SoftPrompt:
+def _build_prompt(file: Checkpoint, model: Any) -> tuple[SoftPrompt, torch.dtype]:
     """PEFT stores num_virtual_tokens rows per transformer submodule, and uses only those of the first."""
-    length, embed_dim = _size(config, "num_virtual_tokens"), _size(config, "token_dim")
-    num_prompts, weight = config.get("num_prompts"), tensors["prompt_embeddings"]
-    bank = [] if num_prompts is None else [num_prompts]
-    rows = length * (config.get("num_transformer_submodules") or 1)
-    _check_shape("prompt_embeddings", weight, [*bank, rows, embed_dim])
-    weight = _master(weight[..., :length, :])
-    return SoftPrompt(None, length, num_prompts=num_prompts, embed_dim=embed_dim, init=weight, dtype=weight.dtype)
+    with _naming(file.source):
+        config = PromptConfig.read(file.config)
+    own = [name for name in file.shapes if name.startswith(OWN)]
+    if own:
+        raise ValueError(f"expected {FLAT!r} alone in the weights of a prompt, got also {shown(own)}")
+    _check_flat(file, config.flat_shape)
+    stored = file.tensors([FLAT])[FLAT]
+    weight = _master(stored[..., : config.length, :], stored.dtype)
+    options: dict[str, Any] = {"num_prompts": config.num_prompts, "embed_dim": config.embed_dim}
+    return SoftPrompt(None, config.length, **options, init=weight, dtype=weight.dtype), stored.dtype
 
 
-def _size(config: Mapping[str, Any], name: str) -> int:
-    size = config[name]
-    if not isinstance(size, int) or size < (name != "num_virtual_tokens"):
-        raise ValueError(f"{name}: expected a positive int, got {size!r}")
-    return size
-
-
-def _check_shape(name: str, x: Tensor, expected: list[int], floats: bool = True) -> None:
-    if list(x.shape) != expected or x.is_floating_point() != floats:
-        kind = "floats" if floats else "integers"
-        raise ValueError(f"{name}: expected {kind} {expected}, got {x.dtype} {list(x.shape)}")
-
-
-def _master(x: Tensor) -> Tensor:
-    """A copy, of floats in at least fp32; tensors that safetensors has read are mapped from the file."""
+def _master(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy, of floats in ``dtype`` or fp32; tensors that safetensors has read are mapped from the file."""
     if not x.is_floating_point():
         return x.clone()
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    return x.to(torch.promote_types(dtype, torch.float32), copy=True)
 
 
 def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
@@ -312,15 +329,9 @@ def _check_fits(prefix: PrefixKV | SoftPrompt, model: Any, path: Path) -> None:
 def _check_nothing_lost(path: Path) -> None:
     """Raise ValueError if replacing the file would lose other tensors. An unreadable file has nothing to lose."""
     with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(path, framework="pt") as file:
-        foreign = _foreign(file.keys())
-        if foreign:
-            raise ValueError(
-                f"{path}: expected to replace a prefix alone, got also {foreign}; save to another folder"
-            )
-
-
-def _foreign(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name != "prompt_embeddings" and not name.startswith("peftkern."))
+        others = foreign(file.keys())
+        if others:
+            raise ValueError(f"{path}: expected to replace a prefix alone, got also {others}; save to another folder")
 
 
 def _holding(folder: Path) -> Path:
@@ -328,8 +339,8 @@ def _holding(folder: Path) -> Path:
     beside = [folder / name for name in (PREFIX_NAME, PROMPT_NAME) if (folder / name / WEIGHTS_NAME).is_file()]
     if not beside:
         return folder
-    with contextlib.suppress(ValueError):
-        if _read(folder)[1].get("peft_type") in _PREFIX_TYPES + _PROMPT_TYPES:
+    with contextlib.suppress(ValueError), open_checkpoint(folder) as file:
+        if file.config.values.get("peft_type") in _PREFIX_TYPES + _PROMPT_TYPES:
             return folder
     if len(beside) > 1:
         names = " and ".join(path.name for path in beside)
@@ -337,46 +348,3 @@ def _holding(folder: Path) -> Path:
             f"{folder}: expected one prefix or prompt beside the adapters, got {names}; name one of them"
         )
     return beside[0]
-
-
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config.
-
-    Our weights contain their config. Only the origin is then read from the config file, because that file may have
-    been edited, or belong to the previous prefix.
-    """
-    weights, config_path = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    if not weights.is_file():
-        pickle = " (adapter_model.bin is a pickle, which is not read: save it as safetensors)"
-        hint = pickle if (folder / "adapter_model.bin").exists() else ""
-        raise ValueError(f"{weights}: expected a safetensors file, got none{hint}")
-    tensors, metadata = _read_weights(weights)
-    try:
-        config = json.loads(config_path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError(f"a JSON {type(config).__name__}")
-    except (OSError, ValueError) as error:
-        config = {}
-        if "peftkern" not in metadata:
-            raise ValueError(f"{config_path}: expected PEFT's config, a JSON object, got {error}") from error
-    if "peftkern" not in metadata:
-        return tensors, config
-    own = json.loads(metadata["peftkern"])
-    if own.get("peftkern_format") != FORMAT_VERSION:
-        raise ValueError(
-            f"{weights}: expected peftkern_format {FORMAT_VERSION}, got {own.get('peftkern_format')}; "
-            "a newer peftkern wrote it"
-        )
-    return tensors, {**own, **{name: config[name] for name in Origin._fields if name in config}}
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        with path.open("rb") as raw:
-            head = raw.read(2)
-        pickled = head == b"PK" or head[:1] == b"\x80"
-        kind = "a pickle, which is not read" if pickled else f"a truncated or foreign file ({error})"
-        raise ValueError(f"{path}: expected a safetensors file, got {kind}") from error

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from .model_info import text_cache
 
-__all__ = ["LayerState", "RecurrentState", "StateShape", "as_state", "meta_states", "shapes_of_states", "states_of"]
+__all__ = [
+    "LayerState", "RecurrentState", "StateShape", "as_state", "meta_states", "shapes_of_states", "states_of",
+    "weight_shapes",
+]  # fmt: skip
 
 #: (state of the convolution [B, C, K], state of the recurrence [B, ...]); None for one that the layer does not have.
 LayerState = tuple[Tensor | None, Tensor | None]
@@ -48,11 +51,8 @@ class RecurrentState(nn.Module):
         self.shapes = [[(conv, recurrent) for conv, recurrent in layer] for layer in shapes]
         self.weights = nn.ParameterDict(
             {
-                _name(layer, index, part): nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-                for layer, states in enumerate(self.shapes)
-                for index, pair in enumerate(states)
-                for part, shape in zip(_PARTS, pair, strict=True)
-                if shape is not None
+                name: nn.Parameter(torch.zeros(tuple(shape), dtype=dtype, device=device))
+                for name, shape in weight_shapes(self.shapes).items()
             }
         )
         if not self.weights:
@@ -102,6 +102,17 @@ class RecurrentState(nn.Module):
     def forward(self) -> list[list[LayerState]]:
         """:meth:`layer_states`."""
         return self.layer_states()
+
+
+def weight_shapes(shapes: Sequence[Sequence[StateShape]]) -> dict[str, Sequence[int]]:
+    """The shapes of the parameters of a :class:`RecurrentState`, by their names in ``weights``."""
+    return {
+        _name(layer, index, part): shape
+        for layer, states in enumerate(shapes)
+        for index, pair in enumerate(states)
+        for part, shape in zip(_PARTS, pair, strict=True)
+        if shape is not None
+    }
 
 
 def as_state(state: bool | RecurrentState, model: Any, **options: Any) -> RecurrentState | None:

@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import WEIGHTS_NAME, load_prefix, save_prefix
+from ..checkpoint import load_prefix, save_prefix
+from ..checkpoint_files import WEIGHTS_NAME
 from ..modules import PrefixKV, SoftPrompt
 from .peft_model import PeftMethod, is_peft_model
 from .wiring import Patch

@@ -49,8 +49,15 @@ ALLOWED = {
     "integrations.kv_file": {"files"},
     "integrations.torch_file": set(),
     "integrations.cartridge_file": {"integrations.kv_file", "integrations.torch_file"},
+    "strict_json": set(),
+    "checkpoint_config": {
+        "layer_shapes", "model_info", "prefix_layout", "prefix_options", "prefix_parts", "recurrent_state",
+        "strict_json", "integrations.kv_file",
+    },
+    "checkpoint_files": {"checkpoint_config", "model_info", "strict_json"},
     "checkpoint": {
         "modules", "recurrent_state", "model_info", "files", "integrations.kv_file", "integrations.cartridge_file",
+        "checkpoint_config", "checkpoint_files", "strict_json",
     },
     "integrations.prefix_folder": {"integrations.kv_file"},
     "integrations.vllm": {"integrations.prefix_folder"},
@@ -58,8 +65,8 @@ ALLOWED = {
         "files", "integrations.kv_file", "integrations.cartridge_file", "modules", "checkpoint", "model_info",
     },
     "huggingface": {
-        "arguments", "checkpoint", "distillation", "functional", "modules", "eager_attention", "layer_shapes",
-        "model_info", "prefix_parts", "recurrent_state",
+        "arguments", "checkpoint", "checkpoint_files", "distillation", "functional", "modules", "eager_attention",
+        "layer_shapes", "model_info", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
     "self_study": {"modules", "model_info", "distillation", "huggingface"},
@@ -67,8 +74,8 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "huggingface", "integrations", "model_info", "processor", "explanation", "self_study",
-        "testing", "",
+        "checkpoint", "checkpoint_files", "huggingface", "integrations", "model_info", "processor", "explanation",
+        "self_study", "testing", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from .... import self_study
-from ....checkpoint import WEIGHTS_NAME, load_prefix, save_prefix
+from ....checkpoint import load_prefix, save_prefix
+from ....checkpoint_files import WEIGHTS_NAME
 from ....huggingface.fingerprint import fingerprint
 from ....modules import PrefixKV
 from ....self_study import (

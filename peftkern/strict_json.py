@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads JSON of files that may come from anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from typing import Any
+
+__all__ = ["json_object", "shown"]
+
+#: Digits of an integer: those of 64 bits and a sign.
+_MAX_DIGITS = 20
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlevel = 3
+
+
+def json_object(data: bytes | str) -> dict[str, Any]:
+    """The fields of a JSON object, whose numbers are finite and have at most 64 bits.
+
+    Raises:
+        ValueError: saying what was found, for anything else.
+    """
+    try:
+        value = json.loads(data, parse_int=_integer, parse_float=_number, parse_constant=_number)
+    except RecursionError as error:
+        raise ValueError("brackets that are nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bytes that are no text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it, shortened."""
+    return _REPR.repr(value)
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text:.40}")
+    return value
