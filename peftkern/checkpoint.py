@@ -28,11 +28,11 @@ from .checkpoint_config import PrefixConfig, PromptConfig, TensorShape, check_sh
 from .checkpoint_files import (
     CONFIG_NAME,
     FORMAT_VERSION,
-    METADATA,
     WEIGHTS_NAME,
     Checkpoint,
     foreign,
     open_checkpoint,
+    weights_metadata,
 )
 from .files import replace_files
 from .integrations.cartridge_file import WEIGHTS_NAME as CARTRIDGE_NAME
@@ -60,6 +60,8 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
 
     Both files are written under temporary names, flushed to disk, and then renamed, the weights first. If this is
     interrupted at any point, :func:`load_prefix` finds either the complete old prefix or the complete new one.
+    Between the two renames it finds the new one, and warns that the config file is the old one. The next save removes
+    temporary files that a killed process has left.
 
     Args:
         prefix: the module to save.
@@ -91,9 +93,9 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     folder.mkdir(parents=True, exist_ok=True)
     _check_nothing_lost(folder / WEIGHTS_NAME)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(full, sort_keys=True)}
-    weights, text = save(tensors, metadata), json.dumps(public, indent=2, sort_keys=True)
-    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text.encode()})
+    text = json.dumps(public, indent=2, sort_keys=True).encode()
+    weights = save(tensors, weights_metadata(folder, full, text))
+    replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text})
 
 
 def load_prefix(
@@ -105,7 +107,9 @@ def load_prefix(
     A folder of HazyResearch's Cartridges (``cartridge.pt``) and the ``kv`` file of :func:`export` become a
     :class:`PrefixKV`, too. No file can run code.
     PEFT saves the output of a projection or prompt encoder without its MLP, so training continues on flat parameters.
-    Tensors of other modules (``modules_to_save``) are not loaded; a warning names them.
+    Tensors of other modules (``modules_to_save``) are not loaded; a warning names them. If the weights contain their
+    config and the config file says something else, a warning says which is used: the model and the task of an edited
+    file, otherwise the weights' own config.
 
     Args:
         folder: a local folder with the two files, or one in which a patched model with other adapters (LoRA) has
@@ -142,8 +146,10 @@ def load_with_dtype(
         prefix, dtype = build(file, model)
         with _naming(file.source):
             prefix.origin = read_origin(file.config)
-        path, others = file.weights, foreign(file.shapes)
+        path, others, note = file.weights, foreign(file.shapes), file.note
     prefix = _placed(prefix, trainable, model, path)
+    if note is not None:
+        warnings.warn(note, stacklevel=3)
     if others:
         warnings.warn(f"{path}: expected a prefix alone; not loaded: {others}", stacklevel=3)
     return prefix, dtype

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from .checkpoint_config import Fields, TensorShape
 from .model_info import Origin
 from .strict_json import json_object, shown
 
-__all__ = ["CONFIG_NAME", "FORMAT_VERSION", "METADATA", "WEIGHTS_NAME", "Checkpoint", "foreign", "open_checkpoint"]
+__all__ = [
+    "CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "Checkpoint", "foreign", "open_checkpoint", "weights_metadata",
+]  # fmt: skip
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -23,6 +27,8 @@ FORMAT_VERSION = 1
 
 #: The entry of the header's metadata that repeats the config.
 METADATA = "peftkern"
+#: The entry with the digest of the config file that a save replaces after the weights.
+_REPLACES = "peftkern_replaces"
 #: Bytes of a config, of which one with thousands of layers takes less than one million.
 _MAX_CONFIG = 1 << 24
 
@@ -35,6 +41,7 @@ class Checkpoint:
         shapes: the shape and dtype of each tensor.
         config: the config.
         source: the file that the config comes from.
+        note: what does not agree between the two files, and which is used; None if they agree.
     """
 
     def __init__(self, weights: Path, file: Any) -> None:
@@ -42,14 +49,14 @@ class Checkpoint:
         self._file = file
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         self.shapes = {name: TensorShape(list(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
-        self.source, self.config = _config(weights, file.metadata() or {})
+        self.source, self.config, self.note = _config(weights, file.metadata() or {})
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors, which are mapped from the file."""
         return {name: self._file.get_tensor(name) for name in names}
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """Open the checkpoint in a folder.
 
@@ -89,39 +96,78 @@ def _kind(path: Path, error: Exception) -> str:
     return "a pickle, which is not read" if pickled else f"a truncated or foreign file ({error!s:.200})"
 
 
-def _config(weights: Path, metadata: Mapping[str, str]) -> tuple[Path, Fields]:
-    """The config, and the file that it comes from.
+def weights_metadata(folder: Path, config: Mapping[str, Any], text: bytes) -> dict[str, str]:
+    """The metadata of weights that will be saved in a folder with a config, whose file will contain ``text``.
 
-    Our weights contain their config. Only the origin is then read from the config file, because that file may have
-    been edited, or belong to the previous prefix.
+    It names the config that is there, so that a save that ends between the two renames is recognised.
+    """
+    metadata = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
+    with contextlib.suppress(OSError, ValueError):
+        before = _config_bytes(folder / CONFIG_NAME)
+        metadata |= {_REPLACES: _digest(before)} if before != text else {}
+    return metadata
+
+
+def _config(weights: Path, metadata: Mapping[str, str]) -> tuple[Path, Fields, str | None]:
+    """The config, the file that it comes from, and what to say about files that do not agree.
+
+    Our weights contain their config, which is the one that counts. The config file may belong to another prefix, or
+    its origin may have been edited, and then that origin counts.
     """
     path = weights.with_name(CONFIG_NAME)
-    config: dict[str, Any] = {}
+    data, config, problem = b"", None, None
     try:
-        config = _read_config(path)
-    except ValueError:
+        data = _config_bytes(path)
+        config = json_object(data)
+    except (OSError, ValueError) as error:
+        problem = f"{path}: expected PEFT's config, a JSON object, got {error}"
         if METADATA not in metadata:
-            raise
+            raise ValueError(problem) from error
     if METADATA not in metadata:
-        return path, Fields(config)
+        return path, Fields(config or {}), None
+    own = _own_config(weights, metadata[METADATA])
+    ours = f"the config in {weights.name} is used"
+    if config is None:
+        return weights, Fields(own), f"{problem}; {ours}" if path.exists() else None
+    if _digest(data) == metadata.get(_REPLACES):
+        note = f"{path}: expected the config of the weights, got that of the checkpoint before, because saving was"
+        return weights, Fields(own), f"{note} interrupted; {ours}"
+    changed = [name for name in sorted(own.keys() & config.keys()) if config[name] != own[name]]
+    differences = {
+        name: f"{path}: {name}: expected {shown(own[name])}, as in the weights, got {shown(config[name])}"
+        for name in changed
+        if name != "inference_mode"
+    }
+    for name, note in differences.items():
+        if name not in Origin._fields:
+            return weights, Fields(own), f"{note}; {ours}"
+    if not differences:
+        return weights, Fields(own), None
+    edited = {name: config[name] for name in differences}
+    return path, Fields({**own, **edited}), f"{'; '.join(differences.values())}, which is used"
+
+
+def _own_config(weights: Path, text: str) -> dict[str, Any]:
+    """The config in our weights."""
     try:
-        own = json_object(metadata[METADATA])
+        own = json_object(text)
     except ValueError as error:
         raise ValueError(f"{weights}: metadata: expected the prefix's config, a JSON object, got {error}") from error
     version = own.get("peftkern_format")
     if type(version) is not int or version != FORMAT_VERSION:
         newer = "; a newer peftkern wrote it" if type(version) is int and version > FORMAT_VERSION else ""
         raise ValueError(f"{weights}: expected peftkern_format {FORMAT_VERSION}, got {shown(version)}{newer}")
-    return weights, Fields({**own, **{name: config[name] for name in Origin._fields if name in config}})
+    return own
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a config file."""
-    try:
-        if not path.is_file():
-            raise ValueError("no file" if not path.exists() else "something that is not a file")
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"more than {_MAX_CONFIG} bytes")
-        return json_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected PEFT's config, a JSON object, got {error}") from error
+def _config_bytes(path: Path) -> bytes:
+    """What a config file contains."""
+    if not path.is_file():
+        raise ValueError("something that is not a file" if path.exists() else "no file")
+    if path.stat().st_size > _MAX_CONFIG:
+        raise ValueError(f"more than {_MAX_CONFIG} bytes")
+    return path.read_bytes()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .files import append, replace
+from ..files import append_to_file, replace_file
 
 __all__ = ["Conversation", "ConversationFile", "read_conversations"]
 
@@ -57,7 +57,7 @@ class ConversationFile:
         self.path = Path(path)
         header = {"peftkern_self_study": FORMAT_VERSION, **made_with}
         if not self.path.exists():
-            replace(self.path, _line(header))
+            replace_file(self.path, _line(header))
         found, self.conversations = _read(self.path)
         if found != header:
             names = sorted(name for name in {*found, *header} if found.get(name) != header.get(name))
@@ -70,11 +70,11 @@ class ConversationFile:
             self.conversations = self.conversations[:whole]
         complete = b"".join(map(_line, (header, *map(asdict, self.conversations))))
         if self.path.read_bytes() != complete:
-            replace(self.path, complete)
+            replace_file(self.path, complete)
 
     def append(self, conversations: Sequence[Conversation]) -> None:
         """Add conversations of one batch."""
-        append(self.path, b"".join(_line(asdict(conversation)) for conversation in conversations))
+        append_to_file(self.path, b"".join(_line(asdict(conversation)) for conversation in conversations))
         self.conversations += conversations
 
 

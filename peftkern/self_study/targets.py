@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files import replace_file
 from ..huggingface.distilling import capture_top_k
 from ..huggingface.fingerprint import fingerprint
 from ..huggingface.probing import quiet
@@ -22,7 +23,6 @@ from ..huggingface.switch import switched
 from ..modules import PrefixKV
 from .batches import check_batches, check_positions, longest_of, padded_batch
 from .conversations import Conversation
-from .files import replace
 from .identity import digest_of, digest_of_conversations
 
 __all__ = ["Targets", "capture"]
@@ -112,7 +112,7 @@ def capture(
     top = torch.cat([ids[place] for place in back]).int(), torch.cat([log_probs[place] for place in back]).float()
     if path is not None:
         metadata = {"peftkern_targets": json.dumps({"format": FORMAT_VERSION, **made_with}, sort_keys=True)}
-        replace(Path(path), save({"ids": top[0], "log_probs": top[1]}, metadata))
+        replace_file(Path(path), save({"ids": top[0], "log_probs": top[1]}, metadata))
     return Targets(conversations, *top)
 
 

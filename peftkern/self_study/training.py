@@ -17,12 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..distillation import Objective
+from ..files import replace_file
 from ..huggingface.distilling import distil
 from ..huggingface.fingerprint import fingerprint
 from ..huggingface.switch import packing, switched
 from ..modules import PrefixKV
 from .batches import check_batches, check_positions, longest_of, packed_batch, padded_batch
-from .files import replace
 from .identity import digest_of, digest_of_conversations, digest_of_tensors
 from .targets import Targets
 
@@ -214,7 +214,7 @@ class _State:
             **self.made_with,
         }  # fmt: skip
         tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
-        replace(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
+        replace_file(self.path, save(tensors, {"peftkern_training": json.dumps(metadata, sort_keys=True)}))
 
     @torch.no_grad()
     def _load(self) -> None:

@@ -69,7 +69,7 @@ ALLOWED = {
         "layer_shapes", "model_info", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
-    "self_study": {"modules", "model_info", "distillation", "huggingface"},
+    "self_study": {"files", "modules", "model_info", "distillation", "huggingface"},
     "explanation": {"arguments", "validation", "backends.registry", "functional", "huggingface"},
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -78,7 +79,8 @@ def _run_until(mark: str, folder: Path, teller: Connection, handler) -> None:
 
     def flush(file: int) -> None:
         fsync(file)
-        tell(f"save {next(saves)}")
+        if stat.S_ISREG(os.fstat(file).st_mode):  # not the folder of a file that has been renamed
+            tell(f"save {next(saves)}")
 
     os.fsync = flush
     run(folder, tell)

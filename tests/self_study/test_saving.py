@@ -89,11 +89,11 @@ def full(*names) -> OSError:
 
 def fill_disk(monkeypatch, name: str, number: int, place: str) -> None:
     """Make the disk full at one place of the save ``number`` of a file, from 1: "write", "flush" or "rename"."""
-    real_open, real_replace, real_fsync = Path.open, Path.replace, os.fsync
+    real_open, real_replace, real_fsync = Path.open, os.replace, os.fsync
     saves, at = itertools.count(1), {"write": False, "flush": False, "rename": False}
 
     def open_file(path, mode="r", *arguments, **options):
-        if mode in ("wb", "ab") and name in path.name:
+        if mode in ("xb", "ab") and name in path.name:
             at[place] = next(saves) == number
             if at["write"]:
                 return _Torn(io.FileIO(path, mode[0]))
@@ -105,12 +105,12 @@ def fill_disk(monkeypatch, name: str, number: int, place: str) -> None:
         real_fsync(file)
 
     def replace(path, target):
-        if at["rename"] and name in path.name:
+        if at["rename"] and name in Path(path).name:
             raise full(str(path), None, str(target))
         return real_replace(path, target)
 
     monkeypatch.setattr(Path, "open", open_file)
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "fsync", fsync)
 
 
