@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"peftkern export: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except OSError as error:
         print(f"peftkern export: error: {error}", file=sys.stderr)
         return 1

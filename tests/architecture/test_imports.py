@@ -74,7 +74,7 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "checkpoint_files", "huggingface", "integrations", "model_info", "processor", "explanation",
+        "checkpoint", "checkpoint_files", "files", "huggingface", "integrations", "model_info", "processor", "explanation",
         "self_study", "testing", "",
     },
 }  # fmt: skip

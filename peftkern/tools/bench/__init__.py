@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
         from .session import run_session
 
         return run_session(options)
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except (BenchError, OSError) as error:  # OSError: for example a full disk
         print(f"peftkern bench: error: {error}", file=sys.stderr)
         return 2

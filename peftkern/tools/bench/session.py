@@ -46,7 +46,12 @@ def run_session(options: argparse.Namespace) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device: expected a device that torch can use, got cuda: torch sees no GPU")
     path = None if options.output is None else options.output / "attention.csv"
-    results = Results(path)
+    try:
+        results = Results(path)
+    except ValueError as error:
+        raise BenchError(f"--resume: {error}") from error
+    if results.note is not None:
+        console.print(results.note)
     problems = _problems(options, device)
     todo = [key for key in problems if _problem(*key, device) not in results.known]
     if len(todo) < len(problems):

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         from .session import run_session
 
         return run_session(args)
+    except BrokenPipeError:  # nobody reads the output any more
+        raise
     except (DemoError, OSError) as error:  # OSError: for example a full disk
         print(f"peftkern demo: error: {error}", file=sys.stderr)
         return 2
