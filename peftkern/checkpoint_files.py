@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint_config import Fields, TensorShape
 from .model_info import Origin
-from .strict_json import json_object, shown
+from .strict_json import json_object, read_bytes, shown
 
 __all__ = [
     "CONFIG_NAME", "FORMAT_VERSION", "WEIGHTS_NAME", "Checkpoint", "foreign", "open_checkpoint", "weights_metadata",
@@ -29,8 +29,6 @@ FORMAT_VERSION = 1
 METADATA = "peftkern"
 #: The entry with the digest of the config file that a save replaces after the weights.
 _REPLACES = "peftkern_replaces"
-#: Bytes of a config, of which one with thousands of layers takes less than one million.
-_MAX_CONFIG = 1 << 24
 
 
 class Checkpoint:
@@ -103,7 +101,7 @@ def weights_metadata(folder: Path, config: Mapping[str, Any], text: bytes) -> di
     """
     metadata = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
     with contextlib.suppress(OSError, ValueError):
-        before = _config_bytes(folder / CONFIG_NAME)
+        before = read_bytes(folder / CONFIG_NAME)
         metadata |= {_REPLACES: _digest(before)} if before != text else {}
     return metadata
 
@@ -117,10 +115,11 @@ def _config(weights: Path, metadata: Mapping[str, str]) -> tuple[Path, Fields, s
     path = weights.with_name(CONFIG_NAME)
     data, config, problem = b"", None, None
     try:
-        data = _config_bytes(path)
+        data = read_bytes(path)
         config = json_object(data)
     except (OSError, ValueError) as error:
-        problem = f"{path}: expected PEFT's config, a JSON object, got {error}"
+        got = "none" if isinstance(error, FileNotFoundError) else error
+        problem = f"{path}: expected PEFT's config, a JSON object, got {got}"
         if METADATA not in metadata:
             raise ValueError(problem) from error
     if METADATA not in metadata:
@@ -158,15 +157,6 @@ def _own_config(weights: Path, text: str) -> dict[str, Any]:
         newer = "; a newer peftkern wrote it" if type(version) is int and version > FORMAT_VERSION else ""
         raise ValueError(f"{weights}: expected peftkern_format {FORMAT_VERSION}, got {shown(version)}{newer}")
     return own
-
-
-def _config_bytes(path: Path) -> bytes:
-    """What a config file contains."""
-    if not path.is_file():
-        raise ValueError("something that is not a file" if path.exists() else "no file")
-    if path.stat().st_size > _MAX_CONFIG:
-        raise ValueError(f"more than {_MAX_CONFIG} bytes")
-    return path.read_bytes()
 
 
 def _digest(data: bytes) -> str:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads JSON of files that may come from anywhere."""
+"""Reads JSON files that may come from anywhere."""
 
 from __future__ import annotations
 
 import json
 import math
 import reprlib
+from pathlib import Path
 from typing import Any
 
-__all__ = ["json_object", "shown"]
+__all__ = ["json_object", "read_bytes", "shown"]
+
+#: Bytes of a file of JSON. One that describes thousands of layers takes less than one million.
+_MAX_BYTES = 1 << 24
 
 #: Digits of an integer: those of 64 bits and a sign.
 _MAX_DIGITS = 20
@@ -35,6 +39,21 @@ def json_object(data: bytes | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}")
     return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file for :func:`json_object`.
+
+    Raises:
+        OSError: for a file that does not exist or cannot be read.
+        ValueError: saying what was found, for something that is not a file, such as a pipe, or a huge file.
+    """
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("something that is not a file")
+    if size > _MAX_BYTES:
+        raise ValueError(f"more than {_MAX_BYTES} bytes")
+    return path.read_bytes()
 
 
 def shown(value: Any) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from ..arguments import Call
 from ..backends import registry
 from ..backends.cost import measured, model
 from ..backends.machine import identity, machine_of, registered_flash
+from ..files import replace_file
 from .bench.measuring import time_backends
 
 #: (B, Hq, Hkv, S, T, D, P): tiny, ordinary, long prefix, long sequence, decoding.
@@ -81,15 +81,12 @@ def calibrate(
     end = time.monotonic() + at_most
     rows = list(measure(device, seconds, tuple(shapes), tuple(dtypes), note, end))
     used, file = file is None, file or measured.path(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": measured.FORMAT, "machine": identity(device), "date": time.strftime("%Y-%m-%d"),
         "scales": {name: list(scale) for name, scale in fit(rows).items()}, "hosts": hosts(rows),
         "rows": [row._asdict() for row in rows],
     }  # fmt: skip
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(file)
+    replace_file(file, json.dumps(content, indent=1).encode())
     if used:
         registry.forget()
     return file

@@ -21,9 +21,9 @@ ALLOWED = {
     "processor": set(),
     "validation": {"arguments"},
     "native": {"arguments"},
-    "backends.cost": {"arguments"},
+    "backends.cost": {"arguments", "strict_json", "user_cache"},
     "backends.reference": {"arguments", "backends", "backends.cost", "reference"},
-    "backends": {"arguments", "native", "backends.cost", "processor"},
+    "backends": {"arguments", "native", "backends.cost", "processor", "files", "strict_json", "user_cache"},
     "backends.registry": {"arguments", "backends", "backends.cost", "backends.reference"},
     "dispatcher": set(),
     "ops": {"arguments", "backends", "backends.registry", "dispatcher"},
@@ -50,6 +50,7 @@ ALLOWED = {
     "integrations.torch_file": set(),
     "integrations.cartridge_file": {"integrations.kv_file", "integrations.torch_file"},
     "strict_json": set(),
+    "user_cache": set(),
     "checkpoint_config": {
         "layer_shapes", "model_info", "prefix_layout", "prefix_options", "prefix_parts", "recurrent_state",
         "strict_json", "integrations.kv_file",
@@ -75,7 +76,7 @@ ALLOWED = {
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
         "checkpoint", "checkpoint_files", "files", "huggingface", "integrations", "model_info", "processor", "explanation",
-        "self_study", "testing", "",
+        "self_study", "testing", "user_cache", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.

