@@ -75,8 +75,8 @@ ALLOWED = {
     "testing": {"arguments", "reference", "backends", "functional"},
     "tools": {
         "arguments", "native", "backends", "backends.cost", "backends.registry", "functional", "modules",
-        "checkpoint", "checkpoint_files", "files", "huggingface", "integrations", "model_info", "processor", "explanation",
-        "self_study", "testing", "user_cache", "",
+        "checkpoint", "checkpoint_files", "files", "huggingface", "integrations", "model_info", "processor",
+        "explanation", "self_study", "testing", "user_cache", "",
     },
 }  # fmt: skip
 #: Entry points, which import the layers below them: the package itself, and `python -m peftkern`.
