@@ -49,3 +49,8 @@ def evaluate(statement: str, *sources: np.ndarray, results: int = 1) -> list[np.
     lines += [f"st.global.b64 [%p1+{256 * i}], %d{i};" for i in range(results)]
     run("\n".join(lines), inputs, outputs)
     return list(outputs)
+
+
+def as_type(bits: np.ndarray, dtype) -> np.ndarray:
+    """The low bytes of 64-bit results."""
+    return bits.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)
