@@ -70,6 +70,14 @@ def _fresh_plans():
     registry.forget()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with ``model`` and ``reviews.csv`` for the demo and the benchmarks."""
+    from .tools.tiny_demo import write_assets  # imports transformers, which most tests do without
+
+    return write_assets(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Whatever the package allocates uninitialised starts as NaN, so an element left unwritten is seen."""

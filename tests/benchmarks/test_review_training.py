@@ -9,17 +9,10 @@ import torch
 
 from benchmarks import readme_tables
 from peftkern.tools.demo import training
-from tests.tools.tiny_demo import write_assets
 
 from .test_scripts import STAMP, script
 
 __all__ = ["script"]  # a fixture
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with ``model`` and ``reviews.csv``."""
-    return write_assets(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

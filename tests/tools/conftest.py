@@ -8,14 +8,6 @@ import pytest
 from peftkern.tools.demo import session
 from peftkern.tools.demo.training import ARMS
 
-from .tiny_demo import write_assets
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with ``model`` and ``reviews.csv``."""
-    return write_assets(tmp_path_factory.mktemp("tiny"))
-
 
 @pytest.fixture
 def command(tiny, tmp_path):
