@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,7 @@ _MEMORY_HINTS = {
     "sys", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L1::evict_normal", "L2::evict_first",
     "L2::evict_last", "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint", "volatile", "noinc",
 }  # fmt: skip
+_ONE_STATEMENT = re.compile(r"[^;{}:]+;")
 _ROUNDED = ("add", "sub", "mul", "div", "fma", "rcp", "sqrt")  # to nearest unless they say otherwise
 _WITHOUT_RESULT = ("st", "red", "cp", "bar", "barrier", "fence", "membar", "nop", "prefetch", "stmatrix", "nanosleep")
 _RESULTLESS = (
@@ -86,6 +88,8 @@ class _Registers:
         return self._add(("constant", value & (2**64 - 1)), value & (2**64 - 1))
 
     def operand(self, text: str) -> int:
+        if (known := self.index.get(text)) is not None:
+            return known
         if text == "_":
             return -1
         if text in _ONE_DIMENSIONAL:
@@ -156,8 +160,11 @@ def _statements(body: str, first_line: int) -> Iterator[tuple[int, str, tuple[in
     scopes, blocks = [0], 0
     pending, started, depth = "", 0, 0
     for number, line in enumerate(body.split("\n"), first_line):
-        line = line.partition("//")[0]
-        if re.match(r"\s*\.(loc|file)\b", line):
+        line = line.partition("//")[0].strip()
+        if not line or (line[0] == "." and re.match(r"\.(loc|file)\b", line)):
+            continue
+        if not pending and _ONE_STATEMENT.fullmatch(line):  # as most are
+            yield number, line[:-1].rstrip(), tuple(scopes)
             continue
         for token in re.findall(r"[^;{}]+|[;{}]", line):
             if not pending.strip():
@@ -181,6 +188,54 @@ def _statements(body: str, first_line: int) -> Iterator[tuple[int, str, tuple[in
             depth += (token == "{") - (token == "}")
             pending += token if pending or token.strip() else ""
         pending += " " if pending else ""
+
+
+class _Instruction(NamedTuple):
+    """What a statement says, whatever the kernel. Operands are texts, the results first; offsets are of addresses."""
+
+    guard: str
+    negated: bool
+    opcode: str
+    name: str
+    operands: list[str]
+    results: int
+    offsets: list[int]
+
+
+@functools.lru_cache(maxsize=2**15)  # kernels that differ in one statement share all others
+def _instruction(statement: str) -> _Instruction:
+    guard, negated = "", False
+    if match := re.match(r"@(!?)\s*([%\w$]+)\s+", statement):
+        guard, negated = match[2], bool(match[1])
+        statement = statement[match.end() :]
+    opcode, rest = re.match(r"([\w.:]+)(.*)", statement, re.S).groups()
+    name = canonical(opcode)
+    if name == "bra":
+        return _Instruction(guard, negated, opcode, name, [rest.strip()], 0, [])
+    texts = _split(rest)
+    if name.startswith("mov.b") and len(texts) == 2:  # of several registers into one, or of one into several
+        if texts[1].startswith("{"):
+            name = name.replace("mov", "pack")
+        elif texts[0].startswith("{"):
+            name = name.replace("mov", "unpack")
+    offsets: list[int] = []
+
+    def expand(text: str) -> list[str]:
+        if text.startswith("{"):
+            return [x for part in _split(text[1:-1]) for x in expand(part)]
+        if text.startswith("["):
+            inner = _split(text[1:-1])
+            base, offset = re.fullmatch(r"([^+-]+)\+?(-?\w+)?", inner[0].replace(" ", "")).groups()
+            offsets.append(int(offset or "0", 0))
+            return [base, *(x for part in inner[1:] for x in expand(part))]
+        if "|" in text:
+            return [part.strip() for part in text.split("|")]
+        return [text]
+
+    count = _results(name)
+    destinations = [x for text in texts[:count] for x in expand(text)]
+    sources = [x for text in texts[count:] for x in expand(text)]
+    return _Instruction(guard, negated, opcode, name, destinations + sources, len(destinations), offsets[:2])
 
 
 def _body(ptx: str, start: int) -> tuple[int, int]:
@@ -227,32 +282,27 @@ def parse(ptx: str, opcode_number: Callable[[str], int]) -> Program:
             if not statement.startswith((".reg", ".pragma")):
                 raise NotImplementedError(f"PTX line {line}: {statement}")
             continue
-        guard, negated = -1, 0
-        if match := re.match(r"@(!?)\s*([%\w$]+)\s+", statement):
-            guard, negated = registers.named(match[2]), int(bool(match[1]))
-            statement = statement[match.end() :]
-        opcode, rest = re.match(r"([\w.:]+)(.*)", statement, re.S).groups()
-        name = canonical(opcode)
-        row = [0, guard, negated, len(operands), 0, len(operands), 0, 0, line, 0, 0]
+        said = _instruction(statement)
+        guard = registers.named(said.guard) if said.guard else -1
+        row = [0, guard, int(said.negated), len(operands), 0, len(operands), 0, 0, line, 0, 0]
         rows.append(row)
-        if name == "bra":
+        if said.name == "bra":
             row[0] = BRANCH
-            branches.append((len(rows) - 1, rest.strip(), scope))
+            branches.append((len(rows) - 1, said.operands[0], scope))
             continue
-        if name in ("ret", "exit"):
+        if said.name in ("ret", "exit"):
             row[0] = EXIT
             continue
         try:
-            name, destinations, sources, offsets = _operands(name, _split(rest), registers)
+            operands += map(registers.operand, said.operands)
         except NotImplementedError as error:
             raise NotImplementedError(f"PTX line {line}: {statement}: {error}") from None
-        row[0] = BARRIER if name in ("bar", "barrier") else opcode_number(name)
+        row[0] = BARRIER if said.name in ("bar", "barrier") else opcode_number(said.name)
         if row[0] == -1:
-            unknown.setdefault(opcode, line)
-        has_wgmma |= name.startswith("wgmma")
-        row[4], row[5], row[6] = len(destinations), len(operands) + len(destinations), len(sources)
-        row[9 : 9 + len(offsets)] = offsets
-        operands += destinations + sources
+            unknown.setdefault(said.opcode, line)
+        has_wgmma |= said.name.startswith("wgmma")
+        row[4], row[5], row[6] = said.results, row[3] + said.results, len(said.operands) - said.results
+        row[9 : 9 + len(said.offsets)] = said.offsets
     if unknown:
         raise NotImplementedError("; ".join(f"opcode {name} (PTX line {line})" for name, line in unknown.items()))
     for row, label, scope in branches:
@@ -263,33 +313,6 @@ def parse(ptx: str, opcode_number: Callable[[str], int]) -> Program:
         np.array(registers.initial, np.uint64), np.array([registers.index.get(s, -1) for s in SPECIAL], np.int32),
         has_wgmma,
     )  # fmt: skip
-
-
-def _operands(name: str, texts: list[str], registers: _Registers) -> tuple[str, list[int], list[int], list[int]]:
-    """(name, destinations, sources, offsets of the memory operands)."""
-    if name.startswith("mov.b") and len(texts) == 2:  # of several registers into one, or of one into several
-        if texts[1].startswith("{"):
-            name = name.replace("mov", "pack")
-        elif texts[0].startswith("{"):
-            name = name.replace("mov", "unpack")
-    offsets: list[int] = []
-
-    def expand(text: str) -> list[int]:
-        if text.startswith("{"):
-            return [x for part in _split(text[1:-1]) for x in expand(part)]
-        if text.startswith("["):
-            inner = _split(text[1:-1])
-            base, offset = re.fullmatch(r"([^+-]+)\+?(-?\w+)?", inner[0].replace(" ", "")).groups()
-            offsets.append(int(offset or "0", 0))
-            return [registers.operand(base), *(x for part in inner[1:] for x in expand(part))]
-        if "|" in text:
-            return [registers.operand(part.strip()) for part in text.split("|")]
-        return [registers.operand(text)]
-
-    count = _results(name)
-    destinations = [x for text in texts[:count] for x in expand(text)]
-    sources = [x for text in texts[count:] for x in expand(text)]
-    return name, destinations, sources, offsets[:2]
 
 
 @functools.lru_cache(maxsize=512)
