@@ -16,12 +16,13 @@ import peftkern
 from peftkern import functional
 from peftkern.backends.triton import launch
 from peftkern.testing.bounds import check_backend, ratios
-from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
+from peftkern.testing.cases import FEATURES, Shape, combination, tensors
 
+from .features import SETS, together
 from .guard import guard
 
 pytestmark = pytest.mark.interpreter
-SHAPE = Shape(B=2, Hq=4, Hkv=2, S=33, P=19, D=20)  # two blocks of rows, three of keys, two of the prefix, all ragged
+SHAPE = Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=20)  # two blocks of rows, three of keys, two of the prefix, all ragged
 
 
 def _check(shape: Shape, options: dict, dtype: torch.dtype, prefix_dtype: torch.dtype | None = None, **kwargs):
@@ -30,24 +31,25 @@ def _check(shape: Shape, options: dict, dtype: torch.dtype, prefix_dtype: torch.
     return results, watch
 
 
-def _feature(name: str, shape: Shape = SHAPE):
-    """``kv_cache`` with 15 cached keys."""
-    return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_in_fp32(name):
-    _check(*_feature(name, dataclasses.replace(SHAPE, Hq=2, Hkv=1)), torch.float32, dlse=True)
+    _check(*together(name, SHAPE), torch.float32, dlse=True)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", FEATURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-def test_every_feature_in_half_precision(name, dtype):
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        *((names, torch.bfloat16) for names in SETS),
+        *(pytest.param(x, torch.bfloat16, marks=pytest.mark.slow) for x in FEATURES if x not in SETS),
+        *(pytest.param(x, torch.float16, marks=pytest.mark.slow) for x in FEATURES),
+    ],
+    ids=str,
+)
+def test_every_feature_in_half_precision(names, dtype):
     """With the fp32 prefix that PEFT keeps beside half-precision activations."""
-    shape = dataclasses.replace(SHAPE, Hq=2, Hkv=1, S=17)
-    _check(*_feature(name, shape), dtype, torch.float32)
+    _check(*together(names, dataclasses.replace(SHAPE, S=17)), dtype, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["plain", "softcap", "gate"])
@@ -55,7 +57,7 @@ def test_every_feature_in_half_precision(name, dtype):
 def test_right_results_have_room(dtype, name):
     """Results are not only within the bound, but within two thirds of it."""
     kernel = functools.partial(functional.prefix_attention, backend="triton", return_lse=True)
-    shape, options = _feature(name)
+    shape, options = together(name, SHAPE)
     with guard():
         _, errors = ratios(kernel, tensors(shape, dtype, torch.float32), options)
     for one in errors.values():
@@ -90,7 +92,7 @@ def test_odd_shapes(shape):
 def test_wide_windows_and_long_rows(feature_name):
     """One call with blocks that are full, cut at one edge, cut at both, and skipped."""
     shape = Shape(B=1, Hq=2, Hkv=1, S=97, P=9, D=16)
-    shape, options = _feature(feature_name, shape)
+    shape, options = together(feature_name, shape)
     if feature_name == "window":
         options = {"window": 40}
     _check(shape, options, torch.float32)

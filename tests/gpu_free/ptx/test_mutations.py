@@ -25,7 +25,7 @@ from .mutate import Replay, line_of, planted, spans_of, superfluous, without
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
 # the first enters no loop over full blocks, and its only block of rows, as the second's last, has two rows: every
 # mask hides something; the second makes several trips through each pipelined loop
-SHAPES = [Shape(B=B, Hq=2, Hkv=1, S=S, P=P, D=64) for B, S, P in ((8, 2, 2), (2, 258, 66))]
+SHAPES = [Shape(B=B, Hq=2, Hkv=1, S=S, P=P, D=64) for B, S, P in ((8, 2, 2), (1, 258, 66))]
 KERNELS = ("fwd", "prepare", "dq", "dkv", "prefix", "sum_partials")
 
 

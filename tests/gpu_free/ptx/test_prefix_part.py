@@ -11,13 +11,14 @@ import torch
 from peftkern.arguments import AttentionArgs, allocate_gradients, allocate_outputs
 from peftkern.backends.triton import TritonPrefixKernels
 from peftkern.testing.bounds import check_backend
-from peftkern.testing.cases import Shape, feature, tensors
+from peftkern.testing.cases import Shape, tensors
 
+from ...cover import product
+from ..features import together
 from .launch import emulated
 from .traffic import moved
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton compiles nothing there")
-ARCHS = ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)]
 SHORT, LONG = Shape(B=2, Hq=4, Hkv=2, S=66, P=13, D=64), Shape(B=2, Hq=4, Hkv=2, S=66, P=150, D=64)
 
 
@@ -29,27 +30,42 @@ def _check(backend, arch, shape, options=None, prefix_dtype=None):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("backend", ["merge", "concat"])
 @pytest.mark.parametrize(
-    "shape",
-    [SHORT, pytest.param(LONG, marks=pytest.mark.slow), Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)],
+    ("shape", "backend", "arch"),
+    product(
+        [SHORT, LONG, Shape(S=17, P=1, D=64), Shape(S=33, P=7, D=40)], ["merge", "concat"], ["sm_80", "sm_90"],
+        strength=1, among=lambda shape, backend, arch: shape != LONG and arch == "sm_80",
+    ),
     ids=str,
-)
+)  # fmt: skip
 def test_beside_torchs_kernel(backend, arch, shape):
     watch = _check(backend, arch, shape, prefix_dtype=torch.float32)
     assert watch.of("prefix_merge" if backend == "merge" else "concat"), "no kernel of its own ran"
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["sinks", "bank", "ragged_bank", pytest.param("packed", marks=pytest.mark.slow)])
-def test_features_of_the_merge(name):
-    shape, options = feature(name, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=64))
+@pytest.mark.parametrize(
+    "names",
+    [
+        "sinks ragged_bank",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("sinks", "bank", "ragged_bank", "packed")),
+    ],
+)
+def test_features_of_the_merge(names):
+    shape, options = together(names, Shape(B=2, Hq=2, Hkv=1, S=33, P=19, D=64))
     _check("merge", "sm_80", shape, options)
 
 
 # as many rows for each program as make its own reading of the prefix less than a twentieth
 SHORT_ROWS, LONG_ROWS = (Shape(B=1, Hq=1, Hkv=1, S=16384, P=P, D=D) for P, D in ((128, 64), (64, 128)))
+
+
+def _rows_and_archs(fast):
+    return [
+        pytest.param(shape, arch, marks=() if (shape, arch) == (fast, "sm_80") else pytest.mark.slow)
+        for shape in (SHORT_ROWS, LONG_ROWS)
+        for arch in ("sm_80", "sm_90")
+    ]
 
 
 def _call(shape):
@@ -66,8 +82,7 @@ def _sizes(call) -> tuple[int, int, int]:
     return 2 * call.q.numel(), 4 * call.q.numel() // call.q.shape[-1], 2 * 2 * call.prefix_k.numel()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("shape", [SHORT_ROWS, LONG_ROWS], ids=str)
+@pytest.mark.parametrize(("shape", "arch"), _rows_and_archs(SHORT_ROWS), ids=str)
 def test_bytes_of_the_merge(shape, arch):
     """At most 5 % beyond q and out read, out written, lse read and written, the prefix read."""
     call = _call(shape)
@@ -81,8 +96,7 @@ def test_bytes_of_the_merge(shape, arch):
     assert least <= total <= 1.05 * least, f"{total / least:.3f} times the least"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("shape", [SHORT_ROWS, LONG_ROWS], ids=str)
+@pytest.mark.parametrize(("shape", "arch"), _rows_and_archs(LONG_ROWS), ids=str)
 def test_bytes_of_the_backward(shape, arch):
     """At most 5 % beyond q, out, dout and dq read, dq written, lse and the prefix read, its gradients written.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend's own host code on CPU tensors, each launch compiled for sm_80 and executed as PTX with all checks on.
 
-Compiling is what takes time (0.7 s a kernel), so by default most features are compiled once, in bf16, and the shapes
-share what is compiled for the plain case; ``-m slow`` runs all features in all dtypes, larger grids, and sm_90.
+Compiling is what takes time (0.7 s a kernel), so by default features are compiled together, in bf16, and the shapes
+share what is compiled for the plain case; ``-m slow`` runs each feature in all dtypes, larger grids, and sm_90.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 from peftkern import functional
 from peftkern.backends.triton import kernels
 from peftkern.testing.bounds import check_backend
-from peftkern.testing.cases import FEATURES, Shape, combination, feature, tensors
+from peftkern.testing.cases import FEATURES, Shape, combination, tensors
 
+from ..features import SETS, together
 from .launch import emulated
 from .traffic import minimum, moved, ratio
 
@@ -38,29 +39,22 @@ def check(shape, options, dtype, prefix_dtype=None, *, arch="sm_80", seed=0, **k
     return watch
 
 
-def _feature(name: str, shape: Shape = SHAPE):
-    """``kv_cache`` with 15 cached keys."""
-    return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
-
-
 SECOND = {  # like another one
-    "non_causal", "window_after_prefix", "bias_row", "prefix_bias", "bank", "packed_bank", "several_prefixes",
-    "packed_several", "packed_shared_window",
+    "packed_shared_window", "packed_several", "window_after_prefix several_prefixes", "bias_row packed_bank",
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SECOND else ()) for n in FEATURES])
-def test_every_feature_in_bf16(name):
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(pytest.param(x, marks=pytest.mark.slow if x in SECOND else ()) for x in SETS),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in FEATURES if x not in SETS),
+    ],
+)
+def test_every_feature_in_bf16(names):
     """With the fp32 prefix that PEFT keeps."""
-    check(*_feature(name), BF16, FP32, dlse=True)
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_a_bias_beside_a_softcap():
-    """One kernel has the slope of the softcap and the loops of the bias."""
-    shape, options = feature("bias", SHAPE)
-    check(shape, {**options, "softcap": 1.5}, BF16, FP32)
+    check(*together(names, SHAPE), BF16, FP32, dlse=True)
 
 
 @pytest.mark.slow
@@ -68,14 +62,14 @@ def test_a_bias_beside_a_softcap():
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 def test_every_feature_in_other_dtypes(name, dtype):
-    check(*_feature(name), dtype, dlse=True)
+    check(*together(name, SHAPE), dtype, dlse=True)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_on_sm_90(name):
-    shape, options = _feature(name, dataclasses.replace(SHAPE, D=64))
+    shape, options = together(name, dataclasses.replace(SHAPE, D=64))
     watch = check(shape, options, BF16, FP32, arch="sm_90", dlse=True)
     forward = watch.of("fwd")[0]
     assert "wgmma" in forward.ptx
