@@ -59,7 +59,16 @@ def _edit(name: str, right: str, wrong: str):
     return functools.partial(faults.plant, fault=name, right=right, wrong=wrong)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+#: Of each kind one: a wait, a barrier in either direction, a bound, a wrong number, the stages of a pipeline.
+FAST = {
+    "prefix-not-awaited", "prefix-replaced-early", "next-rows-loaded-early", "store-beyond-rows",
+    "half-of-the-keys-in-delta", "keys-of-the-other-stage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAULTS]
+)
 def test_a_planted_fault_is_caught(monkeypatch, name):
     right, wrong, expected = FAULTS[name]
     numbers = "numbers" in expected
