@@ -77,7 +77,7 @@ def test_a_second_build_ignores_the_cache_of_the_first(tmp_path):
         done = _setup(
             "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"),
             PEFTKERN_BUILD="cpu", PATH=f"{folder}:{os.environ['PATH']}",
-            CMAKE_ARGS=" ".join(["-DPEFTKERN_PORTABLE_ONLY=ON", *options]),
+            CMAKE_ARGS=" ".join(["-DPEFTKERN_PORTABLE_ONLY=ON", "-DCMAKE_BUILD_TYPE=Debug", *options]),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         shutil.rmtree(folder)
