@@ -107,10 +107,10 @@ def _check(recorded: Recorder) -> None:
     assert max(counts.values()) <= BUDGET, f"more than {BUDGET} variants: {counts}"
 
 
-@pytest.fixture
-def totals():
+@pytest.fixture(params=[80, pytest.param(400, marks=pytest.mark.slow)], ids=lambda steps: f"{steps} steps")
+def totals(request):
     random.seed(0)
-    return [random.randrange(2, 3000) for _ in range(400)]
+    return [random.randrange(2, 3000) for _ in range(request.param)]
 
 
 @pytest.mark.parametrize(("prefix_len", "dims"), [(20, (64, 64)), (128, (128, 128)), (20, (192, 128))], ids=str)
