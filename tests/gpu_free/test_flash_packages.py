@@ -29,6 +29,7 @@ from peftkern.testing.bounds import check_backend
 from peftkern.testing.cases import FEATURES, Shape, feature, tensors
 from peftkern.tools import doctor
 
+from ..cover import product
 from ..skips import needs_source, source
 from . import flash_stand_ins, stand_ins
 from .guard import guard
@@ -65,9 +66,9 @@ def _why_not(call: Call) -> dict[str, str]:
 
 @interpreter
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", [n if n in OF_A_ROW else pytest.param(n, marks=pytest.mark.slow) for n in FEATURES])
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize(
+    ("backend", "row", "name"), product(BOTH, ROWS, FEATURES, among=lambda backend, row, name: name in OF_A_ROW)
+)
 def test_every_feature_on_every_package(backend, row, name, monkeypatch):
     flash_stand_ins.install(monkeypatch, row)
     shape, options = _feature(name)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import peftkern
 from peftkern.arguments import AttentionArgs, constant
-from peftkern.backends import torch_attention
+from peftkern.backends import dense_mask, torch_attention
 from peftkern.backends.registry import plan_named
 from peftkern.backends.triton import attention, backend, launch, prefix_kernels
 from peftkern.testing.cases import Shape, feature, tensors
@@ -102,3 +103,40 @@ def test_torch_launches_beside_the_kernels(backend_name, row, name, monkeypatch)
     forward, backward = _count(f"{backend_name}/{row}/triton", shape, options)
     assert not forward
     assert len(backward) <= 1, backward
+
+
+@pytest.mark.parametrize("backend", ["merge", "concat"])
+@pytest.mark.parametrize("prompt", [0, 20], ids=["packed", "prompt"])
+def test_variable_length_kernels_launch_few_blocks_that_have_no_rows(backend, prompt, monkeypatch):
+    """17 sequences. Without ``max_seqlen`` each of them costs as many blocks as the whole stream has."""
+    stand_ins.install(monkeypatch, "flash")
+    lengths = [prompt, *[256] * 16] if prompt else [256] * 17
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    inputs = tensors(
+        Shape(B=1, Hq=1, Hkv=1, S=int(ends[-1]), P=prompt or 4, D=8, A=1 if prompt else None), torch.half
+    )
+    options = (
+        {"prefix_ids": torch.tensor([-1, *[0] * 16], dtype=torch.int32), "prefix_start": prompt} if prompt else {}
+    )
+    launched = []
+    for hint in ({}, {"max_seqlen": 256}):
+        stand_ins.blocks.update(launched=0, needed=0)
+        peftkern.prefix_attention(**inputs, cu_seqlens=ends, **options, **hint, backend=backend)
+        launched.append(stand_ins.blocks["launched"] / stand_ins.blocks["needed"])
+    assert launched[0] > 15
+    assert launched[1] <= 1.1
+
+
+@pytest.mark.parametrize("backend", ["merge", "concat"])
+def test_layers_that_pass_the_same_mask_share_its_dense_form(backend, monkeypatch):
+    """Two layers, forward and backward, one mask: if the caller marks it as constant."""
+    stand_ins.install(monkeypatch, "efficient")
+    built, build = [], dense_mask.additive_mask
+    monkeypatch.setattr(dense_mask, "additive_mask", lambda *args: built.append(1) or build(*args))
+    inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=3), torch.float32).items()}
+    for mark, count in ((constant, 1), (lambda x: x, 4)):
+        mask = mark(torch.ones(2, 5, dtype=torch.bool))
+        built.clear()
+        for _ in range(2):
+            peftkern.prefix_attention(**inputs, key_mask=mask, backend=backend).sum().backward()
+        assert len(built) == count

@@ -16,7 +16,7 @@ import torch
 
 import peftkern
 from peftkern import ops
-from peftkern.arguments import allocate_gradients, allocate_outputs, constant
+from peftkern.arguments import allocate_gradients, allocate_outputs
 from peftkern.backends import dense_mask, registry, torch_attention
 from peftkern.backends.triton import TritonPrefixKernels, launch
 from peftkern.testing.bounds import ROUNDINGS, check_backend, ratios
@@ -29,6 +29,7 @@ from .guard import guard
 pytestmark = pytest.mark.interpreter
 SHAPE = Shape(B=2, Hq=4, Hkv=2, S=33, P=19, D=20)  # two blocks of rows, of which the second is ragged
 BOTH = ["merge", "concat"]
+HALVES = [torch.bfloat16, torch.float16]
 
 #: Packed sequences with prefixes of their own, which torch's flash attention has, as it takes offsets of queries and
 #: keys.
@@ -44,6 +45,13 @@ UNMASKED = {
 }  # fmt: skip
 
 
+#: Features in which the rows' own code differs.
+OF_A_ROW = {
+    "plain", "narrow_values", "wide_values", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix",
+    "packed", "packed_bank", "packed_prompt", "packed_shared", "bank", "ragged_bank",
+}  # fmt: skip
+
+
 def _feature(name: str, shape: Shape = SHAPE):
     """``kv_cache`` with 15 cached keys."""
     return feature(name, shape) if name != "kv_cache" else (dataclasses.replace(shape, T=shape.S + 15), {})
@@ -56,16 +64,15 @@ def _check(backend: str, shape: Shape, options: dict, dtype: torch.dtype, prefix
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
+    ("backend", "dtype", "name"),
     [
-        ("merge", torch.bfloat16), ("concat", torch.float16),
-        pytest.param("merge", torch.float16, marks=pytest.mark.slow),
-        pytest.param("concat", torch.bfloat16, marks=pytest.mark.slow),
+        # the tests of the rows have those features of a row in all pairs
+        *product(BOTH, HALVES, [n for n in FEATURES if n in OF_A_ROW], strength=1),
+        *product(BOTH, HALVES, [n for n in FEATURES if n not in OF_A_ROW]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_feature_on_torchs_cpu_kernel(backend, dtype, name):
     """With the fp32 prefix that PEFT keeps beside half-precision activations. Two blocks of rows: on every row."""
     shape, options = _feature(name, dataclasses.replace(SHAPE, S=17))
@@ -74,13 +81,6 @@ def test_every_feature_on_torchs_cpu_kernel(backend, dtype, name):
             _check(backend, shape, options, dtype)
     else:
         _check(backend, shape, options, dtype, torch.float32)
-
-
-#: Features in which the rows' own code differs.
-OF_A_ROW = {
-    "plain", "narrow_values", "wide_values", "non_causal", "kv_cache", "key_mask", "window", "window_after_prefix",
-    "packed", "packed_bank", "packed_prompt", "packed_shared", "bank", "ragged_bank",
-}  # fmt: skip
 
 
 def _refused(backend: str, row: str) -> set[str]:
@@ -428,40 +428,3 @@ def test_a_kernel_that_refuses_at_run_time_hands_over_once_and_says_so(backend, 
     with pytest.raises(RuntimeError, match="No valid execution plans built"):
         _check(plan, dataclasses.replace(shape, S=11), {}, torch.float16)
     registry.forget()
-
-
-@pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("prompt", [0, 20], ids=["packed", "prompt"])
-def test_variable_length_kernels_launch_few_blocks_that_have_no_rows(backend, prompt, monkeypatch):
-    """17 sequences. Without ``max_seqlen`` each of them costs as many blocks as the whole stream has."""
-    stand_ins.install(monkeypatch, "flash")
-    lengths = [prompt, *[256] * 16] if prompt else [256] * 17
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    inputs = tensors(
-        Shape(B=1, Hq=1, Hkv=1, S=int(ends[-1]), P=prompt or 4, D=8, A=1 if prompt else None), torch.half
-    )
-    options = (
-        {"prefix_ids": torch.tensor([-1, *[0] * 16], dtype=torch.int32), "prefix_start": prompt} if prompt else {}
-    )
-    launched = []
-    for hint in ({}, {"max_seqlen": 256}):
-        stand_ins.blocks.update(launched=0, needed=0)
-        peftkern.prefix_attention(**inputs, cu_seqlens=ends, **options, **hint, backend=backend)
-        launched.append(stand_ins.blocks["launched"] / stand_ins.blocks["needed"])
-    assert launched[0] > 15
-    assert launched[1] <= 1.1
-
-
-@pytest.mark.parametrize("backend", BOTH)
-def test_layers_that_pass_the_same_mask_share_its_dense_form(backend, monkeypatch):
-    """Two layers, forward and backward, one mask: if the caller marks it as constant."""
-    stand_ins.install(monkeypatch, "efficient")
-    built, build = [], dense_mask.additive_mask
-    monkeypatch.setattr(dense_mask, "additive_mask", lambda *args: built.append(1) or build(*args))
-    inputs = {n: x.requires_grad_() for n, x in tensors(Shape(S=5, P=3), torch.float32).items()}
-    for mark, count in ((constant, 1), (lambda x: x, 4)):
-        mask = mark(torch.ones(2, 5, dtype=torch.bool))
-        built.clear()
-        for _ in range(2):
-            peftkern.prefix_attention(**inputs, key_mask=mask, backend=backend).sum().backward()
-        assert len(built) == count
