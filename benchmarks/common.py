@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> N
 
 
 def progress(tasks: list[tuple[str, Callable[[], list[Row]]]]) -> Iterator[Row]:
-    """Yield the rows of every (description, measurement), with a progress bar that shows the description."""
+    """Yield the rows of every (description, measurement), with a progress bar, or a line each outside a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(tasks))
         for description, measure in tasks:
             bar.update(task, description=description)
+            if not bar.console.is_terminal:
+                print(f"{bar.tasks[0].completed:.0f}/{len(tasks)} {description}", file=sys.stderr, flush=True)
             yield from measure()
             bar.advance(task)
 
