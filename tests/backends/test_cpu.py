@@ -14,17 +14,19 @@ from peftkern.arguments import AttentionGradients
 from peftkern.testing.bounds import check_backend, run
 from peftkern.testing.cases import EMPTY, FEATURES, ODD, Shape, combination, feature, tensors
 
+from ..isas import running_on
+
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 ISAS = native.cpu.available_isas()
 
 
 @pytest.fixture
-def isa(monkeypatch, request):
-    """Runs the backend's kernels on one instruction set."""
-    for name in ("prefix_attention", "prefix_attention_backward"):
-        monkeypatch.setattr(native.cpu, name, functools.partial(getattr(native.cpu, name), isa=request.param))
-    return request.param
+def isa(request):
+    """Runs the backend's kernels on one instruction set, and checks that they did."""
+    with running_on(request.param) as asked:
+        yield request.param
+    assert set(asked) == {native.abi.ISAS[request.param]}, "native calls ran on other instruction sets, or none did"
 
 
 # Several row blocks, tiles with a rest, a head dim that fills no vector, and more rows than one head has.
