@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import functional, reference
 from ..arguments import HINTS, AttentionGradients
 from .error_analysis import deviations
-from .rounding import DEFAULT_ROUNDINGS, Roundings
+from .rounding import DEFAULT_ROUNDINGS, Roundings, storage_variance
 
 #: q, k, v, prefix_k, prefix_v and options as keyword arguments -> (out, lse)
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -173,10 +173,11 @@ def assert_bound(name: str, got: Tensor, true: Tensor, deviation: Tensor) -> Non
     Raises:
         AssertionError: if an element or the root mean square exceeds its limit, or if the shapes differ.
     """
-    _assert_within(ratio(name, got, true, deviation))
+    assert_within(ratio(name, got, true, deviation))
 
 
-def _assert_within(result: Ratio) -> None:
+def assert_within(result: Ratio) -> None:
+    """Assert that an error is within its limits; the message names both."""
     assert result.worst <= 1, f"{result.message}, and exceeds it"
 
 
@@ -204,11 +205,23 @@ def ratios(
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(*q.shape[:3], tensors["v"].shape[3], generator=generator).to(q.dtype) if backward else None
     lse_grad = torch.randn(q.shape[:3], generator=generator) if backward and dlse else None
-    # rounding an fp32 prefix to q's dtype belongs to the operation, so it is no error
-    exact = {n: x.to(q.dtype).double() for n, x in tensors.items()}
     got = run(attention, tensors, options, dout, lse_grad)
-    true = run(exact_attention, exact, _double(options), dout, lse_grad)
-    allowed = deviations(tensors, options, dout, lse_grad, roundings)
+    return got, errors(got, tensors, options, dout, lse_grad, roundings)
+
+
+def errors(
+    got: Results, tensors: dict[str, Tensor], options: dict[str, Any], dout: Tensor | None, dlse: Tensor | None,
+    roundings: Roundings = DEFAULT_ROUNDINGS,
+) -> dict[str, Ratio]:  # fmt: skip
+    """The errors of results that :func:`run` returned for these arguments, relative to the bound.
+
+    Raises:
+        AssertionError: if a shape is wrong, or lse is -inf in other rows than the reference's.
+    """
+    # rounding an fp32 prefix to q's dtype belongs to the operation, so it is no error
+    exact = {n: x.to(tensors["q"].dtype).double() for n, x in tensors.items()}
+    true = run(exact_attention, exact, _double(options), dout, dlse)
+    allowed = deviations(tensors, options, dout, dlse, roundings)
     finite = torch.isfinite(true.lse)
     assert torch.equal(torch.isfinite(got.lse), finite), "lse: -inf in other rows than the reference"
     result = {
@@ -216,8 +229,11 @@ def ratios(
         "lse": ratio("lse", got.lse[finite], true.lse[finite], allowed["lse"][finite]),
     }
     for name, value in got.gradients.items():
-        result[f"d{name}"] = ratio(f"d{name}", value, true.gradients[name], allowed[f"d{name}"])
-    return got, result
+        exact_value, deviation = true.gradients[name], allowed[f"d{name}"]
+        if name not in tensors and value.dtype in (torch.bfloat16, torch.float16):  # of a bias that is not fp32
+            deviation = (deviation.square() + storage_variance(exact_value, value.dtype)).sqrt()
+        result[f"d{name}"] = ratio(f"d{name}", value, exact_value, deviation)
+    return result
 
 
 def check_backend(
@@ -262,7 +278,7 @@ def check_backend(
     roundings = roundings_of(backend)
     got, result = ratios(kernel, tensors, options, backward=backward, dlse=dlse, roundings=roundings)
     for one in result.values():
-        _assert_within(one)
+        assert_within(one)
     return got
 
 
