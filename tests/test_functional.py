@@ -66,7 +66,11 @@ BAD_ATTENTION = [
     ({"sinks": X(4, dtype=torch.int64)}, "sinks: expected torch.float32 or torch.float16"),
     ({"softcap": -1.0}, "softcap: expected None or a positive number, got -1.0"),
     ({"dropout_p": 1.0}, "dropout_p: expected a probability in [0, 1), got 1.0"),
-    ({"dropout_p": 0.5, "dropout_seed": X(1)}, "dropout_seed: expected an int or a 0-dim int64 tensor"),
+    ({"dropout_p": 0.5, "dropout_seed": X(())}, "dropout_seed: expected an int or a 0-dim int64 tensor, got torch.f"),
+    (
+        {"dropout_p": 0.5, "dropout_seed": X(1, dtype=torch.int64)},
+        "dropout_seed: expected an int or a 0-dim int64 tensor, got torch.int64 [1]",
+    ),
     ({"sinks": X(3)}, "sinks: expected shape [4], got [3]"),
     ({"gate": X(1)}, "gate: expected shape [4], got [1]"),
     ({"bias": X(7, 7)}, "bias: expected 4 dims broadcastable to [2, 4, 7, 7], got [7, 7]"),
@@ -173,6 +177,21 @@ def test_double_backward_is_refused(backend):
 
 
 @pytest.mark.parametrize("backend", backends.available_backends())
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_a_gradient_of_any_layout(backend, layout):
+    """Kernels read the last dim of dout as dense; what autograd passes need not be."""
+    inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
+    out = prefix_attention(**inputs, backend=backend)
+    memory = torch.randn(2, 4, 8, 7).transpose(2, 3) if layout == "transposed" else torch.randn(2, 4, 7, 1)
+    dout = memory.expand(out.shape)
+    assert dout.stride(-1) != 1
+    got = torch.autograd.grad(out, list(inputs.values()), dout, retain_graph=True)
+    want = torch.autograd.grad(out, list(inputs.values()), dout.clone(memory_format=torch.contiguous_format))
+    for name, x, y in zip(inputs, got, want, strict=True):
+        assert torch.equal(x, y), f"d{name} depends on the layout of dout"
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
 def test_only_an_lse_that_is_used_gets_a_gradient(backend):
     inputs = {n: x.requires_grad_() for n, x in tensors(Shape(), torch.float32).items()}
     _, lse = prefix_attention(**inputs, return_lse=True, backend=backend)
@@ -272,6 +291,16 @@ def test_soft_prompt_embedding(backend, dtype, bank, poisoned):
     assert out.is_contiguous()
     torch.testing.assert_close(got[0], want[0].to(dtype))
     torch.testing.assert_close(got[1], want[1].float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends.available_backends())
+def test_soft_prompt_embedding_with_a_gradient_of_any_layout(backend):
+    weight, prompt = torch.randn(11, 12, requires_grad=True), torch.randn(5, 12, requires_grad=True)
+    out = soft_prompt_embedding(torch.randint(0, 11, (4, 6)), weight, prompt, backend=backend)
+    dout = torch.randn(4, 12, 11).transpose(1, 2)
+    got = torch.autograd.grad(out, (weight, prompt), dout, retain_graph=True)
+    want = torch.autograd.grad(out, (weight, prompt), dout.contiguous())
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=["B0", "S0", "P0"])

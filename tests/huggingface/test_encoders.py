@@ -418,3 +418,21 @@ def test_a_soft_prompt_is_put_before_every_sample(name):
     want = peft_model(input_ids=IDS, attention_mask=MIXED).last_hidden_state
     got = peftkern.patch(peft_model)(input_ids=IDS, attention_mask=MIXED).last_hidden_state
     assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+def test_a_soft_prompt_has_token_type_0_and_the_tokens_keep_theirs():
+    model = encoder("albert").eval()
+    width = model.get_input_embeddings().weight.shape[1]
+    types = torch.arange(SEQ).expand_as(IDS) % 2
+    values = by_hand.prompt_values(width=width)
+    padded = torch.nn.functional.pad(types, (PREFIX, 0))
+    want = by_hand.token_rows(
+        first_output(by_hand.with_prompt(model, values, IDS, MIXED, token_type_ids=padded)), SEQ
+    )
+    peftkern.patch(model, by_hand.soft_prompt(width=width))
+    got = first_output(model(input_ids=IDS, attention_mask=MIXED, token_type_ids=types))
+    by_hand.assert_close(got, want, "outputs")
+    without = first_output(model(input_ids=IDS, attention_mask=MIXED))
+    assert not torch.allclose(without, want, atol=1e-3), "the types change nothing: the test shows nothing"
