@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 import re
 from unittest import mock
 
@@ -221,6 +222,35 @@ def test_a_student_that_excludes_what_its_teacher_expects_has_an_infinite_loss()
     outside = torch.full((331,), -torch.inf).index_fill(0, ids[0], 0)
     options = {"bias": outside, "objective": "kl_with_tail"}
     assert distillation_loss(hidden[:1], lm_head, ids[:1], log_probs[:1], **options) == torch.inf
+
+
+@pytest.mark.parametrize(("missing", "expected"), [(0.8, 0.0), (1.25, torch.inf)])
+def test_what_a_teacher_s_sum_lacks_by_rounding_is_no_probability_of_others(missing, expected):
+    """The student excludes all others. Rounding explains a lack of 2 eps (1 + log K)."""
+    hidden, lm_head, *_ = _inputs(2, dtype=torch.float32)
+    bias = torch.full((331,), -torch.inf).index_fill(0, torch.tensor([0, 1]), 0)
+    lack = missing * 2 * torch.finfo(torch.bfloat16).eps * (1 + math.log(2))
+    log_probs = torch.tensor([[(1 - lack) / 2] * 2] * 2, dtype=torch.float64).log().bfloat16()
+    assert abs((1 - log_probs.double().exp().sum(1)) / lack - 1).max() < 0.15, "bf16 moves the case too far"
+    ids = torch.tensor([[0, 1]] * 2)
+    losses = distillation_loss(
+        hidden, lm_head, ids, log_probs, objective="kl_with_tail", reduction="none", bias=bias
+    )  # fmt: skip
+    assert torch.equal(losses.isinf(), torch.full((2,), expected == torch.inf)), losses
+
+
+@pytest.mark.parametrize(("rows", "width"), [(10**6, 64), (10**6, 4096), (3, 64), (5000, 512)])
+def test_blocks_keep_their_share_of_memory(rows, width, monkeypatch):
+    """1/32 of the logits' bytes, from 4 to 256 MiB: half for rows, a third for columns, an eighth for embeddings."""
+    monkeypatch.setattr(output_layer, "_MIN_BYTES", 4 << 20)  # which other tests lower
+    weight = torch.empty(32000, width, device="meta")
+    elements = min(max(rows * 32000 * 4 // 32, 4 << 20), 256 << 20) // 4
+    sizes = output_layer.BlockSizes.of(rows, weight, 4, per_row=7)
+    assert sizes.gathered == elements // 8 // (width + 1)
+    assert sizes.rows <= max(16, elements / 2 / (3 * width + 8))
+    assert sizes.columns <= max(64, elements / 3 / (sizes.rows + width + 1))
+    fewest = math.ceil(rows / max(16, elements // 2 // (3 * width + 8)))
+    assert math.ceil(rows / sizes.rows) == fewest, "more blocks than memory asks for"
 
 
 def test_buffers_that_start_with_nan_change_nothing():

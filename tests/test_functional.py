@@ -340,6 +340,13 @@ def test_a_hint_that_contradicts_the_tensors_raises(hints, message):
         prefix_attention(q, q, q, prefix, prefix, **options)
 
 
+def test_the_prefix_of_an_empty_sequence_contradicts_no_hint():
+    q, prefix = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 3, 8)
+    options = {"cu_seqlens": torch.tensor([0, 0, 2, 6]), "prefix_ids": torch.tensor([0, -1, 0])}
+    got = prefix_attention(q, q, q, prefix, prefix, **options, prefix_start=2)
+    assert torch.equal(got, prefix_attention(q, q, q, prefix, prefix, **options))
+
+
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 def test_forward_mode_is_refused(backend):
     """Its tangents would be lost silently."""

@@ -34,6 +34,14 @@ def assert_same(actual, expected):
     assert (actual.lengths, actual.positions) == (expected.lengths, expected.positions)
 
 
+def test_gaps_are_positions_without_a_token():
+    """Layers without tokens have none, nor has a prefix without gates, whose tokens are the last of its positions."""
+    assert not PrefixKV(None, [4, 0, 4], **GEOMETRY, learn_length=True).has_gaps
+    assert PrefixKV(None, [4, 3, 4], **GEOMETRY, learn_length=True).has_gaps
+    assert PrefixKV(None, 4, **GEOMETRY, learn_length=True, positions=5).has_gaps
+    assert not PrefixKV(None, 4, **GEOMETRY, positions=5).has_gaps
+
+
 def test_gates_start_open_and_are_the_sigmoid_of_their_logits():
     prefix = PrefixKV(None, [4, 0, 2], **GEOMETRY, learn_length=True)
     assert [len(g) for g in prefix.gates()] == [4, 0, 2]

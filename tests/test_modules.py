@@ -160,6 +160,11 @@ def test_zero_starts_without_effect_and_can_learn():
     assert projected.transform[2].weight.grad.any(), "the gradient of the projection vanishes"
 
 
+def test_the_smallest_projection():
+    prefix = PrefixKV(None, 5, **GEOMETRY, projection=1)
+    assert [tuple(x.shape) for pair in prefix.layer_kv() for x in pair] == [(2, 5, 4)] * 6
+
+
 def test_random_is_as_wide_as_asked():
     prefix = PrefixKV(None, 500, **GEOMETRY, std=0.1, num_frozen_tokens=100)
     for weight in (*prefix.trainable, *prefix.frozen):

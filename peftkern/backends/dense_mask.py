@@ -72,7 +72,10 @@ def _prefix_visibility(args: AttentionArgs, starts: Tensor | None) -> Tensor:
     if ids is not None and args.prefix_lens is not None:
         length = args.prefix_lens[ids.clamp(min=0)]
     tokens = torch.arange(prefix_len, device=device)
-    visible = (tokens < length).expand(1, 1, prefix_len) if isinstance(length, int) else tokens < length
+    if isinstance(length, int):
+        visible = torch.ones(1, 1, prefix_len, dtype=torch.bool, device=device)
+    else:
+        visible = tokens < length
     if ids is not None:
         visible = visible & (ids >= 0)
     if args.window is not None and args.prefix_in_window:

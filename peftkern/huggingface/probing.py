@@ -88,5 +88,5 @@ def some_tokens(backbone: PreTrainedModel, count: int) -> Tensor:
     names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
     special = {getattr(config, name, None) for name in names}
     vocabulary = min(weight.shape[0], getattr(config, "vocab_size", None) or weight.shape[0])
-    ids = [i for i in range(min(vocabulary, count + 64)) if i not in special] or [0]
+    ids = [i for i in range(min(vocabulary, count + len(special))) if i not in special] or [0]
     return torch.tensor(ids, device=weight.device).repeat(-(-count // len(ids)))[:count]

@@ -214,14 +214,15 @@ def test_what_was_measured_takes_the_place_of_the_model():
     assert backends.resolve(call) == "reference"
 
 
-@pytest.mark.parametrize("fault", ["damaged", "foreign", "format", "factors", "empty", "list"])
+@pytest.mark.parametrize("fault", ["damaged", "foreign", "format", "negative", "zero", "empty", "list"])
 def test_a_profile_that_does_not_fit_is_ignored_aloud(fault):
     call, content, file = _measured()
     modelled = registry.estimates(call)
     text = {
         "damaged": json.dumps(content)[:-9], "foreign": json.dumps(content | {"machine": "another"}),
         "format": json.dumps(content | {"format": 0}), "empty": "{}", "list": "[]",
-        "factors": json.dumps(content | {"scales": {"x": [-1, 2]}}),
+        "negative": json.dumps(content | {"scales": {"x": [-1, 2]}}),
+        "zero": json.dumps(content | {"scales": {"x": [0, 0]}}),
     }[fault]  # fmt: skip
     file.write_text(text)
     registry.forget()
