@@ -13,6 +13,8 @@ import torch
 
 from peftkern import native
 
+from .. import skips
+from ..csrc.program import build, mutated
 from . import campaign, cases, guards
 
 pytestmark = pytest.mark.skipif(bool(native.cpu.MISSING), reason="needs the CPU library")
@@ -34,6 +36,34 @@ def test_a_few_cases(tmp_path):
     count, _, failures = campaign.run(0, 0.05, lines.append, tmp_path / "failing")
     assert not failures, "\n".join(map(str, failures))
     assert f"{count} cases of seed 0" in lines[-1]
+
+
+_WITH_LIBRARY = """
+import pathlib
+from peftkern.native import abi, cpu
+cpu._PATH = pathlib.Path({library!r})
+cpu._library, cpu.MISSING = cpu._load()
+assert not cpu.MISSING, cpu.MISSING
+cpu._functions = {{name: getattr(cpu._library, f"peftkern_{{name}}") for name in abi.CPU_FUNCTIONS}}
+from tests.fuzz import worker
+worker.main()
+"""
+
+
+@pytest.mark.slow
+@skips.needs("g++", "cmake", "ninja")
+def test_a_planted_read_past_the_end_is_found(tmp_path):
+    """By one byte, behind the last row of a tensor."""
+    source = mutated(tmp_path / "source", "prompt-read-past-its-end")
+    build(tmp_path / "build", "-DPEFTKERN_PORTABLE_ONLY=ON", source=source)
+    code = _WITH_LIBRARY.format(library=str(tmp_path / "build" / "libpeftkern_cpu.so"))
+    worker, failures = campaign.Worker((sys.executable, "-c", code)), []
+    names = [name for name in (f"0:{i}" for i in range(200)) if cases.draw(name, ("portable",)).is_embedding]
+    try:
+        failures = [failure for failure in map(worker.failure, names) if failure]
+    finally:
+        worker.close()
+    assert any("SIGSEGV" in str(failure) for failure in failures), list(map(str, failures))
 
 
 _TOUCH = """
