@@ -129,6 +129,17 @@ def test_a_training_step_copies_no_logits(kind, wrap, return_dict):
     assert difference(logits[:, -mask.shape[1] :][real], want[:, -mask.shape[1] :][real]) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_only_a_training_step_with_labels_defers_its_logits(kind):
+    """Others read the logits: evaluation does, with labels too, and so does a loss of one's own."""
+    model, batch = kinds.patched_model(kind, LLAMA), batch_of(MASKS["right"])
+    assert type(model.train()(**batch).logits) is DeferredTensor
+    assert type(model(input_ids=IDS, attention_mask=MASKS["right"]).logits) is torch.Tensor
+    with torch.no_grad():
+        assert type(model(**batch).logits) is torch.Tensor
+        assert type(model.eval()(**batch).logits) is torch.Tensor
+
+
 @pytest.mark.parametrize("kind", kinds.PEFT_KINDS)
 def test_a_loss_of_the_logits_has_their_gradient(kind):
     mask = MASKS["right"]

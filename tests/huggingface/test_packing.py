@@ -328,3 +328,34 @@ def test_per_layer_lengths_in_a_stream():
     peftkern.patch(model, prefix, freeze=True, packing=False)
     steps.append(models.training_step(model, LLAMA.task, RIGHT, labels=labels))
     assert models.difference(steps[0].loss, steps[1].loss) <= TOLERANCE
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_bank_are_added_in_place():
+    """Autograd alone would fill a tensor of the size of all rows with zeros for those of the prompts."""
+    batch = PackedBatch.__new__(PackedBatch)
+    batch.num_prompts, batch.prompt_len, batch.prompt_rows = 2, 3, 6
+    x = torch.randn(1, 2, 10, 4, requires_grad=True)
+    rows, bank = batch.with_bank(x)
+    gradients = torch.randn(1, 2, 10, 4), torch.randn(2, 2, 3, 4)
+    want = gradients[0].clone()
+    want[0, :, :6] += gradients[1].transpose(0, 1).flatten(1, 2)
+    with Operations() as operations:
+        (got,) = torch.autograd.grad((rows, bank), x, gradients)
+    assert torch.equal(got, want)
+    assert not operations.names & {"zeros", "new_zeros", "zeros_like", "slice_backward", "select_backward"}
+    plain = x.detach()
+    rows, bank = batch.with_bank(plain)
+    assert rows is plain
+    assert torch.equal(bank, plain[0, :, :6].view(2, 2, 3, 4).transpose(0, 1))

@@ -81,6 +81,8 @@ class Campaign:
         self.folder, self.say, self.budget = folder, say, budget
         self.work = Path(tempfile.mkdtemp(prefix="peftkern-mutation-"))
         self.copy = copy_checkout(self.work / "copy")
+        (folder / "build").mkdir(parents=True, exist_ok=True)
+        (self.copy / "build").symlink_to((folder / "build").absolute())  # what tests build is built once
         self.state = state_of(self.copy)
         self.lines = LineMap(folder, self.copy)
         self.results_file = folder / "results.jsonl"
@@ -144,8 +146,7 @@ class Campaign:
         with planted(self.copy / mutant.path, mutant.applied(source)):
             for part in (first, rest):
                 if part and status == "survived":
-                    expected = sum(self.lines.seconds[name] for name in part)
-                    outcome = run_tests(self.copy, part, timeout=60 + 5 * expected)
+                    outcome = run_tests(self.copy, part, timeout=60 + 5 * self.lines.expected(part))
                     seconds += outcome.seconds
                     if outcome.is_caught:
                         status, how, test = "caught", outcome.status, outcome.test
@@ -156,8 +157,8 @@ class Campaign:
     def unreliable(self, results: list[Result]) -> set[str]:
         """Tests that caught a mutant but fail without one too."""
         tests = sorted({x.test for x in results if x.status == "caught" and "::" in x.test})
-        expected = sum(self.lines.seconds.get(name, 1.0) for name in tests)
-        outcome = run_tests(self.copy, tests, 300 + 5 * expected, options=["--maxfail=1000"]) if tests else None
+        timeout = 300 + 5 * self.lines.expected(tests)
+        outcome = run_tests(self.copy, tests, timeout, options=["--maxfail=1000"]) if tests else None
         passed = {name for name, result, _ in outcome.results if result == "passed"} if outcome else set()
         return set(tests) - passed
 

@@ -9,9 +9,12 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +22,13 @@ from pathlib import Path
 import pytest
 
 from .mutants import Mutant, files
-from .processes import ROOT, Outcome, run_tests
+from .processes import MARKERS, ROOT, Outcome, preload, run_tests
 
 #: Folders whose test files are recorded, not their subfolders.
-FOLDERS = ("tests", "tests/backends", "tests/native", "tests/testing", "tests/huggingface", "tests/gpu_free")
+FOLDERS = (
+    "tests", "tests/backends", "tests/native", "tests/testing", "tests/huggingface", "tests/gpu_free",
+    "tests/self_study",
+)  # fmt: skip
 #: Test files that build, compile or install, or that test the tests.
 NOT_RECORDED = (
     "tests/test_build.py", "tests/test_cover.py", "tests/test_readme.py", "tests/test_skips.py",
@@ -32,11 +38,21 @@ NOT_RECORDED = (
     "tests/huggingface/test_soak.py",
 )  # fmt: skip
 TIMEOUT = 1800
+#: Behind the name of a test file: its tests in Triton's interpreter, which has a process of its own.
+INTERPRETER = "#interpreter"
+#: Seconds until that process runs its first test.
+STARTUP = 10.0
 
 
 def recorded_files(root: Path) -> list[str]:
     found = (path.relative_to(root).as_posix() for folder in FOLDERS for path in (root / folder).glob("test_*.py"))
     return sorted(set(found) - set(NOT_RECORDED))
+
+
+def recordings(root: Path) -> list[str]:
+    """What is recorded: test files, and again with :data:`INTERPRETER` behind it those that have such tests."""
+    names = recorded_files(root)
+    return names + [x + INTERPRETER for x in names if "mark.interpreter" in (root / x).read_text()]
 
 
 class Tracer:
@@ -98,31 +114,43 @@ class LineMap:
         self.seconds: dict[str, float] = {}
         self.modules: set[str] = set()
         self.sizes: dict[str, int] = {}
+        self.interpreted: set[str] = set()
+        #: test file -> seconds before its first test
+        self.startup: dict[str, float] = {}
 
-    def _file(self, test_file: str) -> Path:
-        return self.folder / (test_file.replace("/", "-") + ".json.gz")
+    def _file(self, name: str) -> Path:
+        return self.folder / (re.sub("[/#]", "-", name) + ".json.gz")
 
     def missing(self) -> list[str]:
-        """Test files that have no recording, or another one's."""
-        return [x for x in recorded_files(self.root) if self._read(x) is None]
+        """What has no recording, or one of another version of the test file."""
+        return [x for x in recordings(self.root) if self._read(x) is None]
 
-    def _read(self, test_file: str) -> dict | None:
-        file = self._file(test_file)
+    def _read(self, name: str) -> dict | None:
+        file = self._file(name)
         if not file.exists():
             return None
         data = json.loads(gzip.decompress(file.read_bytes()))
-        return data if data["digest"] == _digest((self.root / test_file).read_bytes()) else None
+        return data if data["digest"] == self._digest_of(name) else None
 
-    def record(self, copy: Path, test_file: str) -> Outcome:
+    def _digest_of(self, name: str) -> str:
+        return _digest((self.root / name.removesuffix(INTERPRETER)).read_bytes())
+
+    def record(self, copy: Path, name: str) -> Outcome:
         """Runs a test file under the tracer."""
+        interpreted = name.endswith(INTERPRETER)
+        if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+            return self._record_in_interpreter(copy, name)
         paths = files(copy)
         digests = {}
         for path in paths:
             source = (copy / path).read_bytes()
             digests[path] = _digest(source)
             (self.folder / "sources" / digests[path]).write_bytes(source)
-        digest = _digest((copy / test_file).read_bytes())
-        outcome = run_tests(copy, [test_file], TIMEOUT, [Tracer(copy, paths)], ["--maxfail=1000"])
+        digest = self._digest_of(name)
+        markers = f"({MARKERS}) and {'' if interpreted else 'not '}interpreter"
+        options = ["--maxfail=1000", "-m", markers]
+        test_file = name.removesuffix(INTERPRETER)
+        outcome = run_tests(copy, [test_file], TIMEOUT, [Tracer(copy, paths)], options)
         if outcome.status == "crashed":
             return outcome
         file = copy.parent / "scratch" / "lines"
@@ -141,18 +169,34 @@ class LineMap:
         tests = {name: [*ended[name], [place(*x) for x in lines.items()]] for name, lines in found["tests"].items()
                  if name in ended}  # fmt: skip
         data = {"digest": digest, "sources": digests, "modules": found["modules"], "sets": sets, "tests": tests}
-        self._file(test_file).write_bytes(gzip.compress(json.dumps(data).encode()))
+        self._file(name).write_bytes(gzip.compress(json.dumps(data).encode()))
         return outcome
+
+    def _record_in_interpreter(self, copy: Path, name: str) -> Outcome:
+        """Triton reads the variable at import, so another process records."""
+        began = time.monotonic()
+        command = [sys.executable, "-m", "tests.mutation.lines", str(self.folder), str(copy), name]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        data = self._read(name)
+        results = [(test, result, seconds) for test, (result, seconds, _) in (data or {"tests": {}})["tests"].items()]
+        status = "crashed" if data is None else "passed"
+        return Outcome(status, "", time.monotonic() - began, results, done.stdout + done.stderr)
 
     def load(self) -> None:
         """Reads all recordings. Tests that were skipped or failed are left out."""
-        for test_file in recorded_files(self.root):
-            data = self._read(test_file)
+        for recording in recordings(self.root):
+            data = self._read(recording)
             if data is None:
                 continue
             self.modules.update(data["modules"])
             sets = [(path, self._translated(path, data["sources"].get(path), lines)) for path, lines in data["sets"]]
             for name, (result, seconds, indices) in data["tests"].items():
+                file = name.partition("::")[0]
+                if recording.endswith(INTERPRETER):
+                    self.interpreted.add(name)
+                else:  # what a file builds for all of its tests, the first one pays
+                    self.startup.setdefault(file, max(0.0, seconds - 2.0))
                 if result != "passed":
                     continue
                 self.seconds[name] = seconds
@@ -188,13 +232,29 @@ class LineMap:
         """
         tiers = [self._ranked(mutant, tier) for tier in self._tiers(mutant)]
         ordered = list(dict.fromkeys(name for tier in tiers for name in tier))
-        chosen, total = [], 0.0
+        chosen: list[str] = []
+        started: set[tuple[str, bool]] = set()
+        total = 0.0
         for name in ordered:
-            total += self.seconds[name]
-            if chosen and total > budget:
-                break
-            chosen.append(name)
+            seconds = self.seconds[name] + (0.0 if self._process(name) in started else self._startup(name))
+            if not chosen or total + seconds <= budget:
+                chosen.append(name)
+                started.add(self._process(name))
+                total += seconds
         return chosen, len(ordered)
+
+    def expected(self, tests: list[str]) -> float:
+        """About how many seconds tests take."""
+        firsts = {self._process(name): name for name in tests}
+        return sum(map(self._startup, firsts.values())) + sum(self.seconds.get(name, 1.0) for name in tests)
+
+    def _process(self, name: str) -> tuple[str, bool]:
+        """What tests share that start together: their file, and whether they run in the interpreter."""
+        return name.partition("::")[0], name in self.interpreted
+
+    def _startup(self, name: str) -> float:
+        """Seconds before the first test of a file."""
+        return STARTUP if name in self.interpreted else self.startup.get(name.partition("::")[0], 0.0)
 
     def _tiers(self, mutant: Mutant) -> Iterator[set[str]]:
         lines = self.tests_of[mutant.path]
@@ -228,7 +288,7 @@ class LineMap:
         for file, names in by_file.items():
             bonus = 0.2 if stem in file else 1.0
             for i, name in enumerate(names):
-                turns[name] = bonus * (self.seconds[name] + 0.01 * i + 0.05)
+                turns[name] = bonus * (self.seconds[name] + 0.01 * i + 0.05) + self._startup(name)
         return sorted(turns, key=lambda x: (turns[x], x))
 
 
@@ -252,3 +312,11 @@ def _bound(node: ast.stmt) -> list[str]:
         node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     )
     return [x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
+
+
+if __name__ == "__main__":
+    preload()
+    _folder, _copy = map(Path, sys.argv[1:3])
+    LineMap(_folder, _copy).record(_copy, sys.argv[3])
+    sys.stdout.flush()
+    os._exit(0)

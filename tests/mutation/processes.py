@@ -26,8 +26,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 #: What git ignores and the tests need.
 BUILT = ("peftkern/libpeftkern_cpu.so", "peftkern/libpeftkern_cuda.so", "peftkern/_build_info.json")
-#: Markers of tests that are left out: they need minutes, files from elsewhere, or a process of their own.
-MARKERS = "not slow and not real_weights and not interpreter"
+#: The fast tests.
+MARKERS = "not slow and not real_weights"
 #: A mutant may allocate without end. Addresses, most of which torch never uses.
 MAX_MEMORY = 16 * 2**30
 _LIBRARIES = ("transformers", "peft", "hypothesis", "safetensors.torch", "numpy")
