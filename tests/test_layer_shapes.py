@@ -9,6 +9,7 @@ import transformers
 
 from peftkern import PrefixKV, load_prefix, save_prefix
 from peftkern.layer_shapes import LayerShape, shapes_of
+from peftkern.prefix_layout import Group
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 60, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -67,6 +68,25 @@ def test_checkpoints_keep_every_layer(name, bank, tmp_path):
     for a, b in zip(prefix.layer_kv(), again.layer_kv(), strict=True):
         assert (a is None) == (b is None)
         assert a is None or all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_block_has_what_its_views_read(num_layers):
+    shapes = tuple(LayerShape(heads, dim, dim) for heads, dim in ((2, 4), (1, 8), (3, 2))[:num_layers])
+    group = Group(range(num_layers), 5, shapes)
+    kv = [tuple(torch.randn(heads, 6, dim) for _ in range(2)) for heads, dim, _ in shapes]
+    block = group.block(kv)
+    assert block.shape == (5, group.width)
+    for pair, want in zip(group.views(block), kv, strict=True):
+        assert all(torch.equal(x, y[:, :5]) for x, y in zip(pair, want, strict=True))
+
+
+def test_an_encoder_tells_the_shapes_that_its_config_does_not():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    config = transformers.MobileBertConfig(
+        **sizes, intermediate_size=64, embedding_size=64, intra_bottleneck_size=32, true_hidden_size=32
+    )
+    assert shapes_of(transformers.MobileBertModel(config)) == (LayerShape(4, 8, 8),) * 2
 
 
 def test_gradients_reach_what_a_narrower_layer_reads():

@@ -193,6 +193,9 @@ def test_only_tokens_run_through_the_model(config):
         labels = IDS if MASKS[name] is None else IDS.masked_fill(MASKS[name] == 0, -100)
         models.training_step(model, LLAMA.task, MASKS[name], labels=labels)
         assert rows == [count], name
+    rows.clear()
+    logits = model.train()(input_ids=IDS, attention_mask=LEFT, logits_to_keep=2).logits
+    assert (rows, logits.shape[1]) == ([int(LEFT.sum())], 2), "of which the last logits are wanted"
     peftkern.unpatch(model)
     peftkern.patch(model, packing=False)
     rows.clear()

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import peftkern
+from peftkern.huggingface.call_arguments import count_prefix
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, PREFIX
 
@@ -60,3 +63,12 @@ def test_explicit_positions_beyond_the_table_are_refused(name):
     assert torch.isfinite(model(input_ids=ids, position_ids=last).logits).all()
     with pytest.raises(ValueError, match=rf"at most {length} positions.*got {length + 1}"):
         model(input_ids=ids, position_ids=last + 1)
+
+
+def test_positions_from_the_first_token_on_are_counted_behind_the_prefix():
+    """Of a call of two tokens that follow two others, of which the first row has one of padding."""
+    cache = SimpleNamespace(prefix_positions=5, is_static=False, num_tokens=2, from_first=True)
+    kwargs = {"input_ids": torch.tensor([[7, 8], [7, 8]]), "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4])}
+    count_prefix(cache, kwargs)
+    assert kwargs["position_ids"].tolist() == [[6, 7], [7, 8]]
+    assert kwargs["attention_mask"].tolist() == [[1] * 5 + [0, 1, 1, 1], [1] * 9]
