@@ -436,3 +436,13 @@ def test_a_soft_prompt_has_token_type_0_and_the_tokens_keep_theirs():
     by_hand.assert_close(got, want, "outputs")
     without = first_output(model(input_ids=IDS, attention_mask=MIXED))
     assert not torch.allclose(without, want, atol=1e-3), "the types change nothing: the test shows nothing"
+
+
+@pytest.mark.filterwarnings("ignore:peftkern:UserWarning")
+def test_a_soft_prompt_has_no_labels_and_the_tokens_keep_theirs():
+    model = encoder("albert").eval()
+    width = model.get_input_embeddings().weight.shape[1]
+    labels = IDS.masked_fill(MIXED == 0, -100)
+    want = by_hand.with_prompt(model, by_hand.prompt_values(width=width), IDS, MIXED, labels).loss
+    peftkern.patch(model, by_hand.soft_prompt(width=width))
+    by_hand.assert_close(model(input_ids=IDS, attention_mask=MIXED, labels=labels).loss, want, "losses")

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import peftkern
+from peftkern.huggingface.prefix_patch import PrefixPatch
 from tests.huggingface import models
 from tests.huggingface.models import FAMILIES, FP32_TOLERANCE, FP64_TOLERANCE, MASKS, PROJECTION, TASKS
 
@@ -29,6 +32,7 @@ def backend(request):
 def assert_parity(family, backend_dtype=torch.float32, tolerance=FP32_TOLERANCE, masks=MASKS, **config):
     stock = models.peft_model(family, patched=False, dtype=backend_dtype, **config)
     patched = models.peft_model(family, patched=True, dtype=backend_dtype, **config)
+    assert isinstance(models.patch_of(patched), PrefixPatch), "PEFT's own code runs, which equals itself"
     for name, mask in masks.items():
         want = models.training_step(stock, family.task, mask)
         got = models.training_step(patched, family.task, mask)
@@ -40,6 +44,13 @@ def assert_parity(family, backend_dtype=torch.float32, tolerance=FP32_TOLERANCE,
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_and_gradients_are_those_of_peft(name, backend):
     assert_parity(FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", ["llama (GQA)", "bert"])
+def test_three_layers(name):
+    """Of two, some sums are products too."""
+    family = FAMILIES[name]
+    assert_parity(dataclasses.replace(family, arguments={**family.arguments, "num_hidden_layers": 3}))
 
 
 @pytest.mark.parametrize("name", TASKS)
