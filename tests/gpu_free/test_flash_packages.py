@@ -302,3 +302,10 @@ def test_a_softcap_is_not_lost_on_a_long_prefix(features, runs, monkeypatch):
     monkeypatch.setattr(torch_attention, "KERNELS", [stand_ins.ROWS["flash"]])
     found = with_long_prefixes(_call("cpu", features=features), {"triton": TritonPrefixKernels()})
     assert ("flash+triton" in found) == runs
+
+
+@pytest.mark.parametrize("kernel", flash_packages.KERNELS, ids=lambda kernel: kernel.name)
+def test_head_dims_are_padded_to_what_a_package_takes(kernel):
+    step = 64 if kernel.name == "flashinfer" else 8
+    for dim in (1, 20, 64, 65, 128):
+        assert kernel.head_dims(dim, dim) == (-(-dim // step) * step,) * 2
