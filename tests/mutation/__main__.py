@@ -16,7 +16,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws another sample (default 0)")
     parser.add_argument("--count", type=int, default=100, help="size of the sample (default 100)")
     parser.add_argument("--under", default="", help="mutate only files whose path starts with this")
-    parser.add_argument("--budget", type=float, default=60, help="seconds of tests that a mutant must survive")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=60,
+        help="seconds of tests that a mutant must survive, as recorded",
+    )
     parser.add_argument(
         "--keep-caught", action="store_true",
         help="after a change, run only mutants that survived before or are new; the others count as caught",

@@ -279,16 +279,18 @@ class LineMap:
         return found
 
     def _ranked(self, mutant: Mutant, tests: set[str]) -> list[str]:
-        """Tests of the file that is named after the module first, then in turns of the files, fast ones first."""
+        """Fast tests first, and those of a file that is named after the module.
+
+        The variants of a parametrised test take turns with other tests, which are likelier to see something else.
+        """
         stem = mutant.path.rpartition("/")[2].removesuffix(".py")
-        by_file = defaultdict(list)
-        for name in sorted(tests, key=lambda x: (self.seconds[x], self.sizes[x], x)):
-            by_file[name.partition("::")[0]].append(name)
+        variants: dict[str, int] = defaultdict(int)
         turns = {}
-        for file, names in by_file.items():
-            bonus = 0.2 if stem in file else 1.0
-            for i, name in enumerate(names):
-                turns[name] = bonus * (self.seconds[name] + 0.01 * i + 0.05) + self._startup(name)
+        for name in sorted(tests, key=lambda x: (self.seconds[x], self.sizes[x], x)):
+            function = name.partition("[")[0]
+            bonus = 0.2 if stem in name.partition("::")[0] else 1.0
+            turns[name] = bonus * (self.seconds[name] + 0.05 + 0.3 * variants[function]) + self._startup(name)
+            variants[function] += 1
         return sorted(turns, key=lambda x: (turns[x], x))
 
 
