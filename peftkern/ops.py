@@ -20,6 +20,7 @@ from .arguments import AttentionArgs, AttentionGradients, allocate_gradients, al
 from .backends import gather
 from .backends.base import Plan
 from .backends.registry import plan_named
+from .op_checks import ForwardResults, check_attention_op, check_embedding_op
 
 NAMESPACE = "peftkern"
 _lib = torch.library.Library(NAMESPACE, "DEF")
@@ -139,25 +140,32 @@ def attention_backward(
 def _prefix_attention(*inputs):  # type: ignore[no-untyped-def]
     *values, plan = inputs
     args = AttentionArgs(*values)
+    check_attention_op(args, plan)
     _check_values(args)
     return gather.prefix_attention(plan_named(plan), args)
 
 
 def _prefix_attention_fake(*inputs):  # type: ignore[no-untyped-def]
     *values, _ = inputs
-    return allocate_outputs(AttentionArgs(*values))
+    args = AttentionArgs(*values)
+    check_attention_op(args, None)
+    return allocate_outputs(args)
 
 
 def _prefix_attention_backward(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, plan = inputs
     args = AttentionArgs(*values)
+    check_attention_op(args, plan, ForwardResults(dout, dlse, out, lse), needs)
+    _check_values(args)
     gradients = gather.prefix_attention_backward(plan_named(plan), dout, dlse, out, lse, args, needs)
     return _distinct(gradients)
 
 
 def _prefix_attention_backward_fake(dout, dlse, out, lse, *inputs):  # type: ignore[no-untyped-def]
     *values, needs, _ = inputs
-    return _distinct(allocate_gradients(AttentionArgs(*values), needs))
+    args = AttentionArgs(*values)
+    check_attention_op(args, None, ForwardResults(dout, dlse, out, lse), needs)
+    return _distinct(allocate_gradients(args, needs))
 
 
 def _distinct(gradients: AttentionGradients) -> tuple[Tensor, ...]:
@@ -166,17 +174,23 @@ def _distinct(gradients: AttentionGradients) -> tuple[Tensor, ...]:
     return tuple(g.new_empty(0) if id(g) in ids[:i] else g for i, g in enumerate(gradients))
 
 
+def _check_embedding_values(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
+    _check_index("input_ids", input_ids, 0, weight.shape[0])
+    _check_index("prompt_ids", prompt_ids, 0, prompt.shape[0])
+
+
 def _soft_prompt_embedding(
     input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, plan: str
 ) -> Tensor:
-    _check_index("input_ids", input_ids, 0, weight.shape[0])
-    _check_index("prompt_ids", prompt_ids, 0, prompt.shape[0])
+    check_embedding_op(input_ids, weight, prompt, prompt_ids, plan)
+    _check_embedding_values(input_ids, weight, prompt, prompt_ids)
     return plan_named(plan).soft_prompt_embedding(input_ids, weight, prompt, prompt_ids)
 
 
 def _soft_prompt_embedding_fake(
     input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None, plan: str
 ) -> Tensor:
+    check_embedding_op(input_ids, weight, prompt, prompt_ids, None)
     batch, length = input_ids.shape
     return weight.new_empty(batch, prompt.shape[-2] + length, weight.shape[1])
 
@@ -190,6 +204,8 @@ def _soft_prompt_embedding_backward(
     needs: list[bool],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
+    check_embedding_op(input_ids, weight, prompt, prompt_ids, plan, dout, needs)
+    _check_embedding_values(input_ids, weight, prompt, prompt_ids)
     return plan_named(plan).soft_prompt_embedding_backward(dout, input_ids, weight, prompt, prompt_ids, needs)
 
 
@@ -202,6 +218,7 @@ def _soft_prompt_embedding_backward_fake(
     needs: list[bool],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
+    check_embedding_op(input_ids, weight, prompt, prompt_ids, None, dout, needs)
     fp = lse_dtype(weight.dtype)
     dweight, dprompt = (
         x.new_empty(x.shape if need else 0, dtype=fp) for x, need in zip((weight, prompt), needs, strict=True)

@@ -182,7 +182,9 @@ def _why_chains(args: AttentionArgs) -> str:
 
 
 def _check_numbers(args: AttentionArgs) -> None:
-    window, softcap, dropout_p = args.window, args.softcap, args.dropout_p
+    scale, window, softcap, dropout_p = args.scale, args.window, args.softcap, args.dropout_p
+    if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
+        raise argument_error("scale", "None or a finite number", repr(scale))
     if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1):
         raise argument_error("window", "None or an int of at least 1", repr(window))
     if not isinstance(args.prefix_in_window, bool):
@@ -235,8 +237,6 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
 def normalize_numbers(args: AttentionArgs) -> tuple[Any, ...]:
     """Checked numbers as backends receive them: ``scale`` to ``max_prefix_len``."""
     scale = args.scale
-    if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
-        raise argument_error("scale", "None or a finite number", repr(scale))
     return (
         float(args.q.shape[3] ** -0.5 if scale is None else scale), args.causal, args.window, args.prefix_in_window,
         float(args.softcap or 0.0), float(args.dropout_p), args.max_seqlen, args.prefix_start,
@@ -274,12 +274,17 @@ def _is_number(x: object) -> bool:
 
 
 def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
-    """Raise ValueError if the arguments of :func:`peftkern.soft_prompt_embedding` are inconsistent."""
+    """Raise ValueError if the arguments of :func:`peftkern.soft_prompt_embedding` are no tensors or inconsistent."""
     for name, x in (("input_ids", input_ids), ("weight", weight), ("prompt", prompt)):
         if not isinstance(x, Tensor):
             raise argument_error(name, "a tensor", type(x).__name__)
     if prompt_ids is not None and not isinstance(prompt_ids, Tensor):
         raise argument_error("prompt_ids", "a tensor or None", type(prompt_ids).__name__)
+    check_embedding_tensors(input_ids, weight, prompt, prompt_ids)
+
+
+def check_embedding_tensors(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
+    """:func:`check_embedding` of tensors, which may be given as :class:`~peftkern.arguments.TensorInfo`."""
     check_dtype("input_ids", input_ids, torch.int32, torch.int64)
     check_shape("input_ids", input_ids, "B", "S")
     check_dtype("weight", weight, *FLOATS)

@@ -16,7 +16,7 @@ import torch
 
 from ..arguments import Call
 from . import composite
-from .base import Backend, Plan, Refusal, caller_level
+from .base import Backend, OnePlanBackend, Plan, Refusal, caller_level
 from .concat import ConcatBackend
 from .cost.model import Estimate, Machine, Pass, estimate
 from .cpu import CpuBackend
@@ -29,8 +29,8 @@ from .triton import TritonBackend
 _Cached = TypeVar("_Cached", bound=Callable[..., Any])
 
 __all__ = [
-    "BACKENDS", "BackendUnavailable", "Explanation", "available_backends", "explain", "forget", "get_backend",
-    "plan_named", "rank", "resolve", "runnable_plans", "use_backend",
+    "BACKENDS", "BackendUnavailable", "Explanation", "available_backends", "check_plan", "explain", "forget",
+    "get_backend", "plan_named", "rank", "resolve", "runnable_plans", "use_backend",
 ]  # fmt: skip
 
 #: Every backend. The order breaks ties between backends that are equally fast, or whose time is unknown.
@@ -130,6 +130,21 @@ def _state(device: torch.device) -> tuple[str | None, int, bool]:
     if device.type == "cpu":
         return None, torch.get_num_threads(), False
     return registered_flash(), 1, torch.are_deterministic_algorithms_enabled()
+
+
+def check_plan(name: str, call: Call) -> None:
+    """Raise unless the plan called ``name`` is for calls like this one: its device, its dtypes, its head dims.
+
+    Raises:
+        BackendUnavailable: if it is not.
+        ValueError: if it is not the name of a plan.
+    """
+    plan = plan_named(name)
+    backend = BACKENDS[plan.name.partition("/")[0]]
+    refused = backend.plans(call).get(backend.name)
+    # What torch's kernels refuse depends on lengths too, and under torch.compile they were chosen for typical ones.
+    if isinstance(refused, Refusal) and (refused.other_device or isinstance(backend, OnePlanBackend)):
+        raise BackendUnavailable(f"plan={name!r} cannot run {call}: {'; '.join(refused.reasons)}")
 
 
 def rank(call: Call, machine: Machine) -> dict[str, Estimate | None]:
