@@ -26,7 +26,7 @@ from .sources.module_prefix import ModulePrefix, is_layer_prefix
 from .sources.module_prompt import ModulePrompt, is_embedding_prompt
 from .sources.peft_prefix import KEY_VALUE_TYPES, PeftPrefix
 from .sources.peft_prompt import PROMPT_TYPES, PeftPrompt
-from .wiring import PATCH, Patch
+from .wiring import PATCH, Patch, changing
 
 __all__ = ["explain", "patch", "patched", "unpatch"]
 
@@ -138,6 +138,28 @@ def patch(
     >>> ids = torch.ones(2, 6, dtype=torch.long)
     >>> loss = peftkern.patch(model)(ids, labels=ids).loss
     """
+    with changing(model):
+        return _patch(
+            model, prefix, shift_positions, prefix_in_window, freeze, fix_seq2seq_layout, packing, logits, peft_bugs,
+            strict, share, backend,
+        )  # fmt: skip
+
+
+def _patch(
+    model: Model,
+    prefix: nn.Module | None,
+    shift_positions: bool,
+    prefix_in_window: bool,
+    freeze: bool,
+    fix_seq2seq_layout: bool,
+    packing: bool,
+    logits: str,
+    peft_bugs: bool,
+    strict: bool,
+    share: str | None,
+    backend: str,
+) -> Model:
+    """:func:`patch`, while no other thread changes the model."""
     _check_options(model, logits, share, backend)
     # A window can hide the prefix only if the prefix has positions.
     options = PrefixOptions(in_window=prefix_in_window and shift_positions, backend=backend)
@@ -193,12 +215,12 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: if ``model`` is not the object that was patched.
     """
-    change: Patch | None = model.__dict__.get(PATCH)
-    if change is None:
-        raise ValueError(
-            f"model: expected the object that was given to patch, got a {type(model).__name__} that is not patched"
-        )
-    change.remove()
+    with changing(model):
+        change: Patch | None = model.__dict__.get(PATCH)
+        if change is None:
+            got = f"a {type(model).__name__} that is not patched"
+            raise ValueError(f"model: expected the object that was given to patch, got {got}")
+        change.remove()
     return model
 
 
@@ -218,14 +240,16 @@ def explain(model: nn.Module) -> str:
 def patched(model: Model, prefix: nn.Module | None = None, **options: Any) -> Iterator[Model]:
     """Within the block, ``model`` is patched. Arguments as for :func:`patch`.
 
-    The block may call :func:`unpatch` itself.
+    The block may call :func:`unpatch` itself, and patch the model again, which then stays patched.
     """
-    patch(model, prefix, **options)
+    with changing(model):
+        change = patch(model, prefix, **options).__dict__[PATCH]
     try:
         yield model
     finally:
-        if PATCH in model.__dict__:
-            unpatch(model)
+        with changing(model):
+            if model.__dict__.get(PATCH) is change:
+                unpatch(model)
 
 
 def _adapts_prompt(model: nn.Module) -> bool:

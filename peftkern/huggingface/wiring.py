@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,7 +16,48 @@ from transformers import PreTrainedModel
 
 from ..model_info import PATCH
 
-__all__ = ["PATCH", "Patch", "Source", "Wiring"]
+__all__ = ["PATCH", "Patch", "Source", "Wiring", "changing"]
+
+#: The thread that changes an object, by the id of the object.
+_changing: dict[int, int] = {}
+_changed = threading.Condition()
+
+
+@contextlib.contextmanager
+def changing(model: nn.Module) -> Iterator[None]:
+    """Within the block, no other thread changes ``model``, a model that contains it, or one that it contains.
+
+    Everything that changes a model (patch, unpatch, the switch to another prefix) does so in such a block. Each
+    change therefore sees a model that is either patched or not, and the second of two threads that patch one model
+    is told that it is patched. Blocks of one thread may be nested.
+    """
+    thread, parts = threading.get_ident(), _parts_of(model)
+    with _changed:
+        while any(_changing.get(id(part), thread) != thread for part in parts):
+            _changed.wait()
+            parts = _parts_of(model)
+        mine = [part for part in parts if id(part) not in _changing]
+        _changing.update((id(part), thread) for part in mine)
+    try:
+        yield
+    finally:
+        with _changed:
+            for part in mine:
+                del _changing[id(part)]
+            _changed.notify_all()
+
+
+def _parts_of(model: nn.Module) -> list[Any]:
+    """The modules of a model and the configs of those that have one, which another thread may be changing."""
+    found: dict[int, Any] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting += list(module._modules.values())  # at once, unlike model.modules()
+    configs = [x.config for x in found.values() if isinstance(x, PreTrainedModel)]
+    return list((found | {id(config): config for config in configs}).values())
 
 
 class Wiring:
