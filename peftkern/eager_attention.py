@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .overrides import overridden
+
 __all__ = ["attention_of", "configs_of", "record_keys", "use_attention"]
 
 KeyValue = tuple[Tensor, Tensor]
@@ -59,14 +61,8 @@ def use_attention(model: nn.Module, name: str, function: Callable[..., Any]) -> 
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, eager_mask)
-    previous = [(config, config._attn_implementation_internal) for config in configs_of(model)]
-    try:
-        for config, _ in previous:
-            config._attn_implementation_internal = name
+    with overridden(configs_of(model), "_attn_implementation_internal", name):
         yield
-    finally:
-        for config, implementation in previous:
-            config._attn_implementation_internal = implementation
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .eager_attention import record_keys
+from .overrides import overridden
 
 __all__ = [
     "CACHE_NAMES", "PATCH", "KeyValue", "Origin", "cache_argument", "cache_name", "check_not_patched", "embed",
@@ -226,13 +227,8 @@ def _depends_on_length(rope_type: Any) -> bool:
 @contextlib.contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
     """Run a block with neither dropout nor gradient checkpointing, which drops the cache."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with overridden(list(model.modules()), "training", False):
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def encoder_inputs(model: Any, input_ids: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..model_info import cache_argument
+from ..overrides import overridden
 
 __all__ = ["beside_encoder", "is_transient", "quiet", "some_tokens"]
 
@@ -35,7 +36,6 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     Modes, buffers and random states are restored afterwards.
     """
-    training = [module for module in model.modules() if module.training]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [x for _, kept in buffers for x in kept.values() if x is not None]
     copies = [(x, x._version, x.clone()) for x in values if x.numel() <= _SMALL_BUFFER and not x.is_inference()]
@@ -45,13 +45,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
     autocast = (
         torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
     )
-    model.eval()
+    evaluates = overridden(list(model.modules()), "training", False)
     try:
-        with torch.no_grad(), autocast, torch.random.fork_rng(devices=sorted(devices)):
+        with evaluates, torch.no_grad(), autocast, torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
-        for module in training:
-            module.training = True
         for module, kept in buffers:
             module._buffers.update(kept)
         with torch.no_grad():

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..overrides import overridden
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
-from .wiring import PATCH
+from .wiring import PATCH, changing
 
 __all__ = ["packing", "switched"]
 
@@ -27,6 +28,8 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
         with switched(model, document), torch.no_grad():
             teacher = model(**batch).logits
         student = model(**batch).logits
+
+    Blocks of several threads may overlap: the one that was entered last and has not ended counts.
 
     Nothing is copied or tried again. Sequences begin after the tokens of the prefix that is read. A cache that was
     filled in the block contains the block's prefix, and is continued only there. A model that is unpatched in the
@@ -47,13 +50,13 @@ def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
         raise ValueError(f"model: expected one that was given to patch with a PrefixKV, got {got}")
     if not is_layer_prefix(prefix):
         raise ValueError(f"prefix: expected a PrefixKV, got {type(prefix).__name__}")
-    previous = source.switch(change, prefix)
+    with changing(model):
+        entry = source.enter(change, prefix)
     try:
         yield model
     finally:
-        present: Any = model.__dict__.get(PATCH)
-        if present is change:
-            source.switch(change, previous)
+        with changing(model):
+            source.leave(entry, change if model.__dict__.get(PATCH) is change else None)
 
 
 @contextlib.contextmanager
@@ -71,9 +74,5 @@ def packing(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[bool]:
     if patch.packer.why_unpackable(batch) is not None:
         yield False
         return
-    before = patch.backbone.training
-    patch.backbone.training = True
-    try:
+    with overridden([patch.backbone], "training", True):
         yield True
-    finally:
-        patch.backbone.training = before

@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parents[2] / "peftkern"
 ALLOWED = {
     "arguments": set(),
     "reference": set(),
-    "eager_attention": set(),
-    "model_info": {"eager_attention"},
+    "overrides": set(),
+    "eager_attention": {"overrides"},
+    "model_info": {"eager_attention", "overrides"},
     "processor": set(),
     "validation": {"arguments"},
     "native": {"arguments"},
@@ -68,7 +69,7 @@ ALLOWED = {
     },
     "huggingface": {
         "arguments", "checkpoint", "checkpoint_files", "distillation", "functional", "modules", "eager_attention",
-        "layer_shapes", "model_info", "prefix_parts", "recurrent_state",
+        "layer_shapes", "model_info", "overrides", "prefix_parts", "recurrent_state",
         "backends.registry",
     },
     "self_study": {"files", "modules", "model_info", "distillation", "huggingface"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeGuard, cast
 
@@ -46,6 +47,13 @@ def is_layer_prefix(value: object) -> TypeGuard[LayerPrefix]:
     return all(hasattr(value, name) for name in (*LayerPrefix.__annotations__, "layer_kv"))
 
 
+@dataclass(eq=False)
+class Switch:
+    """A block in which another prefix is read."""
+
+    prefix: LayerPrefix
+
+
 class ModulePrefix(PrefixSource):
     """The prefix is a submodule of the Hugging Face model.
 
@@ -61,7 +69,8 @@ class ModulePrefix(PrefixSource):
     needs_cache = False
 
     def __init__(self, prefix: LayerPrefix, *, shift_positions: bool, freeze: bool) -> None:
-        self.prefix = prefix
+        self.prefix = self._own = prefix
+        self._switches: list[Switch] = []
         self.shift_positions = shift_positions
         self.freeze = freeze
         #: What the model has been tried with.
@@ -70,12 +79,27 @@ class ModulePrefix(PrefixSource):
         self._layers: Mapping[str, range] = getattr(prefix, "parts", {"decoder": range(len(prefix.shapes))})
         self._takes_offset = self.offset > 0
 
-    def switch(self, patch: PrefixPatch, prefix: LayerPrefix) -> LayerPrefix:
-        """Read ``prefix`` from now on, in place of the present prefix, which is returned.
+    def enter(self, patch: PrefixPatch, prefix: LayerPrefix) -> Switch:
+        """Read ``prefix`` from now on, in place of the present prefix.
+
+        Returns:
+            What :meth:`leave` undoes. Switches may be undone in any order: the last one that is left counts.
 
         Raises:
             ValueError: for a prefix that the patched model has not been tried with.
         """
+        self._switch(patch, prefix)
+        self._switches.append(Switch(prefix))
+        return self._switches[-1]
+
+    def leave(self, switch: Switch, patch: PrefixPatch | None) -> None:
+        """Undo a switch. ``patch`` is None if the model is no longer patched."""
+        self._switches = [other for other in self._switches if other is not switch]
+        prefix = self._switches[-1].prefix if self._switches else self._own
+        if patch is not None and prefix is not self.prefix:
+            self._switch(patch, prefix)
+
+    def _switch(self, patch: PrefixPatch, prefix: LayerPrefix) -> None:
         other = ModulePrefix(prefix, shift_positions=self.shift_positions, freeze=self.freeze)
         lacks = (other.has_bank and not self._takes_bank, other.offset and not self._takes_offset)
         needs = next((need for need, missing in zip(("a bank", "tokens"), lacks, strict=True) if missing), None)
@@ -89,9 +113,8 @@ class ModulePrefix(PrefixSource):
                 "unpatch the model, and patch it with this one"
             )
         other.check(patch)
-        previous, self.prefix, self._layers = self.prefix, prefix, other._layers
+        self.prefix, self._layers = prefix, other._layers
         patch.base.add_module(PREFIX_NAME, cast(nn.Module, prefix))
-        return previous
 
     @property
     def offset(self) -> int:
