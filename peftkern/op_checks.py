@@ -58,7 +58,8 @@ def check_attention_op(
     if plan is None:
         _check_attention.__wrapped__(_described(tensors), args[_NUM_TENSORS:], plan, needs)
     else:
-        _check_attention(_described(tensors), args[_NUM_TENSORS:], plan, None if results is None else tuple(needs))
+        flags = None if needs is None else tuple(needs)
+        _check_attention(_described(tensors), args[_NUM_TENSORS:], plan, flags)
 
 
 def check_embedding_op(
@@ -173,17 +174,18 @@ def _check_results(args: Any, results: Any, needs: tuple[bool, ...]) -> None:
 @registry.forgettable
 @functools.lru_cache(maxsize=4096)
 def _check_embedding(described: tuple[Any, ...], plan: str | None, needs: tuple[bool, ...]) -> None:
-    *call, dout = _infos(("input_ids", "weight", "prompt", "prompt_ids", "dout"), described)
-    check_embedding_tensors(*call)
+    input_ids, weight, prompt, prompt_ids, dout = _infos(
+        ("input_ids", "weight", "prompt", "prompt_ids", "dout"), described
+    )
+    check_embedding_tensors(input_ids, weight, prompt, prompt_ids)
     if dout is not None:
-        input_ids, weight, prompt, _ = call
         check_shape("dout", dout, input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], weight.shape[1])
         check_dtype("dout", dout, weight.dtype)
         _check_unit_stride("dout", dout)
         check_device("dout", dout, "weight", weight.device)
         _check_needs(needs, 2)
     if plan is not None:
-        registry.check_plan(plan, embedding_call(*call, dout is not None))
+        registry.check_plan(plan, embedding_call(input_ids, weight, prompt, prompt_ids, dout is not None))
 
 
 def _check_unit_stride(name: str, x: Any) -> None:

@@ -50,7 +50,7 @@ def changing(model: nn.Module) -> Iterator[None]:
 def _parts_of(model: nn.Module) -> list[Any]:
     """The modules of a model and the configs of those that have one, which another thread may be changing."""
     found: dict[int, Any] = {}
-    waiting = [model]
+    waiting: list[Any] = [model]
     while waiting:
         module = waiting.pop()
         if module is not None and id(module) not in found:
