@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .argument_types import OPTIONAL_MODEL, checks_arguments
 from .checkpoint_config import PrefixConfig, PromptConfig, TensorShape, check_shape, geometry_of, read_origin
 from .checkpoint_files import (
     CONFIG_NAME,
@@ -55,6 +56,7 @@ _PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE", "PEFTKERN_PREFIX")
 _PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PEFTKERN_PROMPT")
 
 
+@checks_arguments()
 def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -> None:
     """Saves a prefix for :func:`load_prefix` and, if PEFT can represent it, for PEFT.
 
@@ -98,6 +100,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text})
 
 
+@checks_arguments(model=OPTIONAL_MODEL)
 def load_prefix(
     folder: str | os.PathLike[str], trainable: bool = True, *, model: Any = None
 ) -> PrefixKV | SoftPrompt:

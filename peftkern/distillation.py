@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .argument_types import checks_arguments
 from .output_layer import BlockSizes, OutputLayer
 from .validation import FLOATS, argument_error, check_device, check_dtype, check_index_tensor, check_shape
 
@@ -97,6 +98,7 @@ def distillation_loss(
     return _reduced(hidden, layer, teacher, weights, reduction)
 
 
+@checks_arguments()
 def cross_entropy(
     hidden: Tensor,
     lm_head: Tensor,

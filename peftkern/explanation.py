@@ -13,7 +13,7 @@ from . import functional
 from .arguments import AttentionArgs, Call, attention_call
 from .backends import registry
 from .backends.registry import Explanation
-from .validation import autocast_attention, check_attention, check_tensors
+from .validation import autocast_attention, check_attention, check_dropout_seed, check_return_lse, check_tensors
 
 __all__ = ["explain"]
 
@@ -57,6 +57,8 @@ def explain(*tensors: Any, **options: Any) -> Explanation | str:
     given.apply_defaults()
     inputs = AttentionArgs(**{name: given.arguments[name] for name in AttentionArgs._fields} | {"dropout_seed": None})
     check_tensors(inputs)
+    check_dropout_seed(given.arguments["dropout_seed"])
+    check_return_lse(given.arguments["return_lse"])
     inputs = autocast_attention(inputs)
     check_attention(inputs)
     call = attention_call(inputs, functional.needs_backward(inputs))

@@ -20,7 +20,9 @@ from .backends.base import Plan
 from .validation import (
     autocast_attention,
     check_attention,
+    check_dropout_seed,
     check_embedding,
+    check_return_lse,
     has_normal_tensors,
     normalize_attention,
     normalize_numbers,
@@ -165,6 +167,7 @@ def prefix_attention(  # type: ignore[misc]
         prefix_starts, None, scale, causal, window, prefix_in_window, softcap, dropout_p,  # type: ignore[arg-type]
         max_seqlen, prefix_start, max_prefix_len,
     )  # fmt: skip
+    check_return_lse(return_lse)
     args, plan, needs_grad = prepare(inputs, dropout_seed, backend)
     if needs_grad:
         call = plan, args[_NUM_TENSORS:], return_lse
@@ -198,6 +201,8 @@ def prepare(inputs: AttentionArgs, dropout_seed: Any, backend: str) -> tuple[Att
         prepared = _prepared(_signature(inputs), needs_grad, *registry.choice(backend, inputs.q.is_cpu))
     except (AttributeError, TypeError):  # an argument is not a tensor, or sizes are symbolic and have no hash
         return _prepare_uncached(inputs, dropout_seed, backend)
+    if dropout_seed is not None:
+        check_dropout_seed(dropout_seed)
     if not prepared.is_normal:
         return normalize_attention(inputs, dropout_seed), prepared.plan, needs_grad
     args = _args(inputs[: _NUM_TENSORS - 1], prepared.numbers)

@@ -78,15 +78,17 @@ def shapes_of(
     return tuple(_shape(*sizes) for sizes in zip(heads, dims, value_dims, strict=True))
 
 
-def lengths_of(length: int | Sequence[int], shapes: Sequence[LayerShape | None]) -> tuple[int, ...]:
+def lengths_of(
+    length: int | Sequence[int], shapes: Sequence[LayerShape | None], name: str = "length"
+) -> tuple[int, ...]:
     """Tokens of each layer; 0 where a layer has no keys."""
     one = isinstance(length, int)
     lengths: list[Any] = [length if shape else 0 for shape in shapes] if one else list(length)  # type: ignore[arg-type]
     if len(lengths) != len(shapes) or any(not isinstance(n, int) or n < 0 for n in lengths):
-        raise ValueError(f"length: expected an int >= 0, or one for each of {len(shapes)} layers, got {length!r}")
+        raise ValueError(f"{name}: expected an int >= 0, or one for each of {len(shapes)} layers, got {length!r}")
     for layer, (n, shape) in enumerate(zip(lengths, shapes, strict=True)):
         if n and shape is None:
-            raise ValueError(f"length: expected 0 in layer {layer}, which has no keys and values, got {n}")
+            raise ValueError(f"{name}: expected 0 in layer {layer}, which has no keys and values, got {n}")
     if not any(shapes):
         raise ValueError("model_or_config: expected a model with attention, whose keys and values a prefix extends")
     return tuple(lengths)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,11 @@ def check_not_patched(model: Any) -> None:
 
 def text_tokens(tokenizer: Any, text: str | Sequence[int], length: int | None = None) -> list[int]:
     """The text's token ids, or the ids themselves, repeated or truncated to the length, if there is one."""
+    if isinstance(text, str) and not callable(tokenizer):
+        raise ValueError(f"tokenizer: expected a tokenizer for a text, got {type(tokenizer).__name__}")
     ids = list(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
+    if not all(isinstance(token, Integral) for token in ids):
+        raise ValueError("text: expected a text, or ids of tokens, got a sequence of other things")
     length = len(ids) if length is None else length
     if not ids or length < 1:
         raise ValueError(f"text, length: expected at least one token, got {text!r} ({len(ids)} tokens) and {length}")
@@ -275,9 +280,16 @@ def full_cache(config: Any) -> Any:
     return cache
 
 
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str) and len(x) >= 2
+
+
 def layers_of(cache: Any) -> list[KeyValue | None]:
     """(key, value) [Hkv, T, D] of each layer of a cache with batch size 1; None for a layer without keys."""
     cache = getattr(cache, "self_attention_cache", cache)
+    is_sequence = isinstance(cache, Sequence) and all(x is None or _is_pair(x) for x in cache)
+    if not is_sequence and not isinstance(getattr(cache, "layers", None), Sequence):
+        raise ValueError(f"cache: expected a cache, or (key, value) or None per layer, got {type(cache).__name__}")
     if hasattr(cache, "layers"):
         layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
     else:

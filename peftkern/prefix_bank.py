@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch.nn.functional import pad
 
+from .argument_types import checks_arguments
 from .prefix_fields import PrefixFields
 
 __all__ = ["Bank"]
@@ -23,6 +24,7 @@ class Bank(PrefixFields):
     """
 
     @classmethod
+    @checks_arguments()
     def stack(cls, prefixes: Sequence[Self]) -> Self:
         """A bank of copies of prefixes, which may differ in length.
 
@@ -51,6 +53,7 @@ class Bank(PrefixFields):
             bank.replace(index, prefix)
         return bank
 
+    @checks_arguments()
     @torch.no_grad()
     def replace(self, index: int, prefix: Self) -> None:
         """Copy a prefix into the bank in place of another one.
@@ -81,6 +84,7 @@ class Bank(PrefixFields):
         assert self.prefix_lens is not None
         self.prefix_lens[index] = length
 
+    @checks_arguments()
     @torch.no_grad()
     def select(self, index: int) -> Self:
         """A copy of one prefix of the bank, for example to save it in PEFT's format."""
@@ -106,6 +110,8 @@ class Bank(PrefixFields):
 
 def _length(prefix: Any, name: str) -> int:
     """The number of tokens of a single prefix with one length for all layers."""
+    if not isinstance(prefix, Bank):
+        raise ValueError(f"{name}: expected a PrefixKV, got {type(prefix).__name__}")
     lengths = {n for n, shape in zip(prefix.lengths, prefix.shapes, strict=True) if shape is not None}
     unfit = [
         option

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .argument_types import MODEL_OR_CONFIG, checks_arguments
 from .layer_shapes import lengths_of
 from .model_info import KeyValue, Origin
 from .prefix_bank import Bank
@@ -89,6 +90,7 @@ class PrefixKV(Starts, Bank, LearnedLength):
     torch.Size([2, 5, 16])
     """
 
+    @checks_arguments(model_or_config=MODEL_OR_CONFIG)
     def __init__(
         self,
         model_or_config: Any,
@@ -121,7 +123,7 @@ class PrefixKV(Starts, Bank, LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        check_options(self, has_state=state is not False)
+        check_options(self, std=std, has_state=state is not False)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
+from .argument_types import MODEL, TOKENIZER, checks_arguments
 from .layer_shapes import LayerShape, lengths_of
 from .model_info import KeyValue, check_not_patched, layers_of, text_config, text_tokens
 from .prefix_fields import PrefixFields
@@ -99,6 +100,7 @@ class LearnedLength(PrefixFields):
         logits = self._logits()
         return logits.sigmoid().sum() / max(1, logits.numel())
 
+    @checks_arguments()
     @torch.no_grad()
     def prune(self, threshold: float) -> Self:
         """A copy without the tokens whose gate is at most ``threshold``. The others keep their gates.
@@ -136,6 +138,7 @@ class LearnedLength(PrefixFields):
         shorter._set_logits([x[keep] for x, keep in zip(logits, kept, strict=True)])
         return shorter
 
+    @checks_arguments()
     @torch.no_grad()
     def grow(self, n: int | Sequence[int], cache: Any) -> Self:
         """A copy with more tokens, which are those of a cache behind the prefix's positions.
@@ -156,6 +159,7 @@ class LearnedLength(PrefixFields):
         """
         return self._grown(n, layers_of(cache))
 
+    @checks_arguments(model=MODEL, tokenizer=TOKENIZER)
     def grow_from_text(self, n: int | Sequence[int], model: Any, tokenizer: Any, text: str) -> Self:
         """:meth:`grow` with the keys and values of real text, which are much faster to train than random ones.
 
@@ -170,7 +174,7 @@ class LearnedLength(PrefixFields):
         Raises:
             ValueError: as for :meth:`grow`, and for a text without tokens, or more tokens than the model's positions.
         """
-        tokens = self.positions + max(lengths_of(n, self.shapes))
+        tokens = self.positions + max(lengths_of(n, self.shapes, "n"))
         check_parts(self.parts, n=n)
         layers = token_layers(model, lambda count: text_tokens(tokenizer, text, count), tokens, self.shapes, "n")
         return self._grown(n, layers)
@@ -178,7 +182,7 @@ class LearnedLength(PrefixFields):
     @torch.no_grad()
     def _grown(self, n: int | Sequence[int], layers: Sequence[KeyValue | None]) -> Self:
         check_parts(self.parts, n=n)
-        more = lengths_of(n, self.shapes)
+        more = lengths_of(n, self.shapes, "n")
         if self.num_prefixes is not None:
             raise ValueError(f"num_prefixes: expected None in a prefix that grows, got {self.num_prefixes}")
         if self.peft_seq2seq_layout:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .argument_types import MODEL, MODEL_OR_CONFIG, PEFT_MODEL, TOKENIZER, checks_arguments
 from .layer_shapes import LayerShape, lengths_of
 from .model_info import Origin, layers_of, text_tokens
 from .prefix_length import token_layers
@@ -22,6 +23,7 @@ class Starts(nn.Module):
     """The constructors of a prefix with given initial values."""
 
     @classmethod
+    @checks_arguments(model=MODEL, tokenizer=TOKENIZER)
     def from_text(
         cls,
         model: Any,
@@ -51,6 +53,7 @@ class Starts(nn.Module):
         return cls._from_tokens(model, length, lambda longest: text_tokens(tokenizer, text, longest), options)
 
     @classmethod
+    @checks_arguments(model=MODEL)
     def from_vocabulary(
         cls, model: Any, length: int | Sequence[int], *, generator: torch.Generator | None = None, **options: Any
     ) -> Any:
@@ -91,6 +94,7 @@ class Starts(nn.Module):
         return cls.from_cache(layers, length, model_or_config=model, **options)
 
     @classmethod
+    @checks_arguments(model_or_config=MODEL_OR_CONFIG)
     def from_cache(
         cls, cache: Any, length: int | Sequence[int] | None = None, *, model_or_config: Any = None, **options: Any
     ) -> Any:
@@ -130,6 +134,7 @@ class Starts(nn.Module):
         return cls(model_or_config, length, init=kv, **options)
 
     @classmethod
+    @checks_arguments(peft_model=PEFT_MODEL)
     def from_peft(cls, peft_model: Any, adapter_name: str | None = None) -> Any:
         """A prefix that shares the parameters of a PEFT model's PREFIX_TUNING or CARTRIDGE adapter.
 
@@ -146,6 +151,8 @@ class Starts(nn.Module):
             ValueError: for an adapter of another type.
         """
         name = adapter_name or peft_model.active_adapter
+        if name not in peft_model.peft_config:
+            raise ValueError(f"adapter_name: expected one of {list(peft_model.peft_config)}, got {name!r}")
         config, encoder = peft_model.peft_config[name], peft_model.prompt_encoder[name]
         if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(f"adapter_name: expected a PREFIX_TUNING or CARTRIDGE adapter, got {config.peft_type}")

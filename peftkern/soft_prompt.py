@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .argument_types import EMBEDDING, MODEL, TOKENIZER, checks_arguments
 from .functional import soft_prompt_embedding
 from .model_info import Origin, embed, embed_dim_of, text_config, text_tokens
 
@@ -43,6 +44,7 @@ class SoftPrompt(nn.Module):
     torch.Size([1, 5, 8])
     """
 
+    @checks_arguments(model_or_embedding=EMBEDDING)
     def __init__(
         self,
         model_or_embedding: Any,
@@ -61,6 +63,10 @@ class SoftPrompt(nn.Module):
             raise ValueError("model_or_embedding: expected a model, config or weight, or embed_dim, got None")
         if embed_dim is None:
             embed_dim = _width(source)
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim: expected at least 1, got {embed_dim}")
+        if not std >= 0:  # NaN too
+            raise ValueError(f"std: expected at least 0, got {std}")
         if length < 0 or (num_prompts is not None and num_prompts < 1):
             raise ValueError(
                 f"length, num_prompts: expected length >= 0 and num_prompts None or >= 1, got {length}, {num_prompts}"
@@ -89,6 +95,7 @@ class SoftPrompt(nn.Module):
                 )
 
     @classmethod
+    @checks_arguments(model=MODEL, tokenizer=TOKENIZER)
     def from_text(
         cls, model: Any, tokenizer: Any, text: str | Sequence[int], length: int, **options: Any
     ) -> SoftPrompt:
@@ -113,6 +120,7 @@ class SoftPrompt(nn.Module):
         """E."""
         return self.weight.shape[-1]
 
+    @checks_arguments()
     def forward(
         self, input_ids: Tensor, embedding_weight: Tensor, prompt_ids: Tensor | None = None, *, backend: str = "auto"
     ) -> Tensor:

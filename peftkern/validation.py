@@ -162,8 +162,8 @@ def _check_hints(args: AttentionArgs) -> None:
             continue
         if args.cu_seqlens is None and name != "max_prefix_len":
             raise argument_error(name, "None, since the input is not packed (cu_seqlens)", value)
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
-            raise argument_error(name, "None or a non-negative int", repr(value))
+        if not (_is_int(value) and value >= 0):
+            raise argument_error(name, "None or a non-negative int of at most 64 bits", repr(value))
     if args.prefix_start is not None:
         if args.prefix_ids is None or args.prefix_k.shape[0] != 1:
             raise argument_error("prefix_start", "None, since there is no bank of one prefix", args.prefix_start)
@@ -185,8 +185,8 @@ def _check_numbers(args: AttentionArgs) -> None:
     scale, window, softcap, dropout_p = args.scale, args.window, args.softcap, args.dropout_p
     if scale is not None and not (_is_number(scale) and -float("inf") < scale < float("inf")):
         raise argument_error("scale", "None or a finite number", repr(scale))
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1):
-        raise argument_error("window", "None or an int of at least 1", repr(window))
+    if window is not None and not (_is_int(window) and window >= 1):
+        raise argument_error("window", "None or an int of at least 1 and at most 64 bits", repr(window))
     if not isinstance(args.prefix_in_window, bool):
         raise argument_error("prefix_in_window", "True or False", repr(args.prefix_in_window))
     if softcap is not None and not (_is_number(softcap) and 0 < softcap < float("inf")):
@@ -216,8 +216,9 @@ def normalize_attention(args: AttentionArgs, dropout_seed: Any) -> AttentionArgs
     """Checked arguments as backends receive them: unit strides, biases in fp32 or q's dtype, a dropout seed.
 
     Raises:
-        ValueError: if ``dropout_seed`` is needed and is neither None, a 64-bit int nor a 0-dim int64 tensor.
+        ValueError: if ``dropout_seed`` is neither None, a 64-bit int nor a 0-dim int64 tensor.
     """
+    check_dropout_seed(dropout_seed)
     q, k, v, prefix_k, prefix_v, sinks, bias, prefix_bias, gate = args[:9]
     if sinks is not None or bias is not None or prefix_bias is not None or gate is not None:
         fp = lse_dtype(q.dtype)
@@ -259,18 +260,37 @@ def has_normal_tensors(args: AttentionArgs) -> bool:
 def _dropout_seed(seed: Any, device: torch.device) -> Tensor:
     """The seed as a 0-dim int64 tensor, drawn from torch's generator if it is None."""
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise argument_error("dropout_seed", "an int or a 0-dim int64 tensor", f"{seed.dtype} {list(seed.shape)}")
         return seed.to(device)
     if seed is None:
         return torch.randint(torch.iinfo(torch.int64).max, (), device=device)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise argument_error("dropout_seed", "a 64-bit int", repr(seed))
     return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
+def check_dropout_seed(seed: Any) -> None:
+    """Raise ValueError for a seed that is none, also where nothing is dropped."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise argument_error("dropout_seed", "an int or a 0-dim int64 tensor", f"{seed.dtype} {list(seed.shape)}")
+    elif seed is not None and not _is_int(seed):
+        got = repr(seed) if isinstance(seed, int | float | str) else type(seed).__name__
+        raise argument_error("dropout_seed", "None, an int of at most 64 bits or a 0-dim int64 tensor", got)
+
+
+def check_return_lse(return_lse: Any) -> None:
+    """Raise ValueError unless ``return_lse`` is a bool."""
+    if return_lse is not True and return_lse is not False:
+        raise argument_error("return_lse", "True or False", type(return_lse).__name__)
+
+
+def _is_int(x: object) -> bool:
+    if isinstance(x, torch.SymInt):
+        return True
+    return isinstance(x, int) and not isinstance(x, bool) and -(2**63) <= x < 2**63
+
+
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float | torch.SymInt | torch.SymFloat | numbers.Real)
+    is_real = isinstance(x, int | float | torch.SymInt | torch.SymFloat | numbers.Real)
+    return is_real and not isinstance(x, bool)
 
 
 def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:

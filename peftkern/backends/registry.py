@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..argument_types import checks_arguments
 from ..arguments import Call
 from . import composite
 from .base import Backend, OnePlanBackend, Plan, Refusal, caller_level
@@ -348,6 +349,7 @@ def explain(call: Call, backend: str = "auto") -> Explanation:
     return Explanation(call, plans, requested, by, times, refused)
 
 
+@checks_arguments()
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Names of the backends that can run a plain call on ``device``, those that ``"auto"`` prefers first."""
     shape = (1, 1, 1, 64)
@@ -374,7 +376,7 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with peftkern.use_backend("reference"):
     ...     out = peftkern.prefix_attention(q, q, q, prefix, prefix)
     """
-    _check_name(name, "use_backend")
+    _check_name(name, "name")
     override = [name]
     _overrides.append(override)
     try:
@@ -396,6 +398,8 @@ def _request(backend: str) -> tuple[str, str]:
 
 def _check_name(name: str, by: str) -> None:
     """Raise ValueError if ``name`` is neither ``"auto"`` nor that of a backend or a plan."""
+    if not isinstance(name, str):
+        raise ValueError(f"{by}: expected 'auto' or one of {list(BACKENDS)}, got {type(name).__name__}")
     if name != "auto":
         get_backend(name.partition("/")[0], by)
         if "/" in name:

@@ -56,7 +56,7 @@ class ConcatenationPatch(Patch):
             self.wiring.add_hooks(inner.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.source.wire(self)
         self.mark(self.model, self.base)
-        warnings.warn(f"peftkern: {self.explain()}", stacklevel=5)
+        warnings.warn(f"peftkern: {self.explain()}", stacklevel=6)
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Hook: put the prompt before the samples of a call that starts a sequence."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ..argument_types import checks_arguments
 from ..distillation import Objective, Reduction, cross_entropy, distillation_loss, top_k_log_probs
 from .call_arguments import tokens_of
 from .layout import IGNORED
@@ -34,6 +35,7 @@ class TopK(NamedTuple):
     log_probs: Tensor
 
 
+@checks_arguments()
 @torch.no_grad()
 def capture_top_k(
     model: nn.Module, batch: Mapping[str, Any], k: int, *, rows: Tensor | None = None, temperature: float = 1.0
@@ -60,6 +62,7 @@ def capture_top_k(
     return TopK(*top_k_log_probs(chosen, head.lm_head, k, temperature=temperature, **head.options()))
 
 
+@checks_arguments()
 def distil(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -96,6 +99,7 @@ def distil(
     )  # fmt: skip
 
 
+@checks_arguments()
 def label_loss(model: nn.Module, batch: Mapping[str, Any], *, reduction: Reduction = "mean") -> Tensor:
     """The loss of a causal language model, as its own forward computes it from ``labels``, without logits [B, S, V].
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..argument_types import checks_arguments
 from ..backends.registry import get_backend
 from ..model_info import check_not_patched
 from .around_text import reads_more
@@ -36,6 +37,7 @@ ATTENTION_TYPE = "ADAPTION_PROMPT"
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checks_arguments()
 def patch(
     model: Model,
     prefix: nn.Module | None = None,
@@ -207,6 +209,7 @@ def _patch(
     return model
 
 
+@checks_arguments()
 def unpatch(model: Model) -> Model:
     """Removes the prefix: parameters, config and outputs are bitwise equal to those of the model before the patch.
 
@@ -236,6 +239,7 @@ def explain(model: nn.Module) -> str:
     return change.explain()
 
 
+@checks_arguments()
 @contextlib.contextmanager
 def patched(model: Model, prefix: nn.Module | None = None, **options: Any) -> Iterator[Model]:
     """Within the block, ``model`` is patched. Arguments as for :func:`patch`.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..argument_types import checks_arguments
 from ..overrides import overridden
 from .sources.module_prefix import ModulePrefix, is_layer_prefix
 from .wiring import PATCH, changing
@@ -18,6 +19,7 @@ __all__ = ["packing", "switched"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@checks_arguments()
 @contextlib.contextmanager
 def switched(model: Model, prefix: nn.Module) -> Iterator[Model]:
     """Within the block, a patched model reads ``prefix`` in place of its own.

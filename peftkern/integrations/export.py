@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..argument_types import checks_arguments
 from ..checkpoint import load_with_dtype
 from ..files import replace_files
 from ..model_info import Origin
@@ -31,6 +32,7 @@ Files = dict[str, bytes]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@checks_arguments()
 def export(
     prefix: Source | Sequence[Source],
     folder: str | os.PathLike[str],
