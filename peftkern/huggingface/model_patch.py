@@ -34,6 +34,7 @@ from .call_arguments import BOUNDARIES, bind, count_prefix, forward_arguments, s
 from .call_options import CallOptions, LogitsError
 from .calls import running, without_checkpointing
 from .eager_trial import EagerTrial
+from .implementation import check_implementation, without_prefix
 from .layout import HostNumbers
 from .masks import LazyMask, unmade
 from .mixed import place_rows, row_offsets
@@ -336,6 +337,7 @@ class ModelPatch(Patch):
             if self.requires_prefix:
                 kwargs["peftkern_prefix"] = WITHOUT_PREFIX
             return (), kwargs
+        check_implementation(self.backbone)
         cache.begin()
         cache.packed, cache.padded = packed, padded
         try:
@@ -407,10 +409,7 @@ class ModelPatch(Patch):
         implementation = self.backbone.config._attn_implementation
         drops_layers = self.backbone.training and getattr(self.backbone, "layerdrop", 0.0) > 0.0
         if missing and not (drops_layers and isinstance(implementation, Implementation)):
-            raise ValueError(
-                f"model: attention ran without its prefix in {', '.join(missing)}; expected 'peftkern' as attention "
-                f"implementation, got {str(implementation)!r}; unpatch the model and patch it again"
-            )
+            raise without_prefix("ran", self.backbone, missing)
         if cache.packed is not None:
             output = self.unpack_output(cache.packed, cache, output)
         elif cache.padded is not None:

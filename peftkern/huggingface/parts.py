@@ -19,6 +19,7 @@ from ..model_info import KeyValue, encoder_inputs
 from .attention import Implementation
 from .cache import LAYER_INFO, PrefixCache
 from .call_arguments import forward_arguments
+from .implementation import check_implementation, without_prefix
 from .masks import LazyMask
 from .probing import is_transient, some_tokens
 from .relative_bias import SpanningBias
@@ -162,6 +163,7 @@ class EncoderHooks:
                 f"output_attentions: expected False, because {type(self.encoder).__name__} takes no cache, by which "
                 "its own attention would get the prefix, got True"
             )
+        check_implementation(self.encoder)
         cache = self.new_cache()
         cache.begin()
         return (), {**kwargs, "peftkern_prefix": cache}
@@ -175,7 +177,4 @@ class EncoderHooks:
         drops_layers = self.encoder.training and getattr(self.encoder, "layerdrop", 0.0) > 0.0
         implementation = self.encoder.config._attn_implementation
         if output is not None and missing and not (drops_layers and isinstance(implementation, Implementation)):
-            raise ValueError(
-                f"model: attention ran without its prefix in {', '.join(missing)}; expected 'peftkern' as attention "
-                f"implementation, got {str(implementation)!r}; unpatch the model and patch it again"
-            )
+            raise without_prefix("ran", self.encoder, missing)
