@@ -123,7 +123,9 @@ class PrefixKV(Starts, Bank, LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        check_options(self, std=std, has_state=state is not False)
+        if not std >= 0:  # NaN too
+            raise ValueError(f"std: expected at least 0, got {std}")
+        check_options(self, has_state=state is not False)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
             device = getattr(model_or_config, "device", None)

@@ -11,12 +11,11 @@ from .prefix_parts import check_parts, positions_of
 __all__ = ["check_options"]
 
 
-def check_options(prefix: Any, *, std: float, has_state: bool) -> None:
+def check_options(prefix: Any, *, has_state: bool) -> None:
     """Raise ValueError for arguments that do not fit each other.
 
     Args:
         prefix: a :class:`.prefix_kv.PrefixKV` without its parameters.
-        std: of its random initial values.
         has_state: whether it will have states of recurrent layers.
     """
     longest = max(prefix.lengths)
@@ -28,8 +27,6 @@ def check_options(prefix: Any, *, std: float, has_state: bool) -> None:
         raise ValueError(f"num_frozen_tokens: expected 0 to length = {longest}, got {prefix.num_frozen_tokens}")
     if prefix.positions < (taken := positions_of(prefix.parts, prefix.lengths)):
         raise ValueError(f"positions: expected None or at least length = {taken}, got {prefix.positions}")
-    if not std >= 0:  # NaN too
-        raise ValueError(f"std: expected at least 0, got {std}")
     if prefix.projection is not None and prefix.projection < 1:
         raise ValueError(f"projection: expected None or a hidden size of at least 1, got {prefix.projection}")
     if prefix.learn_length and prefix.peft_seq2seq_layout:
