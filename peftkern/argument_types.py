@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "EMBEDDING", "MODEL", "MODEL_OR_CONFIG", "OPTIONAL_MODEL", "PEFT_MODEL", "TOKENIZER", "Kind", "checks_arguments",
-    "shown",
+    "EMBEDDING", "MODEL", "MODEL_OR_CONFIG", "NAMES", "OPTIONAL_MODEL", "PEFT_MODEL", "TOKENIZER", "Kind",
+    "checks_arguments", "shown",
 ]  # fmt: skip
 
 _P = ParamSpec("_P")
@@ -90,6 +90,7 @@ def _embeds(x: Any) -> bool:
     return x.dim() == 2 if isinstance(x, Tensor) else _has_config(x) or hasattr(x, "get_input_embeddings")
 
 
+NAMES = Kind(lambda x: isinstance(x, Sequence | Mapping), "names, or a mapping")
 MODEL_OR_CONFIG = Kind(_has_config, "a Hugging Face model or config, or None")
 EMBEDDING = Kind(_embeds, "a Hugging Face model or config, a weight [V, E] or None")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .argument_types import MODEL_OR_CONFIG, checks_arguments
+from .argument_types import MODEL_OR_CONFIG, NAMES, checks_arguments
 from .layer_shapes import lengths_of
 from .model_info import KeyValue, Origin
 from .prefix_bank import Bank
@@ -90,7 +90,7 @@ class PrefixKV(Starts, Bank, LearnedLength):
     torch.Size([2, 5, 16])
     """
 
-    @checks_arguments(model_or_config=MODEL_OR_CONFIG)
+    @checks_arguments(model_or_config=MODEL_OR_CONFIG, parts=NAMES)
     def __init__(
         self,
         model_or_config: Any,
