@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "chain_ids_and_lens", "distillation_loss", "dropout_keep", "join_prefixes", "one_prefix_each", "prefix_attention",
-    "prefix_chains", "soft_prompt_embedding", "softmax", "visibility",
+    "prefix_chains", "soft_prompt_embedding", "softmax", "softmax_with_sink", "visibility",
 ]  # fmt: skip
 
 _INF = float("inf")
@@ -173,11 +173,11 @@ def _attention_weights(
     sink_scores = seq_scores.new_full((seq_scores.shape[1],), -_INF) if sinks is None else sinks.to(fp)
     sink_scores = sink_scores[:, None, None].expand(shape)
     if gate is None:
-        weights, lse = softmax(torch.cat([prefix_scores, seq_scores, sink_scores], -1))
+        weights, lse = softmax_with_sink(torch.cat([prefix_scores, seq_scores], -1), sink_scores)
         prefix_weights, seq_weights, _ = weights.split([num_prefix_keys, num_keys, 1], -1)
         return prefix_weights, seq_weights, lse
-    weights, lse = softmax(torch.cat([seq_scores, sink_scores], -1))
-    prefix_weights, _ = softmax(torch.cat([prefix_scores, torch.full_like(sink_scores, -_INF)], -1))
+    weights, lse = softmax_with_sink(seq_scores, sink_scores)
+    prefix_weights, _ = softmax_with_sink(prefix_scores, torch.full_like(sink_scores, -_INF))
     gated = prefix_weights[..., :num_prefix_keys] * torch.tanh(gate.to(fp))[:, None, None]
     return gated, weights[..., :num_keys], lse
 
@@ -247,6 +247,18 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
     lse = (torch.log(total) + m.masked_fill(empty, 0.0)).masked_fill(empty, -_INF)
     return weights / total, lse.squeeze(-1)
+
+
+def softmax_with_sink(scores: Tensor, sink_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`softmax` over ``scores`` and a sink [..., 1], whose weight is the last one.
+
+    A sink of +inf gets the whole weight, the limit for large ones: the others are zero, lse is inf and all gradients
+    are zero.
+    """
+    takes_all = sink_scores == _INF
+    finite = sink_scores.masked_fill(takes_all, torch.finfo(scores.dtype).max)
+    weights, lse = softmax(torch.cat([scores, finite], -1))
+    return weights, lse.masked_fill(takes_all.squeeze(-1) & ~lse.isnan(), _INF)
 
 
 def _round_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -285,4 +285,6 @@ def _sink_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor, gradients: A
     """dsinks, if requested: a sink has the weight exp(sink - lse) and the value 0."""
     if gradients.dsinks.numel():
         assert args.sinks is not None
-        torch.sum(torch.exp(args.sinks[:, None] - lse) * -delta, (0, 2), out=gradients.dsinks)
+        sinks = args.sinks[:, None]
+        weights = torch.exp(sinks - lse).masked_fill(sinks == torch.inf, 0.0)
+        torch.sum(weights * -delta, (0, 2), out=gradients.dsinks)

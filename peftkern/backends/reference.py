@@ -123,7 +123,7 @@ def _attention_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dic
     gradients = dict.fromkeys(AttentionGradients._fields, torch.empty(0))
 
     if args.gate is None:
-        p, _ = reference.softmax(torch.cat([prefix.scores, seq.scores, sinks], -1))
+        p, _ = reference.softmax_with_sink(torch.cat([prefix.scores, seq.scores], -1), sinks)
         p_prefix, p_seq, p_sink = p.split([num_prefix_keys, num_keys, 1], -1)
         dp_seq, dp_prefix = seq.dp(dout), prefix.dp(dout)
         delta = (p_seq * dp_seq).sum(-1) - dlse + (p_prefix * dp_prefix).sum(-1)
@@ -131,14 +131,13 @@ def _attention_gradients(dout: Tensor, dlse: Tensor, args: AttentionArgs) -> dic
     else:
         gate = torch.tanh(args.gate)
         prefix_dout = dout * gate.unflatten(0, heads)[:, :, None, None]
-        p_seq, p_sink = reference.softmax(torch.cat([seq.scores, sinks], -1))[0].split([num_keys, 1], -1)
-        no_sinks = torch.full_like(sinks, -torch.inf)
-        p_prefix = reference.softmax(torch.cat([prefix.scores, no_sinks], -1))[0][..., :-1]
+        p_seq, p_sink = reference.softmax_with_sink(seq.scores, sinks)[0].split([num_keys, 1], -1)
+        p_prefix = reference.softmax_with_sink(prefix.scores, torch.full_like(sinks, -torch.inf))[0][..., :-1]
         dp_seq, dp_prefix = seq.dp(dout), prefix.dp(prefix_dout)
         delta, prefix_delta = (p_seq * dp_seq).sum(-1) - dlse, (p_prefix * dp_prefix).sum(-1)
         gradients["dgate"] = (p_prefix * prefix.dp(dout)).sum((0, 2, 3)) * (1 - gate * gate)
     if args.sinks is not None:
-        gradients["dsinks"] = -(p_sink.squeeze(-1) * delta).sum((0, 2))
+        gradients["dsinks"] = -(p_sink.squeeze(-1) * delta).sum((0, 2)).masked_fill(args.sinks == torch.inf, 0.0)
 
     ds_seq, ds_prefix = p_seq * (dp_seq - delta[..., None]), p_prefix * (dp_prefix - prefix_delta[..., None])
     q = args.q.to(dout.dtype).unflatten(1, heads)

@@ -63,7 +63,7 @@ def eager_attention(
     sinks = none if numbers["sinks"] is None else numbers["sinks"][:, None, None].expand_as(none).to(fp)
 
     def weights_of(scores: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-        weights, lse = reference.softmax(torch.cat([scores.to(fp), extra], -1))
+        weights, lse = reference.softmax_with_sink(scores.to(fp), extra)
         return weights[..., :-1].to(dtype), lse
 
     if numbers["gate"] is None:

@@ -83,6 +83,27 @@ def test_what_differs_by_head(shim, name, head_dim):
     bounds.check_backend("cuda", tensors(shape, torch.bfloat16), OPTIONS_OF_HEADS[name], dlse=True)
 
 
+@pytest.mark.parametrize("case", [{"S": 13, "P": 9}, {"S": 1, "P": 40, "T": 300}, {"B": 3, "S": 1, "P": 40}], ids=str)
+@pytest.mark.parametrize("gate", [None, torch.tensor([0.3, -1.0, 0.5, 2.0])], ids=["joint", "gate"])
+def test_sinks_that_are_not_finite(shim, case, gate):
+    """A sink of inf takes the whole weight, -inf none: as in fp64. By one pass, by splits, and by a merge."""
+    shape = dataclasses.replace(Shape(B=1, Hq=4, Hkv=2, D=64), **case)
+    sinks = torch.tensor([torch.inf, -torch.inf, 0.5, torch.inf])
+    options = {"sinks": sinks, "gate": gate}
+    inputs, results = tensors(shape, torch.float16), {}
+    dout = torch.randn(shape.B, 4, shape.S, 64, generator=torch.Generator().manual_seed(0))
+    for backend, kernel_inputs in (("cuda", inputs), ("reference", {n: x.double() for n, x in inputs.items()})):
+
+        def attention(backend=backend, **given):
+            return peftkern.prefix_attention(**given, backend=backend, return_lse=True)
+
+        got = bounds.run(attention, kernel_inputs, options, dout, torch.ones(dout.shape[:3]))
+        results[backend] = {"out": got.out, "lse": got.lse, **got.gradients}
+    for name, want in results["reference"].items():
+        got = results["cuda"][name].double()
+        torch.testing.assert_close(got, want.double(), rtol=2e-2, atol=2e-2, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("name", ["sinks", "prefix_bias", "gate", "q", "prefix_v"])
 def test_one_gradient_alone_is_the_one_among_all(shim, name):
     shape, options = sizes_of("plain", P=70)

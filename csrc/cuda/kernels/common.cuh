@@ -269,6 +269,9 @@ struct RowState {
   }
 };
 
+// The weight of a sink over exp2(base), where base is the largest exponent. A sink of +inf gets the whole weight.
+PEFTKERN_DEVICE float sink_weight(float sink, float base) { return sink == INFINITY ? 1.f : exp2_approx(sink - base); }
+
 // Turns the products s of a block of keys into weights: raises m, rescales `state` accordingly and adds to its sums.
 template <int kKeys, int kColumns, class ScoreOf>
 PEFTKERN_DEVICE void update_softmax(RowState<kColumns>& state, float (&s)[kKeys / 8][4], ScoreOf score) {

@@ -143,7 +143,7 @@ prefix_forward(PEFTKERN_PARAMS PrefixForward args) {
         const float base = m == -INFINITY ? 0.f : m;
         keep[r] = exp2_approx(seq - base);
         add[r] = gated ? 0.f : exp2_approx(state.m[r] - base);
-        const float total = keep[r] + add[r] * sum + exp2_approx(sink - base);
+        const float total = keep[r] + add[r] * sum + sink_weight(sink, base);
         const float inverse = m == -INFINITY ? 0.f : 1.f / total;
         keep[r] *= inverse;
         add[r] *= inverse;

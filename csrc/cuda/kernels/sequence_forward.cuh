@@ -137,7 +137,7 @@ PEFTKERN_DEVICE void store_result(const SequenceForward& args, const Row (&row)[
     const float sink = args.sinks != nullptr && row[r].valid ? args.sinks[row[r].head] * kLog2e : -INFINITY;
     const float m = fmaxf(state.m[r], sink), base = m == -INFINITY ? 0.f : m;
     const float weight = exp2_approx(state.m[r] - base);
-    const float total = weight * sum_quad(state.sum[r]) + exp2_approx(sink - base);
+    const float total = weight * sum_quad(state.sum[r]) + sink_weight(sink, base);
     const float scale = m == -INFINITY ? 0.f : weight / total;
     if (row[r].valid && quad_lane == 0 && column == 0)
       args.lse[index_of(call, row[r])] = m == -INFINITY ? -INFINITY : (base + log2f(total)) * kLn2;
@@ -239,7 +239,7 @@ combine_splits(PEFTKERN_PARAMS CombineSplits args) {
   float m = sink;
   for (int split = 0; split < args.splits; split++) m = fmaxf(m, split_at(split)[args.head_dim]);
   const float base = m == -INFINITY ? 0.f : m;
-  float total = exp2_approx(sink - base);
+  float total = sink_weight(sink, base);
   for (int split = 0; split < args.splits; split++) {
     const float2 stats = *reinterpret_cast<const float2*>(split_at(split) + args.head_dim);
     total += exp2_approx(stats.x - base) * stats.y;

@@ -174,7 +174,7 @@ def bias_gradient(context: LaunchContext, dout: Matrices, stats: Stats, dbias: T
 
 def sink_gradient(sinks: Tensor, stats: Stats, dsinks: Tensor) -> None:
     """Fill in dsinks [Hq]. A sink is a key without a value: its dp is 0, so its ds is -p * delta."""
-    weights = torch.exp2(sinks[:, None] * LOG2E - stats.lse)
+    weights = torch.exp2(sinks[:, None] * LOG2E - stats.lse).masked_fill(sinks[:, None] == torch.inf, 0.0)
     torch.sum(weights * stats.neg_delta, (0, 2), out=dsinks)
 
 

@@ -355,12 +355,14 @@ def finite(m):
 def merge_state(state, lse, values):
     """Merge another softmax state into (m, denom, acc): one with log2 sum ``lse`` and average ``values``.
 
-    ``values`` None: the other state is a sink, which has no values. m may be a tensor [M] or a scalar; acc has the
-    shape of m, or one dim more.
+    ``values`` None: the other state is a sink, which has no values; one of +inf gets the whole weight. m may be a
+    tensor [M] or a scalar; acc has the shape of m, or one dim more.
     """
     m, denom, acc = state
     m_new = tl.maximum(m, lse)
     decay, weight = tl.exp2(m - finite(m_new)), tl.exp2(lse - finite(m_new))
+    if values is None:
+        weight = tl.where(lse == float("inf"), 1.0, weight)
     denom = denom * decay + weight  # FAULT: merge-decay, merge-weight
     WIDER: tl.constexpr = len(m.shape) == 1 and len(acc.shape) == 2
     factor = decay[:, None] if WIDER else decay
