@@ -95,11 +95,11 @@ MODEL_OR_CONFIG = Kind(_has_config, "a Hugging Face model or config, or None")
 EMBEDDING = Kind(_embeds, "a Hugging Face model or config, a weight [V, E] or None")
 
 
-def checks_arguments(**kinds: Kind) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def checks_arguments(**kinds: Kind | None) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function, so that arguments of another type than annotated raise ValueError.
 
     Args:
-        kinds: the kinds of arguments whose annotation does not tell.
+        kinds: the kinds of arguments whose annotation does not tell; None for those that the function checks itself.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -130,7 +130,7 @@ def shown(x: object) -> str:
     return type(x).__name__
 
 
-def _rules(function: Callable[..., Any], kinds: Mapping[str, Kind]) -> dict[str, Kind | None]:
+def _rules(function: Callable[..., Any], kinds: Mapping[str, Kind | None]) -> dict[str, Kind | None]:
     """The kinds of a function's arguments by name; None for one that may be anything."""
     rules: dict[str, Kind | None] = {}
     for name, parameter in inspect.signature(function).parameters.items():

@@ -337,7 +337,7 @@ class ModelPatch(Patch):
             if self.requires_prefix:
                 kwargs["peftkern_prefix"] = WITHOUT_PREFIX
             return (), kwargs
-        check_implementation(self.backbone)
+        check_implementation(self.backbone, self.readers().values())
         cache.begin()
         cache.packed, cache.padded = packed, padded
         try:

@@ -163,7 +163,7 @@ class EncoderHooks:
                 f"output_attentions: expected False, because {type(self.encoder).__name__} takes no cache, by which "
                 "its own attention would get the prefix, got True"
             )
-        check_implementation(self.encoder)
+        check_implementation(self.encoder, self.infos)
         cache = self.new_cache()
         cache.begin()
         return (), {**kwargs, "peftkern_prefix": cache}

@@ -32,7 +32,7 @@ Files = dict[str, bytes]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@checks_arguments()
+@checks_arguments(prefix=None, name=None)
 def export(
     prefix: Source | Sequence[Source],
     folder: str | os.PathLike[str],
