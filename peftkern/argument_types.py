@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "EMBEDDING", "MODEL", "MODEL_OR_CONFIG", "NAMES", "OPTIONAL_MODEL", "PEFT_MODEL", "TOKENIZER", "Kind",
+    "EMBEDDING", "MODEL", "MODEL_OR_CONFIG", "NAMES", "PEFT_MODEL", "TOKENIZER", "Kind",
     "checks_arguments", "shown",
 ]  # fmt: skip
 
@@ -78,7 +78,6 @@ _KINDS: dict[Any, Kind] = {
 #: For arguments that are annotated as ``Any``, because the package does not import what they are.
 MODEL = Kind(lambda x: isinstance(x, nn.Module), "a Hugging Face model")
 PEFT_MODEL = Kind(lambda x: isinstance(x, nn.Module) and hasattr(x, "peft_config"), "a PeftModel")
-OPTIONAL_MODEL = Kind(lambda x: x is None or isinstance(x, nn.Module), "None or a Hugging Face model")
 TOKENIZER = Kind(lambda x: x is None or callable(x), "a tokenizer, or None for the ids of tokens")
 
 

@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .argument_types import OPTIONAL_MODEL, checks_arguments
+from .argument_types import MODEL_OR_CONFIG, checks_arguments
+from .callers import caller_level
 from .checkpoint_config import PrefixConfig, PromptConfig, TensorShape, check_shape, geometry_of, read_origin
 from .checkpoint_files import (
     CONFIG_NAME,
@@ -100,7 +101,7 @@ def save_prefix(prefix: PrefixKV | SoftPrompt, folder: str | os.PathLike[str]) -
     replace_files(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: text})
 
 
-@checks_arguments(model=OPTIONAL_MODEL)
+@checks_arguments(model=MODEL_OR_CONFIG)
 def load_prefix(
     folder: str | os.PathLike[str], trainable: bool = True, *, model: Any = None
 ) -> PrefixKV | SoftPrompt:
@@ -152,9 +153,9 @@ def load_with_dtype(
         path, others, note = file.weights, foreign(file.shapes), file.note
     prefix = _placed(prefix, trainable, model, path)
     if note is not None:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=caller_level())
     if others:
-        warnings.warn(f"{path}: expected a prefix alone; not loaded: {others}", stacklevel=3)
+        warnings.warn(f"{path}: expected a prefix alone; not loaded: {others}", stacklevel=caller_level())
     return prefix, dtype
 
 

@@ -123,8 +123,6 @@ class PrefixKV(Starts, Bank, LearnedLength):
         self.learn_length = learn_length
         self.positions = positions_of(self.parts, self.lengths) if positions is None else positions
         self.origin = Origin.of(model_or_config)
-        if not std >= 0:  # NaN too
-            raise ValueError(f"std: expected at least 0, got {std}")
         check_options(self, has_state=state is not False)
         self._groups = groups_of(self.lengths, self.shapes)
         if device is None:
@@ -156,6 +154,8 @@ class PrefixKV(Starts, Bank, LearnedLength):
 
     @torch.no_grad()
     def _initialise(self, init: str | Sequence[KeyValue | None], std: float) -> None:
+        if not std >= 0:  # NaN too
+            raise ValueError(f"std: expected at least 0, got {std}")
         if not isinstance(init, str):
             self._assign(self._blocks_of(init))
         elif init == "random":

@@ -233,6 +233,6 @@ def test_a_classifier_that_peft_saved_beside_it_is_kept(tmp_path):
 
 
 def test_only_prefixes_are_saved(tmp_path):
-    with pytest.raises(ValueError, match="prefix: expected a PrefixKV or SoftPrompt, got Linear"):
+    with pytest.raises(ValueError, match="prefix: expected a PrefixKV or a SoftPrompt, got Linear"):
         save_prefix(torch.nn.Linear(2, 2), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -102,7 +102,7 @@ def _wrong_calls(op: str) -> Iterator[tuple[str, Arguments]]:
                 continue
             for what, other in _perturbed(x):
                 yield f"{name}: {argument}: {what}", {**call, argument: other}
-            if argument in NEEDS_UNIT_STRIDE and x.shape[-1] > 1:
+            if argument in NEEDS_UNIT_STRIDE and x.numel() and x.shape[-1] > 1:
                 yield f"{name}: {argument}: strides", {**call, argument: _strided(x)}
         if "needs" in call:
             yield f"{name}: needs: one more", {**call, "needs": [*call["needs"], True]}

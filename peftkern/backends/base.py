@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -236,14 +235,6 @@ class JoiningKernels(PrefixKernels):
             part_out: like ``out``, over keys that ``out`` does not cover.
             part_lse: like ``lse``.
         """
-
-
-def caller_level() -> int:
-    """The ``stacklevel`` of the first frame outside of this package, for a warning in the calling function."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("peftkern"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def first_row_with_prefix(args: AttentionArgs) -> int | None:

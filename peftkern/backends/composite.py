@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import AttentionArgs, AttentionGradients, Call, attention_call
+from ..callers import caller_level
 from . import prefix_kernels, torch_attention
-from .base import Backend, MergeKernels, Plan, Refusal, caller_level
+from .base import Backend, MergeKernels, Plan, Refusal
 from .cost.model import (
     Machine,
     Pass,

@@ -16,8 +16,9 @@ import torch
 
 from ..argument_types import checks_arguments
 from ..arguments import Call
+from ..callers import caller_level
 from . import composite
-from .base import Backend, OnePlanBackend, Plan, Refusal, caller_level
+from .base import Backend, OnePlanBackend, Plan, Refusal
 from .concat import ConcatBackend
 from .cost.model import Estimate, Machine, Pass, estimate
 from .cpu import CpuBackend

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..callers import caller_level
 from ..model_info import cache_name, rename_cache
 from .around_text import rope_positions
 from .call_arguments import forward_arguments, self_attention_cache, tokens_of
@@ -56,7 +57,7 @@ class ConcatenationPatch(Patch):
             self.wiring.add_hooks(inner.register_forward_pre_hook(self.before_forward, with_kwargs=True))
         self.source.wire(self)
         self.mark(self.model, self.base)
-        warnings.warn(f"peftkern: {self.explain()}", stacklevel=6)
+        warnings.warn(f"peftkern: {self.explain()}", stacklevel=caller_level())
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Hook: put the prompt before the samples of a call that starts a sequence."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..callers import caller_level
 from .layout import pad_labels
 from .peft_model import GenerationInputs
 from .wiring import Patch
@@ -42,7 +43,7 @@ class FallbackPatch(Patch):
         GenerationInputs(self.model).install(self.wiring)
         self.wiring.add_hooks(self.model.base_model.register_forward_pre_hook(self.before_call, with_kwargs=True))
         self.mark(self.model)
-        warnings.warn(f"peftkern: {self.explain()}", stacklevel=7)
+        warnings.warn(f"peftkern: {self.explain()}", stacklevel=caller_level())
 
     def before_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Hook on the base model: pad TOKEN_CLS labels for the prompt's rows, where PEFT would raise.
