@@ -6,7 +6,18 @@
 #include <cstring>
 
 #define PEFTKERN_ISA peak
-#include "amx.h"
+#if defined(__AMX_BF16__)
+#include "layouts/amx_instructions.h"
+#define PEAK_HAS_TILES 1
+#else
+#include "vec.h"
+#define PEAK_HAS_TILES 0
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define PEAK_HAS_PAIRS 1
+#else
+#define PEAK_HAS_PAIRS 0
+#endif
 
 namespace peftkern {
 namespace PEFTKERN_ISA {
@@ -34,7 +45,7 @@ static float floats(int64_t steps, float a, float b) {
   return reduce_add(sum);
 }
 
-#if PEFTKERN_HAS_PAIRS
+#if PEAK_HAS_PAIRS
 // x += the dot products of two pairs, each (1, 1).
 static float pairs(int64_t steps) {
   const uint32_t one = 0x3f803f80u;
@@ -53,14 +64,14 @@ static float pairs(int64_t steps) {
 }
 #endif
 
-#if PEFTKERN_HAS_AMX
+#if PEAK_HAS_TILES
 // Two by two tiles of sums, as in the kernels. All factors are 1.
 static float tiles(int64_t steps) {
   alignas(64) uint32_t ones[kTileRows][kTileWords];
   alignas(64) float sums[kTileRows][kTileWords];
   for (auto& row : ones)
     for (uint32_t& word : row) word = 0x3f803f80u;
-  TileScope scope(true);
+  const TileScope scope;
   zero_tile<0>();
   zero_tile<1>();
   zero_tile<2>();
@@ -111,8 +122,8 @@ extern "C" {
 // Floating-point operations of one step; 0 for a kind that this instruction set does not have.
 int64_t peak_operations(int kind) {
   if (kind == kFloats) return 2 * kLanes * kSums;
-  if (kind == kPairs && PEFTKERN_HAS_PAIRS) return 4 * kLanes * kSums;
-#if PEFTKERN_HAS_AMX
+  if (kind == kPairs && PEAK_HAS_PAIRS) return 4 * kLanes * kSums;
+#if PEAK_HAS_TILES
   if (kind == kTiles) return 4 * 2 * kTileRows * kTileWords * 2 * kTileWords;
 #endif
   return 0;
@@ -133,10 +144,10 @@ float peak_run(int kind, int64_t steps, int64_t threads, float a, float b) {
 #pragma omp parallel num_threads(int(threads)) reduction(+ : sum)
   {
     if (kind == kFloats) sum += floats(steps, a, b);
-#if PEFTKERN_HAS_PAIRS
+#if PEAK_HAS_PAIRS
     if (kind == kPairs) sum += pairs(steps);
 #endif
-#if PEFTKERN_HAS_AMX
+#if PEAK_HAS_TILES
     if (kind == kTiles) sum += tiles(steps);
 #endif
   }

@@ -22,14 +22,16 @@ SOURCE = Path(__file__).with_name("peak.cpp")
 CMAKE = ROOT / "csrc" / "cpu" / "CMakeLists.txt"
 #: Multiply-adds by the name of what they multiply, as `peak.cpp` numbers them.
 KINDS = {"floats": 0, "pairs": 1, "tiles": 2}
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx_bf16": 16}
+LANES = {
+    "portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "amx_bf16": 16, "sve256": 8, "neon_bf16": 4,
+}  # fmt: skip
 
 
 def kind_of(isa: str, dtype: str) -> str:
     """What the kernels' products multiply: fp32, or in bf16 pairs or tiles where the instruction set has them."""
     if dtype != "bf16":
         return "floats"
-    return {"avx512_bf16": "pairs", "amx_bf16": "tiles"}.get(isa, "floats")
+    return {"avx512_bf16": "pairs", "neon_bf16": "pairs", "amx_bf16": "tiles"}.get(isa, "floats")
 
 
 def flags_of(isa: str) -> list[str]:

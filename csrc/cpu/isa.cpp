@@ -70,11 +70,11 @@ bool has_isa(int isa) {
     case PEFTKERN_ISA_AMX_BF16: return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
   }
 #elif PEFTKERN_ARM64
-  constexpr unsigned long kSve = 1ul << 22, kBf16 = 1ul << 14;  // HWCAP_SVE, HWCAP2_BF16
-  constexpr int kGetVectorLength = 51, kLengthMask = 0xffff;    // PR_SVE_GET_VL
+  constexpr unsigned long kSve = 1ul << 22, kFp16 = 1ul << 10, kBf16 = 1ul << 14;  // HWCAP_SVE, _ASIMDHP, HWCAP2_BF16
+  constexpr int kGetVectorLength = 51, kLengthMask = 0xffff;                       // PR_SVE_GET_VL
   switch (isa) {
     case PEFTKERN_ISA_SVE256: return (getauxval(AT_HWCAP) & kSve) && (prctl(kGetVectorLength) & kLengthMask) == 32;
-    case PEFTKERN_ISA_NEON_BF16: return getauxval(AT_HWCAP2) & kBf16;
+    case PEFTKERN_ISA_NEON_BF16: return (getauxval(AT_HWCAP) & kFp16) && (getauxval(AT_HWCAP2) & kBf16);
   }
 #endif
   return isa == PEFTKERN_ISA_PORTABLE;

@@ -10,7 +10,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -297,6 +297,8 @@ PEFTKERN_INLINE vf from_half(vh x) {
   return (vf)_mm512_cvtph_ps((__m256i)x);
 #elif PEFTKERN_LANES == 8 && defined(__F16C__)
   return (vf)_mm256_cvtph_ps((__m128i)x);
+#elif PEFTKERN_LANES == 4 && defined(__aarch64__)
+  return (vf)vcvt_f32_f16((float16x4_t)x);
 #else
   vf y;
   for (int i = 0; i < kLanes; i++) y[i] = half_to_float(x[i]);
@@ -308,6 +310,8 @@ PEFTKERN_INLINE vh to_half(vf x) {
   return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif PEFTKERN_LANES == 8 && defined(__F16C__)
   return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif PEFTKERN_LANES == 4 && defined(__aarch64__)
+  return (vh)vcvt_f16_f32((float32x4_t)x);
 #else
   vh y;
   for (int i = 0; i < kLanes; i++) y[i] = float_to_half(x[i]);
