@@ -82,7 +82,8 @@ class Peak:
     def instruction(self, kind: str) -> str:
         """The instruction, or instructions, of a multiply-add."""
         fused = "FMA" if self._library.peak_is_fused() else "multiply and add"
-        return {"floats": fused, "pairs": "vdpbf16ps", "tiles": "tdpbf16ps"}[kind]
+        pairs = "bfdot" if self.isa == "neon_bf16" else "vdpbf16ps"
+        return {"floats": fused, "pairs": pairs, "tiles": "tdpbf16ps"}[kind]
 
     def run(self, kind: str, steps: int, threads: int) -> float:
         """Run the loop of multiply-adds. The result shows that every step was made (see the tests)."""

@@ -49,8 +49,8 @@ PEAK_SECONDS = 0.02  # of one measurement of the peak
 
 
 def has_own_kernels(isa: str, dtype: str) -> bool:
-    """Whether the instruction set has kernels of its own for a dtype; those for bf16 have those of avx512 in fp32."""
-    return dtype == "bf16" or isa not in ("avx512_bf16", "amx_bf16")
+    """Whether the instruction set has kernels of its own for a dtype; those for bf16 have others' in fp32."""
+    return dtype == "bf16" or not isa.endswith("_bf16")
 
 
 def steps_for(peak: Peak, kind: str, threads: int, seconds: float) -> int:

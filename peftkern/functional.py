@@ -127,7 +127,8 @@ def prefix_attention(  # type: ignore[misc]
             then. Of several prefixes, their concatenation counts.
         softcap: c in the formula above (Gemma 2), or None to disable it.
         sinks: [Hq] logits that join the softmax's denominator without a value (GPT-OSS). -inf is no sink. +inf takes
-            the whole weight: out is 0, lse inf, and all gradients of the head are 0. NaN gives NaN.
+            the whole weight: out is 0, lse inf, and all gradients of the head are 0. NaN gives NaN. Finite values
+            beyond 2.3e38 may count as 2.3e38.
         bias: float with 4 dims, broadcastable to [B, Hq, S, T]. -inf hides a key; values below -1e38 may do so too.
         prefix_bias: float [Hq, P] (each dim may be 1), for one prefix per sequence.
         gate: [Hq]; the prefix gets a softmax of its own, times tanh(gate), added to the sequence's attention

@@ -49,9 +49,9 @@ def overridden(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     entry = _Entry(value)
     try:
         for owner in owners:
-            entered.append(owner)
             with _lock:
                 _enter(owner, name, getattr(owner, name), entry)
+                entered.append(owner)
                 setattr(owner, name, value)
         yield
     finally:

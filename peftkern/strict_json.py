@@ -33,9 +33,9 @@ def json_object(data: bytes | str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("brackets that are nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"bytes that are no text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"bytes that are not text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error})") from error
+        raise ValueError(f"text that is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}")
     return value
@@ -64,7 +64,10 @@ def shown(value: Any) -> str:
 def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
+    value = int(text)
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"the number {text}, which takes more than 64 bits")
+    return value
 
 
 def _number(text: str) -> float:

@@ -294,7 +294,7 @@ def _is_number(x: object) -> bool:
 
 
 def check_embedding(input_ids: Tensor, weight: Tensor, prompt: Tensor, prompt_ids: Tensor | None) -> None:
-    """Raise ValueError if the arguments of :func:`peftkern.soft_prompt_embedding` are no tensors or inconsistent."""
+    """Raise ValueError if arguments of :func:`peftkern.soft_prompt_embedding` are not tensors, or inconsistent."""
     for name, x in (("input_ids", input_ids), ("weight", weight), ("prompt", prompt)):
         if not isinstance(x, Tensor):
             raise argument_error(name, "a tensor", type(x).__name__)

@@ -115,7 +115,7 @@ DAMAGES = {
     # the weights' metadata
     "metadata a list": ("prefix", _metadata("[]"), "metadata: expected the prefix's config, a JSON object, got"),
     "deep metadata": ("prefix", _metadata(DEEP), "got brackets that are nested too deeply"),
-    "metadata cut": ("prefix", _metadata('{"peft'), "a JSON object, got no JSON (Unterminated string"),
+    "metadata cut": ("prefix", _metadata('{"peft'), "a JSON object, got text that is not JSON (Unterminated string"),
     "a constant": ("prefix", _own(token_dim=float("nan")), "a JSON object, got the number NaN"),
     "infinity": ("prefix", _own(positions=float("-inf")), "a JSON object, got the number -Infinity"),
     "400 digits": ("prefix", _own(token_dim=10**399), "a JSON object, got a number of 400 digits"),

@@ -231,7 +231,7 @@ def test_an_edited_model_is_used_and_said(tmp_path):
     ("text", "message"),
     [
         ('{"num_virtual_tokens": 4}', "num_virtual_tokens: expected 3, as in the weights, got 4"),
-        ('{"peft_type"', "expected PEFT's config, a JSON object, got no JSON"),
+        ('{"peft_type"', "expected PEFT's config, a JSON object, got text that is not JSON"),
         ("[]", "expected PEFT's config, a JSON object, got a JSON list"),
     ],
 )

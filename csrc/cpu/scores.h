@@ -10,6 +10,13 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
+// A sink as a score, in units of ln 2. Finite ones stay finite: beyond 2.36e38 they count as that.
+static float sink_score(float sink) {
+  const float score = sink * (float)kLog2e;
+  if (__builtin_fabsf(sink) == kInf || __builtin_fabsf(score) != kInf) return score;
+  return sink > 0 ? __FLT_MAX__ : -__FLT_MAX__;
+}
+
 // Whether any key of a tile is hidden from any row of the block.
 static bool some_hidden(const Call& p, const Block& block, const Span& span) {
   if (span.part == kPrefix) return span.begin < block.prefix_low_max;

@@ -32,6 +32,7 @@ CASES = {
 SINKS = {
     "inf": [INF, 0.3, INF, -1.0], "-inf": [-INF, 0.3, -INF, -1.0], "mixed": [INF, -INF, 0.5, INF],
     "all inf": [INF] * 4, "NaN": [float("nan"), 0.3, -INF, INF], "large": [1e4, -1e4, 30.0, 0.0],
+    "huge": [3e7, -1e10, 6e7, -1e8], "largest": [1e30, -1e30, 2e38, -2e38],
 }  # fmt: skip
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -78,6 +79,26 @@ def test_every_backend_follows_the_rule(backend, case, name, dlse):
                 got[key].double(), x.double(), rtol=tolerance, atol=float(tolerance * scale), equal_nan=True,
                 msg=lambda m, key=key: f"{key}: {m}",
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("dlse", [False, True], ids=["out", "out and lse"])
+@pytest.mark.parametrize("name", SINKS)
+@pytest.mark.parametrize("case", ["many rows", "hidden rows", "gate"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_only_sinks_need_a_gradient(backend, case, name, dlse):
+    """The sequence's keys are not read again then, so the share of a sink comes from lse alone."""
+    shape, options = CASES[case]
+
+    def gradient(backend, dtype):
+        sinks = torch.tensor(SINKS[name], dtype=dtype, requires_grad=True)
+        out, lse = functional.prefix_attention(
+            **tensors(shape, dtype), **options, sinks=sinks, backend=backend, return_lse=True
+        )
+        (out.sum() + (lse.sum() if dlse else 0)).backward()
+        return sinks.grad.double()
+
+    want = gradient("reference", torch.float64)
+    torch.testing.assert_close(gradient(backend, torch.float32), want, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,12 +17,24 @@
 namespace peftkern {
 namespace PEFTKERN_ISA {
 
-// The weight of a sink relative to `base`, which is lse in units of ln 2. Beyond 2^26, lse is rounded to multiples of
-// 8: one that is the sink up to rounding means that the sink has all the weight.
-static double sink_weight(float sink, float lse, float base) {
-  constexpr float kHuge = 1 << 26, kRounding = 5e-7f;
-  if (sink == kInf || (sink > kHuge && lse - sink < kRounding * sink)) return 1.0;
-  return std::exp2((double)sink * kLog2e - base);
+// Whether a sink has all the weight of a row, as lse is the sink up to rounding. Beyond `huge`, rounding lse moves
+// weights that are computed from it by more than other keys can.
+static bool has_all_weight(float sink, float lse, float huge) {
+  constexpr float kRounding = 5e-7f;
+  const float seen = sink_score(sink) * (float)kLn2;
+  return sink == kInf || (std::fabs(sink) > huge && std::fabs(lse - seen) < kRounding * std::fabs(seen));
+}
+
+// The weight of a sink relative to `base`, which is lse in units of ln 2, as those of the keys are.
+static float sink_weight(float sink, float lse, float base) {
+  constexpr float kHuge = 1 << 26;  // beyond, the power of two may overflow
+  return has_all_weight(sink, lse, kHuge) ? 1.0f : (float)std::exp2((double)sink * kLog2e - base);
+}
+
+// The share of a sink in the weights of a row.
+static double sink_share(float sink, float lse) {
+  constexpr float kHuge = 1 << 12;
+  return has_all_weight(sink, lse, kHuge) ? 1.0 : std::exp2(((double)sink - lse) * kLog2e);
 }
 
 // Sets the sums and statistics of the block's rows that the walks start from.
@@ -43,7 +55,7 @@ static void start_rows(const BackwardTask<L>& t) {
     s.dlse[kSequence][r] = dlse;
     s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
     s.rowsum[kSequence][r] = s.rowsum[kPrefix][r] = s.prefix_total[r] = 0.0f;
-    s.total[r] = a.sinks ? (float)sink_weight(a.sinks[head], lse, s.lse[r]) : 0.0f;
+    s.total[r] = a.sinks ? sink_weight(a.sinks[head], lse, s.lse[r]) : 0.0f;
     s.part_scale[kSequence][r] = 1.0f;
     s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
   }
@@ -76,8 +88,8 @@ static void finish_rowsums(const BackwardTask<L>& t) {
     if (!t.sums.dsinks || s.lse[r] == kInf) continue;
     const float sink = a.sinks[block.head[r]];
     const float lse = a.lse[(block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]];
-    t.sums.dsinks[head] +=
-        sink_weight(sink, lse, s.lse[r]) / (exact ? s.total[r] : 1.0f) * (double)(s.dlse[kSequence][r] - rowsum);
+    const double share = exact ? (double)sink_weight(sink, lse, s.lse[r]) / s.total[r] : sink_share(sink, lse);
+    t.sums.dsinks[head] += share * (double)(s.dlse[kSequence][r] - rowsum);
   }
 }
 

@@ -71,7 +71,7 @@ struct Decoder {
     start_block(s.block, 1);
     set_row(p, seq, position, head, 0, s.block);
     const int64_t prefix_chunks = (seq.prefix_len + kDecodeKeys - 1) / kDecodeKeys;
-    const float sink = p.args->sinks ? p.args->sinks[head] * (float)kLog2e : -kInf;
+    const float sink = p.args->sinks ? sink_score(p.args->sinks[head]) : -kInf;
     float m = sink;
     for (int64_t chunk = 0; chunk < partial.chunks; chunk++) {
       if (chunk >= prefix_chunks && chunk < partial.prefix_chunks) continue;

@@ -56,7 +56,7 @@ static void reset_softmax(const Problem<L>& p, ForwardScratch<L>& s, bool with_s
   }
   if (with_sink && p.args->sinks)
     for (int64_t r = 0; r < s.block.count; r++) {
-      const float sink = p.args->sinks[s.block.head[r]] * (float)kLog2e;
+      const float sink = sink_score(p.args->sinks[s.block.head[r]]);
       if (sink == -kInf) continue;
       s.m[r] = s.base[r] = sink;
       s.sum[r] = 1.0f;
