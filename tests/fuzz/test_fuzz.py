@@ -139,6 +139,39 @@ def test_a_hang_is_reported(tmp_path):
     assert "does not end" in str(failure)
 
 
+_LATE = """
+    print(json.dumps({"start": "case"}), flush=True)
+    print(json.dumps({"passed": name}), flush=True)
+    if name == "1:1":
+        DIE
+"""
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])
+def test_a_process_that_ends_between_two_cases_fails_the_one_before(tmp_path, pause):
+    worker = _worker(tmp_path, _LATE.replace("DIE", "os.kill(os.getpid(), 11)"))
+    assert worker.failures("1:0") == worker.failures("1:1") == []
+    time.sleep(pause)  # with a pause the pipe is closed when the next case is written
+    failures = worker.failures("1:2")
+    assert worker.failures("1:3") == [], "the next process is sound"
+    worker.close()
+    assert [x.name for x in failures] == ["1:1"], "the case whose process died, not the one that was never started"
+    assert "SIGSEGV" in str(failures[0])
+
+
+def test_each_process_has_its_own_error_output(tmp_path):
+    code = """
+    print("error of " + name + "." * 100, file=sys.stderr, flush=True)
+    os._exit(3)
+"""
+    worker = _worker(tmp_path, code)
+    first, second = str(worker.failure("1:1")), str(worker.failure("1:2"))
+    assert "error of 1:1" in first
+    assert "error of 1:2" in second
+    assert "error of 1:1" not in second
+    assert "\0" not in second, "the file was cut, but the process went on writing behind its old end"
+
+
 def test_draws_have_every_feature():
     """On the same machine a name draws the same case, and a few hundred have everything."""
     isas, seen = ("portable", "avx2"), Counter()
