@@ -36,6 +36,9 @@ def main() -> int:
         run.prepare()
         results = run.run(sample, options.keep_caught)
         unreliable = run.unreliable(results)
+    except campaign.CampaignError as error:
+        say(f"stopped: {error}")
+        return 2
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
         return 130

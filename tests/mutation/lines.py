@@ -122,7 +122,7 @@ class LineMap:
         return self.folder / (re.sub("[/#]", "-", name) + ".json.gz")
 
     def missing(self) -> list[str]:
-        """What has no recording, or one of another version of the test file."""
+        """What has no recording, or one of another version of the test file or of what tests import."""
         return [x for x in recordings(self.root) if self._read(x) is None]
 
     def _read(self, name: str) -> dict | None:
@@ -133,7 +133,18 @@ class LineMap:
         return data if data["digest"] == self._digest_of(name) else None
 
     def _digest_of(self, name: str) -> str:
-        return _digest((self.root / name.removesuffix(INTERPRETER)).read_bytes())
+        return _digest((self.root / name.removesuffix(INTERPRETER)).read_bytes() + self._helpers)
+
+    @functools.cached_property
+    def _helpers(self) -> bytes:
+        """A digest of what test files take cases, parameters and bounds from."""
+        tests = (x for x in (self.root / "tests").rglob("*.py") if not x.name.startswith("test_"))
+        found = [*tests, *(self.root / "peftkern" / "testing").rglob("*.py")]
+        names = {x.relative_to(self.root).as_posix(): x for x in found}
+        digest = hashlib.sha256()
+        for name in sorted(x for x in names if not x.startswith("tests/mutation/")):
+            digest.update(name.encode() + b"\0" + names[name].read_bytes())
+        return digest.digest()
 
     def record(self, copy: Path, name: str) -> Outcome:
         """Runs a test file under the tracer."""
@@ -151,7 +162,7 @@ class LineMap:
         options = ["--maxfail=1000", "-m", markers]
         test_file = name.removesuffix(INTERPRETER)
         outcome = run_tests(copy, [test_file], TIMEOUT, [Tracer(copy, paths)], options)
-        if outcome.status == "crashed":
+        if outcome.status in ("crashed", "unstarted"):
             return outcome
         file = copy.parent / "scratch" / "lines"
         found = json.loads(file.read_text()) if file.exists() else {"tests": {}, "modules": []}
@@ -185,6 +196,8 @@ class LineMap:
 
     def load(self) -> None:
         """Reads all recordings. Tests that were skipped or failed are left out."""
+        for known in (self.tests_of, self.seconds, self.modules, self.sizes, self.interpreted, self.startup):
+            known.clear()
         for recording in recordings(self.root):
             data = self._read(recording)
             if data is None:

@@ -27,6 +27,9 @@ NOT_UNDER = (
 #: Keywords whose value right code never notices: checks of lengths, cache sizes, lines that warnings name.
 QUIET = ("strict", "maxsize", "stacklevel", "slots", "frozen")
 
+#: The attributes that name a mutant, in the order of its key.
+KEY = ("path", "function", "old", "new", "occurrence", "of", "text")
+
 _COMPARISONS = {
     ast.Lt: ("<", "<=", ">="), ast.LtE: ("<=", "<", ">"), ast.Gt: (">", ">=", "<="), ast.GtE: (">=", ">", "<"),
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
@@ -53,6 +56,7 @@ class Mutant:
         start: where the edit starts, in bytes from the start of the file.
         end: where it ends.
         insert: the bytes that come in between.
+        of: how many equal edits the function has.
     """
 
     path: str
@@ -65,11 +69,16 @@ class Mutant:
     start: int = dataclasses.field(compare=False)
     end: int = dataclasses.field(compare=False)
     insert: bytes = dataclasses.field(compare=False)
+    of: int = 1
 
     @property
     def key(self) -> str:
-        """Names the fault without line numbers, so that it outlives changes elsewhere in the file."""
-        return json.dumps([self.path, self.function, self.old, self.new, self.occurrence])
+        """Names the fault without line numbers, so that it outlives changes elsewhere in the file.
+
+        The text of the line and the number of equal edits keep it from naming another fault where an equal one was
+        inserted before it.
+        """
+        return json.dumps([getattr(self, name) for name in KEY])
 
     def applied(self, source: bytes) -> bytes:
         """The source with the fault."""
@@ -88,7 +97,12 @@ class Mutant:
 
 def sample(mutants: Iterable[Mutant], seed: int, count: int) -> list[Mutant]:
     """``count`` mutants, drawn so that a change of one file leaves most of the sample as it is."""
-    return sorted(mutants, key=lambda x: hashlib.sha256(f"{seed} {x.key}".encode()).digest())[:count]
+
+    def place(x: Mutant) -> bytes:
+        key = json.dumps([x.path, x.function, x.old, x.new, x.occurrence])
+        return hashlib.sha256(f"{seed} {key}".encode()).digest()
+
+    return sorted(mutants, key=place)[:count]
 
 
 def files(root: Path) -> list[str]:
@@ -106,11 +120,12 @@ def of_file(path: str, source: bytes) -> list[Mutant]:
     """Every mutant of one file, in the order of its lines."""
     visitor = _Visitor(path, source)
     visitor.visit(ast.parse(source))
+    total = Counter((x.function, x.old, x.new) for x in visitor.found)
     counts: Counter[tuple] = Counter()
     result = []
     for x in sorted(visitor.found, key=lambda x: (x.start, x.end, x.insert)):
         place = (x.function, x.old, x.new)
-        result.append(dataclasses.replace(x, occurrence=counts[place]))
+        result.append(dataclasses.replace(x, occurrence=counts[place], of=total[place]))
         counts[place] += 1
     return result
 

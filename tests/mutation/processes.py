@@ -60,11 +60,14 @@ class Outcome:
     """How a run of tests ended.
 
     Attributes:
-        status: ``passed``, ``failed``, ``crashed`` (the process died or pytest did not start) or ``timeout``.
+        status: ``passed``, ``failed``, ``crashed`` (the process died in a test, or pytest failed behind one),
+            ``unstarted`` (pytest ended with an error before a test started) or ``timeout`` (of time or memory).
         test: the node id of the first test that failed, or of the one that did not end.
         seconds: how long it took.
         results: (node id, ``passed``, ``failed`` or ``skipped``, seconds) of each test that ended.
         output: the end of what it printed.
+        started: whether a test started.
+        collected: the node ids that pytest would run.
     """
 
     status: str
@@ -72,10 +75,8 @@ class Outcome:
     seconds: float
     results: list[tuple[str, str, float]]
     output: str
-
-    @property
-    def is_caught(self) -> bool:
-        return self.status != "passed"
+    started: bool = True
+    collected: frozenset[str] = frozenset()
 
 
 class _Reporter:
@@ -89,6 +90,9 @@ class _Reporter:
     @pytest.hookimpl(trylast=True)  # after the order of tests/conftest.py
     def pytest_collection_modifyitems(self, items: list) -> None:
         items.sort(key=lambda item: self.order.get(item.nodeid, len(self.order)))
+
+    def pytest_collection_finish(self, session) -> None:
+        self.lines.write(json.dumps(["collected", *(item.nodeid for item in session.items)]) + "\n")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.seconds, self.outcome = 0.0, "passed"
@@ -184,11 +188,16 @@ def _outcome(scratch: Path, code: int | None, seconds: float) -> Outcome:
     output = (scratch / "output").read_text(errors="replace")[-3000:] if (scratch / "output").exists() else ""
     failed = [name for name, outcome, _ in results if outcome == "failed"]
     last = failed[0] if failed else started[-1] if started else ""
+    collected = frozenset(name for line in lines if line[0] == "collected" for name in line[1:])
     if code is None:
-        return Outcome("timeout", last, seconds, results, output)
-    if code in (0, 5):
-        return Outcome("passed", "", seconds, results, output)
-    return Outcome("failed" if failed else "crashed", last, seconds, results, output)
+        status = "timeout"
+    elif code in (0, 5):
+        status, last = "passed", ""
+    elif not started:
+        status = "unstarted"
+    else:
+        status = "failed" if failed else "crashed"
+    return Outcome(status, last, seconds, results, output, bool(started), collected)
 
 
 @contextlib.contextmanager

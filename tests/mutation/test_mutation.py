@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from . import campaign, mutants
+from . import campaign, mutants, processes
 from .mutants import Mutant
 from .processes import ROOT
 
@@ -115,6 +116,82 @@ def small_campaign(folder: str) -> None:
     assert sum(x.status == "caught" for x in results[2:]) >= 2, lines
     campaign.report(results, lines.append)
     assert any("Mutated." in line for line in lines), "the survivor is not shown"
+
+
+def _outcome_of(tmp_path, code, lines):
+    (tmp_path / "results").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return processes._outcome(tmp_path, code, 1.0)
+
+
+@pytest.mark.parametrize("code", [-11, 2, 3, 4, 99])
+def test_a_run_without_a_test_has_not_started(tmp_path, code):
+    outcome = _outcome_of(tmp_path, code, [])
+    assert (outcome.status, outcome.started) == ("unstarted", False)
+    outcome = _outcome_of(tmp_path, code, [["collected", "a::b"], ["start", "a::b"]])
+    assert (outcome.status, outcome.test, outcome.collected) == ("crashed", "a::b", {"a::b"})
+
+
+class _Scripted(campaign.Campaign):
+    """A campaign without a copy, whose runs end as a script says."""
+
+    def __init__(self, monkeypatch, script):
+        self.script, self.is_mutated, self.copy, self.recorded = script, False, ROOT, []
+        self.limit = lambda tests: 10.0 * len(tests)
+        monkeypatch.setattr(campaign, "run_tests", self._next)
+
+    @contextlib.contextmanager
+    def plant(self):
+        self.is_mutated = True
+        yield
+        self.is_mutated = False
+
+    def _next(self, copy, tests, timeout, options=()):
+        mutated, seconds, outcome = self.script.pop(0)
+        assert (self.is_mutated, timeout) == (mutated, seconds), "another run was expected"
+        return outcome
+
+    def _record_again(self, test_files):
+        self.recorded.append(test_files)
+
+
+def _ended(status, test="", started=True, collected=()):
+    return processes.Outcome(status, test, 1.0, [], "", started, frozenset(collected))
+
+
+TESTS = ["a.py::f", "a.py::g"]
+
+
+@pytest.mark.parametrize(("collected", "status"), [(TESTS, "unstarted"), (["a.py::f"], "renamed")])
+def test_a_mutant_that_no_test_starts_with_is_caught_if_the_clean_copy_collects(monkeypatch, collected, status):
+    script = [(True, 20.0, _ended("unstarted", started=False)),
+              (False, 20.0, _ended("passed", started=False, collected=collected))]  # fmt: skip
+    run = _Scripted(monkeypatch, script)
+    assert run.verdict(TESTS, run.plant).status == status
+    assert run.recorded == ([{"a.py"}] if status == "renamed" else [])
+
+
+_HANGS, _PASSES = _ended("timeout", "a.py::g"), _ended("passed")
+
+
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [
+        ([(False, 10.0, _PASSES), (True, 10.0, _HANGS)], "timeout"),
+        ([(False, 10.0, _HANGS)], campaign.SLOW),
+        ([(False, 10.0, _PASSES), (True, 10.0, _PASSES), (False, 20.0, _PASSES), (True, 40.0, _HANGS)], "timeout"),
+        ([(False, 10.0, _PASSES), (True, 10.0, _PASSES), (False, 20.0, _PASSES), (True, 40.0, _PASSES)], "passed"),
+    ],
+)
+def test_a_limit_must_be_exceeded_twice_and_only_with_the_mutant(monkeypatch, then, status):
+    run = _Scripted(monkeypatch, [(True, 20.0, _HANGS), *then])
+    assert run.verdict(TESTS, run.plant).status == status
+    assert not run.script, "fewer runs than expected"
+
+
+def test_an_equal_edit_before_it_changes_the_key():
+    before = mutants.of_file("a.py", b"def f(x):\n    y = x + 1\n")
+    after = mutants.of_file("a.py", b"def f(x):\n    y = x + 1\n    y = x + 1\n")
+    assert not {x.key for x in before} & {x.key for x in after}
 
 
 @pytest.mark.slow
