@@ -289,7 +289,7 @@ BAD = [
     ),
     ({"prefix_start": 0}, "prefix_start: expected None, since"),
     ({"max_prefix_len": 13}, "max_prefix_len: expected at least what a sequence sees, 14, got 13"),
-    ({"max_prefix_len": -1}, "max_prefix_len: expected None or a non-negative int, got -1"),
+    ({"max_prefix_len": -1}, "max_prefix_len: expected None or a non-negative int of at most 64 bits, got -1"),
     (
         {"max_prefix_len": 9, "prefix_ids": X(4).long(), "prefix_starts": None, "prefix_lens": None},
         "max_prefix_len: expected None, since prefix_ids does not have two dims and prefix_starts is None, got 9",

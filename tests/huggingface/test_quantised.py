@@ -312,7 +312,7 @@ def test_from_text_and_checkpoints(kind, folder, tmp_path):
         torch.testing.assert_close(value, layer.values[0])
     assert {p.dtype for p in prefix.parameters()} == {torch.float32}
     save_prefix(prefix, tmp_path)
-    loaded = load_prefix(tmp_path, model)
+    loaded = load_prefix(tmp_path, model=model)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in loaded.parameters())
     torch.testing.assert_close(loaded.trainable[0], prefix.trainable[0])
