@@ -72,8 +72,7 @@ struct Store {
 
 // Rows i, i + 1, ... and columns j, j + 1, ... of C; a(i, k) = kTransA ? A[k][i] : A[i][k].
 template <typename T, int kRows, int kVectors, bool kTransA, typename Finish>
-PEFTKERN_INLINE void micro_kernel(Range sum, const Matrix<T>& A, const Matrix<T>& B, int64_t i, int64_t j,
-                                  const Finish& finish) {
+PEFTKERN_INLINE void micro_kernel(Range sum, Matrix<T> A, Matrix<T> B, int64_t i, int64_t j, const Finish& finish) {
   vf c[kRows][kVectors];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; row++)
@@ -97,8 +96,7 @@ PEFTKERN_INLINE void micro_kernel(Range sum, const Matrix<T>& A, const Matrix<T>
 
 // All rows of a few vectors' columns.
 template <typename T, int kVectors, bool kTransA, typename Sums, typename Finish>
-static void gemm_columns(int64_t M, const Sums& sums, const Matrix<T>& A, const Matrix<T>& B, int64_t j,
-                         const Finish& finish) {
+static void gemm_columns(int64_t M, const Sums& sums, Matrix<T> A, Matrix<T> B, int64_t j, const Finish& finish) {
   constexpr int kRows = rows_for(kVectors);
   int64_t i = 0;
   for (; i + kRows <= M; i += kRows) micro_kernel<T, kRows, kVectors, kTransA>(sums(i, kRows), A, B, i, j, finish);
@@ -120,7 +118,7 @@ static void gemm_columns(int64_t M, const Sums& sums, const Matrix<T>& A, const 
 // C [M, N] = A [M, K] B [K, N], N a multiple of kLanes. `sums(i, rows)` is the range of k that rows i, i + 1, ... sum;
 // `finish(i, j, c)` receives the block of C at row i and column j.
 template <bool kTransA, typename T, typename Sums, typename Finish>
-static void gemm(int64_t M, int64_t N, const Sums& sums, const Matrix<T>& A, const Matrix<T>& B, const Finish& finish) {
+static void gemm(int64_t M, int64_t N, const Sums& sums, Matrix<T> A, Matrix<T> B, const Finish& finish) {
   for (int64_t j = 0; j < N;) {
     const int64_t vectors = next_vectors((N - j) / kLanes);
     switch (vectors) {

@@ -86,8 +86,10 @@ static void cap_scores(const Call& p, const Span& span, float* scores, float* sl
   const bool capped = a.softcap != 0.0;
   const float scale = (float)(capped ? a.scale / a.softcap : a.scale * kLog2e);
   const float cap = (float)(a.softcap * kLog2e);
-  for (int64_t j = 0; j < span.n; j++)
-    for (int64_t r = span.rows.begin; r < span.rows.end; r += kLanes) {
+  const int64_t n = span.n;
+  const RowRange rows = span.rows;
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       vf x = load(scores + j * kBlockM + r) * scale;
       if (capped) {
         const Tanh t = tanh(x);

@@ -22,7 +22,7 @@ struct Source {
   int64_t kv_head;
   Token first;
   int64_t k_stride, v_stride;  // elements
-  int64_t listed;  // the prefix whose tokens prefix_rows lists, or -1: tokens are evenly spaced
+  int64_t listed;              // the prefix whose tokens prefix_rows lists, or -1: tokens are evenly spaced
 
   Token token(int64_t j) const {
     if (listed >= 0) return listed_token(j);

@@ -47,9 +47,10 @@ struct ScoreGradients {
 
 // ds of a tile, in the place of its g.
 static void score_gradients(const ScoreGradients& x, const Span& span, const float* weights, float* grad) {
-  for (int64_t r = span.rows.begin; r < span.rows.end; r += kLanes) {
+  const int64_t n = span.n, end = span.rows.end;
+  for (int64_t r = span.rows.begin; r < end; r += kLanes) {
     const vf minus = load(x.minus_delta + r), factor = load(x.factor + r);
-    for (int64_t j = 0; j < span.n; j++) {
+    for (int64_t j = 0; j < n; j++) {
       const int64_t i = j * kBlockM + r;
       store(grad + i, load(weights + i) * (load(grad + i) + minus) * factor);
     }
@@ -61,17 +62,19 @@ template <typename L>
 static void score_gradient_pairs(const ScoreGradients& x, const Span& span, const float* weights, const float* grad,
                                  const typename L::Temporaries& to) {
   const RowRange rows = span.rows;
+  const int64_t n = span.n;
+  typename L::Word *row_pairs = to.row_pairs, *key_pairs = to.key_pairs;
   for (int64_t r = rows.begin; r < rows.end; r += 2 * kLanes) {
     const int vectors = r + kLanes < rows.end ? 2 : 1;
-    for (int64_t j = 0; j < span.n; j += 2) {
+    for (int64_t j = 0; j < n; j += 2) {
       vf ds[2][2] = {{zero(), zero()}, {zero(), zero()}};
       for (int v = 0; v < vectors; v++)
-        for (int64_t i = 0; i < min(2, span.n - j); i++) {
+        for (int64_t i = 0; i < min(2, n - j); i++) {
           const int64_t at = (j + i) * kBlockM + r + v * kLanes, row = r + v * kLanes;
           ds[i][v] = load(weights + at) * (load(grad + at) + load(x.minus_delta + row)) * load(x.factor + row);
         }
-      for (int64_t i = 0; i < min(2, span.n - j); i++) L::store_row_pairs(to.row_pairs, j + i, r, ds[i][0], ds[i][1]);
-      for (int v = 0; v < vectors; v++) L::store_weights(to.key_pairs, j, r + v * kLanes, ds[0][v], &ds[1][v]);
+      for (int64_t i = 0; i < min(2, n - j); i++) L::store_row_pairs(row_pairs, j + i, r, ds[i][0], ds[i][1]);
+      for (int v = 0; v < vectors; v++) L::store_weights(key_pairs, j, r + v * kLanes, ds[0][v], &ds[1][v]);
     }
   }
 }

@@ -105,10 +105,11 @@ static void weigh_products_by_lse(const BackwardTask<L>& t, const Span& span, co
 
 // Turns scores, up to `factor`, into weights relative to lse.
 static void weigh_scores_by_lse(const float* lse, float* total, float* weights, const Span& span, float factor) {
-  for (int64_t r = span.rows.begin; r < span.rows.end; r += kLanes) {
+  const int64_t n = span.n, end = span.rows.end;
+  for (int64_t r = span.rows.begin; r < end; r += kLanes) {
     const vf base = load(lse + r);
     vf sum = zero();
-    for (int64_t j = 0; j < span.n; j++) {
+    for (int64_t j = 0; j < n; j++) {
       const vf w = exp2(load(weights + j * kBlockM + r) * factor - base);
       store(weights + j * kBlockM + r, w);
       sum += w;
@@ -165,6 +166,9 @@ template <typename Finish>
 PEFTKERN_INLINE void weigh_rows(const Weighing& x, RowRange rows, int64_t n, float* weights, float* grad,
                                 const Finish& finish) {
   const int64_t r = rows.begin;
+  const float* dropout = x.dropout;
+  float* all_applied = x.applied;
+  const bool normalize = x.normalize;
   const int vectors = rows.end - r > kLanes ? 2 : 1;
   vf sum[2], inverse[2], gate[2], rowsum[2] = {zero(), zero()}, applied[2] = {zero(), zero()};
   for (int u = 0; u < vectors; u++) {
@@ -176,7 +180,7 @@ PEFTKERN_INLINE void weigh_rows(const Weighing& x, RowRange rows, int64_t n, flo
     for (int u = 0; u < vectors; u++) {
       const int64_t i = j * kBlockM + r + u * kLanes;
       vf w = load(weights + i);
-      if (x.normalize) {
+      if (normalize) {
         const vf quotient = w * inverse[u];
         w = quotient +
             (w - quotient * sum[u]) * inverse[u];  // as accurate as a division, and exactly 1 for a single key
@@ -184,14 +188,14 @@ PEFTKERN_INLINE void weigh_rows(const Weighing& x, RowRange rows, int64_t n, flo
       }
       vf g = load(grad + i);
       applied[u] = w;
-      if (x.dropout) {
-        const vf keep = load(x.dropout + i);
+      if (dropout) {
+        const vf keep = load(dropout + i);
         g *= keep;
         applied[u] *= keep;
         store(grad + i, g);
       }
       rowsum[u] += w * g;
-      if (x.applied) store(x.applied + i, applied[u] * gate[u]);
+      if (all_applied) store(all_applied + i, applied[u] * gate[u]);
     }
     finish(j, applied);
   }

@@ -91,8 +91,7 @@ struct TileStep {
 };
 
 template <int kRowTiles, typename A, typename Finish>
-PEFTKERN_INLINE void tile_kernel(Range sum, const A& a, const Matrix<uint32_t>& b, TileStep at, float* c,
-                                 const Finish& finish) {
+PEFTKERN_INLINE void tile_kernel(Range sum, A a, Matrix<uint32_t> b, TileStep at, float* c, const Finish& finish) {
   constexpr bool in_tiles = std::is_same<Finish, Accumulate>::value;
   float* out = c;
   int64_t ldc = kTileStep;
@@ -130,8 +129,7 @@ PEFTKERN_INLINE void tile_kernel(Range sum, const A& a, const Matrix<uint32_t>& 
 // C [M, N] = A [M, K] B [K, N]; `sums(i, j)` is the range of k that the step of C at row i and column j sums, and
 // `finish(i, j, c)` receives rows of it. With Accumulate, M is a multiple of kTileRows.
 template <typename Sums, typename A, typename Finish>
-static void gemm_tiles(int64_t M, int64_t N, const Sums& sums, const A& a, const Matrix<uint32_t>& b,
-                       const Finish& finish) {
+static void gemm_tiles(int64_t M, int64_t N, const Sums& sums, A a, Matrix<uint32_t> b, const Finish& finish) {
   alignas(64) float c[kTileStep * kTileStep];
   for (int64_t i = 0; i < M; i += kTileStep)
     for (int64_t j = 0; j < N; j += kTileStep) {

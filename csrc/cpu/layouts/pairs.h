@@ -90,12 +90,15 @@ struct Pairs {
 
   // Stores a tile as pairs of neighbouring keys.
   static Word* key_weights(const Span& span, float* x, const Temporaries& temporaries) {
-    for (int64_t j = 0; j < span.n; j += 2)
-      for (int64_t r = span.rows.begin; r < span.rows.end; r += kLanes) {
-        const vf second = j + 1 < span.n ? load(x + (j + 1) * kBlockM + r) : zero();
-        store_weights(temporaries.key_pairs, j, r, load(x + j * kBlockM + r), &second);
+    const int64_t n = span.n;
+    const RowRange rows = span.rows;
+    Word* pairs = temporaries.key_pairs;
+    for (int64_t j = 0; j < n; j += 2)
+      for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+        const vf second = j + 1 < n ? load(x + (j + 1) * kBlockM + r) : zero();
+        store_weights(pairs, j, r, load(x + j * kBlockM + r), &second);
       }
-    return temporaries.key_pairs;
+    return pairs;
   }
 };
 
