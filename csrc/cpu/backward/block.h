@@ -26,9 +26,9 @@ static bool has_all_weight(float sink, float lse, float huge) {
 }
 
 // The weight of a sink relative to `base`, which is lse in units of ln 2, as those of the keys are.
-static float sink_weight(float sink, float lse, float base) {
+static double sink_weight(float sink, float lse, float base) {
   constexpr float kHuge = 1 << 26;  // beyond, the power of two may overflow
-  return has_all_weight(sink, lse, kHuge) ? 1.0f : (float)std::exp2((double)sink * kLog2e - base);
+  return has_all_weight(sink, lse, kHuge) ? 1.0 : std::exp2((double)sink * kLog2e - base);
 }
 
 // The share of a sink in the weights of a row.
@@ -55,7 +55,7 @@ static void start_rows(const BackwardTask<L>& t) {
     s.dlse[kSequence][r] = dlse;
     s.dlse[kPrefix][r] = a.gate ? 0.0f : dlse;
     s.rowsum[kSequence][r] = s.rowsum[kPrefix][r] = s.prefix_total[r] = 0.0f;
-    s.total[r] = a.sinks ? sink_weight(a.sinks[head], lse, s.lse[r]) : 0.0f;
+    s.total[r] = a.sinks ? (float)sink_weight(a.sinks[head], lse, s.lse[r]) : 0.0f;
     s.part_scale[kSequence][r] = 1.0f;
     s.part_scale[kPrefix][r] = a.gate ? std::tanh(a.gate[head]) : 1.0f;
   }
@@ -88,7 +88,7 @@ static void finish_rowsums(const BackwardTask<L>& t) {
     if (!t.sums.dsinks || s.lse[r] == kInf) continue;
     const float sink = a.sinks[block.head[r]];
     const float lse = a.lse[(block.sample[r] * a.num_heads + block.head[r]) * a.q_len + block.row[r]];
-    const double share = exact ? (double)sink_weight(sink, lse, s.lse[r]) / s.total[r] : sink_share(sink, lse);
+    const double share = exact ? sink_weight(sink, lse, s.lse[r]) / s.total[r] : sink_share(sink, lse);
     t.sums.dsinks[head] += share * (double)(s.dlse[kSequence][r] - rowsum);
   }
 }
