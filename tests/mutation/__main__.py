@@ -26,6 +26,10 @@ def main() -> int:
         "--keep-caught", action="store_true",
         help="after a change, run only mutants that survived before or are new; the others count as caught",
     )  # fmt: skip
+    parser.add_argument(
+        "--recorded", action="store_true",
+        help="use only test files whose lines are recorded; recording those in Triton's interpreter takes long",
+    )  # fmt: skip
     options = parser.parse_args()
     say = functools.partial(print, flush=True)
     run = campaign.Campaign(say=say, budget=options.budget)
@@ -33,7 +37,7 @@ def main() -> int:
         everything = [x for x in mutants.all_of(run.copy) if x.path.startswith(options.under)]
         sample = mutants.sample(everything, options.seed, options.count)
         say(f"{len(sample)} of {len(everything)} mutants, seed {options.seed}; results in {run.results_file}")
-        run.prepare()
+        run.prepare(only=() if options.recorded else None)
         results = run.run(sample, options.keep_caught)
         unreliable = run.unreliable(results)
     except campaign.CampaignError as error:
