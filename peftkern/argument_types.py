@@ -98,7 +98,7 @@ def checks_arguments(**kinds: Kind | None) -> Callable[[Callable[_P, _R]], Calla
     """Decorate a function, so that arguments of another type than annotated raise ValueError.
 
     Args:
-        kinds: the kinds of arguments whose annotation does not tell; None for those that the function checks itself.
+        kinds: of arguments whose annotation is too general; None for those that the function checks itself.
     """
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -146,7 +146,7 @@ def _rules(function: Callable[..., Any], kinds: Mapping[str, Kind | None]) -> di
 
 
 def _kind_of(annotation: Any) -> Kind | None:
-    """The kind of an annotation; None if it tells nothing."""
+    """The kind of an annotation; None if it allows anything."""
     if annotation in _KINDS:
         return _KINDS[annotation]
     if isinstance(annotation, TypeVar):

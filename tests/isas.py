@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from collections.abc import Iterator
 from unittest import mock
 
 from peftkern import native
-from peftkern.backends import registry
 from peftkern.native import abi
 
 
@@ -19,25 +19,19 @@ def running_on(isa: str) -> Iterator[list[int]]:
 
     Yields a list to which every native call of attention appends the number of the instruction set that it asks for.
     """
-    constants, call, asked = native.fill.attention_constants, native.cpu._call, []
-
-    def constants_of_isa(args, out_stride, _="auto", rows=None):
-        return constants(args, out_stride, isa, rows)
+    call, asked = native.cpu._call, []
 
     def noting_call(name: str, arguments: bytes) -> None:
         if name.startswith("prefix_attention"):
             asked.append(_isa_in(arguments))
         call(name, arguments)
 
-    registry.forget()  # plans that are bound to calls know their instruction set
-    try:
-        with (
-            mock.patch.object(native.fill, "attention_constants", constants_of_isa),
-            mock.patch.object(native.cpu, "_call", noting_call),
-        ):
-            yield asked
-    finally:
-        registry.forget()
+    functions = {
+        name: functools.partial(getattr(native.cpu, name), isa=isa)
+        for name in ("prefix_attention", "prefix_attention_backward")
+    }
+    with mock.patch.multiple(native.cpu, _call=noting_call, **functions):
+        yield asked
 
 
 def _isa_in(arguments: bytes) -> int:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import peftkern
 from peftkern import cross_entropy, distillation, distillation_loss, output_layer, reference
 from peftkern.distillation import logits_of, top_k_log_probs
-from peftkern.tools.bench.memory import allocated_bytes
 
 OBJECTIVES = ("cross_entropy", "kl_with_tail")
 #: Options of an output layer, all at once and none.
@@ -239,20 +238,6 @@ def test_what_a_teacher_s_sum_lacks_by_rounding_is_no_probability_of_others(miss
     assert torch.equal(losses.isinf(), torch.full((2,), expected == torch.inf)), losses
 
 
-@pytest.mark.parametrize(("rows", "width"), [(10**6, 64), (10**6, 4096), (3, 64), (5000, 512)])
-def test_blocks_keep_their_share_of_memory(rows, width, monkeypatch):
-    """1/32 of the logits' bytes, from 4 to 256 MiB: half for rows, a third for columns, an eighth for embeddings."""
-    monkeypatch.setattr(output_layer, "_MIN_BYTES", 4 << 20)  # which other tests lower
-    weight = torch.empty(32000, width, device="meta")
-    elements = min(max(rows * 32000 * 4 // 32, 4 << 20), 256 << 20) // 4
-    sizes = output_layer.BlockSizes.of(rows, weight, 4, per_row=7)
-    assert sizes.gathered == elements // 8 // (width + 1)
-    assert sizes.rows <= max(16, elements / 2 / (3 * width + 8))
-    assert sizes.columns <= max(64, elements / 3 / (sizes.rows + width + 1))
-    fewest = math.ceil(rows / max(16, elements // 2 // (3 * width + 8)))
-    assert math.ceil(rows / sizes.rows) == fewest, "more blocks than memory asks for"
-
-
 def test_buffers_that_start_with_nan_change_nothing():
     hidden, lm_head, ids, log_probs = _inputs(dtype=torch.float32)
 
@@ -319,32 +304,6 @@ def test_products_in_half_precision(dtype, native):
     tolerance = 2e-2 if native else 1e-5
     torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=0)
     torch.testing.assert_close(_gradient(loss, hidden).double(), _gradient(want, exact), rtol=5e-2, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "softcap"),
-    [
-        (torch.float32, None),
-        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 9.0, marks=pytest.mark.slow),
-    ],
-)
-def test_memory(dtype, softcap, monkeypatch):
-    """The peak beyond the inputs is at most 5 % of the logits' bytes, with the gradient."""
-    monkeypatch.setattr(output_layer, "_MIN_BYTES", 1 << 16)
-    hidden, lm_head, ids, log_probs = _inputs(256, 8192, 16, 4, dtype=dtype)
-    log_probs = log_probs.float()
-    hidden.requires_grad_()
-    logits = len(hidden) * len(lm_head) * dtype.itemsize
-    budget = 0.05 * logits
-    peak = allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs, softcap=softcap).backward())
-    assert 0.01 * logits < peak <= budget
-    assert allocated_bytes(lambda: top_k_log_probs(hidden.detach(), lm_head, 4)) <= budget
-    with mock.patch.object(output_layer.BlockSizes, "of", return_value=output_layer.BlockSizes(256, 8192, 64)):
-        assert (
-            allocated_bytes(lambda: distillation_loss(hidden, lm_head, ids, log_probs, softcap=softcap).backward())
-            > logits
-        )
 
 
 def test_no_gradient_is_computed_that_nobody_needs():
